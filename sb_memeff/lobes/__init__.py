@@ -1,0 +1,1 @@
+"""Speech models that stand in for the SpeechBrain lobes of like name."""

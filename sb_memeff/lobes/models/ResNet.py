@@ -1,0 +1,378 @@
+"""Deep residual networks for speaker recognition.
+
+The networks that WeSpeaker publishes and that the memory-efficient ones are
+compared with: He et al., "Deep Residual Learning for Image Recognition"
+(2016), with a 3x3 stem without pooling and temporal statistics pooling.
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+import inspect
+import math
+
+from torch import nn
+
+from sb_memeff.lobes.presets import Presets
+from sb_memeff.nnet.padding import padding_masks
+from sb_memeff.nnet.pooling import TemporalStatisticsPooling
+
+__all__ = ["BasicBlock", "Bottleneck", "ResNet"]
+
+
+def conv3x3(in_channels, out_channels, stride=1):
+    """A 3x3 convolution that keeps the size (up to its stride)."""
+    return nn.Conv2d(
+        in_channels, out_channels, 3, stride=stride, padding=1, bias=False
+    )
+
+
+def conv1x1(in_channels, out_channels, stride=1):
+    """A pointwise convolution."""
+    return nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False)
+
+
+def mask(x, padding):
+    """Sets padded frames to zero, in place: backward needs no copy of x."""
+    return x if padding is None else x.masked_fill_(padding, 0.0)
+
+
+def make_activation(kind):
+    """An activation, in place where it can be.
+
+    Batch norm keeps its input and not its output, so that the output may be
+    overwritten and one tensor less is stored.
+    """
+    if "inplace" in inspect.signature(kind).parameters:
+        return kind(inplace=True)
+    return kind()
+
+
+class _ResidualBlock(nn.Module):
+    """activation(body(x) + shortcut(x)); subclasses set up the body."""
+
+    def __init__(self, in_channels, out_channels, stride, activation):
+        super().__init__()
+        self.activation = make_activation(activation)
+        self.shortcut = None
+        if stride != 1 or in_channels != out_channels:
+            self.shortcut = nn.Sequential(
+                conv1x1(in_channels, out_channels, stride),
+                nn.BatchNorm2d(out_channels),
+            )
+
+    def join(self, x, body, padding):
+        """The sum and its activation, padded frames zero."""
+        x = x if self.shortcut is None else self.shortcut(x)
+        return self.activation(mask(body + x, padding))
+
+
+class BasicBlock(_ResidualBlock):
+    """Two 3x3 convolutions and a shortcut.
+
+    Arguments
+    ---------
+    in_channels : int
+        Channels of the input.
+    channels : int
+        Channels inside.
+    stride : int
+        Stride of the first convolution and of the shortcut.
+    activation : type
+        Class of the activation.
+
+    Example
+    -------
+    >>> import torch
+    >>> BasicBlock(8, 16, stride=2)(torch.rand(1, 8, 20, 10)).shape
+    torch.Size([1, 16, 10, 5])
+    """
+
+    expansion = 1
+
+    def __init__(self, in_channels, channels, stride=1, activation=nn.ReLU):
+        super().__init__(in_channels, channels, stride, activation)
+        self.conv1 = conv3x3(in_channels, channels, stride)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = conv3x3(channels, channels)
+        self.bn2 = nn.BatchNorm2d(channels)
+
+    def forward(self, x, padding=None, padding_in=None):
+        """Runs the block.
+
+        Arguments
+        ---------
+        x : torch.Tensor
+            [N, C, T, F], zero in padded frames.
+        padding : torch.Tensor, optional
+            Padded frames of the output, [N, 1, T', 1].
+        padding_in : torch.Tensor, optional
+            Not needed here; Bottleneck needs it.
+
+        Returns
+        -------
+        torch.Tensor
+            [N, channels, T', F'].
+        """
+        y = self.activation(mask(self.bn1(self.conv1(x)), padding))
+        return self.join(x, self.bn2(self.conv2(y)), padding)
+
+
+class Bottleneck(_ResidualBlock):
+    """1x1, 3x3 and 1x1 convolutions and a shortcut.
+
+    Arguments
+    ---------
+    in_channels : int
+        Channels of the input.
+    channels : int
+        Channels of the 3x3 convolution; the output has four times as many.
+    stride : int
+        Stride of the 3x3 convolution and of the shortcut.
+    activation : type
+        Class of the activation.
+
+    Example
+    -------
+    >>> import torch
+    >>> Bottleneck(8, 16, stride=2)(torch.rand(1, 8, 20, 10)).shape
+    torch.Size([1, 64, 10, 5])
+    """
+
+    expansion = 4
+
+    def __init__(self, in_channels, channels, stride=1, activation=nn.ReLU):
+        out_channels = channels * self.expansion
+        super().__init__(in_channels, out_channels, stride, activation)
+        self.conv1 = conv1x1(in_channels, channels)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = conv3x3(channels, channels, stride)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv3 = conv1x1(channels, out_channels)
+        self.bn3 = nn.BatchNorm2d(out_channels)
+
+    def forward(self, x, padding=None, padding_in=None):
+        """Runs the block.
+
+        Arguments
+        ---------
+        x : torch.Tensor
+            [N, C, T, F].
+        padding : torch.Tensor, optional
+            Padded frames of the output, [N, 1, T', 1].
+        padding_in : torch.Tensor, optional
+            Padded frames of the input, where the stride makes them differ.
+
+        Returns
+        -------
+        torch.Tensor
+            [N, 4 * channels, T', F'].
+        """
+        if padding_in is None:
+            padding_in = padding
+        y = self.activation(mask(self.bn1(self.conv1(x)), padding_in))
+        y = self.activation(self.bn2(self.conv2(y)))
+        return self.join(x, self.bn3(self.conv3(y)), padding)
+
+
+BLOCKS = {"basic": BasicBlock, "bottleneck": Bottleneck}
+
+
+class ResNet(Presets, nn.Module):
+    """Residual network with temporal statistics pooling.
+
+    Called like ``speechbrain.lobes.models.ResNet.ResNet``. Unlike that class
+    it respects ``lengths``: an utterance gives the same embedding in eval
+    mode whatever it is padded to.
+
+    ========= =============== ================== ==========
+    preset    block           block_sizes        parameters
+    ========= =============== ================== ==========
+    ResNet34  basic           3, 4, 6, 3             6.63 M
+    ResNet101 bottleneck      3, 4, 23, 3            15.9 M
+    ResNet152 bottleneck      3, 8, 36, 3            19.8 M
+    ResNet221 bottleneck      6, 16, 48, 3           23.8 M
+    ResNet293 bottleneck      10, 20, 64, 3          28.6 M
+    ========= =============== ================== ==========
+
+    Arguments
+    ---------
+    input_size : int
+        Number of features per frame.
+    activation : type
+        Class of the activations; they must leave zero zero (padding).
+    channels : list of int
+        Channels that leave each of the four stages.
+    block_sizes : list of int
+        Residual blocks in each stage.
+    strides : list of int
+        Stride of each stage.
+    lin_neurons : int
+        Size of the embedding.
+    block : str
+        "basic" or "bottleneck".
+
+    Raises
+    ------
+    ValueError
+        If an argument does not fit the others; for an unknown preset.
+
+    Example
+    -------
+    >>> import torch
+    >>> net = ResNet.from_preset("ResNet34", base_channels=4)
+    >>> net(torch.rand(2, 40, 80), lengths=torch.tensor([1.0, 0.5])).shape
+    torch.Size([2, 256])
+    """
+
+    PRESETS = {
+        "ResNet34": {"block": "basic", "block_sizes": [3, 4, 6, 3]},
+        "ResNet101": {"block": "bottleneck", "block_sizes": [3, 4, 23, 3]},
+        "ResNet152": {"block": "bottleneck", "block_sizes": [3, 8, 36, 3]},
+        "ResNet221": {"block": "bottleneck", "block_sizes": [6, 16, 48, 3]},
+        "ResNet293": {"block": "bottleneck", "block_sizes": [10, 20, 64, 3]},
+    }
+
+    @classmethod
+    def preset_arguments(cls, name, base_channels=32, **overrides):
+        """The arguments that a preset stands for.
+
+        Arguments
+        ---------
+        name : str
+            A key of PRESETS.
+        base_channels : int
+            Channels inside the blocks of the first stage; each further stage
+            has twice as many. The published networks have 32.
+        **overrides : dict
+            Arguments of the class that shall differ.
+
+        Returns
+        -------
+        dict
+            Keyword arguments of the class.
+        """
+        preset = cls.PRESETS[name]
+        width = base_channels * BLOCKS[preset["block"]].expansion
+        channels = [width * 2**stage for stage in range(4)]
+        return {"channels": channels, **preset, **overrides}
+
+    def __init__(
+        self,
+        input_size=80,
+        activation=nn.ReLU,
+        channels=(32, 64, 128, 256),
+        block_sizes=(3, 4, 6, 3),
+        strides=(1, 2, 2, 2),
+        lin_neurons=256,
+        block="basic",
+    ):
+        super().__init__()
+        check_stages(block, channels, block_sizes, strides)
+        kind = BLOCKS[block]
+        self.strides = list(strides)
+        stem = channels[0] // kind.expansion
+        self.conv1 = conv3x3(1, stem)
+        self.bn1 = nn.BatchNorm2d(stem)
+        self.activation = make_activation(activation)
+        width = stem
+        self.stages = nn.ModuleList()
+        for out, size, stride in zip(
+            channels, block_sizes, strides, strict=True
+        ):
+            blocks = nn.ModuleList()
+            for i in range(size):
+                inside = out // kind.expansion
+                blocks.append(
+                    kind(width, inside, 1 if i else stride, activation)
+                )
+                width = out
+            self.stages.append(blocks)
+        self.pooling = TemporalStatisticsPooling()
+        bands = math.ceil(input_size / math.prod(strides))
+        self.fc_embed = nn.Linear(2 * width * bands, lin_neurons)
+        initialise(self)
+
+    def forward(self, x, lengths=None):
+        """Computes embeddings.
+
+        Arguments
+        ---------
+        x : torch.Tensor
+            Features [N, T, input_size].
+        lengths : torch.Tensor, optional
+            Relative lengths [N].
+
+        Returns
+        -------
+        torch.Tensor
+            Embeddings [N, lin_neurons].
+        """
+        masks = padding_masks(lengths, x, [1, *self.strides])
+        masks = masks or [None] * 5
+        x = x.unsqueeze(1)
+        if masks[0] is not None:
+            x = x.masked_fill(masks[0], 0.0)
+        x = self.activation(mask(self.bn1(self.conv1(x)), masks[0]))
+        for stage, blocks in enumerate(self.stages):
+            before = masks[stage]
+            for block in blocks:
+                x = block(x, masks[stage + 1], before)
+                before = masks[stage + 1]
+        return self.fc_embed(self.pooling(x, masks[-1]))
+
+
+def check_stages(block, channels, block_sizes, strides):
+    """Four stages, a known block, widths that it divides.
+
+    Arguments
+    ---------
+    block : str
+        Name of the block.
+    channels : list of int
+        Channels of each stage.
+    block_sizes : list of int
+        Blocks of each stage.
+    strides : list of int
+        Stride of each stage.
+
+    Raises
+    ------
+    ValueError
+        If something does not fit; the message names it.
+    """
+    if block not in BLOCKS:
+        raise ValueError(
+            f"block must be one of {', '.join(BLOCKS)}, got {block!r}."
+        )
+    for name, values in (
+        ("channels", channels),
+        ("block_sizes", block_sizes),
+        ("strides", strides),
+    ):
+        if len(values) != 4 or any(v < 1 for v in values):
+            raise ValueError(
+                f"{name} must hold four positive numbers, one for each "
+                f"stage, got {list(values)}."
+            )
+    expansion = BLOCKS[block].expansion
+    if any(c % expansion for c in channels):
+        raise ValueError(
+            f"{block} blocks need channels that {expansion} divides, got "
+            f"{list(channels)}."
+        )
+
+
+def initialise(network):
+    """He initialisation of the convolutions, as in SpeechBrain's ResNet.
+
+    Arguments
+    ---------
+    network : torch.nn.Module
+        Its 2-D convolutions are initialised in place.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(
+                module.weight, mode="fan_out", nonlinearity="relu"
+            )

@@ -1,0 +1,664 @@
+"""Reversible ResNets for speaker recognition: depth costs no memory.
+
+Each residual function of the vanilla network becomes f or g of an additive
+coupling (``sb_memeff.nnet.reversible``), so a coupling replaces two residual
+blocks. Two kinds, after Liu and Qian, "Memory-Efficient Training for Deep
+Speaker Embedding Learning in Speaker Verification" (2024):
+
+* Type I, ``downsampling="strided"``, partially reversible: strided
+  transitions between the stages. They cannot be undone, so each stage's last
+  output is stored.
+* Type II, ``downsampling="invertible"``, fully reversible: space-to-depth
+  between the stages. Only the last output is stored.
+
+Stem, transitions and pooling stand in the same memory-saving chain and are
+recomputed.
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+import math
+
+from torch import nn
+
+from sb_memeff.lobes.models.ResNet import (
+    check_stages,
+    conv1x1,
+    conv3x3,
+    initialise,
+    make_activation,
+    mask,
+)
+from sb_memeff.lobes.presets import Presets
+from sb_memeff.nnet.padding import padding_masks
+from sb_memeff.nnet.pooling import TemporalStatisticsPooling
+from sb_memeff.nnet.reversible import (
+    AdditiveCoupling,
+    ReversibleSequence,
+    SpaceToDepth,
+)
+
+__all__ = ["RevResNet"]
+
+
+class NormActConv(nn.Module):
+    """Batch norm, activation, convolution; padded frames count as zero.
+
+    Arguments
+    ---------
+    in_channels : int
+        Channels of the input.
+    conv : torch.nn.Module
+        The convolution.
+    activation : type
+        Class of the activation; it must leave zero zero.
+
+    Example
+    -------
+    >>> NormActConv(4, conv3x3(4, 8), nn.ReLU)(torch.rand(1, 4, 6, 6)).shape
+    torch.Size([1, 8, 6, 6])
+    """
+
+    def __init__(self, in_channels, conv, activation):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(in_channels)
+        self.activation = make_activation(activation)
+        self.conv = conv
+
+    def forward(self, x, padding=None):
+        """Runs the layer.
+
+        Arguments
+        ---------
+        x : torch.Tensor
+            [N, C, T, F].
+        padding : torch.Tensor, optional
+            Padded frames of x, [N, 1, T, 1].
+
+        Returns
+        -------
+        torch.Tensor
+            What the convolution returns.
+        """
+        return self.conv(self.activation(mask(self.norm(x), padding)))
+
+
+class ResidualBody(nn.Module):
+    """A residual function without its shortcut: the f or g of a coupling.
+
+    Pre-activated (He et al., "Identity Mappings", 2016, and Gomez et al.,
+    2017), so that nothing follows the sum, which could not be undone.
+
+    Arguments
+    ---------
+    block : str
+        "basic" (two 3x3 convolutions) or "bottleneck" (1x1, 3x3, 1x1).
+    in_channels : int
+        Channels of the input stream.
+    channels : int
+        Channels inside.
+    out_channels : int
+        Channels of the output stream.
+    stride : int
+        Stride of the first 3x3 convolution.
+    stage : int
+        Which of the padding masks belongs to the output.
+    activation : type
+        Class of the activation.
+
+    Example
+    -------
+    >>> body = ResidualBody("bottleneck", 8, 4, 8)
+    >>> body(torch.rand(1, 8, 20, 10)).shape
+    torch.Size([1, 8, 20, 10])
+    """
+
+    def __init__(
+        self,
+        block,
+        in_channels,
+        channels,
+        out_channels,
+        stride=1,
+        stage=0,
+        activation=nn.ReLU,
+    ):
+        super().__init__()
+        if block == "basic":
+            convs = [
+                conv3x3(in_channels, channels, stride),
+                conv3x3(channels, out_channels),
+            ]
+        else:
+            convs = [
+                conv1x1(in_channels, channels),
+                conv3x3(channels, channels, stride),
+                conv1x1(channels, out_channels),
+            ]
+        self.layers = nn.ModuleList(
+            NormActConv(conv.in_channels, conv, activation) for conv in convs
+        )
+        # Up to its strided convolution the body is still in the stage before.
+        before = stage if stride == 1 else stage - 1
+        self.stages = [before] * (len(convs) - 1) + [stage]
+
+    def forward(self, x, masks=None):
+        """Runs the function.
+
+        Arguments
+        ---------
+        x : torch.Tensor
+            A stream [N, in_channels, T, F].
+        masks : list of torch.Tensor, optional
+            Padded frames of each stage.
+
+        Returns
+        -------
+        torch.Tensor
+            [N, out_channels, T', F'], zero in padded frames.
+        """
+        for layer, stage in zip(self.layers, self.stages, strict=True):
+            padding = None if masks is None else masks[stage]
+            x = layer(x, padding)
+        return mask(x, padding)
+
+
+class Stem(nn.Module):
+    """A 3x3 convolution from features to the two streams.
+
+    The first coupling normalises; so backward needs nothing but the features.
+
+    Arguments
+    ---------
+    channels : int
+        Channels of both streams together.
+    stride : int
+        Stride of the convolution.
+
+    Example
+    -------
+    >>> Stem(8)(torch.rand(2, 50, 80)).shape
+    torch.Size([2, 8, 50, 80])
+    """
+
+    def __init__(self, channels, stride=1):
+        super().__init__()
+        self.conv = conv3x3(1, channels, stride)
+
+    def forward(self, x, masks=None):
+        """Runs the stem.
+
+        Arguments
+        ---------
+        x : torch.Tensor
+            Features [N, T, F].
+        masks : list of torch.Tensor, optional
+            Padded frames of each stage.
+
+        Returns
+        -------
+        torch.Tensor
+            [N, channels, T, F].
+        """
+        x = x.unsqueeze(1)
+        if masks is None:
+            return self.conv(x)
+        return mask(self.conv(x.masked_fill(masks[0], 0.0)), masks[1])
+
+
+class StridedCoupling(nn.Module):
+    """y1 = p(x1) + f(x2), y2 = q(x2) + g(y1) with strided p, q and f.
+
+    The transition between two stages of a partially reversible network.
+    p and q are strided 1x1 convolutions, so it cannot be undone.
+
+    Arguments
+    ---------
+    block : str
+        "basic" or "bottleneck".
+    in_channels : int
+        Channels of each stream before.
+    channels : int
+        Channels inside f and g.
+    out_channels : int
+        Channels of each stream after.
+    stride : int
+        Stride.
+    stage : int
+        Which of the padding masks belongs to the output.
+    activation : type
+        Class of the activation.
+
+    Example
+    -------
+    >>> transition = StridedCoupling("basic", 4, 8, 8, stride=2)
+    >>> y1, y2 = transition((torch.rand(1, 4, 20, 10),) * 2)
+    >>> y1.shape
+    torch.Size([1, 8, 10, 5])
+    """
+
+    takes_streams = True
+
+    def __init__(
+        self,
+        block,
+        in_channels,
+        channels,
+        out_channels,
+        stride,
+        stage=0,
+        activation=nn.ReLU,
+    ):
+        super().__init__()
+        self.p = conv1x1(in_channels, out_channels, stride)
+        self.q = conv1x1(in_channels, out_channels, stride)
+        self.f = ResidualBody(
+            block,
+            in_channels,
+            channels,
+            out_channels,
+            stride,
+            stage,
+            activation,
+        )
+        self.g = ResidualBody(
+            block,
+            out_channels,
+            channels,
+            out_channels,
+            1,
+            stage,
+            activation,
+        )
+
+    def forward(self, streams, masks=None):
+        """Runs the transition.
+
+        Arguments
+        ---------
+        streams : tuple of torch.Tensor
+            Two streams [N, in_channels, T, F].
+        masks : list of torch.Tensor, optional
+            Padded frames of each stage.
+
+        Returns
+        -------
+        tuple of torch.Tensor
+            Two streams [N, out_channels, T', F'].
+        """
+        x1, x2 = streams
+        y1 = self.p(x1) + self.f(x2, masks)
+        y2 = self.q(x2) + self.g(y1, masks)
+        return y1, y2
+
+
+class PooledStatistics(nn.Module):
+    """Normalises the streams, narrows them if asked, and pools over time.
+
+    Arguments
+    ---------
+    in_channels : int
+        Channels of both streams together.
+    channels : int, optional
+        Narrow them to this many with a 1x1 convolution first.
+    activation : type
+        Class of the activation.
+
+    Example
+    -------
+    >>> PooledStatistics(8, 4)(torch.rand(2, 8, 20, 10)).shape
+    torch.Size([2, 80])
+    """
+
+    def __init__(self, in_channels, channels=None, activation=nn.ReLU):
+        super().__init__()
+        self.narrow = None
+        if channels is not None:
+            self.narrow = NormActConv(
+                in_channels, conv1x1(in_channels, channels), activation
+            )
+        self.norm = nn.BatchNorm2d(channels or in_channels)
+        self.activation = make_activation(activation)
+        self.pooling = TemporalStatisticsPooling()
+
+    def forward(self, x, masks=None):
+        """Pools.
+
+        Arguments
+        ---------
+        x : torch.Tensor
+            [N, in_channels, T, F].
+        masks : list of torch.Tensor, optional
+            Padded frames of each stage.
+
+        Returns
+        -------
+        torch.Tensor
+            [N, 2 * channels * F].
+        """
+        padding = None if masks is None else masks[-1]
+        if self.narrow is not None:
+            x = self.narrow(x, padding)
+        x = self.activation(self.norm(x))
+        return self.pooling(x, padding)
+
+
+class RevResNet(Presets, nn.Module):
+    """Reversible ResNet; a drop-in for ``speechbrain.lobes.models.ResNet``.
+
+    Half the units, each with two residual functions, as Gomez et al. chose
+    them. Where the parameters are (stages 3 and 4) the streams are wider than
+    the vanilla network, where the memory is (stages 1 and 2) they are not.
+    ``channels`` counts both streams, ``inside`` is the width within f and g.
+
+    ========= ==== ============ ===================== ================= =======
+    preset    type block_sizes  channels              inside            params
+    ========= ==== ============ ===================== ================= =======
+    RevNet34  I    2, 2, 3, 2   64, 128, 256, 384     32, 64, 128, 192   6.63 M
+    RevNet34  II   2, 2, 3, 2   32, 128, 512, 2048    32, 64, 80, 32     6.76 M
+    RevNet101 I    2, 2, 11, 2  128, 256, 1024, 1024  32, 64, 128, 256  15.71 M
+    RevNet101 II   2, 2, 11, 2  64, 256, 1024, 4096   32, 64, 128, 128  16.22 M
+    RevNet152 I    2, 4, 18, 2  as RevNet101 I        as RevNet101 I    19.85 M
+    RevNet152 II   2, 4, 18, 2  as RevNet101 II       as RevNet101 II   20.35 M
+    RevNet221 I    3, 8, 24, 2  as RevNet101 I        as RevNet101 I    23.66 M
+    RevNet221 II   3, 8, 24, 2  as RevNet101 II       as RevNet101 II   24.17 M
+    RevNet293 I    5, 10, 32, 2 as RevNet101 I        as RevNet101 I    28.41 M
+    RevNet293 II   5, 10, 32, 2 as RevNet101 II       as RevNet101 II   28.91 M
+    ========= ==== ============ ===================== ================= =======
+
+    RevNet34 has basic blocks, the others bottlenecks. Type II narrows the
+    last stage before pooling (``pool_channels``): to 256 in RevNet34, to 768
+    in the others.
+
+    Arguments
+    ---------
+    input_size : int
+        Number of features per frame.
+    activation : type
+        Class of the activations; they must leave zero zero (padding).
+    channels : list of int
+        Channels of both streams together in each of the four stages. With
+        invertible down-sampling nothing is lost: each stage has stride**2
+        times the channels of the stage before.
+    block_sizes : list of int
+        Couplings in each stage, each with two residual functions. With
+        strided down-sampling the first one of the stages 2 to 4 is the
+        transition.
+    strides : list of int
+        Stride of each stage.
+    lin_neurons : int
+        Size of the embedding.
+    block : str
+        What f and g are: "basic" or "bottleneck".
+    inner_channels : list of int, optional
+        Channels inside f and g. By default those of a stream ("basic") or a
+        quarter ("bottleneck").
+    pool_channels : int, optional
+        Narrow the last stage to this many channels before pooling. The
+        embedding layer has 2 * pool_channels * bands inputs.
+    downsampling : str
+        "strided" (Type I) or "invertible" (Type II).
+    save_memory : bool
+        False stores all activations, as other networks do: same function,
+        same weights.
+
+    Raises
+    ------
+    ValueError
+        If an argument does not fit the others; for an unknown preset.
+
+    Example
+    -------
+    >>> net = RevResNet.from_preset("RevNet34", base_channels=4)
+    >>> net(torch.rand(2, 40, 80), lengths=torch.tensor([1.0, 0.5])).shape
+    torch.Size([2, 256])
+    """
+
+    PRESETS = {
+        "RevNet34": {
+            "block": "basic",
+            "block_sizes": [2, 2, 3, 2],
+            "strided": {
+                "channels": [64, 128, 256, 384],
+                "inner_channels": [32, 64, 128, 192],
+            },
+            "invertible": {
+                "channels": [32, 128, 512, 2048],
+                "inner_channels": [32, 64, 80, 32],
+                "pool_channels": 256,
+            },
+        },
+        **{
+            name: {
+                "block": "bottleneck",
+                "block_sizes": block_sizes,
+                "strided": {
+                    "channels": [128, 256, 1024, 1024],
+                    "inner_channels": [32, 64, 128, 256],
+                },
+                "invertible": {
+                    "channels": [64, 256, 1024, 4096],
+                    "inner_channels": [32, 64, 128, 128],
+                    "pool_channels": 768,
+                },
+            }
+            for name, block_sizes in (
+                ("RevNet101", [2, 2, 11, 2]),
+                ("RevNet152", [2, 4, 18, 2]),
+                ("RevNet221", [3, 8, 24, 2]),
+                ("RevNet293", [5, 10, 32, 2]),
+            )
+        },
+    }
+
+    @classmethod
+    def preset_arguments(
+        cls, name, downsampling="strided", base_channels=32, **overrides
+    ):
+        """The arguments that a preset stands for.
+
+        Arguments
+        ---------
+        name : str
+            A key of PRESETS.
+        downsampling : str
+            "strided" (Type I) or "invertible" (Type II).
+        base_channels : int
+            Scales all widths; the presets have 32.
+        **overrides : dict
+            Arguments of the class that shall differ.
+
+        Returns
+        -------
+        dict
+            Keyword arguments of the class.
+
+        Raises
+        ------
+        ValueError
+            For an unknown kind of down-sampling, or a base_channels that
+            does not scale every width to an even whole number.
+        """
+        preset = dict(cls.PRESETS[name])
+        check_downsampling(downsampling)
+        widths = {k: preset.pop(k) for k in ("strided", "invertible")}
+        for key, value in widths[downsampling].items():
+            preset[key] = scale_widths(value, base_channels)
+        return {**preset, "downsampling": downsampling, **overrides}
+
+    def __init__(
+        self,
+        input_size=80,
+        activation=nn.ReLU,
+        channels=(64, 128, 256, 512),
+        block_sizes=(2, 2, 3, 2),
+        strides=(1, 2, 2, 2),
+        lin_neurons=256,
+        block="basic",
+        inner_channels=None,
+        pool_channels=None,
+        downsampling="strided",
+        save_memory=True,
+    ):
+        super().__init__()
+        check_downsampling(downsampling)
+        invertible = downsampling == "invertible"
+        if inner_channels is None:
+            share = 2 if block == "basic" else 8
+            inner_channels = [max(c // share, 1) for c in channels]
+        check_stages(block, channels, block_sizes, strides)
+        if any(c % 2 for c in channels):
+            raise ValueError(
+                f"channels are split in two streams and must be even, got "
+                f"{list(channels)}."
+            )
+        if invertible:
+            check_volume(channels, strides)
+        self.strides = list(strides)
+        blocks = [Stem(channels[0], strides[0])]
+        width = channels[0] // 2
+        for stage in range(4):
+            out = channels[stage] // 2
+            inner = inner_channels[stage]
+            size = block_sizes[stage]
+            if stage > 0 and invertible:
+                blocks.append(SpaceToDepth(strides[stage]))
+            elif stage > 0:
+                blocks.append(
+                    StridedCoupling(
+                        block,
+                        width,
+                        inner,
+                        out,
+                        strides[stage],
+                        stage + 1,
+                        activation,
+                    )
+                )
+                size -= 1
+            for _ in range(size):
+                f, g = (
+                    ResidualBody(
+                        block,
+                        out,
+                        inner,
+                        out,
+                        stage=stage + 1,
+                        activation=activation,
+                    )
+                    for _ in "fg"
+                )
+                blocks.append(AdditiveCoupling(f, g))
+            width = out
+        blocks.append(PooledStatistics(channels[-1], pool_channels, activation))
+        self.trunk = ReversibleSequence(blocks, save_memory=save_memory)
+        bands = math.ceil(input_size / math.prod(strides))
+        pooled = 2 * (pool_channels or channels[-1]) * bands
+        self.fc_embed = nn.Linear(pooled, lin_neurons)
+        initialise(self)
+
+    @property
+    def save_memory(self):
+        """Whether activations are computed again instead of stored."""
+        return self.trunk.save_memory
+
+    @save_memory.setter
+    def save_memory(self, value):
+        self.trunk.save_memory = value
+
+    def forward(self, x, lengths=None):
+        """Computes embeddings.
+
+        Arguments
+        ---------
+        x : torch.Tensor
+            Features [N, T, input_size].
+        lengths : torch.Tensor, optional
+            Relative lengths [N].
+
+        Returns
+        -------
+        torch.Tensor
+            Embeddings [N, lin_neurons].
+        """
+        masks = padding_masks(lengths, x, [1, *self.strides])
+        return self.fc_embed(self.trunk(x, masks))
+
+
+def scale_widths(widths, base_channels):
+    """The widths of a preset for another width of its first stage.
+
+    Arguments
+    ---------
+    widths : int or list of int
+        Widths for base_channels=32.
+    base_channels : int
+        The width wanted.
+
+    Returns
+    -------
+    int or list of int
+        The widths, scaled.
+
+    Raises
+    ------
+    ValueError
+        If one of them would not be whole.
+    """
+    if isinstance(widths, list):
+        return [scale_widths(width, base_channels) for width in widths]
+    if base_channels < 1 or widths * base_channels % 32:
+        raise ValueError(
+            f"base_channels={base_channels} does not scale a width of "
+            f"{widths} to a whole number; use a multiple of 2, best of 8 "
+            f"(the presets have 32)."
+        )
+    return widths * base_channels // 32
+
+
+def check_downsampling(downsampling):
+    """Names the two kinds if it is neither.
+
+    Arguments
+    ---------
+    downsampling : str
+        What the user asked for.
+
+    Raises
+    ------
+    ValueError
+        If it is not known.
+    """
+    if downsampling not in ("strided", "invertible"):
+        raise ValueError(
+            f"downsampling must be 'strided' (Type I) or 'invertible' (Type "
+            f"II), got {downsampling!r}."
+        )
+
+
+def check_volume(channels, strides):
+    """Invertible down-sampling keeps the number of values.
+
+    Arguments
+    ---------
+    channels : list of int
+        Channels of each stage.
+    strides : list of int
+        Stride of each stage.
+
+    Raises
+    ------
+    ValueError
+        If the channels do not grow by stride**2; the message says how.
+    """
+    needed = [channels[0]]
+    for stride in strides[1:]:
+        needed.append(needed[-1] * stride**2)
+    if list(channels) != needed:
+        raise ValueError(
+            f"With downsampling='invertible' each stage has stride**2 times "
+            f"the channels of the stage before; for strides {list(strides)} "
+            f"use channels={needed} (got {list(channels)}) and choose the "
+            f"size of f and g with inner_channels."
+        )

@@ -1,0 +1,1 @@
+"""Reversible and memory-efficient networks for speech."""

@@ -1,0 +1,59 @@
+"""Networks by their published names.
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+__all__ = ["Presets"]
+
+
+class Presets:
+    """Adds ``from_preset`` to a network class that lists its PRESETS."""
+
+    PRESETS = {}
+
+    @classmethod
+    def from_preset(cls, name, **overrides):
+        """Builds a network by name.
+
+        Arguments
+        ---------
+        name : str
+            A key of the class's PRESETS.
+        **overrides : dict
+            Arguments of the class that shall differ from the preset.
+
+        Returns
+        -------
+        torch.nn.Module
+            The network.
+
+        Raises
+        ------
+        ValueError
+            If the name is unknown; the message lists the known ones.
+        """
+        if name not in cls.PRESETS:
+            raise ValueError(
+                f"{cls.__name__} has no preset {name!r}; it has "
+                f"{', '.join(cls.PRESETS)}."
+            )
+        return cls(**cls.preset_arguments(name, **overrides))
+
+    @classmethod
+    def preset_arguments(cls, name, **overrides):
+        """The arguments that a preset stands for.
+
+        Arguments
+        ---------
+        name : str
+            A key of the class's PRESETS.
+        **overrides : dict
+            Arguments that shall differ.
+
+        Returns
+        -------
+        dict
+            Keyword arguments of the class.
+        """
+        return {**cls.PRESETS[name], **overrides}

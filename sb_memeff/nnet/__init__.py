@@ -1,0 +1,1 @@
+"""Building blocks that trade stored activations for computation."""

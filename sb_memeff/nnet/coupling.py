@@ -1,0 +1,411 @@
+"""Invertible maps of two streams: the maths of reversible networks.
+
+How to evaluate them with little memory is the business of
+``sb_memeff.nnet.reversible``; here is only what is computed.
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+__all__ = ["AdditiveCoupling", "Invertible", "SpaceToDepth", "halves"]
+
+
+def halves(x):
+    """The two streams of a tensor.
+
+    Arguments
+    ---------
+    x : torch.Tensor
+        [N, C, ...] with C even.
+
+    Returns
+    -------
+    tuple of torch.Tensor
+        Two views [N, C/2, ...].
+
+    Raises
+    ------
+    ValueError
+        If C is odd or missing.
+
+    Example
+    -------
+    >>> first, second = halves(torch.rand(2, 6, 10))
+    >>> first.shape
+    torch.Size([2, 3, 10])
+    """
+    if x.dim() < 2 or x.shape[1] % 2:
+        raise ValueError(
+            f"Reversible blocks split dimension 1 in two equal streams; "
+            f"the input has shape {tuple(x.shape)}. Use an even number of "
+            f"channels."
+        )
+    return x.chunk(2, dim=1)
+
+
+class _Plain:
+    """Evaluates a block on its own: plain autograd, plain arithmetic."""
+
+    add = staticmethod(torch.add)
+
+    def __init__(self, args, kwargs):
+        self.args = args
+        self.kwargs = kwargs
+
+    def __call__(self, module, stream):
+        return module(stream, *self.args, **self.kwargs)
+
+
+class Invertible(nn.Module):
+    """A map of two streams that can be undone.
+
+    Subclasses write the maths once for each direction. ``run(h, x)`` stands
+    for "the increment h(x)" and ``run.add(a, b)`` for "a + b"; the caller
+    decides whether that happens with gradients, without, or as a replay.
+    """
+
+    def forward_streams(self, x1, x2, run):
+        """The map.
+
+        Arguments
+        ---------
+        x1 : torch.Tensor
+            First stream [N, C/2, ...].
+        x2 : torch.Tensor
+            Second stream, same shape.
+        run : callable
+            ``run(module, stream)`` evaluates a module on a stream.
+
+        Returns
+        -------
+        tuple of torch.Tensor
+            Both streams after the map.
+        """
+        raise NotImplementedError
+
+    def inverse_streams(self, y1, y2, run, shape):
+        """The map undone.
+
+        Arguments
+        ---------
+        y1 : torch.Tensor
+            First stream after the map.
+        y2 : torch.Tensor
+            Second stream after the map.
+        run : callable
+            As in ``forward_streams``.
+        shape : torch.Size
+            Shape of one stream before the map.
+
+        Returns
+        -------
+        tuple of torch.Tensor
+            Both streams before the map.
+        """
+        raise NotImplementedError
+
+    def backward_streams(self, y, dy, run, shape):
+        """The map undone and differentiated, with one evaluation of each h.
+
+        Arguments
+        ---------
+        y : tuple of torch.Tensor
+            Both streams after the map; may be overwritten.
+        dy : tuple of torch.Tensor
+            Gradients of them; may be overwritten.
+        run : callable
+            ``run(module, stream)`` returns the increment and a function that
+            takes its gradient to that of the stream (and collects those of
+            the parameters on the way).
+        shape : torch.Size
+            Shape of one stream before the map.
+
+        Returns
+        -------
+        tuple
+            Both streams before the map, and the gradients of both.
+        """
+        raise NotImplementedError
+
+    def stream_shape(self, shape):
+        """Shape of one stream after the map, from that before it.
+
+        Arguments
+        ---------
+        shape : tuple of int
+            Shape of one stream before the map.
+
+        Returns
+        -------
+        tuple of int
+            Shape of one stream after it.
+        """
+        return shape
+
+    def stream_shape_before(self, shape):
+        """Undoes ``stream_shape``, as if nothing had been padded.
+
+        Arguments
+        ---------
+        shape : tuple of int
+            Shape of one stream after the map.
+
+        Returns
+        -------
+        tuple of int
+            Shape of one stream before it.
+        """
+        return shape
+
+    def forward(self, x, *args, **kwargs):
+        """The map on its own, by plain autograd and plain arithmetic.
+
+        Arguments
+        ---------
+        x : torch.Tensor
+            Both streams, [N, C, ...] with C even.
+        *args : tuple
+            Passed on to the modules inside.
+        **kwargs : dict
+            Passed on to the modules inside.
+
+        Returns
+        -------
+        torch.Tensor
+            Both streams after the map.
+        """
+        run = _Plain(args, kwargs)
+        return torch.cat(self.forward_streams(*halves(x), run), dim=1)
+
+    def inverse(self, y, *args, input_shape=None, **kwargs):
+        """``forward`` undone, by plain arithmetic.
+
+        Arguments
+        ---------
+        y : torch.Tensor
+            What ``forward`` returned.
+        *args : tuple
+            The extra arguments of that call.
+        input_shape : tuple of int, optional
+            Shape of the input; needed only where an odd size was padded.
+        **kwargs : dict
+            The extra arguments by name.
+
+        Returns
+        -------
+        torch.Tensor
+            The input.
+        """
+        y1, y2 = halves(y)
+        if input_shape is None:
+            shape = self.stream_shape_before(y1.shape)
+        else:
+            shape = (input_shape[0], input_shape[1] // 2, *input_shape[2:])
+        run = _Plain(args, kwargs)
+        return torch.cat(self.inverse_streams(y1, y2, run, shape), dim=1)
+
+
+class AdditiveCoupling(Invertible):
+    """y1 = x1 + f(x2), y2 = x2 + g(y1) (Gomez et al. 2017, eq. 6).
+
+    Arguments
+    ---------
+    f : torch.nn.Module
+        Maps a stream [N, C/2, ...] to one of the same shape. Whatever extra
+        arguments the sequence is called with, f is called with them too.
+    g : torch.nn.Module
+        The same, for the other stream.
+
+    Raises
+    ------
+    TypeError
+        If f or g is not a Module (its parameters could not be found).
+
+    Example
+    -------
+    >>> block = AdditiveCoupling(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    >>> block(torch.rand(2, 8)).shape
+    torch.Size([2, 8])
+    """
+
+    def __init__(self, f, g):
+        super().__init__()
+        for name, module in (("f", f), ("g", g)):
+            if not isinstance(module, nn.Module):
+                raise TypeError(
+                    f"AdditiveCoupling: {name} must be a torch.nn.Module, "
+                    f"not {type(module).__name__}; wrap the function in one."
+                )
+        self.f = f
+        self.g = g
+
+    def forward_streams(self, x1, x2, run):
+        """y1 = x1 + f(x2), y2 = x2 + g(y1)."""
+        y1 = run.add(x1, run(self.f, x2))
+        y2 = run.add(x2, run(self.g, y1))
+        return y1, y2
+
+    def inverse_streams(self, y1, y2, run, shape):
+        """x2 = y2 - g(y1), x1 = y1 - f(x2)."""
+        x2 = y2 - run(self.g, y1)
+        x1 = y1 - run(self.f, x2)
+        return x1, x2
+
+    def backward_streams(self, y, dy, run, shape):
+        """dx1 = dy1 + g'(y1)^T dy2, dx2 = dy2 + f'(x2)^T dx1."""
+        (y1, y2), (d1, d2) = y, dy
+        increment, pull = run(self.g, y1)
+        x2 = y2.sub_(increment)
+        del increment
+        d1 = d1.add_(pull(d2))
+        increment, pull = run(self.f, x2)
+        x1 = y1.sub_(increment)
+        del increment
+        d2 = d2.add_(pull(d1))
+        return (x1, x2), (d1, d2)
+
+
+class SpaceToDepth(Invertible):
+    """Invertible down-sampling: blocks of space become channels.
+
+    Each stream [N, C, T, F] becomes [N, C * t * f, T/t, F/f] for a factor of
+    (t, f); nothing is lost, nothing is computed (Jacobsen et al., "i-RevNet",
+    2018, sec. 3.1). The channels that come from one channel stand together,
+    as in ``torch.nn.PixelUnshuffle``, which it equals for 2-D streams.
+
+    Sizes that the factor does not divide are padded with zeros at the end
+    (T becomes ceil(T/t), as in a strided convolution with padding) and the
+    inverse cuts the padding off again.
+
+    Arguments
+    ---------
+    factor : int or tuple of int
+        By how much each axis after the channels shrinks.
+
+    Raises
+    ------
+    ValueError
+        If a factor is below 1, or their number is not that of the axes.
+
+    Example
+    -------
+    >>> down = SpaceToDepth(2)
+    >>> down(torch.rand(1, 4, 5, 8)).shape
+    torch.Size([1, 16, 3, 4])
+    """
+
+    def __init__(self, factor=2):
+        super().__init__()
+        factors = factor if isinstance(factor, (tuple, list)) else (factor,)
+        if any(int(f) != f or f < 1 for f in factors):
+            raise ValueError(
+                f"SpaceToDepth: factor must be whole and at least 1, "
+                f"got {factor}."
+            )
+        self.factor = factor
+
+    def extra_repr(self):
+        """What print(module) shows."""
+        return f"factor={self.factor}"
+
+    def _factors(self, shape):
+        axes = len(shape) - 2
+        if not isinstance(self.factor, (tuple, list)):
+            return (self.factor,) * axes
+        if len(self.factor) != axes:
+            raise ValueError(
+                f"SpaceToDepth: factor {tuple(self.factor)} is for "
+                f"{len(self.factor)} axes, the stream {tuple(shape)} has "
+                f"{axes} after the channels."
+            )
+        return tuple(self.factor)
+
+    def stream_shape(self, shape):
+        """See Invertible.stream_shape."""
+        factors = self._factors(shape)
+        sizes = (
+            math.ceil(s / f) for s, f in zip(shape[2:], factors, strict=True)
+        )
+        return (shape[0], shape[1] * math.prod(factors), *sizes)
+
+    def stream_shape_before(self, shape):
+        """See Invertible.stream_shape_before."""
+        factors = self._factors(shape)
+        sizes = (s * f for s, f in zip(shape[2:], factors, strict=True))
+        return (shape[0], shape[1] // math.prod(factors), *sizes)
+
+    def down(self, x):
+        """One stream, [N, C, T, F] to [N, C*t*f, T/t, F/f].
+
+        Arguments
+        ---------
+        x : torch.Tensor
+            The stream.
+
+        Returns
+        -------
+        torch.Tensor
+            The stream, down-sampled.
+        """
+        factors = self._factors(x.shape)
+        padding = []
+        for size, f in zip(reversed(x.shape[2:]), reversed(factors)):
+            padding += [0, -size % f]
+        if any(padding):
+            x = F.pad(x, padding)
+        split = [*x.shape[:2]]
+        for size, f in zip(x.shape[2:], factors):
+            split += [size // f, f]
+        x = x.reshape(split)
+        axes = range(2, x.dim(), 2)
+        x = x.permute(0, 1, *(a + 1 for a in axes), *axes)
+        return x.reshape(*x.shape[:1], -1, *x.shape[2 + len(factors) :])
+
+    def up(self, y, shape):
+        """One stream back; also the gradient, since ``down`` is orthogonal.
+
+        Arguments
+        ---------
+        y : torch.Tensor
+            A stream as ``down`` returns it.
+        shape : torch.Size
+            Shape of the stream that went into ``down``.
+
+        Returns
+        -------
+        torch.Tensor
+            The stream of that shape.
+        """
+        factors = self._factors(y.shape)
+        n = len(factors)
+        y = y.reshape(y.shape[0], -1, *factors, *y.shape[2:])
+        order = (axis for i in range(n) for axis in (2 + n + i, 2 + i))
+        y = y.permute(0, 1, *order)
+        sizes = (size * f for size, f in zip(y.shape[2::2], y.shape[3::2]))
+        y = y.reshape(*y.shape[:2], *sizes)
+        for axis, size in enumerate(shape[2:], start=2):
+            y = y.narrow(axis, 0, size)
+        return y.contiguous()
+
+    def forward_streams(self, x1, x2, run):
+        """Each stream down-sampled."""
+        return self.down(x1), self.down(x2)
+
+    def inverse_streams(self, y1, y2, run, shape):
+        """Each stream up-sampled."""
+        return self.up(y1, shape), self.up(y2, shape)
+
+    def backward_streams(self, y, dy, run, shape):
+        """The streams and their gradients up-sampled."""
+        y1, y2 = y
+        d1, d2 = dy
+        return (
+            (self.up(y1, shape), self.up(y2, shape)),
+            (self.up(d1, shape), self.up(d2, shape)),
+        )

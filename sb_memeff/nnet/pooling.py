@@ -1,0 +1,60 @@
+"""Pooling over time.
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+import torch
+from torch import nn
+
+__all__ = ["TemporalStatisticsPooling"]
+
+
+class TemporalStatisticsPooling(nn.Module):
+    """Mean and standard deviation over time of every channel and band.
+
+    WeSpeaker calls it TSTP. Padded frames do not count.
+
+    Arguments
+    ---------
+    eps : float
+        Added to the variance, so that a constant channel has a gradient.
+
+    Example
+    -------
+    >>> pooling = TemporalStatisticsPooling()
+    >>> pooling(torch.rand(2, 16, 50, 10)).shape
+    torch.Size([2, 320])
+    """
+
+    def __init__(self, eps=1e-7):
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, x, padding=None):
+        """Pools.
+
+        Arguments
+        ---------
+        x : torch.Tensor
+            [N, C, T, F].
+        padding : torch.Tensor, optional
+            [N, 1, T, 1], True where a frame is padding.
+
+        Returns
+        -------
+        torch.Tensor
+            [N, 2 * C * F]: all means, then all standard deviations.
+        """
+        # Sums over hundreds of frames need more than the 8 bits of bf16.
+        x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        if padding is None:
+            var, mean = torch.var_mean(x, dim=2, correction=0)
+        else:
+            kept = ~padding
+            count = kept.sum(dim=2)
+            mean = (x * kept).sum(dim=2) / count
+            centred = (x - mean.unsqueeze(2)) * kept
+            var = centred.square().sum(dim=2) / count
+        std = (var + self.eps).sqrt()
+        return torch.cat((mean.flatten(1), std.flatten(1)), dim=1)

@@ -1,0 +1,228 @@
+"""Run a function a second time, in backward, exactly as it ran in forward.
+
+Whoever recomputes activations instead of storing them has to repeat more than
+the arithmetic: the random numbers that dropout drew, the autocast state, and
+the batch statistics, which a training step must count once and not twice.
+``torch.utils.checkpoint`` repeats the first two and gets the third wrong;
+this module does all three.
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+__all__ = ["Recorder", "Recording", "without_trace"]
+
+
+@dataclass
+class Recording:
+    """What one call of one function found, as far as a replay needs it.
+
+    Arguments
+    ---------
+    random_states : tuple of torch.Tensor, optional
+        States of the CPU's and the accelerator's generator before the call;
+        None when the call drew no random numbers.
+    buffers : dict
+        Buffers that the call may have changed, as they were before it.
+    """
+
+    random_states: tuple | None
+    buffers: dict
+
+
+class Recorder:
+    """Calls functions in forward and calls them again, the same, in backward.
+
+    It holds what all calls of one forward pass share (device and autocast
+    state) and, call by call, what differs (``Recording``).
+
+    Arguments
+    ---------
+    device : torch.device
+        Where the tensors live. The CPU's generator is looked after too.
+    follow_random : bool
+        False leaves the generators alone (fake tensors draw nothing).
+
+    Example
+    -------
+    >>> dropout = torch.nn.Dropout(0.5)
+    >>> recorder = Recorder(torch.device("cpu"))
+    >>> first, recording = recorder.record(dropout, torch.ones(8))
+    >>> with recorder.replay(dropout, recording):
+    ...     second = dropout(torch.ones(8))
+    >>> torch.equal(first, second)
+    True
+    """
+
+    def __init__(self, device, follow_random=True):
+        self.device = device
+        self.follow_random = follow_random
+        kind = device.type
+        self.autocast_on = torch.is_autocast_enabled(kind)
+        self.autocast_dtype = torch.get_autocast_dtype(kind)
+
+    def autocast(self):
+        """The autocast state of the forward pass, as a context.
+
+        Autocast's cache of converted weights stays off: a weight converted
+        without gradients would be handed to whoever uses the same weight with
+        gradients in the same context, and the copies would outlive the call.
+
+        Returns
+        -------
+        torch.autocast
+            A context to enter in forward and again in backward.
+        """
+        return torch.autocast(
+            self.device.type,
+            dtype=self.autocast_dtype,
+            enabled=self.autocast_on,
+            cache_enabled=False,
+        )
+
+    def record(self, function, *args, **kwargs):
+        """Calls ``function`` and notes what a replay will need.
+
+        Arguments
+        ---------
+        function : callable
+            A torch.nn.Module, or a function that changes no module's buffers.
+        *args : tuple
+            Passed on.
+        **kwargs : dict
+            Passed on.
+
+        Returns
+        -------
+        tuple
+            What the function returned, and its ``Recording``.
+        """
+        buffers = _clone_buffers(function)
+        before = self._random_states()
+        result = function(*args, **kwargs)
+        drew = any(
+            not torch.equal(a, b)
+            for a, b in zip(before, self._random_states(), strict=True)
+        )
+        return result, Recording(before if drew else None, buffers)
+
+    @contextlib.contextmanager
+    def replay(self, function, recording):
+        """Inside this context ``function`` repeats the call that was recorded.
+
+        Afterwards generators, buffers and batch statistics are as if nothing
+        had been called.
+
+        Arguments
+        ---------
+        function : callable
+            The function that was recorded.
+        recording : Recording
+            What ``record`` returned for that call.
+
+        Yields
+        ------
+        None
+        """
+        now = None
+        if recording.random_states is not None:
+            now = self._random_states()
+            self._set_random_states(recording.random_states)
+        try:
+            with (
+                self.autocast(),
+                without_trace(function, recording.buffers),
+            ):
+                yield
+        finally:
+            if now is not None:
+                self._set_random_states(now)
+
+    def _random_states(self):
+        if not self.follow_random:
+            return ()
+        states = (torch.get_rng_state(),)
+        if self.device.type != "cpu":
+            module = torch.get_device_module(self.device)
+            states += (module.get_rng_state(self.device),)
+        return states
+
+    def _set_random_states(self, states):
+        torch.set_rng_state(states[0])
+        if self.device.type != "cpu":
+            module = torch.get_device_module(self.device)
+            module.set_rng_state(states[1], self.device)
+
+
+def _submodules(function):
+    # Looked up at every call: SpeechBrain replaces BatchNorm by SyncBatchNorm
+    # after the network was built.
+    return function.modules() if isinstance(function, nn.Module) else ()
+
+
+@contextlib.contextmanager
+def without_trace(function, buffers=None):
+    """Calls inside change no running statistics and no other buffer.
+
+    A batch norm in training mode that does not track running statistics uses
+    the batch's, as it did in forward, and writes neither its running mean and
+    variance nor ``num_batches_tracked``; that holds for any momentum, for
+    momentum=None and for SyncBatchNorm, and copies nothing. Other modules
+    that keep state get copies of their buffers to work on.
+
+    Arguments
+    ---------
+    function : callable
+        A torch.nn.Module; anything else is left alone.
+    buffers : dict, optional
+        What modules other than batch norms shall find in their buffers; by
+        default what is there now.
+
+    Yields
+    ------
+    None
+    """
+    if buffers is None:
+        buffers = _clone_buffers(function)
+    tracking = [
+        module
+        for module in _submodules(function)
+        if isinstance(module, _BatchNorm)
+        and module.training
+        and module.track_running_stats
+    ]
+    originals = {key: key[0]._buffers[key[1]] for key in buffers}
+    for module in tracking:
+        module.track_running_stats = False
+    for (module, name), buffer in buffers.items():
+        # A copy, so that a second backward starts from the same values.
+        module._buffers[name] = buffer.clone()
+    try:
+        yield
+    finally:
+        for module in tracking:
+            module.track_running_stats = True
+        for (module, name), buffer in originals.items():
+            module._buffers[name] = buffer
+
+
+def _clone_buffers(function):
+    """Copies the buffers that a training call of ``function`` might change.
+
+    Batch norm needs no copies, see ``without_trace``; this is for all other modules that keep state (instance norm with statistics,
+    spectral norm, a running input normalisation).
+    """
+    clones = {}
+    for module in _submodules(function):
+        if module.training and not isinstance(module, _BatchNorm):
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    clones[module, name] = buffer.clone()
+    return clones

@@ -1,0 +1,1 @@
+"""Tools around training: the memory analysis of a training step."""

@@ -1,0 +1,781 @@
+"""The contract of the reversible engine, point by point."""
+
+import copy
+import weakref
+
+import pytest
+import torch
+from chains import (
+    assert_same_state,
+    body,
+    chain,
+    gradients,
+    relative_error,
+    stored,
+)
+from torch import nn
+
+from sb_memeff.nnet.reversible import (
+    AdditiveCoupling,
+    ReversibleSequence,
+    SpaceToDepth,
+    check_invertible,
+)
+from sb_memeff.utils.memory import training_step_memory
+
+
+def images(dims=2, channels=8, batch=3, dtype=torch.float32):
+    torch.manual_seed(0)
+    return torch.randn(batch, channels, *(7, 6)[:dims], dtype=dtype)
+
+
+class Strided(nn.Module):
+    """A block that cannot be inverted, on two streams."""
+
+    takes_streams = True
+
+    def __init__(self, channels):
+        super().__init__()
+        self.convs = nn.ModuleList(
+            nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+            for _ in range(2)
+        )
+        self.norm = nn.BatchNorm2d(channels)
+        self.dropout = nn.Dropout(0.2)
+
+    def forward(self, streams):
+        x1, x2 = streams
+        y1 = self.convs[0](x1)
+        return y1, self.dropout(self.norm(self.convs[1](x2))) + y1
+
+
+class Head(nn.Module):
+    """A block that cannot be inverted, from a tensor to a tensor."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels)
+        self.linear = nn.Linear(channels, 5)
+
+    def forward(self, x):
+        return self.linear(self.norm(x).relu().mean(dim=(2, 3)))
+
+
+def mixed_chain(**options):
+    """Stem, couplings, space-to-depth, strided transition, head."""
+    torch.manual_seed(5)
+
+    def coupling(channels):
+        return AdditiveCoupling(body(channels), body(channels))
+
+    return ReversibleSequence(
+        [
+            nn.Conv2d(3, 8, 3, padding=1),
+            coupling(4),
+            coupling(4),
+            SpaceToDepth(2),
+            coupling(16),
+            Strided(16),
+            coupling(16),
+            Head(32),
+        ],
+        **options,
+    )
+
+
+# --- gradients ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dims", [1, 2])
+@pytest.mark.parametrize("depth", [1, 4, 16, 50])
+def test_float64_gradients_equal_autograd(depth, dims):
+    net = chain(depth, dims=dims).double()
+    x = images(dims, dtype=torch.float64)
+    y, ours, state = gradients(net, x)
+    y_ref, reference, state_ref = gradients(stored(net), x)
+    assert torch.equal(y, y_ref)
+    assert relative_error(ours, reference) < 1e-9
+    assert torch.equal(state, state_ref)
+
+
+def test_float64_gradients_with_other_blocks_in_the_chain():
+    net = mixed_chain().double()
+    x = images(channels=3, dtype=torch.float64)
+    twin = stored(net)
+    _, ours, _ = gradients(net, x)
+    _, reference, _ = gradients(twin, x)
+    assert relative_error(ours, reference) < 1e-9
+    assert_same_state(net, twin)
+
+
+def test_input_and_output_of_the_caller_stay_untouched():
+    for batch in (1, 3):  # one utterance: its halves are contiguous views
+        net = chain(3)
+        x = images(batch=batch).requires_grad_()
+        before = x.detach().clone()
+        y = net(x)
+        after = y.detach().clone()
+        y.square().sum().backward()
+        assert torch.equal(x, before)
+        assert torch.equal(y, after)
+
+
+def test_input_that_needs_no_gradient_still_gives_the_weights_theirs():
+    net = chain(3, dropout=0.0)
+    x = images()
+    net(x).square().sum().backward()
+    twin = stored(net)
+    twin.zero_grad()
+    twin(x).square().sum().backward()
+    ours = [p.grad for p in net.parameters()]
+    assert relative_error(ours, [p.grad for p in twin.parameters()]) < 1e-5
+
+
+def test_frozen_weights_get_no_gradient_and_the_others_theirs():
+    net = chain(4).double()
+    for parameter in net.blocks[1].parameters():
+        parameter.requires_grad_(False)
+    net.blocks[2].g[0].bias.requires_grad_(False)
+    x = images(dtype=torch.float64)
+    _, ours, _ = gradients(net, x)
+    _, reference, _ = gradients(stored(net), x)
+    assert [g is None for g in ours] == [g is None for g in reference]
+    assert relative_error(ours, reference) < 1e-9
+
+
+def test_nothing_needs_a_gradient():
+    net = chain(2).requires_grad_(False)
+    assert not net(images()).requires_grad
+
+
+def test_autograd_grad_on_chosen_inputs():
+    net = chain(2, dropout=0.0).double()
+    x = images(dtype=torch.float64)
+    weight = net.blocks[0].f[0].weight
+    (ours,) = torch.autograd.grad(net(x).square().sum(), [weight])
+    twin = stored(net)
+    (reference,) = torch.autograd.grad(
+        twin(x).square().sum(), [twin.blocks[0].f[0].weight]
+    )
+    assert relative_error([ours], [reference]) < 1e-9
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_weights_shared_between_blocks_add_up():
+    f, g = body(4), body(4)
+    net = ReversibleSequence(
+        [AdditiveCoupling(f, g), AdditiveCoupling(g, f)]
+    ).double()
+    x = images(dtype=torch.float64)
+    _, ours, _ = gradients(net, x)
+    _, reference, _ = gradients(stored(net), x)
+    assert relative_error(ours, reference) < 1e-9
+
+
+def test_hooks_on_weights_run_once():
+    net = chain(2)
+    calls = []
+    weight = net.blocks[0].g[0].weight
+    weight.register_hook(lambda grad: calls.append(1) or 2 * grad)
+    _, ours, _ = gradients(net, images())
+    assert calls == [1]
+    net = chain(2)
+    _, plain, _ = gradients(net, images())
+    index = [n for n, _ in net.named_parameters()].index("blocks.0.g.0.weight")
+    assert torch.equal(ours[1 + index], 2 * plain[1 + index])
+
+
+def test_gradient_accumulation():
+    net = chain(3).double()
+    twin = stored(net)
+    for seed in (1, 2, 3):
+        x = images(dtype=torch.float64) * seed
+        _, ours, _ = gradients(net, x, seed=seed)
+        _, reference, _ = gradients(twin, x, seed=seed)
+    assert relative_error(ours, reference) < 1e-9
+
+
+def test_two_forwards_before_one_backward():
+    net = chain(3, dropout=0.5).double()
+    twin = stored(net)
+    found = []
+    for module in (net, twin):
+        torch.manual_seed(3)
+        x = images(dtype=torch.float64).requires_grad_()
+        first, second = module(x), module(2 * x)
+        (first * second).sum().backward()
+        found.append([x.grad, *(p.grad for p in module.parameters())])
+    assert relative_error(*found) < 1e-9
+    assert_same_state(net, twin)
+
+
+@pytest.mark.parametrize("build", [lambda: chain(3), mixed_chain])
+def test_backward_twice_with_retain_graph(build):
+    net = build().double()
+    channels = 3 if build is mixed_chain else 8
+    x = images(channels=channels, dtype=torch.float64)
+    loss = net(x).square().sum()
+    loss.backward(retain_graph=True)
+    once = [p.grad.clone() for p in net.parameters()]
+    loss.backward()
+    twice = [p.grad for p in net.parameters()]
+    assert relative_error(twice, [2 * g for g in once]) < 1e-12
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+class Scale(nn.Module):
+    """Uses what the sequence is called with."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(1, 4, 1, 1))
+
+    def forward(self, x, lengths, *, gain=None):
+        y = torch.tanh(x * self.weight) * lengths.view(-1, 1, 1, 1)
+        return y if gain is None else y * gain["tensor"]
+
+
+def test_extra_arguments_reach_f_and_g_and_get_gradients():
+    net = ReversibleSequence(
+        [AdditiveCoupling(Scale(), Scale()) for _ in range(3)]
+    ).double()
+    x = images(dtype=torch.float64)
+    found = []
+    for module in (net, stored(net)):
+        lengths = torch.tensor([1.0, 0.5, 0.2], dtype=torch.float64)
+        gain = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+        _, grads, _ = gradients(module, x, lengths, gain={"tensor": gain})
+        found.append([*grads, gain.grad])
+    assert relative_error(*found) < 1e-9
+    # ... and they matter.
+    _, others, _ = gradients(stored(net), x, torch.ones(3, dtype=torch.float64))
+    assert relative_error(others, found[0][:-1]) > 1e-2
+
+
+# --- state -------------------------------------------------------------------
+
+
+def train(module, steps=3, **options):
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.01)
+    for step in range(steps):
+        optimizer.zero_grad()
+        gradients(module, images(dtype=torch.float64), seed=step, **options)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_state_dict_after_training_steps(momentum):
+    net = chain(3, momentum=momentum).double()
+    twin = stored(net)
+    train(net)
+    train(twin)
+    counts = [v for k, v in net.state_dict().items() if "num_batches" in k]
+    assert all(count == 3 for count in counts)
+    for (key, ours), reference in zip(
+        net.state_dict().items(), twin.state_dict().values()
+    ):
+        torch.testing.assert_close(
+            ours, reference, rtol=1e-12, atol=1e-14, msg=key
+        )
+
+
+def test_running_statistics_of_one_step_are_bit_equal():
+    net = chain(4)
+    twin = stored(net)
+    gradients(net, images())
+    gradients(twin, images())
+    assert_same_state(net, twin)
+
+
+def test_frozen_batch_norm():
+    net = chain(3).double()
+    for part in net.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.eval()
+    before = {k: v for k, v in net.state_dict().items() if "running" in k}
+    before = copy.deepcopy(before)
+    twin = stored(net)
+    x = images(dtype=torch.float64)
+    _, ours, _ = gradients(net, x)
+    _, reference, _ = gradients(twin, x)
+    assert relative_error(ours, reference) < 1e-9
+    for key, value in before.items():
+        assert torch.equal(net.state_dict()[key], value), key
+
+
+class CountingNorm(nn.BatchNorm2d):
+    """A batch norm that another part of the program puts in later."""
+
+    calls = 0
+
+    def forward(self, x):
+        type(self).calls += 1
+        return super().forward(x)
+
+
+def test_modules_converted_after_construction_are_the_ones_used():
+    net = chain(2)
+    for block in net.blocks:
+        for half in (block.f, block.g):
+            half[1] = CountingNorm(4)
+    CountingNorm.calls = 0
+    net(images()).sum().backward()
+    assert CountingNorm.calls == 8  # 4 norms, forward and replay
+    assert all(
+        m.num_batches_tracked == 1
+        for m in net.modules()
+        if isinstance(m, CountingNorm)
+    )
+
+
+def test_sync_batch_norm_converted_after_construction():
+    # Without a process group it computes like a batch norm, on the CPU too.
+    net = nn.SyncBatchNorm.convert_sync_batchnorm(chain(2))
+    assert isinstance(net.blocks[0].f[1], nn.SyncBatchNorm)
+    twin = stored(net)
+    _, ours, _ = gradients(net, images())
+    _, reference, _ = gradients(twin, images())
+    assert relative_error(ours, reference) < 1e-5
+    assert_same_state(net, twin)
+    assert net.blocks[0].f[1].num_batches_tracked == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_sync_batch_norm_on_cuda(tmp_path):
+    torch.distributed.init_process_group(
+        "nccl", init_method=f"file://{tmp_path}/s", rank=0, world_size=1
+    )
+    try:
+        net = nn.SyncBatchNorm.convert_sync_batchnorm(chain(3)).cuda()
+        twin = stored(net)
+        gradients(net, images().cuda())
+        gradients(twin, images().cuda())
+        assert_same_state(net, twin)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_modules_with_other_state():
+    """Spectral norm changes its buffers in forward and uses them."""
+
+    def half():
+        conv = nn.Conv2d(4, 4, 3, padding=1)
+        return nn.utils.parametrizations.spectral_norm(conv)
+
+    torch.manual_seed(2)
+    net = ReversibleSequence(
+        [AdditiveCoupling(half(), half()) for _ in range(3)]
+    ).double()
+    twin = stored(net)
+    x = images(dtype=torch.float64)
+    _, ours, _ = gradients(net, x)
+    _, reference, _ = gradients(twin, x)
+    assert relative_error(ours, reference) < 1e-9
+    assert_same_state(net, twin)
+
+
+def test_eval_and_no_grad_are_a_plain_forward():
+    net = chain(3)
+    twin = stored(net)
+    x = images()
+    with torch.no_grad():
+        torch.manual_seed(0)
+        y = net(x)
+        torch.manual_seed(0)
+        assert torch.equal(y, twin(x))
+    assert y.grad_fn is None
+    assert torch.equal(net.eval()(x), twin.eval()(x))
+
+
+def test_save_memory_can_be_switched_at_any_time():
+    net = chain(2, save_memory=False)
+    assert "_SaveMemory" not in type(net(images()).grad_fn).__name__
+    net.save_memory = True
+    assert "_SaveMemory" in type(net(images()).grad_fn).__name__
+
+
+# --- precision ---------------------------------------------------------------
+
+
+def test_bf16_autocast_with_backward_outside():
+    net = chain(4)
+    y, ours, _ = gradients(net, images(), autocast=torch.bfloat16)
+    twin = stored(net)
+    y_ref, reference, _ = gradients(twin, images(), autocast=torch.bfloat16)
+    assert y.dtype == torch.float32
+    assert torch.equal(y, y_ref)
+    assert relative_error(ours, reference) < 1e-6
+    # The precision inside f was really bf16.
+    full, _, _ = gradients(stored(net), images())
+    assert relative_error([full], [y]) > 1e-4
+
+
+def test_autocast_hands_no_weight_without_history_to_others():
+    net = chain(1, dropout=0.0)
+    x = images()
+    with torch.autocast("cpu", torch.bfloat16):
+        net(x)
+        net.save_memory = False
+        net(x).sum().backward()
+    assert net.blocks[0].f[0].weight.grad is not None
+
+
+def test_pure_bfloat16():
+    net = chain(3).bfloat16()
+    y, ours, _ = gradients(net, images().bfloat16())
+    twin = stored(net)
+    y_ref, reference, _ = gradients(twin, images().bfloat16())
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, y_ref)
+    assert relative_error(ours, reference) < 1e-2
+
+
+def test_exact_stream_at_50_blocks_with_bf16():
+    net = chain(50, channels=16, dropout=0.0)
+    x = torch.randn(4, 32, 12, 12)
+    with torch.autocast("cpu", torch.bfloat16):
+        exact = check_invertible(net, x)
+        net.exact = False
+        loose = check_invertible(net, x)
+    print(exact, loose, sep="\n")
+    assert exact.inversion_error == 0.0
+    assert exact.gradient_error < 1e-6
+    # Without the grid the same check fails: the test can fail.
+    assert loose.inversion_error > 0
+    assert loose.gradient_error > 1e-2
+
+
+def test_exact_stream_in_float32():
+    net = chain(50)
+    assert check_invertible(net, images()).inversion_error == 0.0
+    _, ours, _ = gradients(net, images())
+    _, reference, _ = gradients(stored(net), images())
+    assert relative_error(ours, reference) < 1e-5
+
+
+def test_rounding_moves_the_output_by_no_more_than_half_a_grid_step():
+    net = chain(1, dropout=0.0).eval()
+    x = images()
+    rounded = net(x)
+    net.exact = False
+    plain = net(x)
+    # x1, x2 and f(x2) are each rounded once before y1.
+    limit = 2 * 2.0**-13 * 1.01
+    assert (rounded[:, :4] - plain[:, :4]).abs().max() < limit + 1e-4
+    assert not torch.equal(rounded, plain)
+    assert torch.equal(rounded * 4096, (rounded * 4096).round())
+
+
+@pytest.mark.parametrize("scale, block", [(5000.0, 0), (3000.0, 1)])
+def test_leaving_the_grid_is_reported_before_any_gradient(scale, block):
+    net = ReversibleSequence(
+        [AdditiveCoupling(nn.Identity(), nn.Identity()) for _ in range(3)]
+    )
+    net.blocks[0].f = nn.Conv2d(4, 4, 1)
+    nn.init.zeros_(net.blocks[0].f.weight)
+    nn.init.zeros_(net.blocks[0].f.bias)
+    x = torch.zeros(2, 8, 3, 3)
+    x[:, :4] = scale / 2 if block else scale
+    x.requires_grad_()
+    y = net(x)
+    with pytest.raises(RuntimeError, match=f"blocks.{block} .*grid_bits=9"):
+        y.sum().backward()
+    assert x.grad is None
+    assert net.blocks[0].f.weight.grad is None
+    net.grid_bits = 7
+    net(x).sum().backward()
+    assert x.grad is not None
+
+
+def test_non_finite_values_pass_on_as_in_autograd():
+    net = chain(2, dropout=0.0)
+    x = images()
+    x[0, 0, 0, 0] = float("inf")
+    x.requires_grad_()
+    net(x).sum().backward()
+    assert not torch.isfinite(x.grad).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_fp16_with_grad_scaler_on_cuda():
+    net = chain(8, channels=16).cuda()
+    twin = stored(net)
+    x = images(channels=32).cuda()
+    for module in (net, twin):
+        torch.manual_seed(0)
+        torch.cuda.manual_seed(0)
+        scaler = torch.amp.GradScaler("cuda")
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.01)
+        with torch.autocast("cuda", torch.float16):
+            loss = module(x).square().mean()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+    ours = [p.grad for p in net.parameters()]
+    assert relative_error(ours, [p.grad for p in twin.parameters()]) < 1e-3
+
+
+# --- random numbers ----------------------------------------------------------
+
+
+def test_global_random_stream_is_that_of_plain_autograd():
+    draws = []
+    for module in (chain(3), stored(chain(3))):
+        torch.manual_seed(9)
+        y = module(images())
+        between = torch.rand(3)
+        y.sum().backward()
+        draws.append((between, torch.rand(3)))
+    assert torch.equal(draws[0][0], draws[1][0])
+    assert torch.equal(draws[0][1], draws[1][1])
+
+
+# --- memory and work ---------------------------------------------------------
+
+
+def saved_bytes(net, x):
+    """Bytes that autograd keeps, each storage once."""
+    storages = {}
+
+    def pack(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = (
+            tensor.untyped_storage().nbytes()
+        )
+        return tensor
+
+    known = {p.untyped_storage().data_ptr() for p in net.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = net(x)
+    kept = sum(n for p, n in storages.items() if p not in known)
+    return kept, y
+
+
+def test_saved_bytes_do_not_grow_with_depth():
+    x = images()
+    shallow, y = saved_bytes(chain(2), x)
+    deep, _ = saved_bytes(chain(32), x)
+    assert deep == shallow == y.untyped_storage().nbytes()
+    plain, _ = saved_bytes(stored(chain(32)), x)
+    assert plain > 50 * deep
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_peak_of_forward_and_backward_does_not_grow_with_depth(autocast):
+    def activations(depth, save_memory):
+        memory = training_step_memory(
+            lambda: chain(depth, save_memory=save_memory),
+            (16, 8, 64, 64),
+            autocast=autocast,
+        )
+        return memory.activation_bytes
+
+    shallow, deep = activations(2, True), activations(32, True)
+    # Of a coupling only two scalars (how far its streams reach) remain.
+    assert deep < 1.02 * shallow
+    assert activations(32, False) > 5 * deep
+
+
+def test_peak_is_two_states_and_the_working_set_of_one_function():
+    """State and its gradient, and what f itself stores: nothing else."""
+    shape = (16, 8, 64, 64)
+    state = 4 * 16 * 8 * 64 * 64
+    memory = training_step_memory(lambda: chain(8, dropout=0.0), shape)
+    # Input, output and its gradient belong to the caller: 3 states. Ours: 2.
+    # f stores conv, norm and ReLU outputs of half a state each (4 tensors),
+    # and needs gradients of two of them at once; 1 state of slack.
+    assert memory.activation_bytes < (3 + 2 + 3 + 1) * state
+
+
+class Counted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 1)
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.conv(x)
+
+
+def test_exactly_one_extra_forward_of_each_f_and_g():
+    net = ReversibleSequence(
+        [AdditiveCoupling(Counted(), Counted()) for _ in range(3)]
+    )
+    y = net(images())
+    halves = [half for block in net.blocks for half in (block.f, block.g)]
+    assert [half.calls for half in halves] == [1] * 6
+    y.sum().backward()
+    assert [half.calls for half in halves] == [2] * 6
+
+
+def test_graph_is_freed_after_backward():
+    net = chain(2)
+    y = net(images())
+    node = weakref.ref(y)
+    y.sum().backward()
+    del y
+    assert node() is None
+
+
+def test_channels_last_is_kept_inside():
+    layouts = []
+
+    class Look(nn.Module):
+        def forward(self, x):
+            layouts.append(x.is_contiguous(memory_format=torch.channels_last))
+            return torch.tanh(x)
+
+    net = ReversibleSequence([AdditiveCoupling(Look(), Look())])
+    x = images().to(memory_format=torch.channels_last).requires_grad_()
+    net(x).sum().backward()
+    assert layouts == [True] * 4
+
+
+# --- inverse -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 8, 8), (2, 8, 7, 5), (1, 8, 1, 9)])
+def test_inverse_with_down_sampling(shape):
+    torch.manual_seed(0)
+    net = ReversibleSequence(
+        [
+            AdditiveCoupling(body(4), body(4)),
+            SpaceToDepth(2),
+            AdditiveCoupling(body(16), body(16)),
+            SpaceToDepth((2, 1)),
+            AdditiveCoupling(body(32), body(32)),
+        ]
+    ).eval()
+    x = torch.randn(shape)
+    back = net.inverse(net(x), input_shape=shape)
+    # x itself lies beside the grid.
+    assert (back - x).abs().max() <= 2.0**-13
+    again = net.inverse(net(back), input_shape=shape)
+    assert torch.equal(again, back)
+
+
+def test_inverse_counts_nothing_in_training_mode():
+    net = chain(2, dropout=0.0)
+    x = images()
+    y = net(x)
+    before = copy.deepcopy(net.state_dict())
+    net.inverse(y)
+    for key, value in net.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+def test_inverse_errors():
+    net = chain(2, dropout=0.5)
+    y = net(images())
+    with pytest.raises(RuntimeError, match=r"blocks\.1 drew random numbers"):
+        net.inverse(y)
+    with pytest.raises(ValueError, match=r"blocks\.0 \(Conv2d\)"):
+        mixed_chain().inverse(y)
+    down = ReversibleSequence([SpaceToDepth(2)])
+    with pytest.raises(ValueError, match=r"\(1, 2, 9, 9\)"):
+        down.inverse(torch.zeros(1, 8, 2, 2), input_shape=(1, 2, 9, 9))
+
+
+# --- errors ------------------------------------------------------------------
+
+
+def test_bad_input():
+    net = chain(1)
+    with pytest.raises(ValueError, match=r"\(2, 7, 4, 4\).*even"):
+        net(torch.zeros(2, 7, 4, 4))
+    with pytest.raises(TypeError, match="int64"):
+        net(torch.zeros(2, 8, 4, 4, dtype=torch.int64))
+    with pytest.raises(TypeError, match="list"):
+        net([1, 2])
+    with pytest.raises(ValueError, match="no blocks"):
+        ReversibleSequence([])
+    with pytest.raises(ValueError, match="grid_bits"):
+        chain(1, grid_bits=24)
+
+
+@pytest.mark.parametrize("save_memory", [True, False])
+def test_functions_that_do_not_fit(save_memory):
+    def sequence(f):
+        return ReversibleSequence(
+            [AdditiveCoupling(f, nn.Identity())], save_memory=save_memory
+        )
+
+    with pytest.raises(ValueError, match=r"blocks\.0\.f changed the shape"):
+        sequence(nn.Conv2d(4, 4, 3))(images())
+    with pytest.raises(ValueError, match=r"blocks\.0\.f changed the shape"):
+        sequence(nn.Conv2d(4, 1, 1))(images())  # would broadcast
+
+    class Pair(nn.Module):
+        def forward(self, x):
+            return x, x
+
+    with pytest.raises(TypeError, match=r"blocks\.0\.f returned tuple"):
+        sequence(Pair())(images())
+
+
+def test_double_backward_names_the_cause():
+    net = chain(1)
+    x = images().requires_grad_()
+    with pytest.raises(RuntimeError, match="double backward.*save_memory"):
+        torch.autograd.grad(net(x).sum(), x, create_graph=True)
+    # The remedy works.
+    net.save_memory = False
+    torch.autograd.grad(net(x).sum(), x, create_graph=True)
+
+
+def test_changes_between_forward_and_backward_are_found():
+    net = chain(2)
+    y = net(images())
+    with torch.no_grad():
+        net.blocks[1].g[0].bias.add_(1)
+    with pytest.raises(RuntimeError, match=r"blocks\.1\.g\.0\.bias was"):
+        y.sum().backward()
+    y = net(images())
+    net.eval()
+    with pytest.raises(RuntimeError, match="mode of the forward pass"):
+        y.sum().backward()
+    assert all(p.grad is None for p in net.parameters())
+
+
+# --- check_invertible --------------------------------------------------------
+
+
+class Nondeterministic(nn.Module):
+    """Not a random number that a generator could repeat."""
+
+    calls = 0
+
+    def forward(self, x):
+        type(self).calls += 1
+        return x * (1 + 0.1 * type(self).calls)
+
+
+def test_check_invertible_names_the_block_that_does_not_repeat():
+    net = chain(3, dropout=0.0)
+    net.blocks[1].g = Nondeterministic()
+    report = check_invertible(net, images())
+    assert report.blocks["blocks.2"] == 0.0
+    assert report.blocks["blocks.1"] > 1e-3
+    assert report.gradient_error > 1e-3
+    assert "gradient error" in str(report)
+
+
+def test_check_invertible_leaves_everything_as_it_was():
+    outer = nn.Sequential(nn.Conv2d(8, 8, 1), chain(2))
+    before = copy.deepcopy(outer.state_dict())
+    x = images()
+    state = torch.get_rng_state()
+    report = check_invertible(outer, x)
+    assert report.inversion_error == 0.0
+    assert set(report.blocks) == {"1.blocks.0", "1.blocks.1"}
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None for p in outer.parameters())
+    for key, value in outer.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+def test_check_invertible_needs_a_reversible_sequence():
+    with pytest.raises(ValueError, match="Conv2d holds no Reversible"):
+        check_invertible(nn.Conv2d(1, 1, 1), images(channels=1))
