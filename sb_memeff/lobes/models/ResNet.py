@@ -17,7 +17,7 @@ from sb_memeff.lobes.presets import Presets
 from sb_memeff.nnet.padding import padding_masks
 from sb_memeff.nnet.pooling import TemporalStatisticsPooling
 
-__all__ = ["BasicBlock", "Bottleneck", "ResNet"]
+__all__ = ["BasicBlock", "Bottleneck", "Embedding", "ResNet"]
 
 
 def conv3x3(in_channels, out_channels, stride=1):
@@ -175,6 +175,49 @@ class Bottleneck(_ResidualBlock):
         return self.join(x, self.bn3(self.conv3(y)), padding)
 
 
+class Embedding(nn.Module):
+    """From pooled statistics to the embedding.
+
+    Normalised before and after, as in SpeechBrain's ResNet: an additive
+    margin needs centred embeddings, and without it the first thousand steps
+    teach little else. Not affine, so it has the published parameters.
+
+    Arguments
+    ---------
+    in_neurons : int
+        Number of statistics.
+    lin_neurons : int
+        Size of the embedding.
+
+    Example
+    -------
+    >>> import torch
+    >>> Embedding(20, 8)(torch.rand(4, 20)).shape
+    torch.Size([4, 8])
+    """
+
+    def __init__(self, in_neurons, lin_neurons):
+        super().__init__()
+        self.norm_stats = nn.BatchNorm1d(in_neurons, affine=False)
+        self.fc_embed = nn.Linear(in_neurons, lin_neurons)
+        self.norm_embed = nn.BatchNorm1d(lin_neurons, affine=False)
+
+    def forward(self, x):
+        """Computes the embedding.
+
+        Arguments
+        ---------
+        x : torch.Tensor
+            Statistics [N, in_neurons].
+
+        Returns
+        -------
+        torch.Tensor
+            Embeddings [N, lin_neurons].
+        """
+        return self.norm_embed(self.fc_embed(self.norm_stats(x)))
+
+
 BLOCKS = {"basic": BasicBlock, "bottleneck": Bottleneck}
 
 
@@ -290,7 +333,7 @@ class ResNet(Presets, nn.Module):
             self.stages.append(blocks)
         self.pooling = TemporalStatisticsPooling()
         bands = math.ceil(input_size / math.prod(strides))
-        self.fc_embed = nn.Linear(2 * width * bands, lin_neurons)
+        self.embedding = Embedding(2 * width * bands, lin_neurons)
         initialise(self)
 
     def forward(self, x, lengths=None):
@@ -319,7 +362,7 @@ class ResNet(Presets, nn.Module):
             for block in blocks:
                 x = block(x, masks[stage + 1], before)
                 before = masks[stage + 1]
-        return self.fc_embed(self.pooling(x, masks[-1]))
+        return self.embedding(self.pooling(x, masks[-1]))
 
 
 def check_stages(block, channels, block_sizes, strides):

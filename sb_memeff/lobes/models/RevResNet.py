@@ -23,6 +23,7 @@ import math
 from torch import nn
 
 from sb_memeff.lobes.models.ResNet import (
+    Embedding,
     check_stages,
     conv1x1,
     conv3x3,
@@ -555,7 +556,7 @@ class RevResNet(Presets, nn.Module):
         self.trunk = ReversibleSequence(blocks, save_memory=save_memory)
         bands = math.ceil(input_size / math.prod(strides))
         pooled = 2 * (pool_channels or channels[-1]) * bands
-        self.fc_embed = nn.Linear(pooled, lin_neurons)
+        self.embedding = Embedding(pooled, lin_neurons)
         initialise(self)
 
     @property
@@ -583,7 +584,7 @@ class RevResNet(Presets, nn.Module):
             Embeddings [N, lin_neurons].
         """
         masks = padding_masks(lengths, x, [1, *self.strides])
-        return self.fc_embed(self.trunk(x, masks))
+        return self.embedding(self.trunk(x, masks))
 
 
 def scale_widths(widths, base_channels):

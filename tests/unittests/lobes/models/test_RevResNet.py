@@ -34,9 +34,7 @@ def batch(dtype=torch.float32):
 
 @pytest.mark.parametrize("downsampling", KINDS)
 @pytest.mark.parametrize("name", RevResNet.PRESETS)
-def test_parameters_within_5_percent_of_the_vanilla_network(
-    name, downsampling
-):
+def test_parameters_within_5_percent_of_the_vanilla_network(name, downsampling):
     with torch.device("meta"):
         vanilla = ResNet.from_preset(name.replace("Rev", "Res"))
         ours = RevResNet.from_preset(name, downsampling=downsampling)
@@ -79,9 +77,7 @@ def test_state_dict_after_a_step_is_that_of_the_stored_network(
     for key, value in twin.state_dict().items():
         ours = net.state_dict()[key]
         torch.testing.assert_close(ours, value, rtol=1e-9, atol=1e-12)
-    counts = {
-        int(v) for k, v in net.state_dict().items() if "num_batches" in k
-    }
+    counts = {int(v) for k, v in net.state_dict().items() if "num_batches" in k}
     assert counts == {1}
 
 
@@ -90,7 +86,7 @@ def test_state_dict_after_a_step_is_that_of_the_stored_network(
 def test_padding_changes_no_embedding(name, downsampling):
     net = small(name, downsampling).double()
     feats, lengths = batch(torch.float64)
-    net(feats)  # running statistics that matter
+    net(feats, lengths)  # running statistics that matter
     net.eval()
     together = net(feats, lengths)
     for row, n in enumerate((21, 13, 7)):
@@ -163,8 +159,8 @@ def test_from_yaml():
         """
     )
     assert hparams["modules"]["embedding_model"] is hparams["by_name"]
-    assert hparams["by_name"](torch.rand(1, 16, 80)).shape == (1, 256)
-    assert hparams["by_hand"](torch.rand(1, 16, 80)).shape == (1, 12)
+    assert hparams["by_name"](torch.rand(2, 16, 80)).shape == (2, 256)
+    assert hparams["by_hand"](torch.rand(2, 16, 80)).shape == (2, 12)
 
 
 def test_save_memory_is_one_switch():
