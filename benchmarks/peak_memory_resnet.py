@@ -13,51 +13,11 @@ Authors
 import argparse
 
 import torch
-from machine import write_results
-from torch.utils.checkpoint import checkpoint
+from common import networks, write_results
 
-from sb_memeff.lobes.models.ResNet import ResNet
-from sb_memeff.lobes.models.RevResNet import RevResNet
 from sb_memeff.utils.memory import training_step_memory
 
 DEPTHS = (34, 101, 152, 221, 293)
-
-
-class Checkpointed(torch.nn.Module):
-    """A residual block as a user would wrap it."""
-
-    def __init__(self, block):
-        super().__init__()
-        self.block = block
-
-    def forward(self, *args):
-        """Calls the block, to be computed again in backward."""
-        # Fake tensors draw no random numbers, and the blocks have no dropout.
-        return checkpoint(
-            self.block, *args, use_reentrant=False, preserve_rng_state=False
-        )
-
-
-def checkpointed_resnet(name):
-    """The vanilla preset with every residual block checkpointed."""
-    net = ResNet.from_preset(name)
-    for blocks in net.stages:
-        for i, block in enumerate(blocks):
-            blocks[i] = Checkpointed(block)
-    return net
-
-
-def networks(depth):
-    """The four networks of one depth, as functions that build them."""
-    vanilla, ours = f"ResNet{depth}", f"RevNet{depth}"
-    return {
-        "stored": lambda: ResNet.from_preset(vanilla),
-        "checkpoint": lambda: checkpointed_resnet(vanilla),
-        "type_1": lambda: RevResNet.from_preset(ours, downsampling="strided"),
-        "type_2": lambda: RevResNet.from_preset(
-            ours, downsampling="invertible"
-        ),
-    }
 
 
 def sgd(parameters):

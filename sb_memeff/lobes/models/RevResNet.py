@@ -57,6 +57,7 @@ class NormActConv(nn.Module):
 
     Example
     -------
+    >>> import torch
     >>> NormActConv(4, conv3x3(4, 8), nn.ReLU)(torch.rand(1, 4, 6, 6)).shape
     torch.Size([1, 8, 6, 6])
     """
@@ -110,6 +111,7 @@ class ResidualBody(nn.Module):
 
     Example
     -------
+    >>> import torch
     >>> body = ResidualBody("bottleneck", 8, 4, 8)
     >>> body(torch.rand(1, 8, 20, 10)).shape
     torch.Size([1, 8, 20, 10])
@@ -179,6 +181,7 @@ class Stem(nn.Module):
 
     Example
     -------
+    >>> import torch
     >>> Stem(8)(torch.rand(2, 50, 80)).shape
     torch.Size([2, 8, 50, 80])
     """
@@ -233,6 +236,7 @@ class StridedCoupling(nn.Module):
 
     Example
     -------
+    >>> import torch
     >>> transition = StridedCoupling("basic", 4, 8, 8, stride=2)
     >>> y1, y2 = transition((torch.rand(1, 4, 20, 10),) * 2)
     >>> y1.shape
@@ -308,6 +312,7 @@ class PooledStatistics(nn.Module):
 
     Example
     -------
+    >>> import torch
     >>> PooledStatistics(8, 4)(torch.rand(2, 8, 20, 10)).shape
     torch.Size([2, 80])
     """
@@ -411,6 +416,7 @@ class RevResNet(Presets, nn.Module):
 
     Example
     -------
+    >>> import torch
     >>> net = RevResNet.from_preset("RevNet34", base_channels=4)
     >>> net(torch.rand(2, 40, 80), lengths=torch.tensor([1.0, 0.5])).shape
     torch.Size([2, 256])

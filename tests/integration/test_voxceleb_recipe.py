@@ -1,0 +1,586 @@
+"""The VoxCeleb recipe, run as a user runs it, on eight synthetic voices.
+
+The debug flags of tests/recipes/VoxCeleb.csv are for the corpus that
+
+    python tests/integration/test_voxceleb_recipe.py data/tiny_voxceleb
+
+writes.
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+import csv
+import doctest
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import speechbrain as sb
+import torch
+import yaml
+from hyperpyyaml import load_hyperpyyaml
+from speechbrain.utils.checkpoints import (
+    Checkpointer,
+    mark_as_saver,
+    register_checkpoint_hooks,
+)
+from speechbrain.utils.metric_stats import EER, minDCF
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = ROOT / "recipes" / "VoxCeleb" / "SpeakerRec"
+sys.path.insert(0, str(RECIPE))
+
+import speaker_verification_cosine as verification  # noqa: E402
+import train_speaker_embeddings as training  # noqa: E402
+import voxceleb_prepare  # noqa: E402
+
+RATE = 16000
+SPEAKERS = 8
+TEST_SPEAKERS = 2
+UTTERANCES = 5
+NETWORK = ["--base_channels=2", "--lin_neurons=16", "--n_mels=24"]
+FAST = [*NETWORK, "--num_workers=0", "--sentence_len=0.5", "--device=cpu"]
+
+
+def voice(rng, pitch, formants, seconds):
+    """A buzz at a pitch through resonances, in syllables."""
+    time_axis = np.arange(int(seconds * RATE)) / RATE
+    pitch = pitch * (
+        1 + 0.05 * np.sin(2 * np.pi * rng.uniform(2, 4) * time_axis)
+    )
+    phase = 2 * np.pi * np.cumsum(pitch) / RATE
+    samples = np.zeros_like(time_axis)
+    for harmonic in range(1, 25):
+        frequency = harmonic * pitch.mean()
+        gain = sum(
+            1 / (1 + ((frequency - formant) / 120) ** 2)
+            for formant in formants * rng.uniform(0.95, 1.05)
+        )
+        samples += gain * np.sin(harmonic * phase)
+    samples *= 0.3 + 0.7 * (np.sin(2 * np.pi * 3 * time_axis) > -0.5)
+    samples += 0.01 * rng.standard_normal(len(samples))
+    return (0.3 * samples / np.abs(samples).max()).astype("float32")
+
+
+def make_corpus(folder):
+    """Writes a corpus in the layout of VoxCeleb, noises and echoes too."""
+    rng = np.random.default_rng(1)
+    tests = []
+    for speaker in range(SPEAKERS):
+        pitch = 90 + 20 * speaker
+        formants = rng.uniform([300, 900, 2200], [800, 1900, 3200])
+        for utterance in range(UTTERANCES):
+            name = f"id{speaker:05d}/session{utterance % 2}/{utterance:05d}.wav"
+            path = folder / "wav" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            seconds = rng.uniform(2, 3)
+            soundfile.write(path, voice(rng, pitch, formants, seconds), RATE)
+            if speaker >= SPEAKERS - TEST_SPEAKERS:
+                tests.append(name)
+    with open(folder / "veri_test2.txt", "w", encoding="utf-8") as f:
+        for a, b in itertools.combinations(tests, 2):
+            f.write(f"{int(a.split('/')[0] == b.split('/')[0])} {a} {b}\n")
+    for kind in ("noise", "rir"):
+        (folder / kind).mkdir()
+    for n in range(3):
+        noise = 0.1 * rng.standard_normal(RATE)
+        soundfile.write(folder / "noise" / f"{n}.wav", noise, RATE)
+        echo = rng.standard_normal(800) * np.exp(-np.arange(800) / 100)
+        echo[0] = 5
+        soundfile.write(folder / "rir" / f"{n}.wav", echo / 8, RATE)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A working folder with the corpus where the csv's flags say it is."""
+    place = tmp_path_factory.mktemp("voxceleb")
+    make_corpus(place / "data" / "tiny_voxceleb")
+    return place
+
+
+def command(script, hparams, *flags):
+    return [
+        sys.executable,
+        str(RECIPE / script),
+        str(RECIPE / "hparams" / hparams),
+        *map(str, flags),
+    ]
+
+
+def run(place, script, hparams, *flags, fails=False):
+    """Runs a script of the recipe; gives what it printed."""
+    done = subprocess.run(
+        command(script, hparams, *flags),
+        cwd=place,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    assert (done.returncode != 0) == fails, done.stdout[-3000:]
+    return done.stdout
+
+
+def environment():
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+
+def table():
+    with open(ROOT / "tests" / "recipes" / "VoxCeleb.csv", newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def steps_of(train_log):
+    return [int(n) for n in re.findall(r"steps: (\d+)", train_log)]
+
+
+def test_every_yaml_file_is_in_the_table():
+    listed = {row["Hparam_file"] for row in table()}
+    there = {
+        str(path.relative_to(ROOT)) for path in RECIPE.glob("hparams/*.yaml")
+    }
+    assert listed == there
+    for row in table():
+        for column in ("Script_file", "Data_prep_file", "Readme_file"):
+            assert (ROOT / row[column]).is_file()
+
+
+def test_every_key_is_used():
+    """SpeechBrain's own consistency rule."""
+    options = sb.utils.run_opts.RunOptions.__dataclass_fields__
+    for row in table():
+        script = (ROOT / row["Script_file"]).read_text()
+        script = script.replace(
+            'f"data_folder_{kind}"', '"data_folder_noise" "data_folder_rir"'
+        )
+        script = script.replace(
+            'f"{kind}_annotation"', '"noise_annotation" "rir_annotation"'
+        )
+        script = script.replace(
+            """f"{kind.upper()}_DATASET_URL\"""",
+            '"NOISE_DATASET_URL" "RIR_DATASET_URL"',
+        )
+        text = (ROOT / row["Hparam_file"]).read_text()
+        for key in re.findall(r"^(\w+):(?!.*!apply)", text, re.MULTILINE):
+            assert (
+                key in options
+                or f"<{key}>" in text
+                or f'"{key}"' in script
+                or f"hparams.{key}" in script
+                or f"modules.{key}" in script
+            ), f"{row['Hparam_file']}: {key}"
+
+
+@pytest.fixture(scope="module")
+def runs(place):
+    """Every line of the table, run with its flags."""
+    outputs = {}
+    for row in table():
+        hparams = Path(row["Hparam_file"]).name
+        folder = place / "results" / hparams
+        text = run(
+            place,
+            Path(row["Script_file"]).name,
+            hparams,
+            *row["test_debug_flags"].split(),
+            "--device=cpu",
+            f"--output_folder={folder}",
+        )
+        outputs[hparams] = (row, folder, text)
+    return outputs
+
+
+@pytest.mark.parametrize("kind", ["resnet", "revnet"])
+def test_debug_flags(runs, kind):
+    for task in ("train", "verification"):
+        row, folder, _ = runs[f"{task}_{kind}.yaml"]
+        checks = re.fullmatch(r"file_exists=\[(.*)\]", row["test_debug_checks"])
+        for name in checks[1].split(","):
+            assert (folder / name).is_file(), name
+    _, folder, _ = runs[f"train_{kind}.yaml"]
+    log = (folder / "train_log.txt").read_text()
+    losses = [float(x) for x in re.findall(r"train loss: ([\d.e+-]+)", log)]
+    steps = steps_of(log)
+    assert len(losses) == 2 and losses[1] < losses[0]
+    assert steps[0] > 0 and steps[1] == 2 * steps[0]
+    with open(folder / "save" / "train.csv", newline="") as f:
+        speakers = {row["spk_id"] for row in csv.DictReader(f)}
+    assert len(speakers) == SPEAKERS - TEST_SPEAKERS
+
+
+@pytest.mark.parametrize("kind", ["resnet", "revnet"])
+def test_untrained_verification(runs, kind):
+    _, folder, text = runs[f"verification_{kind}.yaml"]
+    assert "THE NETWORK IS UNTRAINED" in text
+    results = json.loads((folder / "results.json").read_text())
+    pairs = UTTERANCES * TEST_SPEAKERS
+    assert results["trials"] == pairs * (pairs - 1) // 2
+    assert results["utterances"] == pairs
+    assert results["model"] is None
+    assert f"EER(%)={results['eer']:.2f}" in text
+    scores = (folder / "scores.txt").read_text().splitlines()
+    assert len(scores) == results["trials"]
+
+
+def test_trained_verification_with_score_norm(place, runs):
+    _, trained, _ = runs["train_revnet.yaml"]
+    folder = place / "results" / "normed"
+    run(
+        place,
+        "speaker_verification_cosine.py",
+        "verification_revnet.yaml",
+        *FAST,
+        "--data_folder=data/tiny_voxceleb",
+        f"--pretrain_path={trained / 'save'}",
+        f"--output_folder={folder}",
+        "--score_norm=s-norm",
+        "--n_train_snts=30",
+        "--cohort_size=20",
+    )
+    results = json.loads((folder / "results.json").read_text())
+    checkpoint = Path(results["model"]).parent
+    rates = [
+        yaml.safe_load(path.read_text())["ErrorRate"]
+        for path in trained.glob("save/CKPT*/CKPT.yaml")
+    ]
+    chosen = yaml.safe_load((checkpoint / "CKPT.yaml").read_text())
+    assert chosen["ErrorRate"] == min(rates)
+    plain = runs["verification_revnet.yaml"][1] / "scores.txt"
+    assert plain.read_text() != (folder / "scores.txt").read_text()
+
+
+def test_killed_run_continues(place):
+    """SIGKILL within an epoch, then the same command again."""
+    folder = place / "results" / "killed"
+    data = place / "data" / "tiny_voxceleb"
+    arguments = command(
+        "train_speaker_embeddings.py",
+        "train_revnet.yaml",
+        *FAST,
+        f"--data_folder={data}",
+        f"--data_folder_noise={data / 'noise'}",
+        f"--data_folder_rir={data / 'rir'}",
+        f"--output_folder={folder}",
+        "--out_n_neurons=6",
+        "--number_of_epochs=2",
+        "--warmup_epochs=1",
+        "--batch_size=2",
+        "--ckpt_interval_minutes=0",
+        "--ckpt_interval_steps=3",
+    )
+    killed = subprocess.Popen(
+        arguments,
+        cwd=place,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.time() + 200
+    while not list(folder.glob("save/CKPT*/CKPT.yaml")):
+        assert killed.poll() is None and time.time() < deadline
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert not (folder / "train_log.txt").exists(), "killed too late"
+    (folder / "save" / "partial-CKPT+left-over").mkdir()
+
+    text = run(
+        place, Path(arguments[1]).name, Path(arguments[2]).name, *arguments[3:]
+    )
+    resumed = re.search(
+        r"Resumed: 0 epochs finished, (\d+) batches .* and (\d+) optimizer",
+        text,
+    )
+    assert resumed and resumed[1] == resumed[2]
+    done = int(resumed[1])
+    assert done >= 3 and done % 3 == 0
+    with open(folder / "save" / "train.csv", newline="") as f:
+        per_epoch = (len(f.readlines()) - 1) // 2
+    assert done < per_epoch
+    log = (folder / "train_log.txt").read_text()
+    assert re.findall(r"epoch: (\d+)", log) == ["1", "2"]
+    assert steps_of(log) == [per_epoch, 2 * per_epoch]
+    # The schedule went on too: this is its last rate.
+    rate = float(re.findall(r"lr: ([\d.e+-]+)", log)[-1])
+    expected = 0.1 * 0.0005 ** ((per_epoch - 1) / per_epoch)
+    assert rate == pytest.approx(expected, rel=0.01)
+    assert not list(folder.glob("save/partial-*"))
+
+
+@register_checkpoint_hooks
+class DiesWhileSaving:
+    """A recoverable that stands for a power cut."""
+
+    dies = False
+
+    @mark_as_saver
+    def save(self, path):
+        """Writes, or dies."""
+        if self.dies:
+            raise KeyboardInterrupt
+        Path(path).write_text("complete")
+
+
+def test_half_written_checkpoint_is_none(tmp_path):
+    found = {}
+    for kind in (training.AtomicCheckpointer, Checkpointer):
+        folder = tmp_path / kind.__name__
+        dies = DiesWhileSaving()
+        checkpointer = kind(folder, {"net": torch.nn.Linear(1, 1), "d": dies})
+        good = checkpointer.save_checkpoint(name="good")
+        dies.dies = True
+        with pytest.raises(KeyboardInterrupt):
+            checkpointer.save_checkpoint(name="bad")
+        found[kind] = checkpointer.find_checkpoint().path.name
+        assert good.paramfiles["net"].is_file()
+    assert found[training.AtomicCheckpointer] == "CKPT+good"
+    # AtomicCheckpointer can go when SpeechBrain's finds the good one.
+    assert found[Checkpointer] == "CKPT+bad"
+
+
+def load(place, hparams, *overrides):
+    """The loaded yaml file of a training run, with data prepared."""
+    arguments = command(
+        "train_speaker_embeddings.py",
+        hparams,
+        *FAST,
+        f"--data_folder={place / 'data' / 'tiny_voxceleb'}",
+        f"--output_folder={place / 'results' / 'loaded'}",
+        *overrides,
+    )
+    path, run_opts, text = sb.parse_arguments(arguments[2:])
+    with open(path, encoding="utf-8") as f:
+        return load_hyperpyyaml(f, text), run_opts
+
+
+def test_both_networks_get_the_same_data(place):
+    """The same crops in the same order, however the networks draw."""
+    batches = []
+    for hparams_file in ("train_resnet.yaml", "train_revnet.yaml"):
+        hparams, run_opts = load(place, hparams_file, "--out_n_neurons=6")
+        training.prepare_data(hparams)
+        train_data, _, _ = training.dataio_prep(hparams)
+        brain = training.SpeakerBrain(
+            hparams["modules"], hparams["opt_class"], hparams, run_opts
+        )
+        loader = brain.make_dataloader(
+            train_data, sb.Stage.TRAIN, batch_size=4, shuffle=True
+        )
+        brain.on_stage_start(sb.Stage.TRAIN, 1)
+        batches.append(next(iter(loader)))
+    assert batches[0].id == batches[1].id
+    assert torch.equal(batches[0].sig.data, batches[1].sig.data)
+    brain.on_stage_start(sb.Stage.TRAIN, 2)
+    other = next(iter(loader))
+    assert not torch.equal(batches[0].sig.data, other.sig.data)
+
+
+def test_schedule_follows_the_data(place):
+    hparams, _ = load(
+        place,
+        "train_resnet.yaml",
+        "--number_of_epochs=4",
+        "--warmup_epochs=1",
+        "--lr=0.5",
+    )
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=9.0)
+    annealing = training.schedule(hparams, 11, 2)
+    rates = []
+    for _ in range(21):
+        annealing(optimizer)
+        rates.append(optimizer.param_groups[0]["lr"])
+    # 11 batches are 5 steps of 2: 5 of warm-up, 15 of decay.
+    assert rates[0] == 0 and rates[4] == pytest.approx(0.4)
+    assert max(rates) == rates[5] == 0.5
+    assert rates[20] == pytest.approx(0.5 * hparams["decay_factor"])
+    with pytest.raises(ValueError, match="1 full batches, too few"):
+        training.schedule(hparams, 1, 2)
+
+
+def test_augmentation_keeps_the_batch(place):
+    """As many utterances come out; noise and echo only if named."""
+    data = place / "data" / "tiny_voxceleb"
+    plain, _ = load(place, "train_revnet.yaml")
+    kinds = [
+        type(a).__name__ for a in plain["wav_augment"].augmentations.values()
+    ]
+    assert kinds == ["DropFreq", "DropChunk"]
+    full, _ = load(
+        place,
+        "train_revnet.yaml",
+        f"--data_folder_noise={data / 'noise'}",
+        f"--data_folder_rir={data / 'rir'}",
+    )
+    training.prepare_data(full)
+    augment = full["wav_augment"]
+    assert len(augment.augmentations) == 4
+    wavs, lens = torch.rand(3, 8000), torch.tensor([1.0, 1.0, 0.5])
+    unchanged = 0
+    for seed in range(12):
+        sb.utils.seed.seed_everything(seed, verbose=False)
+        out, out_lens = augment(wavs, lens)
+        assert out.shape == wavs.shape and torch.equal(out_lens, lens)
+        unchanged += torch.equal(out, wavs)
+    assert 0 < unchanged < 12
+
+
+def test_output_folder_of_other_data(place):
+    hparams, _ = load(place, "train_resnet.yaml")
+    training.prepare_data(hparams)
+    path = Path(hparams["save_folder"]) / "label_encoder.txt"
+    other = sb.dataio.encoder.CategoricalEncoder()
+    other.update_from_iterable(["nobody"], sequence_input=False)
+    other.save(path)
+    with pytest.raises(ValueError, match="does not know the speaker id00000"):
+        training.dataio_prep(hparams)
+    path.unlink()
+
+
+def test_too_few_outputs():
+    with pytest.raises(ValueError, match="has 6 speakers.*out_n_neurons is 5"):
+        training.check_speakers(6, 5)
+    training.check_speakers(6, 6)
+
+
+def test_missing_data_is_one_sentence_and_writes_nothing(place):
+    folder = place / "results" / "never"
+    text = run(
+        place,
+        "train_speaker_embeddings.py",
+        "train_resnet.yaml",
+        *FAST,
+        "--data_folder=/no/such",
+        f"--output_folder={folder}",
+        fails=True,
+    )
+    assert text.splitlines()[-1].startswith(
+        "FileNotFoundError: There is no folder /no/such/wav: set data_folder"
+    )
+    assert not [p for p in folder.rglob("*") if p.is_file()]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "sentence"),
+    [
+        (
+            ["--verification_file=/no/list.txt"],
+            FileNotFoundError,
+            "no list of trials /no/list.txt",
+        ),
+        (
+            ["--skip_prep=True", "--train_annotation=/no/train.csv"],
+            FileNotFoundError,
+            "no /no/train.csv",
+        ),
+        (
+            ["--number_of_epochs=2"],
+            ValueError,
+            "warmup_epochs=2 must be less than number_of_epochs=2",
+        ),
+    ],
+)
+def test_training_errors(place, overrides, error, sentence):
+    hparams, _ = load(place, "train_resnet.yaml", *overrides)
+    with pytest.raises(error, match=sentence):
+        training.check_data(hparams)
+
+
+def test_list_may_be_absent_if_the_user_says_so(place):
+    hparams, _ = load(place, "train_resnet.yaml", "--verification_file=null")
+    training.check_data(hparams)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "sentence"),
+    [
+        ({"score_norm": "x-norm"}, ValueError, "s-norm or null, got 'x-norm'"),
+        ({"pretrain_path": "/no/save"}, FileNotFoundError, "in /no/save: set"),
+    ],
+)
+def test_verification_errors(place, change, error, sentence):
+    data = place / "data" / "tiny_voxceleb"
+    params = {
+        "data_folder": str(data),
+        "verification_file": str(data / "veri_test2.txt"),
+        "save_folder": "unused",
+        "score_norm": None,
+        "pretrain_path": None,
+    }
+    verification.check_params(params)
+    with pytest.raises(error, match=sentence):
+        verification.check_params({**params, **change})
+
+
+def test_weights_of_another_network(tmp_path):
+    path = tmp_path / "embedding_model.ckpt"
+    torch.save(torch.nn.Linear(2, 3).state_dict(), path)
+    assert verification.find_weights(tmp_path) == path
+    verification.load_weights(torch.nn.Linear(2, 3), path)
+    with pytest.raises(ValueError, match="does not fit the network"):
+        verification.load_weights(torch.nn.Linear(2, 4), path)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_error_rates_are_speechbrain_s(seed):
+    torch.manual_seed(seed)
+    positive, negative = torch.randn(60) + 1, torch.randn(300)
+    if seed % 2:  # ties
+        positive, negative = (
+            positive.round(decimals=1),
+            negative.round(decimals=1),
+        )
+    eer, min_dcf = verification.error_rates(positive, negative)
+    assert eer == pytest.approx(EER(positive, negative)[0], abs=1e-6)
+    assert min_dcf == pytest.approx(minDCF(positive, negative)[0], abs=1e-7)
+
+
+def test_score_norm_is_that_of_a_loop():
+    torch.manual_seed(0)
+    normalize = torch.nn.functional.normalize
+    embeddings = normalize(torch.randn(6, 8), dim=1)
+    cohort = normalize(torch.randn(20, 8), dim=1)
+    enrol, test = torch.tensor([0, 1, 2]), torch.tensor([3, 4, 5])
+    statistics = verification.cohort_statistics(embeddings, cohort, 7)
+    cosine = torch.nn.CosineSimilarity(dim=-1)
+    for norm in (None, *verification.SCORE_NORMS):
+        scores = verification.score_trials(
+            embeddings, enrol, test, norm, statistics
+        )
+        for n in range(3):
+            a, b = embeddings[enrol[n]], embeddings[test[n]]
+            score = cosine(a, b)
+            parts = {}
+            for key, x in (("z", a), ("t", b)):
+                best = cosine(x[None], cohort).sort().values[-7:]
+                parts[key] = (score - best.mean()) / best.std()
+            expected = {
+                None: score,
+                "z-norm": parts["z"],
+                "t-norm": parts["t"],
+                "s-norm": (parts["z"] + parts["t"]) / 2,
+            }[norm]
+            assert scores[n] == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("module", [verification, voxceleb_prepare])
+def test_examples(module):
+    """The recipe's files lie outside what pytest collects doctests from."""
+    result = doctest.testmod(module, optionflags=doctest.ELLIPSIS)
+    assert result.attempted and not result.failed
+
+
+if __name__ == "__main__":
+    make_corpus(Path(sys.argv[1]))
