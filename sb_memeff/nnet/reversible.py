@@ -26,7 +26,6 @@ Authors
  * The sb_memeff authors 2026
 """
 
-import contextlib
 import copy
 import math
 from dataclasses import dataclass
@@ -35,9 +34,15 @@ from functools import partial
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from sb_memeff.nnet.arithmetic import (
+    Arithmetic,
+    RecordingArithmetic,
+    ReplayingArithmetic,
+    UndoingArithmetic,
+    listed,
+)
 from sb_memeff.nnet.coupling import (
     AdditiveCoupling,
     Invertible,
@@ -210,7 +215,7 @@ class ReversibleSequence(nn.Module):
                     f"({type(block).__name__}) is not invertible."
                 )
         with torch.no_grad(), without_trace(self):
-            run = self._arithmetic(_Arithmetic, y.dtype, y.device, args, kwargs)
+            run = self._arithmetic(Arithmetic, y.dtype, y.device, args, kwargs)
             y1, y2 = halves(y.to(run.stream_dtype))
             shapes = self._stream_shapes(y1.shape, input_shape)
             recorder = Recorder(y.device)
@@ -258,7 +263,7 @@ class ReversibleSequence(nn.Module):
         return kind(self, inner, bits, args, kwargs)
 
     def _forward_stored(self, x, args, kwargs):
-        run = self._arithmetic(_Arithmetic, x.dtype, x.device, args, kwargs)
+        run = self._arithmetic(Arithmetic, x.dtype, x.device, args, kwargs)
         state = x
         for block in self.blocks:
             if isinstance(block, Invertible):
@@ -266,252 +271,6 @@ class ReversibleSequence(nn.Module):
             else:
                 state = run.call(block, state)
         return run.leave(state)
-
-
-class _RoundToGrid(torch.autograd.Function):
-    """Rounds to multiples of 2**-bits; the gradient passes unchanged."""
-
-    @staticmethod
-    def forward(ctx, x, bits):
-        return _round_to_grid(x, bits)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad, None
-
-
-def _round_to_grid(x, bits):
-    # Scaling by a power of two is exact; only round() rounds.
-    return (x * 2.0**bits).round_().mul_(2.0**-bits)
-
-
-class _Arithmetic:
-    """How the maths of the blocks is carried out: dtypes, grid, arguments.
-
-    The state between two blocks is a tensor (outside) or two streams in
-    ``stream_dtype``, on the grid (inside). This class is plain and
-    differentiable; its subclasses record and replay.
-    """
-
-    add = staticmethod(torch.add)
-
-    def __init__(self, owner, inner_dtype, bits, args, kwargs):
-        self.owner = owner
-        self.inner_dtype = inner_dtype
-        self.stream_dtype = torch.promote_types(inner_dtype, torch.float32)
-        self.bits = bits
-        self.args = args
-        self.kwargs = kwargs
-
-    def __call__(self, module, stream):
-        """The increment of a coupling: module(stream), on the grid."""
-        value = self.evaluate(module, stream.to(self.inner_dtype))
-        self.check_increment(module, value, stream)
-        return self.on_grid(value.to(self.stream_dtype))
-
-    def call(self, module, state):
-        """The state after a module that is not invertible."""
-        result = self.evaluate(module, self.given(module, state))
-        if isinstance(result, torch.Tensor):
-            return result
-        return self.enter(result)
-
-    def evaluate(self, module, value):
-        return module(value, *self.args, **self.kwargs)
-
-    def given(self, module, state):
-        """The state in the form in which a non-invertible module takes it."""
-        if getattr(module, "takes_streams", False):
-            return tuple(s.to(self.inner_dtype) for s in self.streams(state))
-        return self.leave(state)
-
-    def streams(self, state):
-        """The state as two streams."""
-        if isinstance(state, torch.Tensor):
-            return self.enter(halves(state))
-        return state
-
-    def enter(self, streams):
-        return tuple(self.on_grid(s.to(self.stream_dtype)) for s in streams)
-
-    def leave(self, state):
-        """The state as one tensor."""
-        if isinstance(state, torch.Tensor):
-            return state
-        return torch.cat(state, dim=1).to(self.inner_dtype)
-
-    def on_grid(self, x):
-        if self.bits is None:
-            return x
-        if torch.is_grad_enabled() and x.requires_grad:
-            return _RoundToGrid.apply(x, self.bits)
-        return _round_to_grid(x, self.bits)
-
-    def name(self, module):
-        """Where a module stands in the sequence, for messages."""
-        for name, candidate in self.owner.named_modules():
-            if candidate is module:
-                return name
-        return type(module).__name__
-
-    def check_increment(self, module, value, stream):
-        if not isinstance(value, torch.Tensor):
-            raise TypeError(
-                f"{self.name(module)} returned {type(value).__name__}; "
-                f"inside a coupling it must return one tensor."
-            )
-        if value.shape != stream.shape:
-            raise ValueError(
-                f"{self.name(module)} changed the shape of its stream from "
-                f"{tuple(stream.shape)} to {tuple(value.shape)}; inside a "
-                f"coupling it must keep it (same padding, stride 1)."
-            )
-
-
-class _Recording(_Arithmetic):
-    """The forward pass without gradients: in place, noting what replay needs."""
-
-    def start(self, recorder, watch):
-        self.recorder = recorder
-        self.watch = watch and self.bits is not None
-        self.notes = []
-        self.reach = []
-
-    def evaluate(self, module, value):
-        result, note = self.recorder.record(
-            module, value, *self.args, **self.kwargs
-        )
-        self.notes.append(note)
-        return result
-
-    def add(self, a, b):
-        return a.add_(b)
-
-    def enter(self, streams):
-        if self.bits is None:
-            # What is changed in place from here on must be nobody else's.
-            return tuple(s.to(self.stream_dtype, copy=True) for s in streams)
-        return super().enter(streams)
-
-    def take_notes(self):
-        notes, self.notes = self.notes, []
-        return notes
-
-    def look(self, index, streams):
-        """Notes how far the streams reach. Read once, in backward: no sync."""
-        if self.watch:
-            for stream in streams:
-                self.reach.append((index, *stream.aminmax()))
-
-
-class _Replaying(_Arithmetic):
-    """The backward pass: every module once more, with gradients.
-
-    Modules see leaves that share memory with their parameters instead of the
-    parameters: autograd would call a parameter's hooks here and then again
-    when the Function returns its gradient.
-    """
-
-    def start(self, recorder, leaves, extras):
-        self.recorder = recorder
-        self.leaves = leaves
-        self.extras = extras
-        self.notes = []
-        self.gradients = {}
-
-    def __call__(self, module, stream):
-        """The increment, and a function that pulls its gradient back."""
-        stream = stream.detach().requires_grad_()
-        with torch.enable_grad():
-            value = self.evaluate(module, stream.to(self.inner_dtype))
-        increment = self.on_grid(value.detach().to(self.stream_dtype))
-        # From here on only the graph of the value is needed, not its storage.
-        graph = _graph([value])
-
-        def pull(gradient):
-            return self.pull(module, graph, [gradient], [stream])[0]
-
-        return increment, pull
-
-    def rerun(self, module, state, gradient, needs_gradient):
-        """The gradient of the state before a module that is not invertible."""
-        inputs = [
-            s.detach().requires_grad_(needs_gradient) for s in _listed(state)
-        ]
-        with torch.enable_grad():
-            one = isinstance(state, torch.Tensor)
-            result = self.call(module, inputs[0] if one else tuple(inputs))
-        graph = _graph(_listed(result))
-        del result
-        found = self.pull(module, graph, _listed(gradient), inputs)
-        return found[0] if one else tuple(found)
-
-    def evaluate(self, module, value):
-        with (
-            self.recorder.replay(module, self.notes.pop()),
-            _parameters_replaced(module, self.leaves),
-        ):
-            return super().evaluate(module, value)
-
-    def pull(self, module, graph, gradients, inputs):
-        """Gradients of the inputs; those of the parameters are collected."""
-        keys = {id(p) for p in module.parameters()} | self.extras
-        keys = [key for key in self.leaves if key in keys]
-        wanted = [x for x in inputs if x.requires_grad]
-        gradients = [
-            g.to(dtype)
-            for g, (edge, dtype) in zip(gradients, graph, strict=True)
-            if edge is not None
-        ]
-        edges = [edge for edge, _ in graph if edge is not None]
-        leaves = [self.leaves[key] for key in keys]
-        found = [None] * (len(wanted) + len(keys))
-        if edges and found:
-            found = torch.autograd.grad(
-                edges, wanted + leaves, gradients, allow_unused=True
-            )
-        for key, gradient in zip(keys, found[len(wanted) :], strict=True):
-            if gradient is not None:
-                known = self.gradients.get(key)
-                self.gradients[key] = (
-                    gradient if known is None else known + gradient
-                )
-        found = iter(found[: len(wanted)])
-        return [
-            _zeros_if_none(next(found), x) if x.requires_grad else None
-            for x in inputs
-        ]
-
-
-def _listed(state):
-    return [state] if isinstance(state, torch.Tensor) else list(state)
-
-
-def _graph(values):
-    return [
-        (get_gradient_edge(v) if v.requires_grad else None, v.dtype)
-        for v in values
-    ]
-
-
-def _zeros_if_none(gradient, like):
-    return torch.zeros_like(like) if gradient is None else gradient
-
-
-@contextlib.contextmanager
-def _parameters_replaced(module, leaves):
-    replaced = []
-    for part in module.modules():
-        for name, parameter in part._parameters.items():
-            if id(parameter) in leaves:
-                replaced.append((part._parameters, name, parameter))
-    for where, name, parameter in replaced:
-        where[name] = leaves[id(parameter)]
-    try:
-        yield
-    finally:
-        for where, name, parameter in replaced:
-            where[name] = parameter
 
 
 class _SaveMemory(torch.autograd.Function):
@@ -528,7 +287,9 @@ class _SaveMemory(torch.autograd.Function):
         # Fake tensors draw no random numbers and hold no values to look at.
         real = not isinstance(x, FakeTensor)
         recorder = Recorder(x.device, follow_random=real)
-        run = sequence._arithmetic(_Recording, x.dtype, x.device, args, kwargs)
+        run = sequence._arithmetic(
+            RecordingArithmetic, x.dtype, x.device, args, kwargs
+        )
         run.start(recorder, watch=real)
         tape = []
         saved = []
@@ -545,7 +306,7 @@ class _SaveMemory(torch.autograd.Function):
                     run.look(index, state)
                     tape.append((_UNDO, block, shape, run.take_notes()))
                 else:
-                    before = _listed(state)
+                    before = listed(state)
                     saved += before
                     state = run.call(block, state)
                     tape.append((_RERUN, block, len(before), run.take_notes()))
@@ -640,7 +401,9 @@ def _prepare_replay(ctx, extras):
     for weight in ctx.weights:
         keys.append(id(weight))
         leaves[id(weight)] = weight.detach().requires_grad_()
-    run = _Replaying(ctx.sequence, *ctx.arithmetic, *tree_unflatten(flat, spec))
+    run = ReplayingArithmetic(
+        ctx.sequence, *ctx.arithmetic, *tree_unflatten(flat, spec)
+    )
     run.start(ctx.recorder, leaves, extra_keys)
     return run, keys
 
@@ -826,14 +589,6 @@ def _gradients(module, x, args, kwargs, save_memory):
     }
 
 
-class _Undoing(_Arithmetic):
-    """Replays without gradients, to walk back with the inverse alone."""
-
-    def evaluate(self, module, value):
-        with self.recorder.replay(module, self.notes.pop()):
-            return super().evaluate(module, value)
-
-
 def _inversion_errors(module, x, args, kwargs):
     """By block: how far the stream rebuilt from the end is from the true one."""
     errors = {}
@@ -855,7 +610,7 @@ def _inversion_errors(module, x, args, kwargs):
 
 def _walk_and_return(sequence, x, *args, **kwargs):
     recorder = Recorder(x.device)
-    kinds = (_Recording, _Undoing)
+    kinds = (RecordingArithmetic, UndoingArithmetic)
     there, back = (
         sequence._arithmetic(kind, x.dtype, x.device, args, kwargs)
         for kind in kinds
