@@ -277,11 +277,13 @@ def verify(corpus, output, checkpoints):
     return json.loads((output / "results.json").read_text(encoding="utf-8"))
 
 
-def list_networks(base_channels):
+def list_networks(depth, base_channels):
     """The networks that are compared.
 
     Arguments
     ---------
+    depth : int
+        Their depth, as in the names of the presets.
     base_channels : int
         Their width.
 
@@ -295,15 +297,17 @@ def list_networks(base_channels):
 
     def reversible(downsampling):
         return lambda: RevResNet.from_preset(
-            PRESET, base_channels=base_channels, downsampling=downsampling
+            f"RevNet{depth}",
+            base_channels=base_channels,
+            downsampling=downsampling,
         )
 
     return {
-        "ResNet34": lambda: ResNet.from_preset(
-            "ResNet34", base_channels=base_channels
+        f"ResNet{depth}": lambda: ResNet.from_preset(
+            f"ResNet{depth}", base_channels=base_channels
         ),
-        "RevNet34 Type I": reversible("strided"),
-        "RevNet34 Type II": reversible("invertible"),
+        f"RevNet{depth} Type I": reversible("strided"),
+        f"RevNet{depth} Type II": reversible("invertible"),
     }
 
 
@@ -358,17 +362,19 @@ def compare():
     from sb_memeff.utils.memory import training_step_memory
 
     rows = []
-    for base_channels, shape, measure_time in (
-        (BASE_CHANNELS, DEMO_SHAPE, True),
-        (FULL_CHANNELS, FULL_SHAPE, False),
+    for depth, base_channels, shape, measure_time in (
+        (34, BASE_CHANNELS, DEMO_SHAPE, True),
+        (34, FULL_CHANNELS, FULL_SHAPE, False),
+        (293, FULL_CHANNELS, FULL_SHAPE, False),
     ):
-        builders = list_networks(base_channels)
+        builders = list_networks(depth, base_channels)
         seconds = time_steps(builders, shape) if measure_time else {}
         for name, build in builders.items():
             memory = training_step_memory(build, shape)
             rows.append(
                 {
                     "network": name,
+                    "depth": depth,
                     "base_channels": base_channels,
                     "shape": list(shape),
                     "parameters": memory.parameters,
@@ -392,14 +398,14 @@ def print_table(rows):
     for row in rows:
         batch, frames, bands = row["shape"]
         size = (
-            f"width {row['base_channels']}, batch {batch} x {frames} frames "
-            f"x {bands} bands"
+            f"depth {row['depth']}, width {row['base_channels']}, "
+            f"batch {batch} x {frames} frames x {bands} bands"
         )
         if size != title:
             title, first = size, row
             print(
                 f"\n{size}\n{'network':<18}{'parameters':>12}"
-                f"{'kept for backward':>19}{'peak memory':>18}"
+                f"{'kept for backward':>19}{'peak memory':>20}"
                 f"{'s/step':>8}"
             )
         fewer = first["peak_bytes"] / row["peak_bytes"]
@@ -407,7 +413,7 @@ def print_table(rows):
         print(
             f"{row['network']:<18}{row['parameters'] / 1e6:>10.2f} M"
             f"{row['saved_bytes'] / 2**20:>15.1f} MiB"
-            f"{row['peak_bytes'] / 2**20:>9.0f} MiB {f'1/{fewer:.1f}':>4}"
+            f"{row['peak_bytes'] / 2**20:>9.0f} MiB {f'1/{fewer:.1f}':>6}"
             f"{seconds:>8}"
         )
     print(
