@@ -97,6 +97,11 @@ class BasicBlock(_ResidualBlock):
         self.conv2 = conv3x3(channels, channels)
         self.bn2 = nn.BatchNorm2d(channels)
 
+    @property
+    def last_norm(self):
+        """The normalisation just before the sum."""
+        return self.bn2
+
     def forward(self, x, padding=None, padding_in=None):
         """Runs the block.
 
@@ -150,6 +155,11 @@ class Bottleneck(_ResidualBlock):
         self.bn2 = nn.BatchNorm2d(channels)
         self.conv3 = conv1x1(channels, out_channels)
         self.bn3 = nn.BatchNorm2d(out_channels)
+
+    @property
+    def last_norm(self):
+        """The normalisation just before the sum."""
+        return self.bn3
 
     def forward(self, x, padding=None, padding_in=None):
         """Runs the block.
@@ -335,6 +345,10 @@ class ResNet(Presets, nn.Module):
         bands = math.ceil(input_size / math.prod(strides))
         self.embedding = Embedding(2 * width * bands, lin_neurons)
         initialise(self)
+        for blocks in self.stages:
+            for block in blocks:
+                # Each block begins as its shortcut (Goyal et al., 2017).
+                nn.init.zeros_(block.last_norm.weight)
 
     def forward(self, x, lengths=None):
         """Computes embeddings.
