@@ -564,11 +564,6 @@ class RevResNet(Presets, nn.Module):
         pooled = 2 * (pool_channels or channels[-1]) * bands
         self.embedding = Embedding(pooled, lin_neurons)
         initialise(self)
-        for part in self.modules():
-            if isinstance(part, ResidualBody):
-                # Each coupling begins as the identity, as each block of the
-                # vanilla network begins as its shortcut.
-                nn.init.zeros_(part.layers[-1].conv.weight)
 
     @property
     def save_memory(self):
