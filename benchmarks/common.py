@@ -8,12 +8,13 @@ import datetime
 import json
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
+import sb_memeff
 from sb_memeff.lobes.models.ResNet import ResNet
 from sb_memeff.lobes.models.RevResNet import RevResNet
 
@@ -36,17 +37,11 @@ def machine():
         "gpu": torch.cuda.get_device_name() if gpu else None,
         "python": platform.python_version(),
         **{
-            name: _version(name)
-            for name in ("torch", "speechbrain", "bitsandbytes", "sb_memeff")
+            name: version(name)
+            for name in ("torch", "speechbrain", "bitsandbytes")
         },
+        "sb_memeff": sb_memeff.__version__,
     }
-
-
-def _version(name):
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def write_results(script, results):
