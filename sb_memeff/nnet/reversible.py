@@ -334,11 +334,11 @@ class _SaveMemory(torch.autograd.Function):
         _refuse_double_backward()
         _check_fingerprint(ctx.fingerprint, ctx.sequence)
         _check_reach(ctx.reach, ctx.sequence)
+        # Without retain_graph what is popped below is freed when it is no
+        # longer needed, and may be overwritten.
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
         saved = list(ctx.saved_tensors)
-        if not keep:
-            # What is popped below is freed when it is no longer needed.
-            ctx.maybe_clear_saved_tensors()
+        ctx.maybe_clear_saved_tensors()
         extras, saved = saved[: len(ctx.places)], saved[len(ctx.places) :]
         run, keys = _prepare_replay(ctx, extras)
 
