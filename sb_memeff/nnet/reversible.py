@@ -172,7 +172,7 @@ class ReversibleSequence(nn.Module):
             return self._forward_stored(x, args, kwargs)
         flat, spec = tree_flatten((args, kwargs))
         extras = [a for a in flat if isinstance(a, torch.Tensor)]
-        weights = [p for p in self.parameters() if p.requires_grad]
+        weights = self._weights()
         if not any(t.requires_grad for t in (x, *extras, *weights)):
             return self._forward_stored(x, args, kwargs)
         return _SaveMemory.apply(self, (flat, spec), x, *extras, *weights)
@@ -252,6 +252,9 @@ class ReversibleSequence(nn.Module):
             )
         return shapes
 
+    def _weights(self):
+        return [p for p in self.parameters() if p.requires_grad]
+
     def _arithmetic(self, kind, dtype, device, args, kwargs):
         stream = torch.promote_types(dtype, torch.float32)
         bits = self.grid_bits
@@ -321,7 +324,6 @@ class _SaveMemory(torch.autograd.Function):
         ctx.sequence = sequence
         ctx.call = ([None if _is_tensor(a) else a for a in flat], spec)
         ctx.places = [i for i, a in enumerate(flat) if _is_tensor(a)]
-        ctx.weights = tensors[len(extras) :]
         ctx.recorder = recorder
         ctx.arithmetic = (run.inner_dtype, run.bits)
         ctx.tape = tape
@@ -398,7 +400,9 @@ def _prepare_replay(ctx, extras):
         if need:
             leaves[keys[-1]] = flat[place]
     extra_keys = set(leaves)
-    for weight in ctx.weights:
+    # The module's own, in the order in which they were given to apply: within
+    # another sequence those were stand-ins that are gone by now.
+    for weight in ctx.sequence._weights():
         keys.append(id(weight))
         leaves[id(weight)] = weight.detach().requires_grad_()
     run = ReplayingArithmetic(
@@ -418,7 +422,10 @@ def _refuse_double_backward():
 
 def _fingerprint(sequence):
     return (
-        [(id(p), p._version) for p in sequence.parameters()],
+        [
+            (p.untyped_storage()._cdata, p._version, p.requires_grad)
+            for p in sequence.parameters()
+        ],
         [m.training for m in sequence.modules()],
     )
 

@@ -172,6 +172,32 @@ def test_weights_shared_between_blocks_add_up():
     assert relative_error(ours, reference) < 1e-9
 
 
+class Inside(nn.Module):
+    """A module that holds a reversible sequence."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = chain(2)
+
+    def forward(self, x):
+        return self.net(x).relu()
+
+
+@pytest.mark.parametrize("coupled", [True, False])
+def test_a_sequence_inside_a_sequence(coupled):
+    block = Inside()
+    if coupled:
+        block = AdditiveCoupling(Inside(), Inside())
+    net = ReversibleSequence([block, block]).double()
+    x = images(channels=16 if coupled else 8, dtype=torch.float64)
+    twin = stored(net)
+    _, ours, _ = gradients(net, x)
+    _, reference, _ = gradients(twin, x)
+    assert [g is None for g in ours] == [g is None for g in reference]
+    assert relative_error(ours, reference) < 1e-9
+    assert_same_state(net, twin)
+
+
 def test_hooks_on_weights_run_once():
     net = chain(2)
     calls = []
@@ -731,6 +757,10 @@ def test_changes_between_forward_and_backward_are_found():
     with torch.no_grad():
         net.blocks[1].g[0].bias.add_(1)
     with pytest.raises(RuntimeError, match=r"blocks\.1\.g\.0\.bias was"):
+        y.sum().backward()
+    y = net(images())
+    net.blocks[0].f[0].weight.requires_grad_(False)
+    with pytest.raises(RuntimeError, match=r"blocks\.0\.f\.0\.weight was"):
         y.sum().backward()
     y = net(images())
     net.eval()
