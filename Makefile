@@ -49,7 +49,7 @@ lint: $(STAMP)
 
 test: lint
 	@cd $(ROOT) && OMP_NUM_THREADS=$(TEST_THREADS) MKL_NUM_THREADS=$(TEST_THREADS) \
-		CUBLAS_WORKSPACE_CONFIG=:4096:8 PATH="$(BIN):$$PATH" \
+		PATH="$(BIN):$$PATH" \
 		$(BIN)/python -m pytest -q -ra --durations=10 $(PYTEST)
 
 format: $(STAMP)

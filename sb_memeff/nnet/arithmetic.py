@@ -243,6 +243,10 @@ class ReplayingArithmetic(Arithmetic):
 class UndoingArithmetic(Arithmetic):
     """Replays without gradients, to walk back with the inverse alone."""
 
+    def start(self, recorder):
+        self.recorder = recorder
+        self.notes = []
+
     def evaluate(self, module, value):
         with self.recorder.replay(module, self.notes.pop()):
             return super().evaluate(module, value)

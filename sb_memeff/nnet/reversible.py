@@ -623,7 +623,7 @@ def _walk_and_return(sequence, x, *args, **kwargs):
         for kind in kinds
     )
     there.start(recorder, watch=False)
-    back.recorder = recorder
+    back.start(recorder)
     errors = []
     passed = []
 

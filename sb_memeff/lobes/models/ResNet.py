@@ -189,8 +189,8 @@ class Embedding(nn.Module):
     """From pooled statistics to the embedding.
 
     Normalised before and after, as in SpeechBrain's ResNet: an additive
-    margin needs centred embeddings, and without it the first thousand steps
-    teach little else. Not affine, so it has the published parameters.
+    margin wants centred embeddings. Not affine, so that the network has the
+    published number of parameters.
 
     Arguments
     ---------
