@@ -20,11 +20,33 @@ from pathlib import Path
 from common import write_results
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes/VoxCeleb/SpeakerRec"
-SYSTEMS = {
+NETWORKS = {
     "ResNet34": ("resnet", []),
-    "RevNet34_strided": ("revnet", ["--downsampling=strided"]),
-    "RevNet34_invertible": ("revnet", ["--downsampling=invertible"]),
+    "RevNet34 Type I": ("revnet", ["--downsampling=strided"]),
+    "RevNet34 Type II": ("revnet", ["--downsampling=invertible"]),
 }
+SGD = """
+    lr: !ref <lr>
+    momentum: 0.9
+    nesterov: True
+    weight_decay: 0.0001
+"""
+ADAM = """
+    lr: !ref <lr>
+    weight_decay: 0.000002
+"""
+# Class, settings in the yaml file, learning rate.
+OPTIMIZERS = {
+    "SGD": ("torch.optim.SGD", SGD, 0.1),
+    "SGD8bit": ("sb_memeff.optim.SGD8bit", SGD, 0.1),
+    "Adam": ("torch.optim.Adam", ADAM, 0.002),
+    "Adam8bit": ("sb_memeff.optim.Adam8bit", ADAM, 0.002),
+}
+SYSTEMS = [
+    (network, optimizer)
+    for network in ("ResNet34", "RevNet34 Type II")
+    for optimizer in OPTIMIZERS
+] + [("RevNet34 Type I", "SGD")]
 NETWORK = [
     "--base_channels=8",
     "--n_mels=40",
@@ -43,8 +65,105 @@ TRAINING = [
 
 def run(script, hparams, *flags):
     """Runs a script of the recipe."""
-    command = [sys.executable, script, f"hparams/{hparams}", *flags]
+    command = [sys.executable, script, str(hparams), *flags]
     subprocess.run(command, cwd=RECIPE, check=True)
+
+
+def with_optimizer(hparams, optimizer, folder):
+    """Writes the recipe's yaml file with another opt_class.
+
+    Arguments
+    ---------
+    hparams : str
+        Name of the yaml file.
+    optimizer : str
+        A key of OPTIMIZERS.
+    folder : Path
+        Where to write it.
+
+    Returns
+    -------
+    Path
+        The new file.
+    """
+    name, settings, _ = OPTIMIZERS[optimizer]
+    text = (RECIPE / "hparams" / hparams).read_text(encoding="utf-8")
+    text, found = re.subn(
+        r"(?m)^opt_class: .*\n(?:    .*\n)+",
+        f"opt_class: !name:{name}{settings}",
+        text,
+    )
+    assert found == 1, f"{hparams}: opt_class was found {found} times"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / hparams
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def measure(network, optimizer, seed, corpus, folder):
+    """Trains and verifies one system.
+
+    Arguments
+    ---------
+    network : str
+        A key of NETWORKS.
+    optimizer : str
+        A key of OPTIMIZERS.
+    seed : int
+        The recipe's seed.
+    corpus : Path
+        The corpus.
+    folder : Path
+        For all that is written.
+
+    Returns
+    -------
+    dict
+        A row of the result file.
+    """
+    kind, flags = NETWORKS[network]
+    rate = OPTIMIZERS[optimizer][2]
+    common = [
+        f"--data_folder={corpus}",
+        f"--verification_file={corpus / 'veri_test.txt'}",
+        f"--preset={network.split()[0]}",
+        f"--seed={seed}",
+        *flags,
+        *NETWORK,
+    ]
+    run(
+        "train_speaker_embeddings.py",
+        with_optimizer(f"train_{kind}.yaml", optimizer, folder),
+        *common,
+        *TRAINING,
+        f"--lr={rate}",
+        f"--output_folder={folder}",
+    )
+    log = (folder / "train_log.txt").read_text(encoding="utf-8")
+    row = {
+        "network": network,
+        "optimizer": optimizer,
+        "seed": seed,
+        "flags": [*flags, *NETWORK, *TRAINING, f"--lr={rate}"],
+        "last_train_loss": float(
+            re.findall(r"train loss: ([\d.e+-]+)", log)[-1]
+        ),
+        "steps": int(re.findall(r"steps: (\d+)", log)[-1]),
+    }
+    for state in ("untrained", "trained"):
+        weights = "null" if state == "untrained" else folder / "save"
+        results = folder / state / "results.json"
+        if not results.is_file():
+            run(
+                "speaker_verification_cosine.py",
+                f"hparams/verification_{kind}.yaml",
+                *common,
+                f"--output_folder={folder / state}",
+                f"--pretrain_path={weights}",
+            )
+        result = json.loads(results.read_text(encoding="utf-8"))
+        row[state] = {k: result[k] for k in ("eer", "min_dcf", "trials")}
+    return row
 
 
 def main():
@@ -52,51 +171,42 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("corpus", type=Path)
     parser.add_argument("output_folder", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1986])
+    parser.add_argument(
+        "--part",
+        default="0/1",
+        help="K/N trains every Nth system from K on, and writes no results",
+    )
     arguments = parser.parse_args()
-    corpus = arguments.corpus.resolve()
-    rows = []
-    for name, (kind, flags) in SYSTEMS.items():
-        folder = arguments.output_folder.resolve() / name
-        common = [
-            f"--data_folder={corpus}",
-            f"--verification_file={corpus / 'veri_test.txt'}",
-            f"--preset={name.split('_')[0]}",
-            *flags,
-            *NETWORK,
-        ]
-        run(
-            "train_speaker_embeddings.py",
-            f"train_{kind}.yaml",
-            *common,
-            *TRAINING,
-            f"--output_folder={folder}",
+    part, parts = map(int, arguments.part.split("/"))
+    jobs = [
+        (network, optimizer, seed)
+        for seed in arguments.seeds
+        for network, optimizer in SYSTEMS
+    ]
+    rows = [
+        measure(
+            network,
+            optimizer,
+            seed,
+            arguments.corpus.resolve(),
+            arguments.output_folder.resolve()
+            / f"{network} {optimizer} {seed}".replace(" ", "_"),
         )
-        log = (folder / "train_log.txt").read_text(encoding="utf-8")
-        row = {"system": name, "flags": [*flags, *NETWORK, *TRAINING]}
-        row["last_train_loss"] = float(
-            re.findall(r"train loss: ([\d.e+-]+)", log)[-1]
-        )
-        row["steps"] = int(re.findall(r"steps: (\d+)", log)[-1])
-        for state in ("untrained", "trained"):
-            weights = "null" if state == "untrained" else folder / "save"
-            run(
-                "speaker_verification_cosine.py",
-                f"verification_{kind}.yaml",
-                *common,
-                f"--output_folder={folder / state}",
-                f"--pretrain_path={weights}",
-            )
-            result = (folder / state / "results.json").read_text()
-            result = json.loads(result)
-            row[state] = {k: result[k] for k in ("eer", "min_dcf", "trials")}
-        rows.append(row)
-    print("| system | EER untrained | EER | minDCF | last training loss |")
-    print("|---|---|---|---|---|")
+        for network, optimizer, seed in jobs[part::parts]
+    ]
+    if parts > 1:
+        return
+    print(
+        "| network | optimizer | EER untrained | EER | minDCF "
+        "| last training loss |\n|---|---|---|---|---|---|"
+    )
     for row in rows:
         before, after = row["untrained"], row["trained"]
         print(
-            f"| {row['system']} | {before['eer']:.1f} % | {after['eer']:.2f} %"
-            f" | {after['min_dcf']:.3f} | {row['last_train_loss']:.2f} |"
+            f"| {row['network']} | {row['optimizer']} | {before['eer']:.1f} %"
+            f" | {after['eer']:.2f} % | {after['min_dcf']:.3f}"
+            f" | {row['last_train_loss']:.2f} |"
         )
     write_results(__file__, rows)
 

@@ -11,9 +11,7 @@ Authors
  * The sb_memeff authors 2026
 """
 
-import logging
 import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -21,12 +19,7 @@ import speechbrain as sb
 import torch
 from hyperpyyaml import load_hyperpyyaml
 from speechbrain.dataio import audio_io
-from speechbrain.utils.checkpoints import Checkpoint, Checkpointer
-from speechbrain.utils.distributed import (
-    ddp_barrier,
-    if_main_process,
-    run_on_main,
-)
+from speechbrain.utils.distributed import if_main_process, run_on_main
 from speechbrain.utils.logger import get_logger
 from voxceleb_prepare import (
     fetch_list,
@@ -36,63 +29,13 @@ from voxceleb_prepare import (
     wav_folders,
 )
 
+from sb_memeff.core import MemEffBrain
+
 logger = get_logger(__name__)
 
 
-class AtomicCheckpointer(Checkpointer):
-    """A Checkpointer whose checkpoints are complete or do not exist.
-
-    SpeechBrain's writes the file that makes a folder a checkpoint first: a
-    run killed while it saves leaves one that cannot be loaded, and never
-    starts again. Here the folder gets its name when everything is in it.
-    """
-
-    PARTIAL = "partial-"
-
-    def _new_checkpoint_dirpath(self):
-        return self._partial(super()._new_checkpoint_dirpath())
-
-    def _custom_checkpoint_dirpath(self, name):
-        return self._partial(super()._custom_checkpoint_dirpath(name))
-
-    def _partial(self, path):
-        for left in self.checkpoints_dir.glob(self.PARTIAL + "*"):
-            shutil.rmtree(left)
-        return path.with_name(self.PARTIAL + path.name)
-
-    def save_checkpoint(
-        self, meta={}, end_of_epoch=True, name=None, verbosity=logging.INFO
-    ):
-        """Saves a checkpoint; arguments as in Checkpointer."""
-        saved = super().save_checkpoint(
-            meta, end_of_epoch, name, verbosity=logging.DEBUG
-        )
-        # All processes have written their part.
-        ddp_barrier()
-        if saved is not None:
-            path = saved.path.with_name(
-                saved.path.name.removeprefix(self.PARTIAL)
-            )
-            os.replace(saved.path, path)
-            files = {k: path / f.name for k, f in saved.paramfiles.items()}
-            saved = Checkpoint(path, saved.meta, files)
-            logger.log(verbosity, f"Saved a checkpoint in {path}")
-        ddp_barrier()
-        return saved
-
-
-class SpeakerBrain(sb.core.Brain):
+class SpeakerBrain(MemEffBrain):
     """Speaker embeddings, trained by classifying the training speakers."""
-
-    def on_fit_start(self):
-        """Logs where the run stands after a checkpoint has been loaded."""
-        super().on_fit_start()
-        epoch = self.hparams.epoch_counter.current
-        if self.optimizer_step:
-            logger.info(
-                f"Resumed: {epoch} epochs finished, {self.step} batches of the "
-                f"current one and {self.optimizer_step} optimizer steps done."
-            )
 
     def compute_forward(self, batch, stage):
         """Cosines between embeddings and the speakers' prototypes."""
@@ -120,19 +63,9 @@ class SpeakerBrain(sb.core.Brain):
             self.lr_annealing(self.optimizer)
 
     def on_stage_start(self, stage, epoch=None):
-        """Begins an epoch with random numbers of its own.
-
-        They depend on the seed and the epoch alone: not on the network's
-        initialisation, and not on whether the run was interrupted between
-        epochs (the list of noises aside, in which AddNoise goes on). A run
-        that resumes within an epoch keeps what it has.
-        """
+        """Begins to count errors."""
         if stage != sb.Stage.TRAIN:
             self.error_metrics = self.hparams.error_stats()
-        elif self.step == 0:
-            sb.utils.seed.seed_everything(
-                self.hparams.seed + epoch, verbose=False
-            )
 
     def on_stage_end(self, stage, stage_loss, epoch=None):
         """Logs and saves at the end of an epoch."""
@@ -255,7 +188,6 @@ def dataio_prep(hparams):
         start, stop = int(start), int(stop)
         if random_chunk:
             frames = round(float(duration) * hparams["sample_rate"])
-            # torch's generator: each worker of a DataLoader has its own.
             start = int(torch.randint(max(frames - length, 0) + 1, ()))
             stop = min(start + length, frames)
         sig, _ = audio_io.load(wav, frame_offset=start, num_frames=stop - start)
@@ -376,23 +308,21 @@ def main(arguments):
         f"{len(valid_data)} for validation."
     )
 
-    checkpointer = AtomicCheckpointer(
-        hparams["checkpointer"].checkpoints_dir,
-        recoverables=hparams["checkpointer"].recoverables,
-    )
     brain = SpeakerBrain(
         modules=hparams["modules"],
         opt_class=hparams["opt_class"],
         hparams=hparams,
         run_opts=run_opts,
-        checkpointer=checkpointer,
+        checkpointer=hparams["checkpointer"],
     )
     options = hparams["dataloader_options"]
     train_loader = brain.make_dataloader(train_data, sb.Stage.TRAIN, **options)
     brain.lr_annealing = schedule(
         hparams, len(train_loader), brain.grad_accumulation_factor
     )
-    checkpointer.add_recoverable("lr_annealing", brain.lr_annealing)
+    brain.checkpointer.add_recoverable("lr_annealing", brain.lr_annealing)
+    # The same augmentation for every network: initialising it drew numbers.
+    sb.utils.seed.seed_everything(hparams["seed"], verbose=False)
     brain.fit(
         hparams["epoch_counter"],
         train_loader,

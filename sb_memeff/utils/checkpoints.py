@@ -1,0 +1,226 @@
+"""Checkpoints that survive a kill, and the random state as part of them.
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+import logging
+import os
+import random
+import shutil
+
+import numpy as np
+import torch
+from speechbrain.augment.time_domain import AddNoise
+from speechbrain.utils.checkpoints import (
+    Checkpoint,
+    Checkpointer,
+    mark_as_loader,
+    mark_as_saver,
+    register_checkpoint_hooks,
+)
+from speechbrain.utils.distributed import ddp_barrier, if_main_process
+from speechbrain.utils.logger import get_logger
+
+__all__ = ["AtomicCheckpointer", "NoisePosition", "RandomState"]
+
+logger = get_logger(__name__)
+
+
+class AtomicCheckpointer(Checkpointer):
+    """A Checkpointer whose checkpoints are complete or do not exist.
+
+    SpeechBrain's writes the file that makes a folder a checkpoint first: a
+    run killed while it saves leaves one that cannot be loaded, and never
+    starts again. Here the folder gets its name when everything is in it.
+
+    Example
+    -------
+    >>> tmpdir = getfixture("tmpdir")
+    >>> net = torch.nn.Linear(2, 2)
+    >>> checkpointer = AtomicCheckpointer(tmpdir, {"net": net})
+    >>> saved = checkpointer.save_checkpoint(name="first")
+    >>> checkpointer.recover_if_possible().path.name
+    'CKPT+first'
+    """
+
+    PARTIAL = "partial-"
+
+    def _new_checkpoint_dirpath(self):
+        return self._partial(super()._new_checkpoint_dirpath())
+
+    def _custom_checkpoint_dirpath(self, name):
+        return self._partial(super()._custom_checkpoint_dirpath(name))
+
+    def _partial(self, path):
+        for left in self.checkpoints_dir.glob(self.PARTIAL + "*"):
+            shutil.rmtree(left)
+        return path.with_name(self.PARTIAL + path.name)
+
+    def save_checkpoint(
+        self, meta={}, end_of_epoch=True, name=None, verbosity=logging.INFO
+    ):
+        """Saves a checkpoint; arguments as in Checkpointer."""
+        saved = super().save_checkpoint(
+            meta, end_of_epoch, name, verbosity=logging.DEBUG
+        )
+        # All processes have written their part.
+        ddp_barrier()
+        if saved is not None:
+            path = saved.path.with_name(
+                saved.path.name.removeprefix(self.PARTIAL)
+            )
+            os.replace(saved.path, path)
+            files = {k: path / f.name for k, f in saved.paramfiles.items()}
+            saved = Checkpoint(path, saved.meta, files)
+            logger.log(verbosity, f"Saved a checkpoint in {path}")
+        ddp_barrier()
+        return saved
+
+
+@register_checkpoint_hooks
+class RandomState:
+    """The random generators of Python, numpy and torch, to be recovered.
+
+    Of each process its own; on CUDA the current device's generator.
+
+    Example
+    -------
+    >>> tmpdir = getfixture("tmpdir")
+    >>> checkpointer = Checkpointer(tmpdir, {"random_state": RandomState()})
+    >>> saved = checkpointer.save_checkpoint()
+    >>> first = torch.rand(3)
+    >>> checkpointer.load_checkpoint(saved)
+    >>> torch.equal(first, torch.rand(3))
+    True
+    """
+
+    @mark_as_saver
+    def save(self, path):
+        """Saves the state of all processes.
+
+        Arguments
+        ---------
+        path : str or Path
+            Where to.
+        """
+        states = [_get_states()]
+        if _distributed():
+            states *= torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(states, states[0])
+        if if_main_process():
+            torch.save(states, path)
+
+    @mark_as_loader
+    def load(self, path, end_of_epoch):
+        """Loads the state of this process.
+
+        Arguments
+        ---------
+        path : str or Path
+            Where from.
+        end_of_epoch : bool
+            Not used.
+        """
+        states = torch.load(path, map_location="cpu")
+        rank, processes = 0, 1
+        if _distributed():
+            rank = torch.distributed.get_rank()
+            processes = torch.distributed.get_world_size()
+        if len(states) != processes:
+            logger.warning(
+                f"The checkpoint is of a run with {len(states)} processes, "
+                f"now there are {processes}: it goes on with other random "
+                "numbers."
+            )
+            return
+        _set_states(states[rank])
+
+
+@register_checkpoint_hooks
+class NoisePosition:
+    """Where AddNoise or AddReverb stands in its list of files.
+
+    Arguments
+    ---------
+    augmentation : AddNoise or AddReverb
+        With a csv file.
+    device : str or torch.device
+        Where the waveforms are.
+    """
+
+    def __init__(self, augmentation, device):
+        self.augmentation = augmentation
+        self.device = device
+
+    @mark_as_saver
+    def save(self, path):
+        """Saves the position.
+
+        Arguments
+        ---------
+        path : str or Path
+            Where to.
+        """
+        loader = getattr(self.augmentation, "data_loader", None)
+        position = None
+        if loader is not None:
+            iterator = loader._speechbrain_iterator
+            position = [loader.batch_size, iterator._num_yielded]
+        if if_main_process():
+            torch.save(position, path)
+
+    @mark_as_loader
+    def load(self, path, end_of_epoch):
+        """Goes to the position.
+
+        Arguments
+        ---------
+        path : str or Path
+            Where from.
+        end_of_epoch : bool
+            Not used.
+        """
+        position = torch.load(path)
+        if position is None:
+            return
+        batch_size, batches = position
+        # SpeechBrain makes the loader when it is first used, for batches of
+        # the size that it sees then.
+        if hasattr(self.augmentation, "data_loader"):
+            del self.augmentation.data_loader
+        waveforms = torch.ones(batch_size, 400, device=self.device)
+        if isinstance(self.augmentation, AddNoise):
+            self.augmentation(waveforms, waveforms.new_ones(batch_size))
+            iterator = "noise_data"
+        else:
+            self.augmentation(waveforms)
+            iterator = "rir_data"
+        loader = self.augmentation.data_loader
+        loader._speechbrain_recovery_skip_to = batches
+        setattr(self.augmentation, iterator, iter(loader))
+
+
+def _distributed():
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def _get_states():
+    kind, keys, *position = np.random.get_state()
+    states = {
+        "python": random.getstate(),
+        "numpy": [kind, keys.tolist(), *position],
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _set_states(states):
+    random.setstate(states["python"])
+    np.random.set_state(tuple(states["numpy"]))
+    torch.set_rng_state(states["torch"])
+    if torch.cuda.is_available() and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"])
