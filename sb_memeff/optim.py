@@ -191,7 +191,7 @@ class _States8bit(torch.optim.Optimizer):
 
     def _step_some(self, group, params):
         weights = [p.to(_state_dtype(p)) for p in params]
-        grads = [p.grad.to(w.dtype) for p, w in zip(params, weights)]
+        grads = [_laid_out_like(p, p.grad) for p in params]
         states = [self._unpack(p) for p in params]
         self._update(group, weights, grads, states)
         for p, weight, state in zip(params, weights, states):
@@ -547,8 +547,8 @@ def _state_dtype(p):
 
 
 def _laid_out_like(p, value):
-    # Channels_last parameters have channels_last states.
-    if p.is_contiguous():
+    # torch's fused functions do not look at the strides.
+    if value.stride() == p.stride():
         return value.to(p.device, _state_dtype(p))
     return torch.empty_like(p, dtype=_state_dtype(p)).copy_(value)
 

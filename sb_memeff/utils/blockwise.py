@@ -27,6 +27,11 @@ __all__ = ["BLOCK", "Codebook", "Quantized8bit"]
 BLOCK = 256
 # Values that are looked up at a time on the CPU: they stay in its cache.
 SLICE = 1 << 16
+# Signed or not. As numbers, so that a codebook can be made of fake tensors.
+VALUES = {
+    signed: bnb.create_dynamic_map(signed=signed).tolist()
+    for signed in (True, False)
+}
 
 
 @dataclass
@@ -76,7 +81,7 @@ class Codebook:
     """
 
     def __init__(self, signed, device):
-        values = bnb.create_dynamic_map(signed=signed)
+        values = torch.tensor(VALUES[signed])
         middles = (values[1:] + values[:-1]) / 2
         self.signed = signed
         self.values = values.to(device)
