@@ -4,6 +4,7 @@ Authors
  * The sb_memeff authors 2026
 """
 
+import functools
 import logging
 import os
 import random
@@ -25,6 +26,9 @@ from speechbrain.utils.logger import get_logger
 __all__ = ["AtomicCheckpointer", "NoisePosition", "RandomState"]
 
 logger = get_logger(__name__)
+on_every_process = functools.partial(
+    register_checkpoint_hooks, save_on_main_only=False
+)
 
 
 class AtomicCheckpointer(Checkpointer):
@@ -78,7 +82,7 @@ class AtomicCheckpointer(Checkpointer):
         return saved
 
 
-@register_checkpoint_hooks
+@on_every_process
 class RandomState:
     """The random generators of Python, numpy and torch, to be recovered.
 
@@ -104,12 +108,7 @@ class RandomState:
         path : str or Path
             Where to.
         """
-        states = [_get_states()]
-        if _distributed():
-            states *= torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(states, states[0])
-        if if_main_process():
-            torch.save(states, path)
+        _save_of_all(_get_states(), path)
 
     @mark_as_loader
     def load(self, path, end_of_epoch):
@@ -122,22 +121,12 @@ class RandomState:
         end_of_epoch : bool
             Not used.
         """
-        states = torch.load(path, map_location="cpu")
-        rank, processes = 0, 1
-        if _distributed():
-            rank = torch.distributed.get_rank()
-            processes = torch.distributed.get_world_size()
-        if len(states) != processes:
-            logger.warning(
-                f"The checkpoint is of a run with {len(states)} processes, "
-                f"now there are {processes}: it goes on with other random "
-                "numbers."
-            )
-            return
-        _set_states(states[rank])
+        states = _load_own(path)
+        if states is not None:
+            _set_states(states)
 
 
-@register_checkpoint_hooks
+@on_every_process
 class NoisePosition:
     """Where AddNoise or AddReverb stands in its list of files.
 
@@ -167,8 +156,7 @@ class NoisePosition:
         if loader is not None:
             iterator = loader._speechbrain_iterator
             position = [loader.batch_size, iterator._num_yielded]
-        if if_main_process():
-            torch.save(position, path)
+        _save_of_all(position, path)
 
     @mark_as_loader
     def load(self, path, end_of_epoch):
@@ -181,7 +169,7 @@ class NoisePosition:
         end_of_epoch : bool
             Not used.
         """
-        position = torch.load(path)
+        position = _load_own(path)
         if position is None:
             return
         batch_size, batches = position
@@ -204,6 +192,30 @@ class NoisePosition:
 def _distributed():
     distributed = torch.distributed
     return distributed.is_available() and distributed.is_initialized()
+
+
+def _save_of_all(value, path):
+    values = [value]
+    if _distributed():
+        values *= torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(values, value)
+    if if_main_process():
+        torch.save(values, path)
+
+
+def _load_own(path):
+    values = torch.load(path, map_location="cpu")
+    rank, processes = 0, 1
+    if _distributed():
+        rank = torch.distributed.get_rank()
+        processes = torch.distributed.get_world_size()
+    if len(values) != processes:
+        logger.warning(
+            f"{path} is of a run with {len(values)} processes, now there are "
+            f"{processes}: it goes on with other random numbers."
+        )
+        return None
+    return values[rank]
 
 
 def _get_states():

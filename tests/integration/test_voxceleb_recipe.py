@@ -29,11 +29,6 @@ import speechbrain as sb
 import torch
 import yaml
 from hyperpyyaml import load_hyperpyyaml
-from speechbrain.utils.checkpoints import (
-    Checkpointer,
-    mark_as_saver,
-    register_checkpoint_hooks,
-)
 from speechbrain.utils.metric_stats import EER, minDCF
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -262,23 +257,33 @@ def test_trained_verification_with_score_norm(place, runs):
 
 
 def test_killed_run_continues(place):
-    """SIGKILL within an epoch, then the same command again."""
-    folder = place / "results" / "killed"
+    """SIGKILL within an epoch, then the same command again.
+
+    Noise, echo, dropped frequencies and chunks, an 8-bit optimizer: the
+    weights are those of a run that was not interrupted, bit for bit.
+    """
+    folder, straight = (place / "results" / n for n in ("killed", "straight"))
     data = place / "data" / "tiny_voxceleb"
+    text = (RECIPE / "hparams" / "train_revnet.yaml").read_text()
+    assert "!name:torch.optim.SGD" in text
+    text = text.replace(
+        "!name:torch.optim.SGD", "!name:sb_memeff.optim.SGD8bit"
+    )
+    (place / "8bit.yaml").write_text(text)
     arguments = command(
         "train_speaker_embeddings.py",
-        "train_revnet.yaml",
+        place / "8bit.yaml",
         *FAST,
         f"--data_folder={data}",
         f"--data_folder_noise={data / 'noise'}",
         f"--data_folder_rir={data / 'rir'}",
-        f"--output_folder={folder}",
         "--out_n_neurons=6",
         "--number_of_epochs=2",
         "--warmup_epochs=1",
         "--batch_size=2",
         "--ckpt_interval_minutes=0",
         "--ckpt_interval_steps=3",
+        f"--output_folder={folder}",
     )
     killed = subprocess.Popen(
         arguments,
@@ -296,12 +301,10 @@ def test_killed_run_continues(place):
     assert not (folder / "train_log.txt").exists(), "killed too late"
     (folder / "save" / "partial-CKPT+left-over").mkdir()
 
-    text = run(
-        place, Path(arguments[1]).name, Path(arguments[2]).name, *arguments[3:]
-    )
+    script, hparams = Path(arguments[1]).name, arguments[2]
+    text = run(place, script, hparams, *arguments[3:])
     resumed = re.search(
-        r"Resumed: 0 epochs finished, (\d+) batches .* and (\d+) optimizer",
-        text,
+        r"Resumed: (\d+) batches of the epoch and (\d+) optimizer", text
     )
     assert resumed and resumed[1] == resumed[2]
     done = int(resumed[1])
@@ -318,36 +321,29 @@ def test_killed_run_continues(place):
     assert rate == pytest.approx(expected, rel=0.01)
     assert not list(folder.glob("save/partial-*"))
 
+    run(
+        place,
+        script,
+        hparams,
+        *arguments[3:],
+        f"--output_folder={straight}",
+        "--num_workers=1",
+    )
+    for name in ("embedding_model", "classifier"):
+        ours, theirs = (
+            torch.load(last_checkpoint(f) / f"{name}.ckpt")
+            for f in (folder, straight)
+        )
+        for key, value in theirs.items():
+            assert torch.equal(ours[key], value), key
 
-@register_checkpoint_hooks
-class DiesWhileSaving:
-    """A recoverable that stands for a power cut."""
 
-    dies = False
-
-    @mark_as_saver
-    def save(self, path):
-        """Writes, or dies."""
-        if self.dies:
-            raise KeyboardInterrupt
-        Path(path).write_text("complete")
-
-
-def test_half_written_checkpoint_is_none(tmp_path):
-    found = {}
-    for kind in (training.AtomicCheckpointer, Checkpointer):
-        folder = tmp_path / kind.__name__
-        dies = DiesWhileSaving()
-        checkpointer = kind(folder, {"net": torch.nn.Linear(1, 1), "d": dies})
-        good = checkpointer.save_checkpoint(name="good")
-        dies.dies = True
-        with pytest.raises(KeyboardInterrupt):
-            checkpointer.save_checkpoint(name="bad")
-        found[kind] = checkpointer.find_checkpoint().path.name
-        assert good.paramfiles["net"].is_file()
-    assert found[training.AtomicCheckpointer] == "CKPT+good"
-    # AtomicCheckpointer can go when SpeechBrain's finds the good one.
-    assert found[Checkpointer] == "CKPT+bad"
+def last_checkpoint(folder):
+    """Folder of the newest checkpoint."""
+    paths = folder.glob("save/CKPT*/CKPT.yaml")
+    return max(
+        paths, key=lambda p: yaml.safe_load(p.read_text())["unixtime"]
+    ).parent
 
 
 def load(place, hparams, *overrides):
@@ -378,11 +374,11 @@ def test_both_networks_get_the_same_data(place):
         loader = brain.make_dataloader(
             train_data, sb.Stage.TRAIN, batch_size=4, shuffle=True
         )
-        brain.on_stage_start(sb.Stage.TRAIN, 1)
+        loader.dataset.set_epoch(1)
         batches.append(next(iter(loader)))
     assert batches[0].id == batches[1].id
     assert torch.equal(batches[0].sig.data, batches[1].sig.data)
-    brain.on_stage_start(sb.Stage.TRAIN, 2)
+    loader.dataset.set_epoch(2)
     other = next(iter(loader))
     assert not torch.equal(batches[0].sig.data, other.sig.data)
 

@@ -1,0 +1,438 @@
+"""What MemEffBrain does differently, and that Brain still needs it.
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+import logging
+import os
+import random
+import signal
+
+import pytest
+import speechbrain as sb
+import torch
+import torch.multiprocessing as mp
+from speechbrain.dataio.dataset import DynamicItemDataset
+from speechbrain.dataio.sampler import DynamicBatchSampler
+from speechbrain.nnet.schedulers import NoamScheduler
+from speechbrain.utils.epoch_loop import EpochCounter
+from torch import nn
+
+from sb_memeff.core import MemEffBrain
+from sb_memeff.optim import Adam8bit, AdamW8bit, SGD8bit
+from sb_memeff.utils.blockwise import Quantized8bit
+from sb_memeff.utils.checkpoints import AtomicCheckpointer
+
+OPTIMIZERS = {
+    "SGD": (torch.optim.SGD, {"momentum": 0.9}),
+    "SGD8bit": (SGD8bit, {"momentum": 0.9, "nesterov": True}),
+    "Adam8bit": (Adam8bit, {"weight_decay": 0.01}),
+    "AdamW8bit": (AdamW8bit, {}),
+}
+BOTH = pytest.mark.parametrize("base", [MemEffBrain, sb.Brain])
+ITEMS = 40
+
+
+class Regression:
+    """Forward and loss for either Brain, with dropout and augmentation."""
+
+    stop_at = None
+    augment = True
+
+    def compute_forward(self, batch, stage):
+        """Predictions."""
+        x = batch.x.data
+        if stage == sb.Stage.TRAIN and self.augment:
+            x = x + 0.1 * torch.randn_like(x)
+        return self.modules.net(x)
+
+    def compute_objectives(self, predictions, batch, stage):
+        """Squared error."""
+        return nn.functional.mse_loss(predictions, batch.y.data)
+
+    def on_fit_batch_start(self, batch, should_step):
+        """Sets the learning rate."""
+        if should_step and getattr(self, "schedule", None):
+            self.schedule(self.optimizer)
+
+    def on_fit_batch_end(self, batch, outputs, loss, should_step):
+        """Kills the process, as the power does."""
+        if self.optimizer_step == self.stop_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def on_stage_end(self, stage, stage_loss, epoch=None):
+        """Saves at the end of an epoch."""
+        if stage == sb.Stage.VALID and self.checkpointer is not None:
+            self.checkpointer.save_and_keep_only(num_to_keep=1)
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(16, 256),
+        nn.BatchNorm1d(256),
+        nn.ReLU(),
+        nn.Dropout(0.3),
+        nn.Linear(256, 4),
+    )
+
+
+def dataset():
+    """A pipeline that crops at random, with Python's and torch's numbers."""
+    generator = torch.Generator().manual_seed(0)
+    data = {
+        str(n): {
+            "long": torch.randn(20, generator=generator),
+            "y": torch.randn(4, generator=generator),
+            "duration": 1 + n % 3,
+        }
+        for n in range(ITEMS)
+    }
+    items = DynamicItemDataset(data)
+
+    @sb.utils.data_pipeline.takes("long")
+    @sb.utils.data_pipeline.provides("x")
+    def crop(long):
+        start = random.randint(0, 2) + int(torch.randint(3, ()))
+        return long[start : start + 16]
+
+    items.add_dynamic_item(crop)
+    items.set_output_keys(["id", "x", "y"])
+    return items
+
+
+def brain(base=MemEffBrain, optimizer="SGD", folder=None, net=None, **run_opts):
+    kind, options = OPTIMIZERS[optimizer]
+    hparams = {"counter": EpochCounter(3), "schedule": NoamScheduler(0.01, 5)}
+    net = network() if net is None else net
+    checkpointer = None
+    if folder is not None:
+        checkpointer = AtomicCheckpointer(folder, {"net": net, **hparams})
+    made = type("Made", (Regression, base), {})(
+        {"net": net},
+        lambda params: kind(params, lr=0.01, **options),
+        hparams,
+        {"device": "cpu", "noprogressbar": True, **run_opts},
+        checkpointer,
+    )
+    made.schedule = hparams["schedule"]
+    return made
+
+
+def fit(made, workers=0, **options):
+    options = {"batch_size": 4, "shuffle": True, **options}
+    if workers:
+        # A process that the forkserver started would ask it for workers.
+        options["multiprocessing_context"] = "fork"
+    made.fit(
+        made.hparams.counter,
+        dataset(),
+        dataset(),
+        train_loader_kwargs={"num_workers": workers, **options},
+        valid_loader_kwargs={"batch_size": 20},
+    )
+    return [value.clone() for value in made.modules.state_dict().values()]
+
+
+def run(queue, arguments, stop_at, workers):
+    """One process: trains until it ends or is killed."""
+    torch.set_num_threads(1)
+    sb.utils.seed.seed_everything(7, verbose=False)
+    made = brain(**arguments)
+    made.stop_at = stop_at
+    queue.put([value.numpy() for value in fit(made, workers)])
+
+
+def in_new_process(arguments, stop_at=None, workers=0):
+    """Weights at the end; None if the process was killed."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["sb_memeff.core"])
+    queue = context.SimpleQueue()
+    process = context.Process(
+        target=run, args=(queue, arguments, stop_at, workers)
+    )
+    process.start()
+    if stop_at is not None:
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        return None
+    weights = queue.get()
+    process.join()
+    return weights
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_killed_five_times(optimizer, tmp_path):
+    """SIGKILL at random steps: bit-equal weights; batch norm's numbers too."""
+    workers = 1 if optimizer == "SGD8bit" else 0
+    arguments = {"optimizer": optimizer, "ckpt_interval_steps": 3}
+    straight = in_new_process(arguments)
+    stops = sorted(random.Random(optimizer).sample(range(1, 30), 5))
+    arguments["folder"] = str(tmp_path)
+    for stop in stops:
+        in_new_process(arguments, stop, workers)
+    resumed = in_new_process(arguments, workers=workers)
+    assert len(straight) == len(resumed)
+    for a, b in zip(straight, resumed):
+        assert (a == b).all()
+
+
+def fit_and_resume(base, folder, accumulation=1, every=3, **options):
+    """Largest difference of a run that was interrupted from one that was not.
+
+    The interruption is an exception in the middle of the second epoch.
+    """
+
+    class Interrupted(Exception):
+        pass
+
+    def stop(batch, outputs, loss, should_step):
+        if made.step == 7 and made.hparams.counter.current == 2:
+            raise Interrupted
+
+    found = []
+    for interrupted in (False, True):
+        sb.utils.seed.seed_everything(7, verbose=False)
+        arguments = {
+            "base": base,
+            "grad_accumulation_factor": accumulation,
+            "ckpt_interval_steps": every,
+            "folder": folder / str(interrupted),
+        }
+        made = brain(**arguments)
+        made.augment = options.get("augment", True)
+        if interrupted:
+            made.on_fit_batch_end = stop
+            with pytest.raises(Interrupted):
+                fit(made)
+            torch.manual_seed(1234)
+            made = brain(**arguments)
+            made.augment = options.get("augment", True)
+        found.append(fit(made))
+    return max(
+        (a - b).abs().max().item()
+        for a, b in zip(*found)
+        if a.is_floating_point()
+    )
+
+
+def test_brain_does_not_recover_random_numbers(tmp_path):
+    """RandomState can go when the second one is 0."""
+    assert fit_and_resume(MemEffBrain, tmp_path / "ours") == 0
+    assert fit_and_resume(sb.Brain, tmp_path / "theirs") > 1e-3
+
+
+def test_no_checkpoint_within_an_accumulation(tmp_path):
+    """_should_save_intra_epoch_ckpt can go when Brain gets it right."""
+    ours = fit_and_resume(MemEffBrain, tmp_path / "ours", 2, every=3)
+    assert ours == 0
+    saved = []
+    for base in (MemEffBrain, sb.Brain):
+        made = brain(
+            base,
+            folder=tmp_path / base.__name__,
+            grad_accumulation_factor=2,
+            ckpt_interval_steps=3,
+        )
+        made._save_intra_epoch_ckpt = lambda made=made: saved[-1].append(
+            made.step
+        )
+        saved.append([])
+        fit(made)
+    # Brain's come after three batches: the third is not in the weights yet.
+    assert saved == [[4, 8] * 3, [3, 6, 9] * 3]
+
+
+def groups_of(norm):
+    """Two parameters with large gradients, in groups of their own."""
+    parameters = [nn.Parameter(torch.zeros(4)) for _ in range(2)]
+    for p in parameters:
+        p.grad = torch.full((4,), norm)
+    return parameters
+
+
+@BOTH
+def test_clipping_covers_all_groups(base):
+    """optimizers_step can go when Brain clips the second group too."""
+    made = brain(base, max_grad_norm=5.0)
+    parameters = groups_of(100.0)
+    made.optimizer = torch.optim.SGD([{"params": [p]} for p in parameters], 1.0)
+    made.optimizers_dict = {"opt_class": made.optimizer}
+    made.optimizers_step()
+    steps = torch.stack([p.detach() for p in parameters])
+    if base is MemEffBrain:
+        assert steps.norm().item() == pytest.approx(5.0, rel=1e-3)
+    else:
+        assert steps[0].norm() < 5.01 and steps[1].norm() == 200.0
+    assert made.optimizer_step == 1
+    assert all(p.grad is None for p in parameters)
+
+
+@BOTH
+def test_negative_max_grad_norm_switches_clipping_off(base):
+    """optimizers_step can go when Brain does not go uphill."""
+    made = brain(base, max_grad_norm=-1.0)
+    parameters = groups_of(100.0)
+    made.optimizer = torch.optim.SGD(parameters, 1.0)
+    made.optimizers_dict = {"opt_class": made.optimizer}
+    made.optimizers_step()
+    descends = (parameters[0] == -100.0).all()
+    assert descends if base is MemEffBrain else (parameters[0] > 0).all()
+
+
+def test_max_grad_norm_0():
+    with pytest.raises(ValueError, match="max_grad_norm=0"):
+        brain(max_grad_norm=0)
+
+
+@BOTH
+def test_one_gradient_that_is_not_finite(base, caplog):
+    """check_gradients can go when Brain drops one gradient, not all."""
+    made = brain(base, skip_nonfinite_grads=True)
+    made.init_optimizers()
+    for p in made.modules.parameters():
+        p.grad = torch.ones_like(p)
+    before = [p.detach().clone() for p in made.modules.parameters()]
+    made.modules.net[0].bias.grad[3] = torch.nan
+    with caplog.at_level(logging.WARNING):
+        made.optimizers_step()
+    changed = [
+        not torch.equal(a, b) for a, b in zip(before, made.modules.parameters())
+    ]
+    if base is MemEffBrain:
+        assert changed == [True, False, True, True, True, True]
+        assert "gradient of net.0.bias is not finite" in caplog.text
+    else:
+        assert not any(changed)
+
+
+def test_optimizers_can_be_frozen():
+    made = brain()
+    made.init_optimizers()
+    made.freeze_optimizers = lambda optimizers: {}
+    for p in made.modules.parameters():
+        p.grad = torch.ones_like(p)
+    before = made.modules.net[0].weight.detach().clone()
+    made.optimizers_step()
+    assert torch.equal(before, made.modules.net[0].weight)
+
+
+@BOTH
+def test_optimizer_step_limit_of_the_command_line(base, tmp_path):
+    """int() can go when Brain's own works."""
+    _, run_opts, _ = sb.parse_arguments(["x.yaml", "--optimizer_step_limit=4"])
+    made = brain(base, optimizer_step_limit=run_opts["optimizer_step_limit"])
+    if base is sb.Brain:
+        with pytest.raises(TypeError, match="'int' and 'str'"):
+            fit(made)
+    else:
+        fit(made)
+        assert made.optimizer_step == 4
+
+
+@BOTH
+def test_8bit_optimizer_with_either_brain(base):
+    made = brain(base, "Adam8bit")
+    before = made.modules.net[0].weight.clone()
+    fit(made)
+    assert (made.modules.net[0].weight - before).abs().max() > 0.01
+    state = made.optimizer.state[made.modules.net[0].weight]
+    assert isinstance(state["exp_avg"], Quantized8bit)
+
+
+def test_embeddings_keep_32bit_states():
+    made = brain(optimizer="SGD8bit", net=nn.Embedding(100, 64))
+    made.init_optimizers()
+    made.modules.net.weight.grad = torch.ones(100, 64)
+    made.optimizers_step()
+    state = made.optimizer.state[made.modules.net.weight]
+    assert state["momentum_buffer"].dtype == torch.float32
+
+
+def loaded(workers, epochs=1, **options):
+    """Items of an epoch as the train loader gives them."""
+    sb.utils.seed.seed_everything(7, verbose=False)
+    made = brain()
+    data = dataset()
+    if options.pop("dynamic", False):
+        options["batch_sampler"] = DynamicBatchSampler(
+            data,
+            8,
+            num_buckets=2,
+            shuffle=True,
+            length_func=lambda x: x["duration"],
+        )
+    else:
+        options = {"batch_size": 4, "shuffle": True, **options}
+    loader = made.make_dataloader(
+        data, sb.Stage.TRAIN, num_workers=workers, **options
+    )
+    seen = []
+    made.fit_batch = lambda batch: (
+        seen.append([list(batch.id), batch.x.data]) or torch.zeros(())
+    )
+    made.on_fit_start()
+    for epoch in range(1, epochs + 1):
+        made._fit_train(loader, epoch, enable=False)
+    return seen
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"shuffle": False}, {"dynamic": True}, {"drop_last": True}]
+)
+def test_data_does_not_depend_on_the_workers(options):
+    alone, helped = loaded(0, **options), loaded(2, **options)
+    assert len(alone) == len(helped) > 1
+    for (ids, x), (other_ids, other_x) in zip(alone, helped):
+        assert ids == other_ids and torch.equal(x, other_x)
+
+
+def test_every_epoch_has_crops_of_its_own():
+    seen = loaded(0, epochs=2, shuffle=False)
+    assert len(seen) == 2 * ITEMS / 4
+    first, second = seen[: len(seen) // 2], seen[len(seen) // 2 :]
+    assert [ids for ids, _ in first] == [ids for ids, _ in second]
+    different = [not torch.equal(a, b) for (_, a), (_, b) in zip(first, second)]
+    assert sum(different) > 8
+
+
+def worker(rank, folder):
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+    )
+    found = {}
+    for base in (MemEffBrain, sb.Brain):
+        sb.utils.seed.seed_everything(7, verbose=False)
+        made = brain(
+            base, "SGD8bit", f"{folder}/saved", distributed_backend="gloo"
+        )
+        try:
+            found[base.__name__] = fit(made)
+        except ValueError as error:
+            found[base.__name__] = str(error)
+        if base is MemEffBrain:
+            found["random"] = torch.rand(3)
+            made.checkpointer.recover_if_possible()
+            found["recovered"] = torch.rand(3)
+            made.checkpointer.recover_if_possible()
+            found["again"] = torch.rand(3)
+    torch.save(found, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_on_the_cpu(tmp_path):
+    """_wrap_distributed can go when Brain trains BatchNorm there."""
+    mp.spawn(worker, args=(str(tmp_path),), nprocs=2)
+    ours = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for name, a, b in zip(
+        network().state_dict(), ours[0]["MemEffBrain"], ours[1]["MemEffBrain"]
+    ):
+        if "running" not in name:
+            assert torch.equal(a, b), name
+    for found in ours:
+        assert "SyncBatchNorm" in found["Brain"]
+        # Each process has its own random state back.
+        assert torch.equal(found["recovered"], found["again"])
