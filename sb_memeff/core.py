@@ -47,8 +47,9 @@ class MemEffBrain(sb.core.Brain):
     * 8-bit optimizers keep 32-bit states for embeddings.
 
     Use AtomicCheckpointer (sb_memeff.utils.checkpoints) with it, whose
-    checkpoints cannot be half-written. An IterableDataset, and a DataLoader
-    not made by ``make_dataloader``, keep random numbers of their own.
+    checkpoints cannot be half-written. An IterableDataset, a DataLoader not
+    made by ``make_dataloader`` and shuffled validation data keep random
+    numbers of their own.
 
     Arguments
     ---------
@@ -133,14 +134,17 @@ class MemEffBrain(sb.core.Brain):
     ):
         """Makes a DataLoader; arguments as Brain's.
 
-        In training the random numbers that an item draws depend on the seed,
-        the epoch and the item's place in it.
+        The random numbers that an item draws depend on the seed, the epoch
+        (in training) and the item's place in it.
         """
-        if stage == sb.Stage.TRAIN and not isinstance(dataset, IterableDataset):
+        shuffled = stage != sb.Stage.TRAIN and loader_kwargs.get("shuffle")
+        if not isinstance(dataset, IterableDataset) and not shuffled:
             if isinstance(dataset, DynamicItemDataset):
                 loader_kwargs.setdefault("collate_fn", PaddedBatch)
             rank = int(os.environ.get("RANK", 0))
             dataset = SeededDataset(dataset, _run_seed(), rank)
+            if stage != sb.Stage.TRAIN:
+                loader_kwargs = _numbered(dataset, loader_kwargs)
         return super().make_dataloader(
             dataset, stage, ckpt_prefix, **loader_kwargs
         )
@@ -148,13 +152,7 @@ class MemEffBrain(sb.core.Brain):
     def _train_loader_specifics(self, dataset, loader_kwargs):
         loader_kwargs = super()._train_loader_specifics(dataset, loader_kwargs)
         if isinstance(dataset, SeededDataset):
-            if loader_kwargs.get("batch_sampler") is not None:
-                kind, sampler = "batch_sampler", loader_kwargs["batch_sampler"]
-            else:
-                kind, sampler = "sampler", loader_kwargs.get("sampler")
-                if sampler is None:
-                    sampler = SequentialSampler(dataset)
-            loader_kwargs[kind] = NumberedSampler(sampler)
+            loader_kwargs = _numbered(dataset, loader_kwargs)
         return loader_kwargs
 
     def _fit_train(self, train_set, epoch, enable):
@@ -217,6 +215,16 @@ class MemEffBrain(sb.core.Brain):
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
         self.optimizer_step += 1
+
+
+def _numbered(dataset, loader_kwargs):
+    """The arguments of a DataLoader, with a numbered sampler."""
+    kind = "batch_sampler"
+    sampler = loader_kwargs.get(kind)
+    if sampler is None:
+        kind = "sampler"
+        sampler = loader_kwargs.get(kind) or SequentialSampler(dataset)
+    return {**loader_kwargs, kind: NumberedSampler(sampler)}
 
 
 def _run_seed():

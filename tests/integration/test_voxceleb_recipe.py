@@ -321,14 +321,11 @@ def test_killed_run_continues(place):
     assert rate == pytest.approx(expected, rel=0.01)
     assert not list(folder.glob("save/partial-*"))
 
-    run(
-        place,
-        script,
-        hparams,
-        *arguments[3:],
-        f"--output_folder={straight}",
-        "--num_workers=1",
-    )
+    others = {
+        f"--output_folder={folder}": f"--output_folder={straight}",
+        "--num_workers=0": "--num_workers=1",
+    }
+    run(place, script, hparams, *(others.get(a, a) for a in arguments[3:]))
     for name in ("embedding_model", "classifier"):
         ours, theirs = (
             torch.load(last_checkpoint(f) / f"{name}.ckpt")

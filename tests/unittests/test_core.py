@@ -378,6 +378,21 @@ def loaded(workers, epochs=1, **options):
     return seen
 
 
+def test_validation_draws_the_same_and_nothing_global():
+    made = brain()
+    loader = made.make_dataloader(dataset(), sb.Stage.VALID, batch_size=8)
+    seen = []
+    for _ in range(2):
+        state = torch.get_rng_state()
+        iterator = iter(loader)
+        begun = torch.get_rng_state()
+        seen.append(torch.cat([batch.x.data for batch in iterator]))
+        assert torch.equal(begun, torch.get_rng_state())
+        torch.set_rng_state(state)
+        random.random()
+    assert torch.equal(*seen)
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"shuffle": False}, {"dynamic": True}, {"drop_last": True}]
 )
