@@ -13,17 +13,25 @@ Authors
 import argparse
 import json
 import re
+import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
-from common import write_results
+import torch
+from common import networks, write_results
+from speechbrain.lobes.models.ECAPA_TDNN import Classifier
+
+from sb_memeff import optim
+from sb_memeff.utils.memory import training_step_memory
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes/VoxCeleb/SpeakerRec"
+# Name in common.networks, name in the recipe, flags.
 NETWORKS = {
-    "ResNet34": ("resnet", []),
-    "RevNet34 Type I": ("revnet", ["--downsampling=strided"]),
-    "RevNet34 Type II": ("revnet", ["--downsampling=invertible"]),
+    "ResNet34": ("stored", "resnet", []),
+    "RevNet34 Type I": ("type_1", "revnet", ["--downsampling=strided"]),
+    "RevNet34 Type II": ("type_2", "revnet", ["--downsampling=invertible"]),
 }
 SGD = """
     lr: !ref <lr>
@@ -121,7 +129,7 @@ def measure(network, optimizer, seed, corpus, folder):
     dict
         A row of the result file.
     """
-    kind, flags = NETWORKS[network]
+    _, kind, flags = NETWORKS[network]
     rate = OPTIMIZERS[optimizer][2]
     common = [
         f"--data_folder={corpus}",
@@ -166,6 +174,83 @@ def measure(network, optimizer, seed, corpus, folder):
     return row
 
 
+def build(network):
+    """Embedding model and classifier, as the recipe makes them.
+
+    Arguments
+    ---------
+    network : str
+        A key of NETWORKS.
+
+    Returns
+    -------
+    torch.nn.Module
+        From features to cosines.
+    """
+    sizes = {"input_size": 40, "base_channels": 8, "lin_neurons": 128}
+    embedding = networks(34, **sizes)[NETWORKS[network][0]]()
+    classifier = Classifier(input_size=128, out_neurons=207)
+    return torch.nn.Sequential(embedding, classifier)
+
+
+def make_optimizer(optimizer):
+    """A function that makes an optimizer with the recipe's kind of settings.
+
+    Arguments
+    ---------
+    optimizer : str
+        A key of OPTIMIZERS.
+
+    Returns
+    -------
+    callable
+        From parameters to the optimizer.
+    """
+    module = optim if optimizer.endswith("8bit") else torch.optim
+    options = {"lr": 1e-4}
+    if optimizer.startswith("SGD"):
+        options.update(momentum=0.9, nesterov=True)
+    return lambda parameters: getattr(module, optimizer)(parameters, **options)
+
+
+def costs(rounds=7):
+    """State bytes, peak memory and time per step of all systems.
+
+    Arguments
+    ---------
+    rounds : int
+        Timed steps of each; the median counts. They take turns, so that
+        whatever else the machine does hits all of them.
+
+    Returns
+    -------
+    dict
+        (network, optimizer) to a dict.
+    """
+    shape = (16, 200, 40)
+    features = torch.randn(shape)
+    found, systems = {}, {}
+    for network, name in SYSTEMS:
+        memory = training_step_memory(
+            lambda network=network: build(network), shape, make_optimizer(name)
+        )
+        found[network, name] = {"peak_bytes": memory.peak_bytes, "times": []}
+        net = build(network)
+        systems[network, name] = net, make_optimizer(name)(net.parameters())
+    for _ in range(rounds + 1):
+        for key, (net, optimizer) in systems.items():
+            started = time.perf_counter()
+            net(features).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found[key]["times"].append(time.perf_counter() - started)
+    for key, (_, optimizer) in systems.items():
+        # The first round warms up.
+        found[key]["step_s"] = statistics.median(found[key].pop("times")[1:])
+        found[key]["state_bytes"] = optim.state_bytes(optimizer)
+    return found
+
+
 def main():
     """Trains, verifies, prints a Markdown table, writes the result file."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -197,16 +282,21 @@ def main():
     ]
     if parts > 1:
         return
+    measured = costs()
     print(
         "| network | optimizer | EER untrained | EER | minDCF "
-        "| last training loss |\n|---|---|---|---|---|---|"
+        "| last training loss | states | peak | s/step |\n"
+        "|---|---|---|---|---|---|---|---|---|"
     )
     for row in rows:
+        row.update(measured[row["network"], row["optimizer"]])
         before, after = row["untrained"], row["trained"]
         print(
             f"| {row['network']} | {row['optimizer']} | {before['eer']:.1f} %"
             f" | {after['eer']:.2f} % | {after['min_dcf']:.3f}"
-            f" | {row['last_train_loss']:.2f} |"
+            f" | {row['last_train_loss']:.2f}"
+            f" | {row['state_bytes'] / 1e6:.2f} MB"
+            f" | {row['peak_bytes'] / 1e6:.0f} MB | {row['step_s']:.2f} |"
         )
     write_results(__file__, rows)
 

@@ -92,13 +92,14 @@ class MemEffBrain(sb.core.Brain):
         if self.optimizer_step_limit is not None:
             # The command line gives a string.
             self.optimizer_step_limit = int(self.optimizer_step_limit)
+        self._noise_positions = [
+            NoisePosition(noise, self.device) for noise in self._noises()
+        ]
         if self.checkpointer is not None:
             add = self.checkpointer.add_recoverable
-            for name, augmentation in self._noises():
-                position = NoisePosition(augmentation, self.device)
-                add(f"noise_position_{name}", position, optional_load=True)
-            # The last to be loaded: loading draws random numbers.
             add("random_state", RandomState(), optional_load=True)
+            for number, position in enumerate(self._noise_positions):
+                add(f"noise_position_{number}", position, optional_load=True)
 
     def _noises(self):
         """The augmentations that go through a list of files."""
@@ -108,12 +109,11 @@ class MemEffBrain(sb.core.Brain):
             for value in (*hparams, self.modules)
             if isinstance(value, torch.nn.Module)
         )
-        noises = [
+        return [
             module
             for module in owners.modules()
             if isinstance(module, (AddNoise, AddReverb)) and module.csv_file
         ]
-        return enumerate(noises)
 
     def init_optimizers(self):
         """Makes the optimizer, embeddings marked."""
@@ -123,6 +123,8 @@ class MemEffBrain(sb.core.Brain):
     def on_fit_start(self):
         """Prepares the modules, loads a checkpoint and logs where it stands."""
         super().on_fit_start()
+        for position in self._noise_positions:
+            position.resume()
         if self.optimizer_step:
             logger.info(
                 f"Resumed: {self.step} batches of the epoch and "

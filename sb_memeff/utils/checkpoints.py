@@ -141,6 +141,7 @@ class NoisePosition:
     def __init__(self, augmentation, device):
         self.augmentation = augmentation
         self.device = device
+        self._loaded = None
 
     @mark_as_saver
     def save(self, path):
@@ -160,7 +161,7 @@ class NoisePosition:
 
     @mark_as_loader
     def load(self, path, end_of_epoch):
-        """Goes to the position.
+        """Loads the position, for ``resume``.
 
         Arguments
         ---------
@@ -169,10 +170,18 @@ class NoisePosition:
         end_of_epoch : bool
             Not used.
         """
-        position = _load_own(path)
-        if position is None:
+        self._loaded = _load_own(path)
+
+    def resume(self):
+        """Goes to the position that was loaded, if one was.
+
+        Not done by ``load``: who evaluates a checkpoint needs no noises.
+        """
+        if self._loaded is None:
             return
-        batch_size, batches = position
+        batch_size, batches = self._loaded
+        self._loaded = None
+        states = _get_states()
         # SpeechBrain makes the loader when it is first used, for batches of
         # the size that it sees then.
         if hasattr(self.augmentation, "data_loader"):
@@ -187,6 +196,7 @@ class NoisePosition:
         loader = self.augmentation.data_loader
         loader._speechbrain_recovery_skip_to = batches
         setattr(self.augmentation, iterator, iter(loader))
+        _set_states(states)
 
 
 def _distributed():

@@ -1,0 +1,129 @@
+"""State bytes and step time of 8-bit optimizers on RevNets of full width.
+
+Compares torch's classes, bitsandbytes' and ours: bytes of the states, time of
+``step()`` alone (all of a network's parameters, random gradients), and the
+peak memory of a whole training step.
+
+    python benchmarks/optimizer_states.py [--depth 34 101 293]
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+import argparse
+import statistics
+import time
+
+import bitsandbytes
+import torch
+from common import networks, write_results
+
+from sb_memeff import optim
+from sb_memeff.utils.memory import training_step_memory
+
+SGD = {"lr": 1e-4, "momentum": 0.9, "weight_decay": 1e-4}
+ADAM = {"lr": 1e-4, "weight_decay": 1e-4}
+OPTIMIZERS = {
+    "torch SGD": (torch.optim.SGD, SGD),
+    "bitsandbytes SGD8bit": (bitsandbytes.optim.SGD8bit, SGD),
+    "sb_memeff SGD8bit": (optim.SGD8bit, SGD),
+    "torch AdamW": (torch.optim.AdamW, ADAM),
+    "bitsandbytes AdamW8bit": (bitsandbytes.optim.AdamW8bit, ADAM),
+    "sb_memeff AdamW8bit": (optim.AdamW8bit, ADAM),
+}
+
+
+def measure(depth, device, rounds):
+    """States and times of all optimizers, which take turns.
+
+    Arguments
+    ---------
+    depth : int
+        Of the RevNet (Type II).
+    device : str
+        Where to run.
+    rounds : int
+        Timed steps of each; the median counts.
+
+    Returns
+    -------
+    list
+        A dict for each optimizer.
+    """
+    weights = [p.detach() for p in networks(depth)["type_2"]().parameters()]
+    systems = {}
+    for name, (kind, options) in OPTIMIZERS.items():
+        parameters = [torch.nn.Parameter(w.to(device).clone()) for w in weights]
+        systems[name] = parameters, kind(parameters, **options), []
+    for _ in range(rounds + 1):
+        for parameters, optimizer, times in systems.values():
+            for p in parameters:
+                p.grad = torch.randn_like(p)
+            times.append(timed(optimizer, device))
+            optimizer.zero_grad()
+    return [
+        {
+            "optimizer": name,
+            "parameters": sum(p.numel() for p in parameters),
+            "state_bytes": optim.state_bytes(optimizer),
+            # The first round warms up.
+            "step_s": statistics.median(times[1:]),
+        }
+        for name, (parameters, optimizer, times) in systems.items()
+    ]
+
+
+def timed(optimizer, device):
+    """Seconds of a step."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    optimizer.step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def main():
+    """Measures, prints a Markdown table and writes the result file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--depth", type=int, nargs="+", default=[34, 101, 293])
+    parser.add_argument("--rounds", type=int, default=9)
+    arguments = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows = []
+    print(
+        "| depth | optimizer | states | bytes per parameter | step "
+        "| peak of a training step |\n|---|---|---|---|---|---|"
+    )
+    for depth in arguments.depth:
+        for row in measure(depth, device, arguments.rounds):
+            kind, options = OPTIMIZERS[row["optimizer"]]
+            row.update(depth=depth, device=device, peak_bytes=None)
+            # bitsandbytes' own optimizers do not run on fake tensors.
+            if not row["optimizer"].startswith("bitsandbytes"):
+                memory = training_step_memory(
+                    networks(depth)["type_2"],
+                    (64, 200, 80),
+                    lambda p, k=kind, o=options: k(p, **o),
+                )
+                row["peak_bytes"] = memory.peak_bytes
+            rows.append(row)
+            print(markdown_row(row), flush=True)
+    write_results(__file__, rows)
+
+
+def markdown_row(row):
+    """One line of the README's table."""
+    each = row["state_bytes"] / row["parameters"]
+    peak = row["peak_bytes"]
+    peak = "" if peak is None else f"{peak / 1e9:.3f} GB"
+    return (
+        f"| {row['depth']} | {row['optimizer']} "
+        f"| {row['state_bytes'] / 1e6:.1f} MB | {each:.2f} "
+        f"| {row['step_s'] * 1e3:.0f} ms | {peak} |"
+    )
+
+
+if __name__ == "__main__":
+    main()
