@@ -215,7 +215,9 @@ class StridedCoupling(nn.Module):
     """y1 = p(x1) + f(x2), y2 = q(x2) + g(y1) with strided p, q and f.
 
     The transition between two stages of a partially reversible network.
-    p and q are strided 1x1 convolutions, so it cannot be undone.
+    p and q are strided 1x1 convolutions, so it cannot be undone. They
+    normalise first: else the scales of all stages multiply, and in training
+    at a high rate the streams grow beyond what their grid can hold.
 
     Arguments
     ---------
@@ -256,8 +258,15 @@ class StridedCoupling(nn.Module):
         activation=nn.ReLU,
     ):
         super().__init__()
-        self.p = conv1x1(in_channels, out_channels, stride)
-        self.q = conv1x1(in_channels, out_channels, stride)
+        self.stride = stride
+        self.stage = stage
+        self.p, self.q = (
+            nn.Sequential(
+                nn.BatchNorm2d(in_channels),
+                conv1x1(in_channels, out_channels),
+            )
+            for _ in range(2)
+        )
         self.f = ResidualBody(
             block,
             in_channels,
@@ -293,9 +302,14 @@ class StridedCoupling(nn.Module):
             Two streams [N, out_channels, T', F'].
         """
         x1, x2 = streams
-        y1 = self.p(x1) + self.f(x2, masks)
-        y2 = self.q(x2) + self.g(y1, masks)
+        y1 = self._shortcut(self.p, x1, masks) + self.f(x2, masks)
+        y2 = self._shortcut(self.q, x2, masks) + self.g(y1, masks)
         return y1, y2
+
+    def _shortcut(self, function, x, masks):
+        # Strided before it is normalised: a quarter of the memory.
+        y = function(x[..., :: self.stride, :: self.stride])
+        return mask(y, None if masks is None else masks[self.stage])
 
 
 class PooledStatistics(nn.Module):
