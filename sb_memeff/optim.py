@@ -133,6 +133,11 @@ class _States8bit(torch.optim.Optimizer):
             group.setdefault("min_8bit_size", min_8bit_size)
         self._codebooks = {}
 
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        # Copies and pickles do not have them.
+        self._codebooks = {}
+
     def add_param_group(self, param_group):
         """Adds parameters, as torch's class does.
 
@@ -178,15 +183,18 @@ class _States8bit(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            ready = [p for p in group["params"] if p.grad is not None]
-            if any(p.grad.is_sparse for p in ready):
-                raise RuntimeError(
-                    f"{type(self).__name__} cannot use sparse gradients: make "
-                    "the embedding with sparse=False."
-                )
-            for params in _chunks(ready):
-                self._step_some(group, params)
+        ready = [
+            [p for p in group["params"] if p.grad is not None]
+            for group in self.param_groups
+        ]
+        if any(p.grad.is_sparse for params in ready for p in params):
+            raise RuntimeError(
+                f"{type(self).__name__} cannot use sparse gradients: make the "
+                "embedding with sparse=False."
+            )
+        for group, params in zip(self.param_groups, ready):
+            for some in _chunks(params):
+                self._step_some(group, some)
         return loss
 
     def _step_some(self, group, params):

@@ -7,6 +7,7 @@ Authors
 import copy
 import io
 import logging
+import pickle
 
 import bitsandbytes
 import pytest
@@ -584,6 +585,18 @@ def test_large_steps_do_not_follow_small_gradients():
         before = weight.detach().clone()
         optimizer.step()
     assert (weight - before).abs().max() < 2e-3
+
+
+def test_copies_and_pickles_go_on():
+    net, optimizer = trained(Adam8bit)
+    pair = copy.deepcopy((net, optimizer))
+    loaded = pickle.loads(pickle.dumps((net, optimizer)))
+    for other, twin in (pair, loaded):
+        train(other, twin, 3)
+    train(net, optimizer, 3)
+    for others in (pair[0], loaded[0]):
+        for p, q in zip(net.parameters(), others.parameters()):
+            assert torch.equal(p, q)
 
 
 def test_clear_errors():
