@@ -1,0 +1,1 @@
+"""The neural transducer without its logits."""

@@ -1,0 +1,178 @@
+"""Forward and backward over the lattice of a transducer.
+
+A path goes from (0, 0) to (T-1, U) and ends with a blank. In cell (t, u) it
+emits blank and goes on to (t+1, u), or emits the next target and goes on to
+(t, u+1). Of the joint network nothing is needed but the two scores of a cell.
+
+Source: Graves, Sequence Transduction with Recurrent Neural Networks (arXiv
+1211.3711), section 2.4; alpha and beta are the variables of that name.
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+from typing import NamedTuple
+
+import torch
+
+__all__ = ["Lattice", "forward_backward"]
+
+
+class Lattice(NamedTuple):
+    """What forward_backward returns.
+
+    Arguments
+    ---------
+    log_likelihood : torch.Tensor
+        [B], natural logarithm of the sum over all paths.
+    blank : torch.Tensor
+        [B, T, U+1], probability that the path emits blank in a cell.
+    target : torch.Tensor
+        [B, T, U], probability that it emits the next target there.
+    """
+
+    log_likelihood: torch.Tensor
+    blank: torch.Tensor
+    target: torch.Tensor
+
+
+def forward_backward(blank, target, frames, targets):
+    """Sums over all paths, and says how likely each transition is.
+
+    The two posteriors are the gradient of the log-likelihood with respect to
+    the scores. The arithmetic is float64 whatever the dtype, for at thousands
+    of frames alpha + beta - log Z cancels six digits. Time: T + U steps of
+    operations on [2B, min(T, U+1)].
+
+    Arguments
+    ---------
+    blank : torch.Tensor
+        [B, T, U+1], log-probabilities of blank; -inf is allowed.
+    target : torch.Tensor
+        [B, T, U], log-probabilities of target u+1 in cells (t, u).
+    frames : torch.Tensor
+        [B], number of frames of each sample, from 1 to T.
+    targets : torch.Tensor
+        [B], number of targets of each sample, from 0 to U.
+
+    Returns
+    -------
+    Lattice
+        Posteriors are 0 outside a sample's lattice, and everywhere if no
+        path is possible (log-likelihood -inf).
+
+    Example
+    -------
+    >>> blank = torch.full((1, 2, 2), 0.5).log()
+    >>> target = torch.full((1, 2, 1), 0.5).log()
+    >>> lattice = forward_backward(
+    ...     blank, target, torch.tensor([2]), torch.tensor([1])
+    ... )
+    >>> lattice.log_likelihood.exp()
+    tensor([0.2500])
+    >>> lattice.target
+    tensor([[[0.5000],
+             [0.5000]]])
+    """
+    dtype = blank.dtype
+    batch, rows, columns = blank.shape
+    blank, target = blank.double(), target.double()
+    frames, targets = (n.to(blank.device).long() for n in (frames, targets))
+    sample = torch.arange(batch, device=blank.device)
+    t = torch.arange(rows, device=blank.device)[:, None]
+    u = torch.arange(columns, device=blank.device)
+    # The last target has no successor: one more column of impossible scores.
+    target = torch.nn.functional.pad(target, (0, 1), value=-torch.inf)
+    inside = (t < frames[:, None, None]) & (u <= targets[:, None, None])
+    blank = blank.masked_fill(~inside, -torch.inf)
+    has_next = inside & (u < targets[:, None, None])
+    target = target.masked_fill(~has_next, -torch.inf)
+
+    # Beta is the alpha of the lattice walked from its end.
+    t_back = frames[:, None, None] - 1 - t
+    u_back = targets[:, None, None] - u
+    alpha, reverse = _alpha(
+        torch.cat([blank, _take(blank, t_back - 1, u_back)]),
+        torch.cat([target, _take(target, t_back, u_back - 1)]),
+    ).chunk(2)
+    beta = _take(reverse, t_back, u_back)
+    final = blank[sample, frames - 1, targets]
+    log_likelihood = alpha[sample, frames - 1, targets] + final
+    beta = beta + final[:, None, None]
+
+    # Where the paths end, nothing follows the blank.
+    after_blank = torch.full_like(beta, -torch.inf)
+    after_blank[:, :-1] = beta[:, 1:]
+    after_blank[sample, frames - 1, targets] = 0.0
+    after_target = beta[:, :, 1:]
+    # No path at all: 0, not NaN.
+    scale = log_likelihood.masked_fill(log_likelihood.isneginf(), 0.0)
+    start = alpha - scale[:, None, None]
+    return Lattice(
+        log_likelihood.to(dtype),
+        (start + blank + after_blank).exp().to(dtype),
+        (start + target)[:, :, :-1].add(after_target).exp().to(dtype),
+    )
+
+
+def _take(plane, t, u):
+    """plane[b, t[b], u[b]], -inf outside."""
+    batch, rows, columns = plane.shape
+    outside = (t < 0) | (u < 0) | (t >= rows) | (u >= columns)
+    cell = t.clamp(0, rows - 1) * columns + u.clamp(0, columns - 1)
+    taken = plane.flatten(1).gather(1, cell.flatten(1)).view(cell.shape)
+    return taken.masked_fill(outside, -torch.inf)
+
+
+def _alpha(down, right):
+    """Log-sums over the paths from (0, 0) to every cell.
+
+    Cells of a diagonal depend on the one before it only: one step each.
+
+    Arguments
+    ---------
+    down : torch.Tensor
+        [N, I, J], scores from (i, j) to (i+1, j).
+    right : torch.Tensor
+        [N, I, J], scores from (i, j) to (i, j+1).
+
+    Returns
+    -------
+    torch.Tensor
+        [N, I, J].
+    """
+    samples, rows, columns = down.shape
+    if columns > rows:
+        return _alpha(right.mT, down.mT).mT
+    diagonals = rows + columns - 1
+    # One more column on the left: impossible, so that (i, -1) needs no care.
+    down, right = (
+        _skew(scores, diagonals, columns) for scores in (down, right)
+    )
+    alpha = torch.full_like(down, -torch.inf)
+    alpha[0, :, 1] = 0.0
+    for n in range(1, diagonals):
+        before = alpha[n - 1]
+        torch.logaddexp(
+            before[:, 1:] + down[n - 1, :, 1:],
+            before[:, :-1] + right[n - 1, :, :-1],
+            out=alpha[n, :, 1:],
+        )
+    return _unskewed_view(alpha, rows, columns)
+
+
+def _skew(scores, diagonals, columns):
+    samples, rows, _ = scores.shape
+    skewed = scores.new_full((diagonals, samples, columns + 1), -torch.inf)
+    _unskewed_view(skewed, rows, columns).copy_(scores)
+    return skewed
+
+
+def _unskewed_view(skewed, rows, columns):
+    """Cell (i, j) is at [i + j, :, j + 1]."""
+    diagonal, sample, column = skewed.stride()
+    return skewed.as_strided(
+        (skewed.shape[1], rows, columns),
+        (sample, diagonal, diagonal + column),
+        column,
+    )
