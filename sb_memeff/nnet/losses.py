@@ -1,0 +1,225 @@
+"""The transducer loss on logits, on any device.
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+import torch
+
+from sb_memeff.nnet.transducer.batch import (
+    check_settings,
+    check_targets,
+    count,
+    reduce,
+)
+from sb_memeff.nnet.transducer.lattice import forward_backward
+from sb_memeff.nnet.transducer.rows import row_gradient, row_scores
+
+__all__ = ["transducer_loss"]
+
+# Logits that are in float32 at the same time.
+CHUNK = 1 << 22
+
+
+def transducer_loss(
+    logits,
+    targets,
+    input_lens,
+    target_lens,
+    blank_index,
+    reduction="speechbrain",
+    fastemit_lambda=0.0,
+    clamp=None,
+    overwrite_logits=False,
+):
+    """Transducer loss, for speechbrain.nnet.losses.transducer_loss.
+
+    Needs neither numba nor CUDA, and one tensor of the size of the logits
+    beside them: their gradient. ``TransducerJointLoss`` needs neither.
+
+    Arguments
+    ---------
+    logits : torch.Tensor
+        [B, T, U+1, V], before the softmax.
+    targets : torch.Tensor
+        [B, U], without blanks.
+    input_lens : torch.Tensor
+        [B], relative to T.
+    target_lens : torch.Tensor
+        [B], relative to U.
+    blank_index : int
+        The blank.
+    reduction : str
+        "speechbrain" (the value and the gradient of SpeechBrain 1.1's
+        "mean": mean of nll / frames, with the gradient of the sum), "mean"
+        (over the batch), "sum" or "none" ([B]).
+    fastemit_lambda : float
+        FastEmit (arXiv 2010.11148) with NeMo's meaning: the value is times 1 +
+        lambda, the gradient through emissions too.
+    clamp : float, optional
+        Limit of each element of the gradient of a sample's loss with respect
+        to the logits, as in NeMo; before reduction and loss scale.
+    overwrite_logits : bool
+        Let backward write the gradient over the logits. They must not be used
+        after it, and whoever made them must not need them.
+
+    Returns
+    -------
+    torch.Tensor
+        The loss, float32 at least.
+
+    Raises
+    ------
+    ValueError
+        For shapes, lengths, targets, a blank or settings that mean nothing;
+        names the sample.
+
+    Example
+    -------
+    >>> logits = torch.zeros(1, 2, 2, 4, requires_grad=True)
+    >>> loss = transducer_loss(
+    ...     logits,
+    ...     torch.tensor([[3]]),
+    ...     torch.tensor([1.0]),
+    ...     torch.tensor([1.0]),
+    ...     blank_index=0,
+    ...     reduction="sum",
+    ... )
+    >>> bool(torch.isclose(loss, torch.tensor(2 / 4**3).log().neg()))
+    True
+    """
+    check_settings(reduction, fastemit_lambda, clamp)
+    _check_shapes(logits, targets, input_lens, target_lens)
+    frames = count(input_lens, logits.shape[1], "frames")
+    counts = count(target_lens, targets.shape[1], "targets")
+    check_targets(targets, counts, frames, blank_index, logits.shape[3])
+    nll = _TransducerLoss.apply(
+        logits,
+        targets.long(),
+        frames,
+        counts,
+        blank_index,
+        fastemit_lambda,
+        clamp,
+        overwrite_logits,
+    )
+    return reduce(nll, frames, reduction)
+
+
+def _check_shapes(logits, targets, input_lens, target_lens):
+    if logits.dim() != 4 or 0 in logits.shape or not len(logits):
+        raise ValueError(
+            "logits must be [B, T, U+1, V] and not empty, not "
+            f"{tuple(logits.shape)}."
+        )
+    if not logits.is_floating_point():
+        raise ValueError(f"logits must be of floating point: {logits.dtype}.")
+    batch, _, columns, _ = logits.shape
+    if targets.shape != (batch, columns - 1):
+        raise ValueError(
+            f"targets must be [B, U] = [{batch}, {columns - 1}] for logits "
+            f"{list(logits.shape)}, not {list(targets.shape)}: the prediction "
+            "network sees a blank and then all targets."
+        )
+    if targets.is_floating_point():
+        raise ValueError(f"targets must be integers, not {targets.dtype}.")
+    for name, lens in (
+        ("input_lens", input_lens),
+        ("target_lens", target_lens),
+    ):
+        if lens.shape != (batch,):
+            raise ValueError(
+                f"{name} must be [B] = [{batch}], not {list(lens.shape)}."
+            )
+    devices = {x.device for x in (logits, targets, input_lens, target_lens)}
+    if len(devices) > 1:
+        raise ValueError(
+            "logits, targets and lengths must be on one device, not on "
+            f"{', '.join(sorted(map(str, devices)))}."
+        )
+
+
+class _TransducerLoss(torch.autograd.Function):
+    """Negative log-likelihoods [B] of the logits."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        logits,
+        targets,
+        frames,
+        counts,
+        blank_index,
+        fastemit_lambda,
+        clamp,
+        overwrite_logits,
+    ):
+        batch, rows, columns, _ = logits.shape
+        cells, symbols = _cells(targets, frames, counts, rows, columns)
+        flat = logits.reshape(-1, logits.shape[3])
+        planes = flat.new_zeros(3, len(flat), dtype=_score_dtype(logits))
+        for some in _chunks(cells, flat.shape[1]):
+            planes[:, some] = torch.stack(
+                row_scores(flat[some], symbols[some], blank_index)
+            )
+        normaliser, blank, target = planes.view(3, batch, rows, columns)
+        lattice = forward_backward(blank, target[..., :-1], frames, counts)
+        ctx.blank_index, ctx.clamp = blank_index, clamp
+        ctx.overwrite_logits = overwrite_logits
+        emission = torch.nn.functional.pad(lattice.target, (0, 1))
+        ctx.save_for_backward(
+            logits,
+            normaliser.flatten(),
+            cells,
+            symbols,
+            lattice.blank.flatten(),
+            (1 + fastemit_lambda) * emission.flatten(),
+        )
+        return -(1 + fastemit_lambda) * lattice.log_likelihood
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, upstream):
+        logits, normaliser, cells, symbols, blank, emission = ctx.saved_tensors
+        cells_per_sample = logits.shape[1] * logits.shape[2]
+        flat = logits.detach().reshape(-1, logits.shape[3])
+        if ctx.overwrite_logits:
+            gradient = flat
+            outside = torch.ones(len(flat), dtype=torch.bool).to(flat.device)
+            outside[cells] = False
+            gradient[outside] = 0
+        else:
+            gradient = torch.zeros_like(flat)
+        for some in _chunks(cells, flat.shape[1]):
+            rows = row_gradient(
+                flat[some],
+                normaliser[some],
+                symbols[some],
+                blank[some],
+                emission[some],
+                ctx.blank_index,
+                ctx.clamp,
+            )
+            rows *= upstream[some // cells_per_sample, None]
+            gradient[some] = rows.to(gradient.dtype)
+        return gradient.view(logits.shape), *[None] * 7
+
+
+def _score_dtype(logits):
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _cells(targets, frames, counts, rows, columns):
+    """Numbers of the cells inside the lattices, and the next targets of all."""
+    t = torch.arange(rows, device=targets.device)[:, None]
+    u = torch.arange(columns, device=targets.device)
+    inside = (t < frames[:, None, None]) & (u <= counts[:, None, None])
+    # Where no target follows any symbol will do; its posterior is 0.
+    real = u[:-1] < counts[:, None]
+    following = torch.nn.functional.pad(targets.masked_fill(~real, 0), (0, 1))
+    symbols = following[:, None].expand(-1, rows, -1)
+    return inside.flatten().nonzero().squeeze(1), symbols.flatten()
+
+
+def _chunks(cells, vocabulary):
+    return cells.split(max(1, CHUNK // vocabulary))
