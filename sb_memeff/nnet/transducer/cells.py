@@ -1,0 +1,281 @@
+"""Cells of the lattices of a batch, packed: which there are, and their logits.
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from sb_memeff.nnet.transducer.rows import row_gradient, row_scores
+
+__all__ = ["CellLogits", "Cells"]
+
+
+class CellLogits(nn.Module):
+    """Logits of cells, from the rows of encoder and predictor.
+
+    Arguments
+    ---------
+    joint : torch.nn.Module
+        As SpeechBrain's Transducer_joint: takes [N, T, 1, H] and [N, 1, U, H].
+    classifier : torch.nn.Module
+        [N, H] to [N, V].
+
+    Example
+    -------
+    >>> from speechbrain.nnet.transducer.transducer_joint import (
+    ...     Transducer_joint,
+    ... )
+    >>> logits = CellLogits(Transducer_joint(), nn.Linear(4, 10))
+    >>> logits(torch.rand(7, 4), torch.rand(7, 4)).shape
+    torch.Size([7, 10])
+    """
+
+    def __init__(self, joint, classifier):
+        super().__init__()
+        self.joint = joint
+        self.classifier = classifier
+
+    def forward(self, enc, pred):
+        """Logits of cells.
+
+        Arguments
+        ---------
+        enc : torch.Tensor
+            [N, H], the encoder's row of each cell.
+        pred : torch.Tensor
+            [N, H], the prediction network's.
+
+        Returns
+        -------
+        torch.Tensor
+            [N, V].
+        """
+        joined = self.joint(enc[:, None, None], pred[:, None, None])
+        return self.classifier(joined.flatten(0, 2))
+
+
+class Cells:
+    """The cells inside the lattices of a batch, and what is computed of them.
+
+    Arguments
+    ---------
+    logits : CellLogits
+        The modules.
+    enc : torch.Tensor
+        [B, T, H].
+    pred : torch.Tensor
+        [B, U+1, H].
+    targets : torch.Tensor
+        [B, U].
+    frames : torch.Tensor
+        [B].
+    counts : torch.Tensor
+        [B], targets of each sample.
+    blank_index : int
+        The blank.
+    clamp : float, optional
+        Limit of the elements of a logit's gradient.
+    """
+
+    def __init__(
+        self, logits, enc, pred, targets, frames, counts, blank_index, clamp
+    ):
+        self.logits = logits
+        self.enc, self.pred = enc.detach(), pred.detach()
+        self.frames, self.counts = frames, counts
+        self.blank_index, self.clamp = blank_index, clamp
+        self.batch, self.rows, self.columns = (
+            len(enc),
+            enc.shape[1],
+            pred.shape[1],
+        )
+        t = torch.arange(self.rows, device=enc.device)[:, None]
+        u = torch.arange(self.columns, device=enc.device)
+        inside = (t < frames[:, None, None]) & (u <= counts[:, None, None])
+        # [N], cell (b, t, u) is b T (U+1) + t (U+1) + u: int64.
+        self.numbers = inside.flatten().nonzero().squeeze(1)
+        # Where no target follows any symbol will do; its posterior is 0.
+        real = u[:-1] < counts[:, None]
+        self.following = torch.nn.functional.pad(
+            targets.long().masked_fill(~real, 0), (0, 1)
+        ).flatten()
+
+    def places(self, cells):
+        """Sample, row of the encoder and row of the predictor of cells.
+
+        Arguments
+        ---------
+        cells : torch.Tensor
+            [N], some of ``numbers``.
+
+        Returns
+        -------
+        tuple of torch.Tensor
+            [N] each: b, b T + t, b (U+1) + u.
+        """
+        frame = cells // self.columns
+        sample = frame // self.rows
+        return sample, frame, sample * self.columns + cells % self.columns
+
+    def run(self, cells, weights=None, enc=None, pred=None):
+        """Logits of some cells.
+
+        Arguments
+        ---------
+        cells : torch.Tensor
+            [N].
+        weights : dict, optional
+            Tensors that stand for the modules' parameters.
+        enc : torch.Tensor, optional
+            The encoder's rows, if they are at hand.
+        pred : torch.Tensor, optional
+            The predictor's.
+
+        Returns
+        -------
+        torch.Tensor
+            [N, V].
+        """
+        if enc is None:
+            _, frame, label = self.places(cells)
+            enc, pred = self.enc.flatten(0, 1)[frame], self.label_rows(label)
+        if weights is None:
+            return self.logits(enc, pred)
+        return functional_call(self.logits, weights, (enc, pred))
+
+    def label_rows(self, label):
+        """Rows of the predictor."""
+        return self.pred.flatten(0, 1)[label]
+
+    def scores(self, cells, logits):
+        """Normaliser, blank and target of cells; see rows.row_scores."""
+        _, _, label = self.places(cells)
+        return row_scores(logits, self.following[label], self.blank_index)
+
+    def planes(self, like):
+        """Three empty planes of scores, flat: normaliser, blank, target."""
+        dtype = like if like == torch.float64 else torch.float32
+        cells = self.batch * self.rows * self.columns
+        return self.enc.new_zeros(3, cells, dtype=dtype)
+
+
+class Gradients:
+    """Adds up the gradients of encoder, predictor and weights, in float32.
+
+    Arguments
+    ---------
+    cells : Cells
+        The cells.
+    weights : dict
+        Name to parameter, those that need a gradient.
+    """
+
+    def __init__(self, cells, weights):
+        self.cells = cells
+        # Not the parameters themselves: their hooks are for the sum.
+        self.weights = {
+            name: p.detach().requires_grad_() for name, p in weights.items()
+        }
+        self.enc, self.pred = (
+            torch.zeros_like(x, dtype=_sum_dtype(x)).flatten(0, 1)
+            for x in (cells.enc, cells.pred)
+        )
+        self.sums = {
+            name: torch.zeros_like(p, dtype=_sum_dtype(p))
+            for name, p in weights.items()
+        }
+
+    def run(self, numbers):
+        """Logits of some cells, to be given to ``add``.
+
+        Arguments
+        ---------
+        numbers : torch.Tensor
+            [N], the cells.
+
+        Returns
+        -------
+        tuple
+            What ``add`` takes.
+        """
+        cells = self.cells
+        sample, frame, label = cells.places(numbers)
+        enc = cells.enc.flatten(0, 1)[frame].requires_grad_()
+        pred = cells.label_rows(label).requires_grad_()
+        with torch.enable_grad():
+            logits = cells.run(numbers, self.weights, enc, pred)
+        return logits, enc, pred, (sample, frame, label)
+
+    def add(self, made, normaliser, blank, emission, upstream=None):
+        """Propagates back through the logits of some cells.
+
+        Arguments
+        ---------
+        made : tuple
+            As ``run`` returned it.
+        normaliser : torch.Tensor
+            [N].
+        blank : torch.Tensor
+            [N], posteriors of the blank.
+        emission : torch.Tensor
+            [N], posteriors of the target, with FastEmit.
+        upstream : torch.Tensor, optional
+            [B], gradient of each sample's loss; by default 1.
+        """
+        logits, enc, pred, (sample, frame, label) = made
+        gradient = row_gradient(
+            logits.detach(),
+            normaliser,
+            self.cells.following[label],
+            blank,
+            emission,
+            self.cells.blank_index,
+            self.cells.clamp,
+        )
+        if upstream is not None:
+            gradient *= upstream.to(gradient.dtype)[sample, None]
+        found = torch.autograd.grad(
+            logits,
+            (enc, pred, *self.weights.values()),
+            gradient.to(logits.dtype),
+            allow_unused=True,
+        )
+        for total, rows, values in (
+            (self.enc, frame, found[0]),
+            (self.pred, label, found[1]),
+        ):
+            if values is not None:
+                total.index_add_(0, rows, values.to(total.dtype))
+        for total, value in zip(self.sums.values(), found[2:]):
+            if value is not None:
+                total += value
+
+    def totals(self, scale=None):
+        """The sums, in the dtypes of what they belong to.
+
+        Arguments
+        ---------
+        scale : torch.Tensor, optional
+            A scalar to multiply them by.
+
+        Returns
+        -------
+        tuple
+            Gradients of encoder and predictor, and a list of the weights'.
+        """
+        totals = [self.enc, self.pred, *self.sums.values()]
+        likes = [self.cells.enc, self.cells.pred, *self.weights.values()]
+        if scale is not None:
+            totals = [total * scale.to(total.dtype) for total in totals]
+        enc, pred, *weights = (
+            total.view(like.shape).to(like.dtype)
+            for total, like in zip(totals, likes)
+        )
+        return enc, pred, weights
+
+
+def _sum_dtype(x):
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

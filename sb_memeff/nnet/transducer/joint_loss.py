@@ -1,0 +1,400 @@
+"""The transducer loss from encoder and predictor, a few logits at a time.
+
+Sources: Braun, McDermott and Hsiao, Neural Transducer Training: Reduced Memory
+Consumption with Sample-wise Computation (arXiv 2211.16270), the method
+"samplewise"; "tiled" cuts the packed cells of the batch into tiles, computes
+each twice, and in backward only those that a path is likely to visit.
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+import torch
+from speechbrain.utils.logger import get_logger
+from torch import nn
+
+from sb_memeff.nnet.losses import transducer_loss
+from sb_memeff.nnet.replay import Recorder
+from sb_memeff.nnet.transducer.batch import (
+    check_settings,
+    check_targets,
+    count,
+    reduce,
+)
+from sb_memeff.nnet.transducer.cells import CellLogits, Cells, Gradients
+from sb_memeff.nnet.transducer.lattice import forward_backward
+
+__all__ = ["TransducerJointLoss"]
+
+logger = get_logger(__name__)
+
+METHODS = ("tiled", "samplewise", "batched")
+
+
+class TransducerJointLoss(nn.Module):
+    """Joint network, classifier and transducer loss in one module.
+
+    It holds no [B, T, U+1, V] logits. Put it into Brain's ``modules``, in
+    place of joint and classifier, and call it; decoders go on using the joint
+    and the classifier that it was made of.
+
+    Arguments
+    ---------
+    joint : torch.nn.Module
+        speechbrain.nnet.transducer.transducer_joint.Transducer_joint, or any
+        module of [N, T, 1, H] and [N, 1, U, H].
+    classifier : torch.nn.Module
+        From rows [N, H] to logits [N, V].
+    blank_index : int
+        The blank.
+    reduction : str
+        "speechbrain" (value and gradient of SpeechBrain 1.1's "mean"),
+        "mean", "sum" or "none"; see sb_memeff.nnet.losses.transducer_loss.
+    method : str
+        "tiled": at most max_rows rows of logits at a time, whatever the
+        length of a sample. "samplewise": the logits of one sample at a time,
+        each computed once. "batched": all at once, the reference.
+    max_rows : int
+        Rows of a tile.
+    occupancy_floor : float
+        In backward "tiled" leaves out cells that paths visit with a lower
+        probability: the gradient of a cell's logits is at most twice that.
+        0 leaves out nothing.
+    fastemit_lambda : float
+        FastEmit (arXiv 2010.11148), with NeMo's meaning.
+    clamp : float, optional
+        Limit of the elements of the gradient of a sample's loss with respect
+        to the logits, with NeMo's meaning.
+
+    Example
+    -------
+    >>> from speechbrain.nnet.transducer.transducer_joint import (
+    ...     Transducer_joint,
+    ... )
+    >>> loss = TransducerJointLoss(Transducer_joint(), nn.Linear(8, 10))
+    >>> enc = torch.rand(2, 6, 8, requires_grad=True)
+    >>> pred = torch.rand(2, 4, 8)
+    >>> targets = torch.tensor([[1, 2, 3], [4, 5, 0]])
+    >>> value = loss(
+    ...     enc,
+    ...     pred,
+    ...     targets,
+    ...     torch.tensor([1.0, 0.5]),
+    ...     torch.tensor([1, 2 / 3]),
+    ... )
+    >>> value.backward()
+    >>> enc.grad.shape
+    torch.Size([2, 6, 8])
+    """
+
+    def __init__(
+        self,
+        joint,
+        classifier,
+        blank_index=0,
+        reduction="speechbrain",
+        method="tiled",
+        max_rows=8192,
+        occupancy_floor=1e-8,
+        fastemit_lambda=0.0,
+        clamp=None,
+    ):
+        super().__init__()
+        check_settings(reduction, fastemit_lambda, clamp)
+        if method not in METHODS:
+            raise ValueError(
+                f"method={method!r} must be one of {', '.join(METHODS)}."
+            )
+        if max_rows < 1:
+            raise ValueError(f"max_rows={max_rows} must be at least 1.")
+        if not 0 <= occupancy_floor < 1:
+            raise ValueError(
+                f"occupancy_floor={occupancy_floor} must be from 0 to below 1."
+            )
+        self.joint = joint
+        self.classifier = classifier
+        self.blank_index = blank_index
+        self.reduction = reduction
+        self.method = method
+        self.max_rows = max_rows
+        self.occupancy_floor = occupancy_floor
+        self.fastemit_lambda = fastemit_lambda
+        self.clamp = clamp
+
+    def forward(self, enc, pred, targets, enc_lens, target_lens):
+        """Computes the loss.
+
+        Arguments
+        ---------
+        enc : torch.Tensor
+            [B, T, H], the encoder's output.
+        pred : torch.Tensor
+            [B, U+1, H], the prediction network's, of a blank and the targets.
+        targets : torch.Tensor
+            [B, U], without blanks.
+        enc_lens : torch.Tensor
+            [B], relative to T.
+        target_lens : torch.Tensor
+            [B], relative to U.
+
+        Returns
+        -------
+        torch.Tensor
+            A scalar, or [B] with reduction "none"; float32 at least.
+
+        Raises
+        ------
+        ValueError
+            For shapes, devices, dtypes, lengths or targets that mean nothing;
+            names the sample.
+        """
+        _check_inputs(enc, pred, targets, enc_lens, target_lens)
+        if self.method == "batched":
+            logits = self.classifier(
+                self.joint(enc.unsqueeze(2), pred.unsqueeze(1))
+            )
+            return transducer_loss(
+                logits,
+                targets,
+                enc_lens,
+                target_lens,
+                self.blank_index,
+                self.reduction,
+                self.fastemit_lambda,
+                self.clamp,
+            )
+        frames = count(enc_lens, enc.shape[1], "frames")
+        counts = count(target_lens, targets.shape[1], "targets")
+        cell_logits = CellLogits(self.joint, self.classifier)
+        cells = Cells(
+            cell_logits,
+            enc,
+            pred,
+            targets,
+            frames,
+            counts,
+            self.blank_index,
+            self.clamp,
+        )
+        with torch.no_grad():
+            vocabulary = cells.run(cells.numbers[:1]).shape[1]
+        check_targets(targets, counts, frames, self.blank_index, vocabulary)
+        weights = {
+            name: p
+            for name, p in cell_logits.named_parameters()
+            if p.requires_grad
+        }
+        function = _Tiled if self.method == "tiled" else _Samplewise
+        nll = function.apply(
+            self, cells, list(weights), enc, pred, *weights.values()
+        )
+        _name_samples(nll)
+        return reduce(nll, frames, self.reduction)
+
+
+class _Tiled(torch.autograd.Function):
+    """Scores tile by tile, the lattice, then gradients tile by tile."""
+
+    @staticmethod
+    def forward(ctx, module, cells, names, enc, pred, *weights):
+        recorder = Recorder(enc.device)
+        planes = cells.planes(enc.dtype)
+        recordings = []
+        with recorder.autocast():
+            for tile in cells.numbers.split(module.max_rows):
+                logits, recording = recorder.record(
+                    _Run(cells.logits), cells, tile
+                )
+                recordings.append(recording)
+                planes[:, tile] = torch.stack(cells.scores(tile, logits))
+                del logits
+        normaliser, nll, blank, emission = _posteriors(module, cells, planes)
+        ctx.save_for_backward(enc, pred, normaliser, blank, emission, *weights)
+        ctx.module, ctx.cells, ctx.names = module, cells, names
+        ctx.recorder, ctx.recordings = recorder, recordings
+        return nll
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, upstream):
+        _, _, normaliser, blank, emission, *weights = ctx.saved_tensors
+        module, cells = ctx.module, ctx.cells
+        gradients = Gradients(cells, dict(zip(ctx.names, weights)))
+        sample, _, _ = cells.places(cells.numbers)
+        occupancy = (blank + emission)[cells.numbers]
+        # Not "occupancy >= floor": NaN must come out.
+        visited = (
+            ~(occupancy < module.occupancy_floor) & (upstream != 0)[sample]
+        )
+        if any(r.random_states is not None for r in ctx.recordings):
+            # Dropout: the same rows as in forward have the same masks.
+            tiles = cells.numbers.split(module.max_rows)
+            seen = visited.split(module.max_rows)
+            recordings = ctx.recordings
+        else:
+            tiles = cells.numbers[visited].split(module.max_rows)
+            seen = [None] * len(tiles)
+            recordings = ctx.recordings[:1] * len(tiles)
+        for tile, mask, recording in zip(tiles, seen, recordings):
+            if mask is not None and not mask.any():
+                continue
+            with ctx.recorder.replay(cells.logits, recording):
+                made = gradients.run(tile)
+            some_blank, some_emission = blank[tile], emission[tile]
+            scale = upstream
+            if mask is not None:
+                some_blank = torch.where(mask, some_blank, 0)
+                some_emission = torch.where(mask, some_emission, 0)
+            gradients.add(
+                made, normaliser[tile], some_blank, some_emission, scale
+            )
+            del made
+        enc, pred, weights = gradients.totals()
+        return None, None, None, enc, pred, *weights
+
+
+class _Samplewise(torch.autograd.Function):
+    """One sample at a time; gradients in forward where they can be."""
+
+    @staticmethod
+    def forward(ctx, module, cells, names, enc, pred, *weights):
+        recorder = Recorder(enc.device)
+        # With a weight of its own for each sample they wait for backward.
+        ctx.early = module.reduction != "none" and any(ctx.needs_input_grad)
+        gradients = Gradients(cells, dict(zip(names, weights)))
+        nll, ctx.recordings = [], []
+        with recorder.autocast():
+            for tile in _samples(cells):
+                made, recording = recorder.record(
+                    _Run(cells.logits), gradients, tile
+                )
+                value, parts = _one_sample(module, cells, tile, made[0])
+                if ctx.early:
+                    gradients.add(made, *parts)
+                nll.append(value)
+                ctx.recordings.append(recording)
+                del made
+        ctx.module, ctx.cells, ctx.names = module, cells, names
+        ctx.recorder = recorder
+        ctx.gradients = gradients if ctx.early else None
+        ctx.save_for_backward(enc, pred, *weights)
+        return torch.cat(nll)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, upstream):
+        enc, pred, *weights = ctx.saved_tensors
+        gradients, scale = ctx.gradients, upstream[0]
+        if not ctx.early:
+            gradients = Gradients(ctx.cells, dict(zip(ctx.names, weights)))
+            scale = None
+            for number, (tile, recording) in enumerate(
+                zip(_samples(ctx.cells), ctx.recordings)
+            ):
+                if upstream[number] == 0:
+                    continue
+                with ctx.recorder.replay(ctx.cells.logits, recording):
+                    made = gradients.run(tile)
+                _, parts = _one_sample(ctx.module, ctx.cells, tile, made[0])
+                gradients.add(made, *parts, upstream)
+                del made
+        enc, pred, weights = gradients.totals(scale)
+        return None, None, None, enc, pred, *weights
+
+
+class _Run(nn.Module):
+    """What a Recorder records: the modules, called through somebody."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, runner, numbers):
+        """Calls ``runner.run``."""
+        return runner.run(numbers)
+
+
+def _samples(cells):
+    sizes = (cells.frames * (cells.counts + 1)).tolist()
+    return cells.numbers.split(sizes)
+
+
+def _one_sample(module, cells, numbers, logits):
+    """Loss of the sample [1], and the posteriors of its cells."""
+    sample = int(cells.places(numbers[:1])[0])
+    frames, counts = (
+        n[sample : sample + 1] for n in (cells.frames, cells.counts)
+    )
+    scores = cells.scores(numbers, logits.detach())
+    normaliser, blank, target = (
+        s.view(1, int(frames), int(counts) + 1) for s in scores
+    )
+    lattice = forward_backward(blank, target[..., :-1], frames, counts)
+    emission = nn.functional.pad(lattice.target, (0, 1))
+    boost = 1 + module.fastemit_lambda
+    parts = normaliser, lattice.blank, boost * emission
+    return -boost * lattice.log_likelihood, [p.flatten() for p in parts]
+
+
+def _posteriors(module, cells, planes):
+    shape = 3, cells.batch, cells.rows, cells.columns
+    normaliser, blank, target = planes.view(shape)
+    lattice = forward_backward(
+        blank, target[..., :-1], cells.frames, cells.counts
+    )
+    emission = nn.functional.pad(lattice.target, (0, 1))
+    boost = 1 + module.fastemit_lambda
+    return (
+        normaliser.flatten(),
+        -boost * lattice.log_likelihood,
+        lattice.blank.flatten(),
+        boost * emission.flatten(),
+    )
+
+
+def _name_samples(nll):
+    bad = (~nll.detach().isfinite()).nonzero().flatten().tolist()
+    if bad:
+        logger.warning(
+            f"The transducer loss of sample {', '.join(map(str, bad))} of the "
+            "batch is not finite: encoder, predictor or weights are not, or "
+            "no path has a positive probability."
+        )
+
+
+def _check_inputs(enc, pred, targets, enc_lens, target_lens):
+    if enc.dim() != 3 or 0 in enc.shape:
+        raise ValueError(
+            f"enc must be [B, T, H] and not empty, not {list(enc.shape)}."
+        )
+    batch = len(enc)
+    if targets.dim() != 2 or len(targets) != batch:
+        raise ValueError(
+            f"targets must be [B, U] with B = {batch}, not "
+            f"{list(targets.shape)}."
+        )
+    if targets.is_floating_point():
+        raise ValueError(f"targets must be integers, not {targets.dtype}.")
+    if pred.dim() != 3 or pred.shape[:2] != (batch, targets.shape[1] + 1):
+        raise ValueError(
+            f"pred must be [B, U+1, H] = [{batch}, {targets.shape[1] + 1}, H], "
+            f"not {list(pred.shape)}: the prediction network sees a blank and "
+            "then all targets."
+        )
+    for name, lens in (("enc_lens", enc_lens), ("target_lens", target_lens)):
+        if lens.shape != (batch,):
+            raise ValueError(
+                f"{name} must be [B] = [{batch}], not {list(lens.shape)}."
+            )
+    if enc.dtype != pred.dtype or not enc.is_floating_point():
+        raise ValueError(
+            "enc and pred must be of one floating-point dtype, not "
+            f"{enc.dtype} and {pred.dtype}."
+        )
+    tensors = (enc, pred, targets, enc_lens, target_lens)
+    devices = {str(x.device) for x in tensors}
+    if len(devices) > 1:
+        raise ValueError(
+            "enc, pred, targets and lengths must be on one device, not on "
+            f"{', '.join(sorted(devices))}."
+        )

@@ -1,0 +1,417 @@
+"""The transducer loss without logits, against the one with all of them.
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+import copy
+import logging
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from speechbrain.nnet.linear import Linear
+from speechbrain.nnet.transducer.transducer_joint import Transducer_joint
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from sb_memeff.nnet.transducer.joint_loss import TransducerJointLoss
+from sb_memeff.utils.memory import StorageTracker
+
+H, V = 12, 11
+FRAMES = torch.tensor([20, 1, 7, 13, 20]) / 20
+COUNTS = torch.tensor([8, 0, 3, 8, 1]) / 8
+METHODS = {
+    "samplewise": {"method": "samplewise"},
+    # 13 rows: of no lattice's size.
+    "tiled": {"max_rows": 13, "occupancy_floor": 0.0},
+    "sparse": {"max_rows": 13, "occupancy_floor": 1e-12},
+    "one_tile": {"occupancy_floor": 0.0},
+}
+every_method = pytest.mark.parametrize("options", METHODS.values(), ids=METHODS)
+every_reduction = pytest.mark.parametrize(
+    "reduction", ["speechbrain", "mean", "sum", "none"]
+)
+
+
+def inputs(dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    enc, pred = (
+        torch.randn(5, n, H, generator=generator, dtype=torch.float64)
+        .to(dtype)
+        .requires_grad_()
+        for n in (20, 9)
+    )
+    targets = torch.randint(1, V, (5, 8), generator=generator)
+    return enc, pred, targets
+
+
+def modules(kind="sum", dtype=torch.float64):
+    torch.manual_seed(0)
+    if kind == "sum":
+        joint = Transducer_joint(nonlinearity=nn.GELU)
+        classifier = Linear(input_size=H, n_neurons=V, bias=False)
+    elif kind == "concat":
+        joint = Transducer_joint(
+            nn.Linear(2 * H, 7), "concat", nonlinearity=nn.Tanh
+        )
+        classifier = nn.Linear(7, V)
+    else:
+        joint = Transducer_joint()
+        classifier = nn.Sequential(
+            nn.Linear(H, 9), nn.Dropout(0.4), nn.ReLU(), nn.Linear(9, V)
+        )
+    return joint.to(dtype), classifier.to(dtype)
+
+
+def weights_of(loss):
+    """What a user might do with the samples' losses, negative weights too."""
+    weights = torch.tensor([0.5, 0.0, -2.0, 1.0, 0.25], dtype=loss.dtype)
+    return (loss * weights).sum() if loss.dim() else 3 * loss
+
+
+def gradients(made, loss, enc, pred, *lens):
+    targets = lens[0] if lens else inputs()[2]
+    value = loss(enc, pred, targets, FRAMES, COUNTS)
+    return value, torch.autograd.grad(
+        weights_of(value), [enc, pred, *made.parameters()]
+    )
+
+
+def both(kind="sum", dtype=torch.float64, reduction="none", **options):
+    """Values and gradients of a method and of the reference."""
+    found = []
+    for choice in (options, {"method": "batched"}):
+        joint, classifier = modules(kind, dtype)
+        extra = {
+            k: v
+            for k, v in options.items()
+            if k in ("clamp", "fastemit_lambda", "blank_index")
+        }
+        loss = TransducerJointLoss(
+            joint, classifier, reduction=reduction, **{**extra, **choice}
+        )
+        found.append(gradients(loss, loss, *inputs(dtype)))
+    return found
+
+
+def check(found, rtol, atol):
+    (value, ours), (expected, theirs) = found
+    assert torch.allclose(value, expected, rtol=rtol, atol=atol)
+    for a, b in zip(ours, theirs):
+        assert torch.allclose(a, b, rtol=0, atol=atol + rtol * b.abs().max())
+
+
+@every_method
+@every_reduction
+@pytest.mark.parametrize("kind", ["sum", "concat"])
+def test_float64(options, reduction, kind):
+    check(both(kind, reduction=reduction, **options), 1e-9, 1e-9)
+
+
+@every_method
+def test_float32(options):
+    check(both("concat", torch.float32, **options), 1e-5, 1e-6)
+
+
+@every_method
+def test_clamp_fastemit_and_blank(options):
+    options = {**options, "clamp": 0.1, "fastemit_lambda": 0.3}
+    for reduction in ("none", "mean"):
+        check(both(reduction=reduction, **options), 1e-9, 1e-9)
+
+
+@every_method
+def test_bfloat16_is_as_close_as_the_batched_path(options):
+    joint, classifier = modules("concat")
+    loss = TransducerJointLoss(
+        joint, classifier, reduction="none", method="batched"
+    )
+    half = [p.bfloat16().double() for p in loss.parameters()]
+    exact = copy.deepcopy(loss)
+    for p, q in zip(exact.parameters(), half):
+        p.data = q
+    wide = [
+        x.detach().double().requires_grad_() for x in inputs(torch.bfloat16)[:2]
+    ]
+    _, truth = gradients(exact, exact, *wide)
+    errors = []
+    for choice in (options, {"method": "batched"}):
+        made = TransducerJointLoss(
+            *modules("concat", torch.bfloat16), reduction="none", **choice
+        )
+        _, found = gradients(made, made, *inputs(torch.bfloat16)[:2])
+        errors.append(
+            [
+                ((a.double() - b).norm() / b.norm()).item()
+                for a, b in zip(found, truth)
+            ]
+        )
+    for ours, theirs in zip(*errors):
+        # A part's weight gradient is rounded before parts are added.
+        assert ours < 2.5 * theirs + 1e-3
+
+
+@every_method
+def test_backward_outside_autocast(options):
+    """As SpeechBrain's Brain does it."""
+    found = []
+    for choice in (options, {"method": "batched"}):
+        joint, classifier = modules("concat", torch.float32)
+        loss = TransducerJointLoss(joint, classifier, reduction="sum", **choice)
+        enc, pred, targets = inputs(torch.float32)
+        with torch.autocast("cpu", torch.bfloat16):
+            value = loss(enc, pred, targets, FRAMES, COUNTS)
+        found.append(
+            (value, torch.autograd.grad(value, [enc, pred, *loss.parameters()]))
+        )
+    check(found, 2e-2, 1e-2)
+    assert all(g.dtype == torch.float32 for g in found[0][1])
+
+
+@every_method
+def test_dropout_is_the_same_in_recompute(options):
+    """Against autograd through the very masks that forward drew."""
+    joint, classifier = modules("dropout")
+    loss = TransducerJointLoss(joint, classifier, reduction="none", **options)
+    enc, pred, targets = inputs()
+
+    def value():
+        torch.manual_seed(3)
+        return weights_of(loss(enc, pred, targets, FRAMES, COUNTS))
+
+    first = value()
+    after = torch.rand(3)
+    direction = torch.randn_like(enc)
+    gradient = torch.autograd.grad(first, enc)[0]
+    torch.manual_seed(3)
+    loss(enc, pred, targets, FRAMES, COUNTS)
+    assert torch.equal(after, torch.rand(3))
+    # The masks depend on the seed alone: finite differences hold them.
+    with torch.no_grad():
+        step = 1e-6
+        enc += step * direction
+        up = value()
+        enc -= 2 * step * direction
+        down = value()
+    slope = (up - down) / (2 * step)
+    assert slope.item() == pytest.approx(
+        (gradient * direction).sum().item(), rel=1e-5
+    )
+
+
+@every_method
+def test_hooks_on_weights_and_inputs_run_once(options):
+    joint, classifier = modules()
+    loss = TransducerJointLoss(joint, classifier, **options)
+    enc, pred, targets = inputs()
+    calls = []
+    for x in (classifier.w.weight, enc):
+        x.register_hook(lambda g: calls.append(g.shape))
+    loss(enc, pred, targets, FRAMES, COUNTS).backward()
+    assert sorted(calls) == sorted([classifier.w.weight.shape, enc.shape])
+
+
+@every_method
+def test_frozen_parts(options):
+    joint, classifier = modules("concat")
+    loss = TransducerJointLoss(joint, classifier, **options)
+    enc, pred, targets = inputs()
+    classifier.bias.requires_grad_(False)
+    value = loss(enc.detach(), pred, targets, FRAMES, COUNTS)
+    value.backward()
+    assert enc.grad is None and classifier.bias.grad is None
+    assert pred.grad is not None and classifier.weight.grad is not None
+
+
+@every_method
+def test_no_gradients_without_need(options):
+    loss = TransducerJointLoss(*modules(), **options)
+    enc, pred, targets = inputs()
+    expected = loss(enc, pred, targets, FRAMES, COUNTS)
+    with torch.no_grad():
+        value = loss(enc, pred, targets, FRAMES, COUNTS)
+    assert torch.equal(value, expected) and not value.requires_grad
+
+
+@every_method
+def test_second_backward(options):
+    loss = TransducerJointLoss(*modules(), **options)
+    enc, pred, targets = inputs()
+    value = loss(enc, pred, targets, FRAMES, COUNTS)
+    first = torch.autograd.grad(value, enc, retain_graph=True)[0]
+    assert torch.equal(first, torch.autograd.grad(value, enc)[0])
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@every_method
+def test_memory(options, reduction):
+    """Tiles are all that is alive, however many samples and frames."""
+    tile = {**options}
+    if "max_rows" in tile:
+        tile["max_rows"] = 100
+    peaks = []
+    for frames in (50, 200):
+        joint = Transducer_joint(nonlinearity=nn.Tanh)
+        classifier = nn.Linear(16, 300)
+        loss = TransducerJointLoss(
+            joint, classifier, reduction=reduction, **tile
+        )
+        enc = torch.randn(3, frames, 16, requires_grad=True)
+        pred = torch.randn(3, 11, 16, requires_grad=True)
+        targets = torch.randint(1, 300, (3, 10))
+        with StorageTracker() as tracker:
+            loss(
+                enc, pred, targets, torch.ones(3), torch.ones(3)
+            ).sum().backward()
+        peaks.append(tracker.peak)
+    logits = 4 * 300 * 3 * 11 * torch.tensor([50, 200])
+    if "max_rows" in tile:
+        # Planes and gradients of encoder rows grow; logits do not.
+        assert peaks[1] - peaks[0] < 0.2 * (logits[1] - logits[0])
+        assert peaks[1] < 0.5 * logits[1]
+    elif options.get("method") == "samplewise":
+        assert peaks[1] < 1.7 * logits[1]
+
+
+def test_sparse_backward_leaves_little_out():
+    """A peaked model: few cells, the same gradient to float32."""
+    torch.manual_seed(0)
+    joint, classifier = modules(dtype=torch.float32)
+    enc, pred, targets = inputs(torch.float32)
+    with torch.no_grad():
+        classifier.w.weight *= 20
+    found, rows = [], []
+    for floor in (0.0, 1e-8):
+        loss = TransducerJointLoss(
+            joint, classifier, reduction="none", occupancy_floor=floor
+        )
+        value = loss(enc, pred, targets, FRAMES, COUNTS)
+        seen = []
+        handle = classifier.register_forward_hook(
+            lambda m, args, out, seen=seen: seen.append(len(args[0]))
+        )
+        found.append(
+            torch.autograd.grad(
+                weights_of(value), [enc, pred, *loss.parameters()]
+            )
+        )
+        handle.remove()
+        rows.append(sum(seen))
+    assert rows[1] < 0.6 * rows[0]
+    for a, b in zip(*found):
+        assert torch.allclose(a, b, rtol=1e-6, atol=1e-6 * a.abs().max())
+
+
+@every_method
+def test_sample_that_is_not_finite(options, caplog):
+    loss = TransducerJointLoss(*modules(), reduction="none", **options)
+    enc, pred, targets = inputs()
+    bad = enc.detach().clone()
+    bad[2, 3] = torch.nan
+    bad.requires_grad_()
+    with caplog.at_level(logging.WARNING):
+        value = loss(bad, pred, targets, FRAMES, COUNTS)
+    assert "loss of sample 2 of the batch is not finite" in caplog.text
+    assert value.isfinite().tolist() == [True, True, False, True, True]
+    found = torch.autograd.grad(
+        value[value.isfinite()].sum(), [bad, pred, *loss.parameters()]
+    )
+    clean = loss(enc, pred, targets, FRAMES, COUNTS)[[0, 1, 3, 4]].sum()
+    expected = torch.autograd.grad(clean, [enc, pred, *loss.parameters()])
+    for a, b in zip(found, expected):
+        assert torch.allclose(a, b, atol=1e-12)
+
+
+def worker(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+    )
+    found = {}
+    for unused in (False, True):
+        for name, options in METHODS.items():
+            loss = TransducerJointLoss(
+                *modules("concat"), reduction="sum", **options
+            )
+            wrapped = DistributedDataParallel(
+                loss, find_unused_parameters=unused
+            )
+            enc, pred, targets = inputs(seed=rank)
+            wrapped(enc, pred, targets, FRAMES, COUNTS).backward()
+            found[name, unused] = [p.grad for p in loss.parameters()]
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes(tmp_path):
+    mp.spawn(worker, args=(str(tmp_path),), nprocs=2)
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    loss = TransducerJointLoss(
+        *modules("concat"), reduction="sum", method="batched"
+    )
+    for seed in range(2):
+        enc, pred, targets = inputs(seed=seed)
+        (loss(enc, pred, targets, FRAMES, COUNTS) / 2).backward()
+    for key in found[0]:
+        for a, b, p in zip(found[0][key], found[1][key], loss.parameters()):
+            assert torch.equal(a, b)
+            assert torch.allclose(a, p.grad, atol=1e-9)
+
+
+def call(loss=None, **changes):
+    enc, pred, targets = inputs()
+    arguments = {
+        "enc": enc,
+        "pred": pred,
+        "targets": targets,
+        "enc_lens": FRAMES,
+        "target_lens": COUNTS,
+    }
+    loss = loss or TransducerJointLoss(*modules())
+    return loss(**{**arguments, **changes})
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"enc": torch.zeros(5, 20)}, r"enc must be \[B, T, H\]"),
+        ({"enc": torch.zeros(0, 20, H)}, "not empty"),
+        ({"pred": torch.zeros(5, 8, H)}, r"\[B, U\+1, H\] = \[5, 9, H\]"),
+        ({"pred": torch.zeros(5, 9, H)}, "torch.float64 and torch.float32"),
+        ({"targets": torch.zeros(5, 8)}, "integers, not torch.float32"),
+        ({"targets": torch.ones(4, 8).long()}, "B = 5"),
+        (
+            {"targets": torch.zeros(5, 8).long()},
+            "Sample 0: target 0 is 0.*blank",
+        ),
+        ({"targets": torch.full((5, 8), V)}, "Sample 0: target 0 is 11"),
+        ({"enc_lens": FRAMES * 20}, "Sample 0.*relative"),
+        ({"enc_lens": FRAMES * 0}, "Sample 0 has no frame"),
+        ({"enc_lens": FRAMES[:4]}, r"enc_lens must be \[B\]"),
+        ({"target_lens": COUNTS.to("meta")}, "one device"),
+    ],
+)
+def test_clear_errors(changes, message):
+    with pytest.raises(ValueError, match=message):
+        call(**changes)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"method": "pruned"}, "method='pruned'"),
+        ({"max_rows": 0}, "max_rows=0"),
+        ({"occupancy_floor": 1.0}, "occupancy_floor=1.0"),
+        ({"reduction": "batchmean"}, "reduction='batchmean'"),
+    ],
+)
+def test_clear_errors_of_the_yaml(options, message):
+    with pytest.raises(ValueError, match=message):
+        TransducerJointLoss(*modules(), **options)
+
+
+def test_blank_outside_the_vocabulary():
+    with pytest.raises(ValueError, match="blank_index=11"):
+        call(TransducerJointLoss(*modules(), blank_index=11))
