@@ -94,7 +94,7 @@ class TransducerJointLoss(nn.Module):
         blank_index=0,
         reduction="speechbrain",
         method="tiled",
-        max_rows=8192,
+        max_rows=2048,
         occupancy_floor=1e-8,
         fastemit_lambda=0.0,
         clamp=None,
