@@ -1,1 +1,1 @@
-"""Tools around training: the memory analysis of a training step."""
+"""Around training: memory analysis, checkpoints, export, 8-bit tensors."""
