@@ -1,0 +1,218 @@
+"""Memory and time of the transducer loss, with and without logits.
+
+Compares torchaudio's rnnt_loss on batched logits, and TransducerJointLoss
+samplewise, tiled without leaving out a cell, and tiled; forward and backward
+to encoder, predictor and weights, one after the other in one process. Memory
+is the peak beyond the inputs and their gradients, counted by storage; errors
+are relative to the gradient in float64.
+
+    python benchmarks/transducer_loss.py [--shapes librispeech_shape_info.pt]
+
+--shapes names a tensor [N, 2] of frames and targets, from which batches of 30
+are drawn.
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+import argparse
+import copy
+import time
+
+import torch
+import torchaudio
+from common import write_results
+from speechbrain.nnet.transducer.transducer_joint import Transducer_joint
+from torch import nn
+
+from sb_memeff.nnet.transducer.joint_loss import TransducerJointLoss
+from sb_memeff.utils.memory import StorageTracker
+
+METHODS = {
+    "samplewise": {"method": "samplewise"},
+    "tiled, floor 0": {"occupancy_floor": 0.0},
+    "tiled": {},
+}
+
+
+class Batch:
+    """Inputs, modules and lengths of one measurement.
+
+    Arguments
+    ---------
+    frames : list of int
+        Of each sample.
+    targets : list of int
+        Of each sample.
+    hidden : int
+        Joint dimension.
+    vocabulary : int
+        Symbols.
+    peaked : bool
+        Scores as a trained model has them: one path is far likelier than
+        all others.
+    """
+
+    def __init__(self, frames, targets, hidden, vocabulary, peaked):
+        torch.manual_seed(0)
+        self.frames, self.counts = torch.tensor(frames), torch.tensor(targets)
+        self.joint = Transducer_joint(nonlinearity=nn.GELU)
+        self.classifier = nn.Linear(hidden, vocabulary)
+        shape = len(frames), max(targets)
+        self.targets = torch.randint(1, vocabulary, shape)
+        self.enc = torch.randn(len(frames), max(frames), hidden)
+        self.pred = torch.randn(len(frames), max(targets) + 1, hidden)
+        if peaked:
+            self._align()
+        self.inputs = [
+            self.enc.requires_grad_(),
+            self.pred.requires_grad_(),
+            *self.classifier.parameters(),
+        ]
+
+    def _align(self):
+        # A frame's row points to the symbol that is emitted in it.
+        rows = self.classifier.weight.detach()
+        rows = rows / rows.norm(dim=1, keepdim=True)
+        self.pred *= 0.01
+        for b, (t, u) in enumerate(zip(self.frames, self.counts)):
+            symbols = torch.zeros(int(t), dtype=torch.long)
+            at = (torch.arange(int(u)) + 0.5) * t / u
+            symbols[at.long()] = self.targets[b, :u]
+            self.enc[b, :t] = 30 * rows[symbols]
+
+    def torchaudio(self):
+        """The loss on batched logits."""
+        logits = self.classifier(
+            self.joint(self.enc.unsqueeze(2), self.pred.unsqueeze(1))
+        )
+        return torchaudio.functional.rnnt_loss(
+            logits,
+            self.targets.int(),
+            self.frames.int(),
+            self.counts.int(),
+            blank=0,
+            reduction="sum",
+        )
+
+    def ours(self, **options):
+        """TransducerJointLoss."""
+        loss = TransducerJointLoss(
+            self.joint, self.classifier, reduction="sum", **options
+        )
+        return loss(
+            self.enc,
+            self.pred,
+            self.targets,
+            self.frames / self.enc.shape[1],
+            self.counts / self.targets.shape[1],
+        )
+
+    def exact(self):
+        """Gradients in float64."""
+        wide = copy.copy(self)
+        wide.enc, wide.pred = (
+            x.detach().double().requires_grad_() for x in (self.enc, self.pred)
+        )
+        wide.classifier = copy.deepcopy(self.classifier).double()
+        value = wide.ours(method="samplewise")
+        return torch.autograd.grad(
+            value, [wide.enc, wide.pred, *wide.classifier.parameters()]
+        )
+
+    def measure(self, loss, exact):
+        """Peak memory in bytes, seconds, largest error of a gradient."""
+
+        def step():
+            return torch.autograd.grad(loss(), self.inputs)
+
+        with StorageTracker() as tracker:
+            gradients = step()
+        extra = tracker.peak - sum(g.nbytes for g in gradients)
+        error = max(
+            ((a - b).norm() / b.norm()).item() for a, b in zip(gradients, exact)
+        )
+        del gradients
+        started = time.perf_counter()
+        step()
+        return extra, time.perf_counter() - started, error
+
+
+def compare(name, batch):
+    """Measures all methods on a batch; prints lines of a Markdown table.
+
+    Arguments
+    ---------
+    name : str
+        Of the batch.
+    batch : Batch
+        The batch.
+
+    Returns
+    -------
+    list
+        A dict for each method.
+    """
+    rows = []
+    methods = {
+        "torchaudio, batched": batch.torchaudio,
+        **{
+            method: lambda options=options: batch.ours(**options)
+            for method, options in METHODS.items()
+        },
+    }
+    exact = batch.exact()
+    for method, loss in methods.items():
+        extra, seconds, error = batch.measure(loss, exact)
+        if not rows:
+            reference = extra, seconds
+        rows.append(
+            {
+                "batch": name,
+                "method": method,
+                "extra_bytes": extra,
+                "seconds": seconds,
+                "gradient_error": error,
+            }
+        )
+        print(
+            f"| {name} | {method} | {extra / 1e6:.0f} MB "
+            f"(1/{reference[0] / extra:.1f}) | {seconds:.2f} s "
+            f"({reference[1] / seconds:.1f}x) | {error:.0e} |",
+            flush=True,
+        )
+    return rows
+
+
+def main():
+    """Measures, prints a Markdown table and writes the result file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shapes")
+    parser.add_argument("--batches", type=int, default=1)
+    arguments = parser.parse_args()
+    print(
+        "| batch | method | memory | time (faster) | gradient error |\n"
+        "|---|---|---|---|---|"
+    )
+    rows = []
+    for peaked in (False, True):
+        name = "4 x 250 x 51, " + ("trained-like" if peaked else "untrained")
+        rows += compare(name, Batch([250] * 4, [50] * 4, 640, 1000, peaked))
+    if arguments.shapes:
+        shapes = torch.load(arguments.shapes).long()
+        order = torch.randperm(
+            len(shapes), generator=torch.Generator().manual_seed(0)
+        )
+        for number in range(arguments.batches):
+            some = shapes[order[30 * number : 30 * number + 30]]
+            for peaked in (False, True):
+                name = f"30 of LibriSpeech, no. {number}, " + (
+                    "trained-like" if peaked else "untrained"
+                )
+                batch = Batch(*some.T.tolist(), 512, 500, peaked)
+                rows += compare(name, batch)
+    write_results(__file__, rows)
+
+
+if __name__ == "__main__":
+    main()
