@@ -12,6 +12,7 @@ from sb_memeff.nnet.transducer.batch import (
     count,
     reduce,
 )
+from sb_memeff.nnet.transducer.cells import cells_inside, following
 from sb_memeff.nnet.transducer.lattice import forward_backward
 from sb_memeff.nnet.transducer.rows import row_gradient, row_scores
 
@@ -155,7 +156,9 @@ class _TransducerLoss(torch.autograd.Function):
         overwrite_logits,
     ):
         batch, rows, columns, _ = logits.shape
-        cells, symbols = _cells(targets, frames, counts, rows, columns)
+        cells = cells_inside(frames, counts, rows, columns)
+        symbols = following(targets, counts)[:, None].expand(-1, rows, -1)
+        symbols = symbols.flatten()
         flat = logits.reshape(-1, logits.shape[3])
         planes = flat.new_zeros(3, len(flat), dtype=_score_dtype(logits))
         for some in _chunks(cells, flat.shape[1]):
@@ -207,18 +210,6 @@ class _TransducerLoss(torch.autograd.Function):
 
 def _score_dtype(logits):
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
-
-
-def _cells(targets, frames, counts, rows, columns):
-    """Numbers of the cells inside the lattices, and the next targets of all."""
-    t = torch.arange(rows, device=targets.device)[:, None]
-    u = torch.arange(columns, device=targets.device)
-    inside = (t < frames[:, None, None]) & (u <= counts[:, None, None])
-    # Where no target follows any symbol will do; its posterior is 0.
-    real = u[:-1] < counts[:, None]
-    following = torch.nn.functional.pad(targets.masked_fill(~real, 0), (0, 1))
-    symbols = following[:, None].expand(-1, rows, -1)
-    return inside.flatten().nonzero().squeeze(1), symbols.flatten()
 
 
 def _chunks(cells, vocabulary):

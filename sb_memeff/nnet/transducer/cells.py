@@ -10,7 +10,7 @@ from torch.func import functional_call
 
 from sb_memeff.nnet.transducer.rows import row_gradient, row_scores
 
-__all__ = ["CellLogits", "Cells"]
+__all__ = ["CellLogits", "Cells", "Gradients", "cells_inside", "following"]
 
 
 class CellLogits(nn.Module):
@@ -57,6 +57,62 @@ class CellLogits(nn.Module):
         return self.classifier(joined.flatten(0, 2))
 
 
+def cells_inside(frames, counts, rows, columns):
+    """The cells inside the lattices of a padded batch.
+
+    Arguments
+    ---------
+    frames : torch.Tensor
+        [B].
+    counts : torch.Tensor
+        [B], targets of each sample.
+    rows : int
+        T.
+    columns : int
+        U+1.
+
+    Returns
+    -------
+    torch.Tensor
+        [N], int64; cell (b, t, u) is b T (U+1) + t (U+1) + u.
+
+    Example
+    -------
+    >>> cells_inside(torch.tensor([1, 2]), torch.tensor([1, 0]), 2, 2)
+    tensor([0, 1, 4, 6])
+    """
+    t = torch.arange(rows, device=frames.device)[:, None]
+    u = torch.arange(columns, device=frames.device)
+    inside = (t < frames[:, None, None]) & (u <= counts[:, None, None])
+    return inside.flatten().nonzero().squeeze(1)
+
+
+def following(targets, counts):
+    """The target that follows in each column of the lattice.
+
+    Arguments
+    ---------
+    targets : torch.Tensor
+        [B, U].
+    counts : torch.Tensor
+        [B], targets of each sample.
+
+    Returns
+    -------
+    torch.Tensor
+        [B, U+1]; 0 where none follows: any symbol will do, as its posterior
+        is 0.
+
+    Example
+    -------
+    >>> following(torch.tensor([[3, 9]]), torch.tensor([1]))
+    tensor([[3, 0, 0]])
+    """
+    u = torch.arange(targets.shape[1], device=targets.device)
+    real = u < counts[:, None]
+    return nn.functional.pad(targets.long().masked_fill(~real, 0), (0, 1))
+
+
 class Cells:
     """The cells inside the lattices of a batch, and what is computed of them.
 
@@ -92,16 +148,8 @@ class Cells:
             enc.shape[1],
             pred.shape[1],
         )
-        t = torch.arange(self.rows, device=enc.device)[:, None]
-        u = torch.arange(self.columns, device=enc.device)
-        inside = (t < frames[:, None, None]) & (u <= counts[:, None, None])
-        # [N], cell (b, t, u) is b T (U+1) + t (U+1) + u: int64.
-        self.numbers = inside.flatten().nonzero().squeeze(1)
-        # Where no target follows any symbol will do; its posterior is 0.
-        real = u[:-1] < counts[:, None]
-        self.following = torch.nn.functional.pad(
-            targets.long().masked_fill(~real, 0), (0, 1)
-        ).flatten()
+        self.numbers = cells_inside(frames, counts, self.rows, self.columns)
+        self.following = following(targets, counts).flatten()
 
     def places(self, cells):
         """Sample, row of the encoder and row of the predictor of cells.
