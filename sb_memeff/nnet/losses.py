@@ -9,12 +9,13 @@ import torch
 from sb_memeff.nnet.transducer.batch import (
     check_settings,
     check_targets,
+    check_tensors,
     count,
     reduce,
 )
 from sb_memeff.nnet.transducer.cells import cells_inside, following
-from sb_memeff.nnet.transducer.lattice import forward_backward
-from sb_memeff.nnet.transducer.rows import row_gradient, row_scores
+from sb_memeff.nnet.transducer.lattice import loss_and_occupancies
+from sb_memeff.nnet.transducer.rows import row_gradient, row_scores, wide_dtype
 
 __all__ = ["transducer_loss"]
 
@@ -122,22 +123,8 @@ def _check_shapes(logits, targets, input_lens, target_lens):
             f"{list(logits.shape)}, not {list(targets.shape)}: the prediction "
             "network sees a blank and then all targets."
         )
-    if targets.is_floating_point():
-        raise ValueError(f"targets must be integers, not {targets.dtype}.")
-    for name, lens in (
-        ("input_lens", input_lens),
-        ("target_lens", target_lens),
-    ):
-        if lens.shape != (batch,):
-            raise ValueError(
-                f"{name} must be [B] = [{batch}], not {list(lens.shape)}."
-            )
-    devices = {x.device for x in (logits, targets, input_lens, target_lens)}
-    if len(devices) > 1:
-        raise ValueError(
-            "logits, targets and lengths must be on one device, not on "
-            f"{', '.join(sorted(map(str, devices)))}."
-        )
+    lengths = {"input_lens": input_lens, "target_lens": target_lens}
+    check_tensors(batch, lengths, targets, {"logits": logits})
 
 
 class _TransducerLoss(torch.autograd.Function):
@@ -160,25 +147,26 @@ class _TransducerLoss(torch.autograd.Function):
         symbols = following(targets, counts)[:, None].expand(-1, rows, -1)
         symbols = symbols.flatten()
         flat = logits.reshape(-1, logits.shape[3])
-        planes = flat.new_zeros(3, len(flat), dtype=_score_dtype(logits))
+        planes = flat.new_zeros(3, len(flat), dtype=wide_dtype(logits.dtype))
         for some in _chunks(cells, flat.shape[1]):
             planes[:, some] = torch.stack(
                 row_scores(flat[some], symbols[some], blank_index)
             )
         normaliser, blank, target = planes.view(3, batch, rows, columns)
-        lattice = forward_backward(blank, target[..., :-1], frames, counts)
+        nll, blank, emission = loss_and_occupancies(
+            blank, target, frames, counts, fastemit_lambda
+        )
         ctx.blank_index, ctx.clamp = blank_index, clamp
         ctx.overwrite_logits = overwrite_logits
-        emission = torch.nn.functional.pad(lattice.target, (0, 1))
         ctx.save_for_backward(
             logits,
             normaliser.flatten(),
             cells,
             symbols,
-            lattice.blank.flatten(),
-            (1 + fastemit_lambda) * emission.flatten(),
+            blank,
+            emission,
         )
-        return -(1 + fastemit_lambda) * lattice.log_likelihood
+        return nll
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -206,10 +194,6 @@ class _TransducerLoss(torch.autograd.Function):
             rows *= upstream[some // cells_per_sample, None]
             gradient[some] = rows.to(gradient.dtype)
         return gradient.view(logits.shape), *[None] * 7
-
-
-def _score_dtype(logits):
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 def _chunks(cells, vocabulary):

@@ -6,7 +6,14 @@ Authors
 
 import torch
 
-__all__ = ["REDUCTIONS", "check_settings", "check_targets", "count", "reduce"]
+__all__ = [
+    "REDUCTIONS",
+    "check_settings",
+    "check_tensors",
+    "check_targets",
+    "count",
+    "reduce",
+]
 
 REDUCTIONS = ("speechbrain", "mean", "sum", "none")
 
@@ -39,6 +46,41 @@ def check_settings(reduction, fastemit_lambda, clamp):
     if clamp is not None and not clamp > 0:
         raise ValueError(
             f"clamp={clamp} must be positive; None is without a limit."
+        )
+
+
+def check_tensors(batch, lengths, targets, others):
+    """Checks what both losses are called with, shapes of their own aside.
+
+    Arguments
+    ---------
+    batch : int
+        Samples.
+    lengths : dict
+        Name to tensor; they must be [B].
+    targets : torch.Tensor
+        Must be integers.
+    others : dict
+        Name to tensor; all must be on one device.
+
+    Raises
+    ------
+    ValueError
+        If they are not.
+    """
+    if targets.is_floating_point():
+        raise ValueError(f"targets must be integers, not {targets.dtype}.")
+    for name, lens in lengths.items():
+        if lens.shape != (batch,):
+            raise ValueError(
+                f"{name} must be [B] = [{batch}], not {list(lens.shape)}."
+            )
+    tensors = (*others.values(), targets, *lengths.values())
+    devices = {str(x.device) for x in tensors}
+    if len(devices) > 1:
+        raise ValueError(
+            f"{', '.join(others)}, targets and lengths must be on one device, "
+            f"not on {', '.join(sorted(devices))}."
         )
 
 

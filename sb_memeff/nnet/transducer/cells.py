@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from sb_memeff.nnet.transducer.rows import row_gradient, row_scores
+from sb_memeff.nnet.transducer.rows import row_gradient, row_scores, wide_dtype
 
 __all__ = ["CellLogits", "Cells", "Gradients", "cells_inside", "following"]
 
@@ -168,46 +168,41 @@ class Cells:
         sample = frame // self.rows
         return sample, frame, sample * self.columns + cells % self.columns
 
-    def run(self, cells, weights=None, enc=None, pred=None):
+    def inputs(self, cells):
+        """Rows of encoder and predictor of some cells.
+
+        Arguments
+        ---------
+        cells : torch.Tensor
+            [N].
+
+        Returns
+        -------
+        tuple of torch.Tensor
+            [N, H] each.
+        """
+        _, frame, label = self.places(cells)
+        return self.enc.flatten(0, 1)[frame], self.pred.flatten(0, 1)[label]
+
+    def run(self, cells):
         """Logits of some cells.
 
         Arguments
         ---------
         cells : torch.Tensor
             [N].
-        weights : dict, optional
-            Tensors that stand for the modules' parameters.
-        enc : torch.Tensor, optional
-            The encoder's rows, if they are at hand.
-        pred : torch.Tensor, optional
-            The predictor's.
 
         Returns
         -------
         torch.Tensor
             [N, V].
         """
-        if enc is None:
-            _, frame, label = self.places(cells)
-            enc, pred = self.enc.flatten(0, 1)[frame], self.label_rows(label)
-        if weights is None:
-            return self.logits(enc, pred)
-        return functional_call(self.logits, weights, (enc, pred))
-
-    def label_rows(self, label):
-        """Rows of the predictor."""
-        return self.pred.flatten(0, 1)[label]
+        return self.logits(*self.inputs(cells))
 
     def scores(self, cells, logits):
         """Normaliser, blank and target of cells; see rows.row_scores."""
         _, _, label = self.places(cells)
         return row_scores(logits, self.following[label], self.blank_index)
-
-    def planes(self, like):
-        """Three empty planes of scores, flat: normaliser, blank, target."""
-        dtype = like if like == torch.float64 else torch.float32
-        cells = self.batch * self.rows * self.columns
-        return self.enc.new_zeros(3, cells, dtype=dtype)
 
 
 class Gradients:
@@ -228,11 +223,11 @@ class Gradients:
             name: p.detach().requires_grad_() for name, p in weights.items()
         }
         self.enc, self.pred = (
-            torch.zeros_like(x, dtype=_sum_dtype(x)).flatten(0, 1)
+            torch.zeros_like(x, dtype=wide_dtype(x.dtype)).flatten(0, 1)
             for x in (cells.enc, cells.pred)
         )
         self.sums = {
-            name: torch.zeros_like(p, dtype=_sum_dtype(p))
+            name: torch.zeros_like(p, dtype=wide_dtype(p.dtype))
             for name, p in weights.items()
         }
 
@@ -250,12 +245,10 @@ class Gradients:
             What ``add`` takes.
         """
         cells = self.cells
-        sample, frame, label = cells.places(numbers)
-        enc = cells.enc.flatten(0, 1)[frame].requires_grad_()
-        pred = cells.label_rows(label).requires_grad_()
+        rows = tuple(x.requires_grad_() for x in cells.inputs(numbers))
         with torch.enable_grad():
-            logits = cells.run(numbers, self.weights, enc, pred)
-        return logits, enc, pred, (sample, frame, label)
+            logits = functional_call(cells.logits, self.weights, rows)
+        return logits, *rows, cells.places(numbers)
 
     def add(self, made, normaliser, blank, emission, upstream=None):
         """Propagates back through the logits of some cells.
@@ -323,7 +316,3 @@ class Gradients:
             for total, like in zip(totals, likes)
         )
         return enc, pred, weights
-
-
-def _sum_dtype(x):
-    return torch.float64 if x.dtype == torch.float64 else torch.float32

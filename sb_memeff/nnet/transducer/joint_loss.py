@@ -18,11 +18,13 @@ from sb_memeff.nnet.replay import Recorder
 from sb_memeff.nnet.transducer.batch import (
     check_settings,
     check_targets,
+    check_tensors,
     count,
     reduce,
 )
 from sb_memeff.nnet.transducer.cells import CellLogits, Cells, Gradients
-from sb_memeff.nnet.transducer.lattice import forward_backward
+from sb_memeff.nnet.transducer.lattice import loss_and_occupancies
+from sb_memeff.nnet.transducer.rows import wide_dtype
 
 __all__ = ["TransducerJointLoss"]
 
@@ -198,7 +200,11 @@ class _Tiled(torch.autograd.Function):
     @staticmethod
     def forward(ctx, module, cells, names, enc, pred, *weights):
         recorder = Recorder(enc.device)
-        planes = cells.planes(enc.dtype)
+        planes = enc.new_zeros(
+            3,
+            cells.batch * cells.rows * cells.columns,
+            dtype=wide_dtype(enc.dtype),
+        )
         recordings = []
         with recorder.autocast():
             for tile in cells.numbers.split(module.max_rows):
@@ -208,7 +214,13 @@ class _Tiled(torch.autograd.Function):
                 recordings.append(recording)
                 planes[:, tile] = torch.stack(cells.scores(tile, logits))
                 del logits
-        normaliser, nll, blank, emission = _posteriors(module, cells, planes)
+        normaliser = planes[0]
+        nll, blank, emission = loss_and_occupancies(
+            *planes[1:].view(2, cells.batch, cells.rows, cells.columns),
+            cells.frames,
+            cells.counts,
+            module.fastemit_lambda,
+        )
         ctx.save_for_backward(enc, pred, normaliser, blank, emission, *weights)
         ctx.module, ctx.cells, ctx.names = module, cells, names
         ctx.recorder, ctx.recordings = recorder, recordings
@@ -241,12 +253,11 @@ class _Tiled(torch.autograd.Function):
             with ctx.recorder.replay(cells.logits, recording):
                 made = gradients.run(tile)
             some_blank, some_emission = blank[tile], emission[tile]
-            scale = upstream
             if mask is not None:
                 some_blank = torch.where(mask, some_blank, 0)
                 some_emission = torch.where(mask, some_emission, 0)
             gradients.add(
-                made, normaliser[tile], some_blank, some_emission, scale
+                made, normaliser[tile], some_blank, some_emission, upstream
             )
             del made
         enc, pred, weights = gradients.totals()
@@ -261,22 +272,25 @@ class _Samplewise(torch.autograd.Function):
         recorder = Recorder(enc.device)
         # With a weight of its own for each sample they wait for backward.
         ctx.early = module.reduction != "none" and any(ctx.needs_input_grad)
-        gradients = Gradients(cells, dict(zip(names, weights)))
+        gradients = (
+            Gradients(cells, dict(zip(names, weights))) if ctx.early else None
+        )
         nll, ctx.recordings = [], []
         with recorder.autocast():
             for tile in _samples(cells):
                 made, recording = recorder.record(
-                    _Run(cells.logits), gradients, tile
+                    _Run(cells.logits), gradients or cells, tile
                 )
-                value, parts = _one_sample(module, cells, tile, made[0])
+                logits = made[0] if ctx.early else made
+                value, parts = _one_sample(module, cells, tile, logits)
                 if ctx.early:
                     gradients.add(made, *parts)
                 nll.append(value)
                 ctx.recordings.append(recording)
-                del made
+                del made, logits
         ctx.module, ctx.cells, ctx.names = module, cells, names
         ctx.recorder = recorder
-        ctx.gradients = gradients if ctx.early else None
+        ctx.gradients = gradients
         ctx.save_for_backward(enc, pred, *weights)
         return torch.cat(nll)
 
@@ -325,31 +339,15 @@ def _one_sample(module, cells, numbers, logits):
     frames, counts = (
         n[sample : sample + 1] for n in (cells.frames, cells.counts)
     )
-    scores = cells.scores(numbers, logits.detach())
-    normaliser, blank, target = (
-        s.view(1, int(frames), int(counts) + 1) for s in scores
+    normaliser, *scores = cells.scores(numbers, logits.detach())
+    shape = 1, int(frames), int(counts) + 1
+    nll, blank, emission = loss_and_occupancies(
+        *(s.view(shape) for s in scores),
+        frames,
+        counts,
+        module.fastemit_lambda,
     )
-    lattice = forward_backward(blank, target[..., :-1], frames, counts)
-    emission = nn.functional.pad(lattice.target, (0, 1))
-    boost = 1 + module.fastemit_lambda
-    parts = normaliser, lattice.blank, boost * emission
-    return -boost * lattice.log_likelihood, [p.flatten() for p in parts]
-
-
-def _posteriors(module, cells, planes):
-    shape = 3, cells.batch, cells.rows, cells.columns
-    normaliser, blank, target = planes.view(shape)
-    lattice = forward_backward(
-        blank, target[..., :-1], cells.frames, cells.counts
-    )
-    emission = nn.functional.pad(lattice.target, (0, 1))
-    boost = 1 + module.fastemit_lambda
-    return (
-        normaliser.flatten(),
-        -boost * lattice.log_likelihood,
-        lattice.blank.flatten(),
-        boost * emission.flatten(),
-    )
+    return nll, (normaliser, blank, emission)
 
 
 def _name_samples(nll):
@@ -373,28 +371,16 @@ def _check_inputs(enc, pred, targets, enc_lens, target_lens):
             f"targets must be [B, U] with B = {batch}, not "
             f"{list(targets.shape)}."
         )
-    if targets.is_floating_point():
-        raise ValueError(f"targets must be integers, not {targets.dtype}.")
     if pred.dim() != 3 or pred.shape[:2] != (batch, targets.shape[1] + 1):
         raise ValueError(
             f"pred must be [B, U+1, H] = [{batch}, {targets.shape[1] + 1}, H], "
             f"not {list(pred.shape)}: the prediction network sees a blank and "
             "then all targets."
         )
-    for name, lens in (("enc_lens", enc_lens), ("target_lens", target_lens)):
-        if lens.shape != (batch,):
-            raise ValueError(
-                f"{name} must be [B] = [{batch}], not {list(lens.shape)}."
-            )
     if enc.dtype != pred.dtype or not enc.is_floating_point():
         raise ValueError(
             "enc and pred must be of one floating-point dtype, not "
             f"{enc.dtype} and {pred.dtype}."
         )
-    tensors = (enc, pred, targets, enc_lens, target_lens)
-    devices = {str(x.device) for x in tensors}
-    if len(devices) > 1:
-        raise ValueError(
-            "enc, pred, targets and lengths must be on one device, not on "
-            f"{', '.join(sorted(devices))}."
-        )
+    lengths = {"enc_lens": enc_lens, "target_lens": target_lens}
+    check_tensors(batch, lengths, targets, {"enc": enc, "pred": pred})

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["Lattice", "forward_backward"]
+__all__ = ["Lattice", "forward_backward", "loss_and_occupancies"]
 
 
 class Lattice(NamedTuple):
@@ -112,6 +112,46 @@ def forward_backward(blank, target, frames, targets):
         log_likelihood.to(dtype),
         (start + blank + after_blank).exp().to(dtype),
         (start + target)[:, :, :-1].add(after_target).exp().to(dtype),
+    )
+
+
+def loss_and_occupancies(blank, target, frames, targets, fastemit_lambda=0.0):
+    """The loss of each sample, and what the gradients of its rows are made of.
+
+    Arguments
+    ---------
+    blank : torch.Tensor
+        [B, T, U+1], log-probabilities of blank.
+    target : torch.Tensor
+        [B, T, U+1], of the target that follows; the last column is not used.
+    frames : torch.Tensor
+        [B].
+    targets : torch.Tensor
+        [B].
+    fastemit_lambda : float
+        Loss and emissions are times 1 + lambda (arXiv 2010.11148).
+
+    Returns
+    -------
+    tuple of torch.Tensor
+        [B], and flat [B T (U+1)]: posteriors of the blank and of emissions.
+
+    Example
+    -------
+    >>> scores = torch.full((1, 2, 2), 0.5).log()
+    >>> loss, blank, emission = loss_and_occupancies(
+    ...     scores, scores, torch.tensor([2]), torch.tensor([1])
+    ... )
+    >>> emission
+    tensor([0.5000, 0.0000, 0.5000, 0.0000])
+    """
+    lattice = forward_backward(blank, target[..., :-1], frames, targets)
+    emission = torch.nn.functional.pad(lattice.target, (0, 1))
+    boost = 1 + fastemit_lambda
+    return (
+        -boost * lattice.log_likelihood,
+        lattice.blank.flatten(),
+        boost * emission.flatten(),
     )
 
 

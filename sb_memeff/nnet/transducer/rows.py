@@ -14,7 +14,28 @@ Authors
 
 import torch
 
-__all__ = ["row_gradient", "row_scores"]
+__all__ = ["row_gradient", "row_scores", "wide_dtype"]
+
+
+def wide_dtype(dtype):
+    """The dtype to compute and to add up in: float32, or float64 for itself.
+
+    Arguments
+    ---------
+    dtype : torch.dtype
+        Of the tensors given.
+
+    Returns
+    -------
+    torch.dtype
+        float32 or float64.
+
+    Example
+    -------
+    >>> wide_dtype(torch.bfloat16)
+    torch.float32
+    """
+    return dtype if dtype == torch.float64 else torch.float32
 
 
 def row_scores(logits, target, blank_index):
@@ -40,7 +61,7 @@ def row_scores(logits, target, blank_index):
     >>> blank.exp(), target.exp()
     (tensor([0.2500]), tensor([0.2500]))
     """
-    logits = _at_least_float32(logits)
+    logits = logits.to(wide_dtype(logits.dtype))
     normaliser = logits.logsumexp(1)
     blank = logits[:, blank_index] - normaliser
     picked = logits.gather(1, target[:, None]).squeeze(1)
@@ -83,7 +104,7 @@ def row_gradient(
     >>> row_gradient(logits, normaliser, target, half, half, 0)
     tensor([[-0.2500,  0.2500, -0.2500,  0.2500]])
     """
-    logits = _at_least_float32(logits)
+    logits = logits.to(wide_dtype(logits.dtype))
     gradient = (logits - normaliser[:, None]).exp_()
     gradient *= (blank + emission)[:, None]
     gradient[:, blank_index] -= blank
@@ -91,7 +112,3 @@ def row_gradient(
     if clamp is not None:
         gradient.clamp_(-clamp, clamp)
     return gradient
-
-
-def _at_least_float32(x):
-    return x if x.dtype == torch.float64 else x.float()
