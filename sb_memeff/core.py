@@ -41,6 +41,8 @@ class MemEffBrain(sb.core.Brain):
       gradient round);
     * on the CPU, distributed training leaves BatchNorm alone (SyncBatchNorm
       needs a GPU);
+    * a batch sampler learns which epoch it is, on one GPU too (there
+      DynamicBatchSampler makes the same batches in every epoch);
     * skip_nonfinite_grads looks before clipping, which would spread one NaN
       to all gradients, and names the parameter;
     * --optimizer_step_limit works on the command line;
@@ -153,6 +155,8 @@ class MemEffBrain(sb.core.Brain):
 
     def _train_loader_specifics(self, dataset, loader_kwargs):
         loader_kwargs = super()._train_loader_specifics(dataset, loader_kwargs)
+        if not self.distributed_launch and "batch_sampler" in loader_kwargs:
+            self.train_sampler = loader_kwargs["batch_sampler"]
         if isinstance(dataset, SeededDataset):
             loader_kwargs = _numbered(dataset, loader_kwargs)
         return loader_kwargs

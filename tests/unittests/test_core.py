@@ -350,6 +350,28 @@ def test_embeddings_keep_32bit_states():
     assert state["momentum_buffer"].dtype == torch.float32
 
 
+@BOTH
+def test_dynamic_batches_of_each_epoch(base):
+    """Brain tells its batch sampler the epoch only when distributed."""
+    made = brain(base)
+    data = dataset()
+    sampler = DynamicBatchSampler(
+        data, 8, num_buckets=2, length_func=lambda x: x["duration"]
+    )
+    epochs = [set()]
+    made.on_fit_batch_end = lambda batch, *_: epochs[-1].add(tuple(batch.id))
+    made.on_stage_end = lambda *_: epochs.append(set())
+    made.fit(range(1, 3), data, train_loader_kwargs={"batch_sampler": sampler})
+    first, second, _ = epochs
+    assert {i for b in first for i in b} == {i for b in second for i in b}
+    # Not the batches alone: which items meet in a batch.
+    assert (first == second) == (base is sb.Brain)
+    if base is MemEffBrain:
+        # A process that begins with the second epoch finds its batches.
+        sampler.set_epoch(2)
+        assert {tuple(str(i) for i in batch) for batch in sampler} == second
+
+
 def loaded(workers, epochs=1, **options):
     """Items of an epoch as the train loader gives them."""
     sb.utils.seed.seed_everything(7, verbose=False)

@@ -18,7 +18,6 @@ sys.path.insert(0, str(RECIPE))
 
 from voxceleb_prepare import (  # noqa: E402
     divide,
-    open_atomic,
     prepare_noise,
     prepare_voxceleb,
 )
@@ -108,15 +107,6 @@ def test_interrupted_preparation_is_done_again(corpus):
     prepare(corpus)
     assert (save / "dev.csv").is_file()
     assert (save / "train.csv").read_text() != "stale"
-
-
-def test_nothing_half_written(tmp_path):
-    path = tmp_path / "x.csv"
-    path.write_text("old")
-    with pytest.raises(KeyError), open_atomic(path) as f:
-        f.write("new")
-        raise KeyError
-    assert path.read_text() == "old"
 
 
 def test_short_and_silent(corpus):

@@ -24,12 +24,12 @@ from speechbrain.utils.logger import get_logger
 from tqdm import tqdm
 from voxceleb_prepare import (
     fetch_list,
-    open_atomic,
     prepare_voxceleb,
     read_trials,
     wav_folders,
 )
 
+from sb_memeff.dataio.preparation import open_atomic
 from sb_memeff.utils.export import best_checkpoint
 
 logger = get_logger(__name__)

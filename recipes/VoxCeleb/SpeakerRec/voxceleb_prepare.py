@@ -11,7 +11,6 @@ Authors
  * The sb_memeff authors 2026
 """
 
-import csv
 import hashlib
 import json
 import os
@@ -23,6 +22,12 @@ import soundfile
 from speechbrain.utils.data_utils import download_file
 from speechbrain.utils.logger import get_logger
 from tqdm import tqdm
+
+from sb_memeff.dataio.preparation import (
+    Prepared,
+    read_header,
+    write_csv,
+)
 
 logger = get_logger(__name__)
 
@@ -109,7 +114,9 @@ def prepare_voxceleb(
         "amp_th": amp_th,
         "seed": seed,
     }
-    if is_prepared(save_folder, options):
+    files = {split: save_folder / f"{split}.csv" for split in splits}
+    prepared = Prepared(save_folder / OPTIONS_FILE, options, files.values())
+    if prepared.done():
         logger.info(f"{save_folder} holds the csv files already.")
         return
 
@@ -129,25 +136,9 @@ def prepare_voxceleb(
             names = sorted({trial[column] for trial in trials})
             rows[split] = list_whole(names, folders, sample_rate, split)
 
-    save_folder.mkdir(parents=True, exist_ok=True)
-    # Without its options file a folder counts as not prepared.
-    (save_folder / OPTIONS_FILE).unlink(missing_ok=True)
-    for split, lines in rows.items():
-        write_csv(save_folder / f"{split}.csv", FIELDS, lines)
-    with open_atomic(save_folder / OPTIONS_FILE) as f:
-        json.dump(options, f, indent=1)
-
-
-def is_prepared(save_folder, options):
-    """Whether the csv files were written with the same options."""
-    try:
-        with open(save_folder / OPTIONS_FILE, encoding="utf-8") as f:
-            same = json.load(f) == options
-    except (FileNotFoundError, json.JSONDecodeError):
-        return False
-    return same and all(
-        (save_folder / f"{split}.csv").is_file() for split in options["splits"]
-    )
+    with prepared:
+        for split, lines in rows.items():
+            write_csv(files[split], FIELDS, lines)
 
 
 def wav_folders(data_folder):
@@ -348,40 +339,6 @@ def divide(utterances, split_ratio, seed):
     return sorted(train), sorted(dev)
 
 
-def read_header(path, sample_rate):
-    """Number of samples, by the header alone.
-
-    Arguments
-    ---------
-    path : Path
-        An audio file.
-    sample_rate : int
-        What it must have.
-
-    Returns
-    -------
-    int
-        Samples in the file.
-
-    Raises
-    ------
-    ValueError
-        If it cannot be read or has another rate.
-    """
-    try:
-        info = soundfile.info(str(path))
-    except soundfile.LibsndfileError as error:
-        raise ValueError(
-            f"{path} is no readable audio file ({error}): remove or repair it."
-        ) from error
-    if info.samplerate != sample_rate:
-        raise ValueError(
-            f"{path} has {info.samplerate} Hz and not {sample_rate}: convert "
-            f"the corpus or set sample_rate."
-        )
-    return info.frames
-
-
 def list_segments(utterances, seg_dur, amp_th, sample_rate, split):
     """Rows of train.csv or dev.csv.
 
@@ -543,53 +500,3 @@ def prepare_noise(folder, csv_file, key, url=None, sample_rate=16000):
     fields = ["ID", "duration", "wav", "wav_format", "wav_opts"]
     Path(csv_file).parent.mkdir(parents=True, exist_ok=True)
     write_csv(Path(csv_file), fields, rows)
-
-
-class open_atomic:
-    """A text file that appears under its name only when it is complete.
-
-    Arguments
-    ---------
-    path : Path
-        Where the file shall appear.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> path = Path(tempfile.mkdtemp()) / "x.txt"
-    >>> with open_atomic(path) as f:
-    ...     _ = f.write("done")
-    >>> path.read_text()
-    'done'
-    """
-
-    def __init__(self, path):
-        self.path = path
-        self.partial = path.with_name(path.name + ".partial")
-
-    def __enter__(self):
-        self.file = open(self.partial, "w", encoding="utf-8", newline="")
-        return self.file
-
-    def __exit__(self, kind, *_):
-        self.file.close()
-        if kind is None:
-            os.replace(self.partial, self.path)
-
-
-def write_csv(path, fields, rows):
-    """Writes a csv file atomically.
-
-    Arguments
-    ---------
-    path : Path
-        The file.
-    fields : list of str
-        The header.
-    rows : list of tuple
-        What follows it.
-    """
-    with open_atomic(path) as f:
-        writer = csv.writer(f, lineterminator="\n")
-        writer.writerow(fields)
-        writer.writerows(rows)

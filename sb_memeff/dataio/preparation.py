@@ -1,0 +1,161 @@
+"""What the data preparations of the recipes share.
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+import csv
+import json
+import os
+from pathlib import Path
+
+import soundfile
+
+__all__ = ["Prepared", "open_atomic", "read_header", "write_csv"]
+
+
+class open_atomic:
+    """A text file that appears under its name only when it is complete.
+
+    Arguments
+    ---------
+    path : str or Path
+        Where the file shall appear.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "x.txt"
+    >>> with open_atomic(path) as f:
+    ...     _ = f.write("done")
+    >>> path.read_text()
+    'done'
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self.partial = self.path.with_name(self.path.name + ".partial")
+
+    def __enter__(self):
+        self.file = open(self.partial, "w", encoding="utf-8", newline="")
+        return self.file
+
+    def __exit__(self, kind, *_):
+        self.file.close()
+        if kind is None:
+            os.replace(self.partial, self.path)
+
+
+def write_csv(path, fields, rows):
+    """Writes a csv file atomically.
+
+    Arguments
+    ---------
+    path : str or Path
+        The file.
+    fields : list of str
+        The header.
+    rows : iterable of tuple
+        What follows it.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "x.csv"
+    >>> write_csv(path, ["ID", "duration"], [("a", 1.5)])
+    >>> path.read_text().split()
+    ['ID,duration', 'a,1.5']
+    """
+    with open_atomic(path) as f:
+        writer = csv.writer(f, lineterminator="\n")
+        writer.writerow(fields)
+        writer.writerows(rows)
+
+
+class Prepared:
+    """Remembers with which options files were written.
+
+    Arguments
+    ---------
+    record : str or Path
+        A json file next to them.
+    options : dict
+        What the files depend on; json's types only.
+    files : list of Path
+        The files.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> prepared = Prepared(folder / "options.json", {"seed": 1}, [])
+    >>> prepared.done()
+    False
+    >>> with prepared:
+    ...     pass  # the files are written
+    >>> prepared.done()
+    True
+    """
+
+    def __init__(self, record, options, files):
+        self.record = Path(record)
+        self.options = options
+        self.files = [Path(file) for file in files]
+
+    def done(self):
+        """Whether the files are there and were written with these options.
+
+        Returns
+        -------
+        bool
+            Whether.
+        """
+        try:
+            same = json.loads(self.record.read_text("utf-8")) == self.options
+        except (FileNotFoundError, json.JSONDecodeError):
+            return False
+        return same and all(file.is_file() for file in self.files)
+
+    def __enter__(self):
+        self.record.parent.mkdir(parents=True, exist_ok=True)
+        # Without its record a folder counts as not prepared.
+        self.record.unlink(missing_ok=True)
+
+    def __exit__(self, kind, *_):
+        if kind is None:
+            with open_atomic(self.record) as f:
+                json.dump(self.options, f, indent=1)
+
+
+def read_header(path, sample_rate):
+    """Length of an audio file, by its header alone.
+
+    Arguments
+    ---------
+    path : str or Path
+        The file.
+    sample_rate : int
+        What it must have, in Hz.
+
+    Returns
+    -------
+    int
+        Samples in the file.
+
+    Raises
+    ------
+    ValueError
+        If it cannot be read or has another rate.
+    """
+    try:
+        info = soundfile.info(str(path))
+    except soundfile.LibsndfileError as error:
+        raise ValueError(
+            f"{path} is no readable audio file ({error}): remove or repair it."
+        ) from error
+    if info.samplerate != sample_rate:
+        raise ValueError(
+            f"{path} has {info.samplerate} Hz and not {sample_rate}: convert "
+            f"the corpus or set sample_rate."
+        )
+    return info.frames

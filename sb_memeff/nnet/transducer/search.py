@@ -1,0 +1,134 @@
+"""SpeechBrain's transducer search, made safe for batches and new networks.
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+import torch
+from speechbrain.decoders import transducer
+
+from sb_memeff.nnet.transducer.batch import count
+
+__all__ = ["TransducerBeamSearcher"]
+
+
+class TransducerBeamSearcher(transducer.TransducerBeamSearcher):
+    """SpeechBrain's searcher with two differences.
+
+    Given lengths, it does not look at the padding. SpeechBrain's takes every
+    utterance for as long as the batch, and may find words behind the end.
+    And beam search ends: SpeechBrain's goes on in a frame for as long as the
+    blank is not among the ``beam_size`` best tokens, which for a network that
+    has not learnt much may be for ever. Here, after ``max_expansions``
+    hypotheses of one frame the others may only end it.
+
+    Arguments
+    ---------
+    *args : tuple
+        As for speechbrain.decoders.transducer.TransducerBeamSearcher.
+    max_expansions : int
+        Hypotheses that beam search expands in a frame. A trained network
+        needs about as many as the beam is wide.
+    **kwargs : dict
+        As for SpeechBrain's.
+
+    Raises
+    ------
+    ValueError
+        If max_expansions is less than 1.
+
+    Example
+    -------
+    >>> from speechbrain.nnet.embedding import Embedding
+    >>> from speechbrain.nnet.RNN import LSTM
+    >>> from speechbrain.nnet.transducer.transducer_joint import (
+    ...     Transducer_joint,
+    ... )
+    >>> searcher = TransducerBeamSearcher(
+    ...     [Embedding(5, 8), LSTM(8, input_size=8)],
+    ...     Transducer_joint(),
+    ...     [torch.nn.Linear(8, 5)],
+    ...     blank_id=0,
+    ...     beam_size=2,
+    ... )
+    >>> hyps, *_ = searcher(torch.rand(2, 6, 8), torch.tensor([1.0, 0.5]))
+    >>> len(hyps)
+    2
+    """
+
+    def __init__(self, *args, max_expansions=100, **kwargs):
+        super().__init__(*args, **kwargs)
+        if max_expansions < 1:
+            raise ValueError(
+                f"max_expansions={max_expansions} must be at least 1."
+            )
+        self.max_expansions = max_expansions
+        self._frame, self._expansions = None, 0
+
+    @torch.no_grad()
+    def forward(self, tn_output, wav_lens=None):
+        """Searches.
+
+        Arguments
+        ---------
+        tn_output : torch.Tensor
+            [B, T, H], the encoder's output.
+        wav_lens : torch.Tensor, optional
+            [B], relative to T. Without them all are of full length.
+
+        Returns
+        -------
+        hyps : list of list of int
+            Tokens of each utterance.
+        score : torch.Tensor or None
+            As SpeechBrain's; None for greedy search with lengths.
+        nbest : list or None
+            The nbest hypotheses of each utterance; None for greedy search.
+        nbest_scores : list or None
+            Their scores.
+        """
+        self._frame = None
+        if wav_lens is None:
+            return self.searcher(tn_output)
+        frames = count(wav_lens, tn_output.shape[1], "frames").tolist()
+        if self.beam_size <= 1:
+            return self._greedy(tn_output, frames), None, None, None
+        hyps, scores, nbest, nbest_scores = zip(
+            *(self.searcher(x[None, :n]) for x, n in zip(tn_output, frames))
+        )
+        return (
+            [h[0] for h in hyps],
+            torch.stack(scores).mean(),
+            [n[0] for n in nbest],
+            [s[0] for s in nbest_scores],
+        )
+
+    def _greedy(self, tn_output, frames):
+        # From one utterance's end to the next one's, then on with the others.
+        hyps = [[] for _ in frames]
+        alive = list(range(len(frames)))
+        done, state = 0, None
+        for end in sorted(set(frames)):
+            found, *_, state = self.transducer_greedy_decode(
+                tn_output[alive, done:end], state, return_hidden=True
+            )
+            for number, tokens in zip(alive, found):
+                hyps[number] += tokens
+            lasting = [n for n, i in enumerate(alive) if frames[i] > end]
+            alive = [alive[n] for n in lasting]
+            state = self._get_sentence_to_update(lasting, *state)
+            done = end
+        return hyps
+
+    def _joint_forward_step(self, h_i, out_PN):
+        log_probs = super()._joint_forward_step(h_i, out_PN)
+        if self.beam_size > 1:
+            frame = h_i.data_ptr()
+            if frame != self._frame:
+                self._frame, self._expansions = frame, 0
+            self._expansions += 1
+            if self._expansions > self.max_expansions:
+                only = torch.full_like(log_probs, -torch.inf)
+                only[..., self.blank_id] = log_probs[..., self.blank_id]
+                return only
+        return log_probs
