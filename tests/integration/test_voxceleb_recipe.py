@@ -14,7 +14,6 @@ import csv
 import doctest
 import itertools
 import json
-import os
 import re
 import signal
 import subprocess
@@ -31,13 +30,19 @@ import yaml
 from hyperpyyaml import load_hyperpyyaml
 from speechbrain.utils.metric_stats import EER, minDCF
 
-ROOT = Path(__file__).resolve().parents[2]
-RECIPE = ROOT / "recipes" / "VoxCeleb" / "SpeakerRec"
-sys.path.insert(0, str(RECIPE))
+from tests.integration.runs import (
+    Recipe,
+    check_files,
+    environment,
+    last_checkpoint,
+    steps_of,
+)
+
+RECIPE = Recipe("VoxCeleb/SpeakerRec", "VoxCeleb.csv")
+sys.path.insert(0, str(RECIPE.folder))
 
 import speaker_verification_cosine as verification  # noqa: E402
 import train_speaker_embeddings as training  # noqa: E402
-import voxceleb_prepare  # noqa: E402
 
 RATE = 16000
 SPEAKERS = 8
@@ -103,107 +108,34 @@ def place(tmp_path_factory):
     return place
 
 
-def command(script, hparams, *flags):
-    return [
-        sys.executable,
-        str(RECIPE / script),
-        str(RECIPE / "hparams" / hparams),
-        *map(str, flags),
-    ]
-
-
-def run(place, script, hparams, *flags, fails=False):
-    """Runs a script of the recipe; gives what it printed."""
-    done = subprocess.run(
-        command(script, hparams, *flags),
-        cwd=place,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
-    assert (done.returncode != 0) == fails, done.stdout[-3000:]
-    return done.stdout
-
-
-def environment():
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-
-
-def table():
-    with open(ROOT / "tests" / "recipes" / "VoxCeleb.csv", newline="") as f:
-        return list(csv.DictReader(f))
-
-
-def steps_of(train_log):
-    return [int(n) for n in re.findall(r"steps: (\d+)", train_log)]
-
-
-def test_every_yaml_file_is_in_the_table():
-    listed = {row["Hparam_file"] for row in table()}
-    there = {
-        str(path.relative_to(ROOT)) for path in RECIPE.glob("hparams/*.yaml")
-    }
-    assert listed == there
-    for row in table():
-        for column in ("Script_file", "Data_prep_file", "Readme_file"):
-            assert (ROOT / row[column]).is_file()
+def test_table():
+    RECIPE.check_table()
 
 
 def test_every_key_is_used():
-    """SpeechBrain's own consistency rule."""
-    options = sb.utils.run_opts.RunOptions.__dataclass_fields__
-    for row in table():
-        script = (ROOT / row["Script_file"]).read_text()
-        script = script.replace(
-            'f"data_folder_{kind}"', '"data_folder_noise" "data_folder_rir"'
-        )
-        script = script.replace(
-            'f"{kind}_annotation"', '"noise_annotation" "rir_annotation"'
-        )
-        script = script.replace(
-            """f"{kind.upper()}_DATASET_URL\"""",
-            '"NOISE_DATASET_URL" "RIR_DATASET_URL"',
-        )
-        text = (ROOT / row["Hparam_file"]).read_text()
-        for key in re.findall(r"^(\w+):(?!.*!apply)", text, re.MULTILINE):
-            assert (
-                key in options
-                or f"<{key}>" in text
-                or f'"{key}"' in script
-                or f"hparams.{key}" in script
-                or f"modules.{key}" in script
-            ), f"{row['Hparam_file']}: {key}"
+    RECIPE.check_keys(
+        {
+            'f"data_folder_{kind}"': ["data_folder_noise", "data_folder_rir"],
+            'f"{kind}_annotation"': ["noise_annotation", "rir_annotation"],
+            'f"{kind.upper()}_DATASET_URL"': [
+                "NOISE_DATASET_URL",
+                "RIR_DATASET_URL",
+            ],
+        }
+    )
 
 
 @pytest.fixture(scope="module")
 def runs(place):
     """Every line of the table, run with its flags."""
-    outputs = {}
-    for row in table():
-        hparams = Path(row["Hparam_file"]).name
-        folder = place / "results" / hparams
-        text = run(
-            place,
-            Path(row["Script_file"]).name,
-            hparams,
-            *row["test_debug_flags"].split(),
-            "--device=cpu",
-            f"--output_folder={folder}",
-        )
-        outputs[hparams] = (row, folder, text)
-    return outputs
+    return RECIPE.run_table(place)
 
 
 @pytest.mark.parametrize("kind", ["resnet", "revnet"])
 def test_debug_flags(runs, kind):
     for task in ("train", "verification"):
         row, folder, _ = runs[f"{task}_{kind}.yaml"]
-        checks = re.fullmatch(r"file_exists=\[(.*)\]", row["test_debug_checks"])
-        for name in checks[1].split(","):
-            assert (folder / name).is_file(), name
+        check_files(row, folder)
     _, folder, _ = runs[f"train_{kind}.yaml"]
     log = (folder / "train_log.txt").read_text()
     losses = [float(x) for x in re.findall(r"train loss: ([\d.e+-]+)", log)]
@@ -232,7 +164,7 @@ def test_untrained_verification(runs, kind):
 def test_trained_verification_with_score_norm(place, runs):
     _, trained, _ = runs["train_revnet.yaml"]
     folder = place / "results" / "normed"
-    run(
+    RECIPE.run(
         place,
         "speaker_verification_cosine.py",
         "verification_revnet.yaml",
@@ -264,7 +196,7 @@ def test_killed_run_continues(place):
     """
     folder, straight = (place / "results" / n for n in ("killed", "straight"))
     data = place / "data" / "tiny_voxceleb"
-    arguments = command(
+    arguments = RECIPE.command(
         "train_speaker_embeddings.py",
         "train_revnet.yaml",
         *FAST,
@@ -296,7 +228,7 @@ def test_killed_run_continues(place):
     (folder / "save" / "partial-CKPT+left-over").mkdir()
 
     script, hparams = Path(arguments[1]).name, Path(arguments[2]).name
-    text = run(place, script, hparams, *arguments[3:])
+    text = RECIPE.run(place, script, hparams, *arguments[3:])
     resumed = re.search(
         r"Resumed: (\d+) batches of the epoch and (\d+) optimizer", text
     )
@@ -319,7 +251,9 @@ def test_killed_run_continues(place):
         f"--output_folder={folder}": f"--output_folder={straight}",
         "--num_workers=0": "--num_workers=1",
     }
-    run(place, script, hparams, *(others.get(a, a) for a in arguments[3:]))
+    RECIPE.run(
+        place, script, hparams, *(others.get(a, a) for a in arguments[3:])
+    )
     for name in ("embedding_model", "classifier"):
         ours, theirs = (
             torch.load(last_checkpoint(f) / f"{name}.ckpt")
@@ -329,17 +263,9 @@ def test_killed_run_continues(place):
             assert torch.equal(ours[key], value), key
 
 
-def last_checkpoint(folder):
-    """Folder of the newest checkpoint."""
-    paths = folder.glob("save/CKPT*/CKPT.yaml")
-    return max(
-        paths, key=lambda p: yaml.safe_load(p.read_text())["unixtime"]
-    ).parent
-
-
 def load(place, hparams, *overrides):
     """The loaded yaml file of a training run, with data prepared."""
-    arguments = command(
+    arguments = RECIPE.command(
         "train_speaker_embeddings.py",
         hparams,
         *FAST,
@@ -444,7 +370,7 @@ def test_too_few_outputs():
 
 def test_missing_data_is_one_sentence_and_writes_nothing(place):
     folder = place / "results" / "never"
-    text = run(
+    text = RECIPE.run(
         place,
         "train_speaker_embeddings.py",
         "train_resnet.yaml",
@@ -562,10 +488,9 @@ def test_score_norm_is_that_of_a_loop():
             assert scores[n] == pytest.approx(expected.item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("module", [verification, voxceleb_prepare])
-def test_examples(module):
+def test_examples():
     """The recipe's files lie outside what pytest collects doctests from."""
-    result = doctest.testmod(module, optionflags=doctest.ELLIPSIS)
+    result = doctest.testmod(verification, optionflags=doctest.ELLIPSIS)
     assert result.attempted and not result.failed
 
 

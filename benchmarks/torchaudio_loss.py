@@ -1,0 +1,55 @@
+"""What users would pick instead: torchaudio's loss on batched logits.
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+import torchaudio
+from torch import nn
+
+
+class TorchaudioJointLoss(nn.Module):
+    """Called like TransducerJointLoss, but holds all logits.
+
+    Arguments
+    ---------
+    joint : torch.nn.Module
+        Of [B, T, 1, H] and [B, 1, U+1, H].
+    classifier : torch.nn.Module
+        To logits.
+    blank_index : int
+        The blank.
+    reduction : str
+        "sum", or "speechbrain" for its value and gradient.
+    """
+
+    def __init__(
+        self, joint, classifier, blank_index=0, reduction="speechbrain"
+    ):
+        super().__init__()
+        self.joint = joint
+        self.classifier = classifier
+        self.blank_index = blank_index
+        self.reduction = reduction
+
+    def forward(self, enc, pred, targets, enc_lens, target_lens):
+        """Computes the loss; arguments as TransducerJointLoss's."""
+        logits = self.classifier(
+            self.joint(enc.unsqueeze(2), pred.unsqueeze(1))
+        )
+        frames = (enc_lens * enc.shape[1]).round().int()
+        counts = (target_lens * targets.shape[1]).round().int()
+        nll = torchaudio.functional.rnnt_loss(
+            logits,
+            targets.int(),
+            frames,
+            counts,
+            blank=self.blank_index,
+            reduction="none",
+        )
+        if self.reduction == "sum":
+            return nll.sum()
+        # SpeechBrain reports the mean over frames, but its gradient is that
+        # of the plain sum.
+        value = (nll.detach() / frames).mean()
+        return nll.sum() - nll.detach().sum() + value

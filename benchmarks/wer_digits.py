@@ -1,0 +1,147 @@
+"""WER of a small transducer on connected digits, by the recipe's script.
+
+The same seed and data for TransducerJointLoss tiled and samplewise, and for
+torchaudio's loss on batched logits. Compares the losses of the first steps,
+and the word error rates. The corpus is laid out like LibriSpeech, with the
+splits train, dev and test.
+
+    python benchmarks/wer_digits.py CORPUS OUTPUT_FOLDER
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+import argparse
+import json
+import re
+import sys
+import time
+from pathlib import Path
+
+from common import write_results
+from hyperpyyaml import load_hyperpyyaml
+from torchaudio_loss import TorchaudioJointLoss
+
+RECIPE = (
+    Path(__file__).resolve().parents[1] / "recipes/LibriSpeech/ASR/transducer"
+)
+sys.path.insert(0, str(RECIPE))
+
+import train as recipe  # noqa: E402
+
+METHODS = ("tiled", "samplewise", "torchaudio")
+FIRST_STEPS = 50
+
+
+class Recording(recipe.ASR):
+    """Remembers the loss of each step."""
+
+    losses = []
+
+    def fit_batch(self, batch):
+        """Fits and remembers."""
+        loss = super().fit_batch(batch)
+        self.losses.append(float(loss))
+        return loss
+
+
+def with_torchaudio(file, overrides):
+    """Loads the yaml file and swaps the loss."""
+    hparams = load_hyperpyyaml(file, overrides)
+    hparams["modules"]["transducer_loss"] = TorchaudioJointLoss(
+        hparams["Tjoint"], hparams["transducer_lin"], hparams["blank_index"]
+    )
+    return hparams
+
+
+def measure(method, corpus, folder, flags):
+    """Trains and tests one system.
+
+    Arguments
+    ---------
+    method : str
+        One of METHODS.
+    corpus : Path
+        Folder of the corpus.
+    folder : Path
+        Output folder.
+    flags : list of str
+        Overrides for the recipe.
+
+    Returns
+    -------
+    dict
+        Losses of the steps, WER of the test set, seconds.
+    """
+    Recording.losses = []
+    recipe.ASR = Recording
+    recipe.load_hyperpyyaml = load_hyperpyyaml
+    if method == "torchaudio":
+        recipe.load_hyperpyyaml = with_torchaudio
+    else:
+        flags = [f"--transducer_method={method}", *flags]
+    started = time.perf_counter()
+    recipe.main(
+        [
+            str(RECIPE / "hparams" / "digits_transducer.yaml"),
+            f"--data_folder={corpus}",
+            f"--output_folder={folder}",
+            "--device=cpu",
+            "--noprogressbar",
+            *flags,
+        ]
+    )
+    seconds = time.perf_counter() - started
+    log = (folder / "train_log.txt").read_text()
+    return {
+        "method": method,
+        "losses": Recording.losses,
+        "valid_wer": [
+            float(x) for x in re.findall(r"valid WER: ([\d.e+-]+)", log)
+        ],
+        "test_wer": float(re.findall(r"test WER: ([\d.e+-]+)", log)[-1]),
+        "seconds": seconds,
+    }
+
+
+def report(runs):
+    """Prints a Markdown table.
+
+    Arguments
+    ---------
+    runs : list of dict
+        Of ``measure``; the last is the reference.
+    """
+    print(
+        f"| loss | largest relative difference, {FIRST_STEPS} steps | "
+        "last validation WER | test WER |\n|---|---|---|---|"
+    )
+    for run in runs:
+        pairs = zip(run["losses"], runs[-1]["losses"][:FIRST_STEPS])
+        difference = max(abs(a / b - 1) for a, b in pairs)
+        print(
+            f"| {run['method']} | {difference:.1e} | "
+            f"{run['valid_wer'][-1]:.2f} % | {run['test_wer']:.2f} % |"
+        )
+
+
+def main():
+    """Trains what is not there yet, prints a table, writes the result file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("corpus", type=Path)
+    parser.add_argument("output_folder", type=Path)
+    arguments, flags = parser.parse_known_args()
+    runs = []
+    for method in METHODS:
+        folder = arguments.output_folder / method
+        done = folder / "measured.json"
+        if not done.is_file():
+            run = measure(method, arguments.corpus, folder, flags)
+            done.write_text(json.dumps(run))
+        runs.append(json.loads(done.read_text()))
+    report(runs)
+    write_results(__file__, runs)
+
+
+if __name__ == "__main__":
+    main()

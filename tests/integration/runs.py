@@ -1,0 +1,139 @@
+"""Running a recipe as a user runs it, and as SpeechBrain's own tests do.
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+import csv
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import speechbrain as sb
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Recipe:
+    """A folder of recipes/ and its table in tests/recipes.
+
+    Arguments
+    ---------
+    folder : str
+        Relative to recipes/.
+    table : str
+        Name of the csv file.
+    """
+
+    def __init__(self, folder, table):
+        self.folder = ROOT / "recipes" / folder
+        self.table = ROOT / "tests" / "recipes" / table
+
+    def rows(self):
+        """The lines of the table, as dicts."""
+        with open(self.table, newline="") as f:
+            return list(csv.DictReader(f))
+
+    def command(self, script, hparams, *flags):
+        """A command line, as a list."""
+        return [
+            sys.executable,
+            str(self.folder / script),
+            str(self.folder / "hparams" / hparams),
+            *map(str, flags),
+        ]
+
+    def run(self, place, script, hparams, *flags, fails=False):
+        """Runs a script in a working folder; gives what it printed."""
+        done = subprocess.run(
+            self.command(script, hparams, *flags),
+            cwd=place,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=300,
+        )
+        assert (done.returncode != 0) == fails, done.stdout[-3000:]
+        return done.stdout
+
+    def run_table(self, place):
+        """Every line, with its flags: yaml name to line, folder, output."""
+        outputs = {}
+        for row in self.rows():
+            hparams = Path(row["Hparam_file"]).name
+            folder = place / "results" / hparams
+            text = self.run(
+                place,
+                Path(row["Script_file"]).name,
+                hparams,
+                *row["test_debug_flags"].split(),
+                "--device=cpu",
+                f"--output_folder={folder}",
+            )
+            outputs[hparams] = (row, folder, text)
+        return outputs
+
+    def check_table(self):
+        """Every yaml file is listed, every listed file is there."""
+        listed = {row["Hparam_file"] for row in self.rows()}
+        there = {
+            str(path.relative_to(ROOT))
+            for path in self.folder.glob("hparams/*.yaml")
+        }
+        assert listed == there
+        for row in self.rows():
+            for column in ("Script_file", "Data_prep_file", "Readme_file"):
+                assert (ROOT / row[column]).is_file()
+
+    def check_keys(self, spelled_out):
+        """SpeechBrain's rule: a key of a yaml file is used by it or the script.
+
+        Arguments
+        ---------
+        spelled_out : dict
+            Code of the scripts that makes keys, and these keys.
+        """
+        options = sb.utils.run_opts.RunOptions.__dataclass_fields__
+        for row in self.rows():
+            script = (ROOT / row["Script_file"]).read_text()
+            for code, keys in spelled_out.items():
+                script = script.replace(code, " ".join(f'"{k}"' for k in keys))
+            text = (ROOT / row["Hparam_file"]).read_text()
+            for key in re.findall(r"^(\w+):(?!.*!apply)", text, re.MULTILINE):
+                assert (
+                    key in options
+                    or f"<{key}>" in text
+                    or f'"{key}"' in script
+                    or f"hparams.{key}" in script
+                    or f"modules.{key}" in script
+                ), f"{row['Hparam_file']}: {key}"
+
+
+def environment():
+    """Variables for a process of a recipe."""
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+
+def check_files(row, folder):
+    """The files of the table's test_debug_checks are there."""
+    checks = re.fullmatch(r"file_exists=\[(.*)\]", row["test_debug_checks"])
+    for name in checks[1].split(","):
+        assert (folder / name).is_file(), name
+
+
+def steps_of(train_log):
+    """Optimizer steps at the end of each epoch, of a log's text."""
+    return [int(n) for n in re.findall(r"steps: (\d+)", train_log)]
+
+
+def last_checkpoint(folder):
+    """Folder of the newest checkpoint of an output folder."""
+    paths = folder.glob("save/CKPT*/CKPT.yaml")
+    return max(
+        paths, key=lambda p: yaml.safe_load(p.read_text())["unixtime"]
+    ).parent
