@@ -9,7 +9,7 @@ are relative to the gradient in float64.
     python benchmarks/transducer_loss.py [--shapes librispeech_shape_info.pt]
 
 --shapes names a tensor [N, 2] of frames and targets, from which batches of 30
-are drawn.
+are drawn. A last table has the memory for growing batches.
 
 Authors
  * The sb_memeff authors 2026
@@ -20,18 +20,19 @@ import copy
 import time
 
 import torch
-import torchaudio
 from common import write_results
 from speechbrain.nnet.transducer.transducer_joint import Transducer_joint
 from torch import nn
+from torchaudio_loss import TorchaudioJointLoss
 
 from sb_memeff.nnet.transducer.joint_loss import TransducerJointLoss
 from sb_memeff.utils.memory import StorageTracker
 
 METHODS = {
-    "samplewise": {"method": "samplewise"},
-    "tiled, floor 0": {"occupancy_floor": 0.0},
-    "tiled": {},
+    "torchaudio, batched": (TorchaudioJointLoss, {}),
+    "samplewise": (TransducerJointLoss, {"method": "samplewise"}),
+    "tiled, floor 0": (TransducerJointLoss, {"occupancy_floor": 0.0}),
+    "tiled": (TransducerJointLoss, {}),
 }
 
 
@@ -81,25 +82,9 @@ class Batch:
             symbols[at.long()] = self.targets[b, :u]
             self.enc[b, :t] = 30 * rows[symbols]
 
-    def torchaudio(self):
-        """The loss on batched logits."""
-        logits = self.classifier(
-            self.joint(self.enc.unsqueeze(2), self.pred.unsqueeze(1))
-        )
-        return torchaudio.functional.rnnt_loss(
-            logits,
-            self.targets.int(),
-            self.frames.int(),
-            self.counts.int(),
-            blank=0,
-            reduction="sum",
-        )
-
-    def ours(self, **options):
-        """TransducerJointLoss."""
-        loss = TransducerJointLoss(
-            self.joint, self.classifier, reduction="sum", **options
-        )
+    def loss(self, kind, **options):
+        """The value of a loss module."""
+        loss = kind(self.joint, self.classifier, reduction="sum", **options)
         return loss(
             self.enc,
             self.pred,
@@ -115,20 +100,22 @@ class Batch:
             x.detach().double().requires_grad_() for x in (self.enc, self.pred)
         )
         wide.classifier = copy.deepcopy(self.classifier).double()
-        value = wide.ours(method="samplewise")
+        value = wide.loss(TransducerJointLoss, method="samplewise")
         return torch.autograd.grad(
             value, [wide.enc, wide.pred, *wide.classifier.parameters()]
         )
 
-    def measure(self, loss, exact):
+    def measure(self, kind, exact=None, **options):
         """Peak memory in bytes, seconds, largest error of a gradient."""
 
         def step():
-            return torch.autograd.grad(loss(), self.inputs)
+            return torch.autograd.grad(self.loss(kind, **options), self.inputs)
 
-        with StorageTracker() as tracker:
+        with StorageTracker(but=[*self.inputs, self.targets]) as tracker:
             gradients = step()
         extra = tracker.peak - sum(g.nbytes for g in gradients)
+        if exact is None:
+            return extra
         error = max(
             ((a - b).norm() / b.norm()).item() for a, b in zip(gradients, exact)
         )
@@ -154,16 +141,9 @@ def compare(name, batch):
         A dict for each method.
     """
     rows = []
-    methods = {
-        "torchaudio, batched": batch.torchaudio,
-        **{
-            method: lambda options=options: batch.ours(**options)
-            for method, options in METHODS.items()
-        },
-    }
     exact = batch.exact()
-    for method, loss in methods.items():
-        extra, seconds, error = batch.measure(loss, exact)
+    for method, (kind, options) in METHODS.items():
+        extra, seconds, error = batch.measure(kind, exact, **options)
         if not rows:
             reference = extra, seconds
         rows.append(
@@ -179,6 +159,37 @@ def compare(name, batch):
             f"| {name} | {method} | {extra / 1e6:.0f} MB "
             f"(1/{reference[0] / extra:.1f}) | {seconds:.2f} s "
             f"({reference[1] / seconds:.1f}x) | {error:.0e} |",
+            flush=True,
+        )
+    return rows
+
+
+def grow():
+    """Measures the memory of larger and larger batches; prints a table.
+
+    Returns
+    -------
+    list
+        A dict for each batch.
+    """
+    rows = []
+    print(
+        "\n| batch of 100 x 21, H 256, V 500 | enc, pred, their gradients | "
+        + " | ".join(METHODS)
+        + " |\n|---|---|"
+        + "---|" * len(METHODS)
+    )
+    for size in (1, 8, 64, 512):
+        batch = Batch([100] * size, [20] * size, 256, 500, False)
+        given = 2 * (batch.enc.nbytes + batch.pred.nbytes)
+        row = {"samples": size, "given_bytes": given}
+        for method, (kind, options) in METHODS.items():
+            row[method] = batch.measure(kind, **options)
+        rows.append(row)
+        print(
+            f"| {size} | {given / 1e6:.0f} MB | "
+            + " | ".join(f"{row[method] / 1e6:.0f} MB" for method in METHODS)
+            + " |",
             flush=True,
         )
     return rows
@@ -211,7 +222,7 @@ def main():
                 )
                 batch = Batch(*some.T.tolist(), 512, 500, peaked)
                 rows += compare(name, batch)
-    write_results(__file__, rows)
+    write_results(__file__, {"comparison": rows, "growth": grow()})
 
 
 if __name__ == "__main__":

@@ -24,6 +24,11 @@ class StorageTracker(TorchDispatchMode):
     count once. What an operator uses inside itself (a convolution's
     workspace) is not seen.
 
+    Arguments
+    ---------
+    but : iterable of torch.Tensor
+        Tensors that were there before and do not count, nor do their views.
+
     Example
     -------
     >>> with StorageTracker() as tracker:
@@ -34,11 +39,11 @@ class StorageTracker(TorchDispatchMode):
     (4000, 8000)
     """
 
-    def __init__(self):
+    def __init__(self, but=()):
         super().__init__()
         self.alive = 0
         self.peak = 0
-        self._known = weakref.WeakSet()
+        self._known = weakref.WeakSet(x.untyped_storage() for x in but)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         """Runs the operator and counts what it returns."""

@@ -4,6 +4,8 @@ Authors
  * The sb_memeff authors 2026
 """
 
+import copy
+
 import torch
 from torch import nn
 from torch.func import functional_call
@@ -114,7 +116,7 @@ def following(targets, counts):
 
 
 class Cells:
-    """The cells inside the lattices of a batch, and what is computed of them.
+    """The cells inside the lattices of some samples, and what comes of them.
 
     Arguments
     ---------
@@ -141,39 +143,73 @@ class Cells:
     ):
         self.logits = logits
         self.enc, self.pred = enc.detach(), pred.detach()
-        self.frames, self.counts = frames, counts
         self.blank_index, self.clamp = blank_index, clamp
-        self.batch, self.rows, self.columns = (
-            len(enc),
-            enc.shape[1],
-            pred.shape[1],
-        )
-        self.numbers = cells_inside(frames, counts, self.rows, self.columns)
+        self.rows, self.columns = enc.shape[1], pred.shape[1]
+        self.samples = range(len(enc))
+        self.frames, self.counts = frames, counts
         self.following = following(targets, counts).flatten()
 
-    def places(self, cells):
+    @property
+    def shape(self):
+        """Shape of a plane with a place for each cell, padding too."""
+        return len(self.samples), self.rows, self.columns
+
+    def places(self):
+        """Places of the cells in a flat plane.
+
+        Returns
+        -------
+        torch.Tensor
+            [N], int64.
+        """
+        return cells_inside(self.frames, self.counts, self.rows, self.columns)
+
+    def groups(self, size):
+        """Cuts the batch into runs of samples.
+
+        Arguments
+        ---------
+        size : int
+            Cells of a run, padding too; but a sample at least.
+
+        Yields
+        ------
+        Cells
+            Each run's.
+        """
+        step = max(1, size // (self.rows * self.columns))
+        for first in range(0, len(self.samples), step):
+            group, chosen = copy.copy(self), slice(first, first + step)
+            group.samples = self.samples[chosen]
+            group.frames, group.counts = (
+                self.frames[chosen],
+                self.counts[chosen],
+            )
+            yield group
+
+    def locate(self, places):
         """Sample, row of the encoder and row of the predictor of cells.
 
         Arguments
         ---------
-        cells : torch.Tensor
-            [N], some of ``numbers``.
+        places : torch.Tensor
+            [N], some of ``places()``.
 
         Returns
         -------
         tuple of torch.Tensor
-            [N] each: b, b T + t, b (U+1) + u.
+            [N] each: b, b T + t, b (U+1) + u, in the whole batch.
         """
-        frame = cells // self.columns
+        frame = places // self.columns + self.samples.start * self.rows
         sample = frame // self.rows
-        return sample, frame, sample * self.columns + cells % self.columns
+        return sample, frame, sample * self.columns + places % self.columns
 
-    def inputs(self, cells):
+    def inputs(self, places):
         """Rows of encoder and predictor of some cells.
 
         Arguments
         ---------
-        cells : torch.Tensor
+        places : torch.Tensor
             [N].
 
         Returns
@@ -181,15 +217,15 @@ class Cells:
         tuple of torch.Tensor
             [N, H] each.
         """
-        _, frame, label = self.places(cells)
+        _, frame, label = self.locate(places)
         return self.enc.flatten(0, 1)[frame], self.pred.flatten(0, 1)[label]
 
-    def run(self, cells):
+    def run(self, places):
         """Logits of some cells.
 
         Arguments
         ---------
-        cells : torch.Tensor
+        places : torch.Tensor
             [N].
 
         Returns
@@ -197,11 +233,11 @@ class Cells:
         torch.Tensor
             [N, V].
         """
-        return self.logits(*self.inputs(cells))
+        return self.logits(*self.inputs(places))
 
-    def scores(self, cells, logits):
+    def scores(self, places, logits):
         """Normaliser, blank and target of cells; see rows.row_scores."""
-        _, _, label = self.places(cells)
+        _, _, label = self.locate(places)
         return row_scores(logits, self.following[label], self.blank_index)
 
 
@@ -210,45 +246,47 @@ class Gradients:
 
     Arguments
     ---------
-    cells : Cells
-        The cells.
+    enc : torch.Tensor
+        [B, T, H].
+    pred : torch.Tensor
+        [B, U+1, H].
     weights : dict
         Name to parameter, those that need a gradient.
     """
 
-    def __init__(self, cells, weights):
-        self.cells = cells
+    # What a gradient in float16 is multiplied by meanwhile, when GradScaler's
+    # factor is not known yet.
+    HALF_SCALE = 1024.0
+
+    def __init__(self, enc, pred, weights):
         # Not the parameters themselves: their hooks are for the sum.
         self.weights = {
             name: p.detach().requires_grad_() for name, p in weights.items()
         }
-        self.enc, self.pred = (
-            torch.zeros_like(x, dtype=wide_dtype(x.dtype)).flatten(0, 1)
-            for x in (cells.enc, cells.pred)
-        )
-        self.sums = {
-            name: torch.zeros_like(p, dtype=wide_dtype(p.dtype))
-            for name, p in weights.items()
-        }
+        self.likes = [enc, pred, *weights.values()]
+        self.sums = [
+            torch.zeros_like(x, dtype=wide_dtype(x.dtype)) for x in self.likes
+        ]
 
-    def run(self, numbers):
+    def run(self, cells, places):
         """Logits of some cells, to be given to ``add``.
 
         Arguments
         ---------
-        numbers : torch.Tensor
-            [N], the cells.
+        cells : Cells
+            Which.
+        places : torch.Tensor
+            [N], some of theirs.
 
         Returns
         -------
         tuple
-            What ``add`` takes.
+            What ``add`` takes; the logits first.
         """
-        cells = self.cells
-        rows = tuple(x.requires_grad_() for x in cells.inputs(numbers))
+        rows = tuple(x.requires_grad_() for x in cells.inputs(places))
         with torch.enable_grad():
             logits = functional_call(cells.logits, self.weights, rows)
-        return logits, *rows, cells.places(numbers)
+        return logits, rows, cells, places
 
     def add(self, made, normaliser, blank, emission, upstream=None):
         """Propagates back through the logits of some cells.
@@ -266,36 +304,42 @@ class Gradients:
         upstream : torch.Tensor, optional
             [B], gradient of each sample's loss; by default 1.
         """
-        logits, enc, pred, (sample, frame, label) = made
+        logits, rows, cells, places = made
+        sample, frame, label = cells.locate(places)
         gradient = row_gradient(
             logits.detach(),
             normaliser,
-            self.cells.following[label],
+            cells.following[label],
             blank,
             emission,
-            self.cells.blank_index,
-            self.cells.clamp,
+            cells.blank_index,
+            cells.clamp,
         )
+        scale = 1.0
         if upstream is not None:
             gradient *= upstream.to(gradient.dtype)[sample, None]
+        elif logits.dtype == torch.float16:
+            scale = self.HALF_SCALE
+            gradient *= scale
         found = torch.autograd.grad(
             logits,
-            (enc, pred, *self.weights.values()),
+            (*rows, *self.weights.values()),
             gradient.to(logits.dtype),
             allow_unused=True,
         )
-        for total, rows, values in (
-            (self.enc, frame, found[0]),
-            (self.pred, label, found[1]),
+        for total, value, row in zip(
+            self.sums, found, (frame, label, *[None] * len(self.weights))
         ):
-            if values is not None:
-                total.index_add_(0, rows, values.to(total.dtype))
-        for total, value in zip(self.sums.values(), found[2:]):
-            if value is not None:
-                total += value
+            if value is None:
+                continue
+            value = value.to(total.dtype)
+            if row is None:
+                total.add_(value, alpha=1 / scale)
+            else:
+                total.flatten(0, 1).index_add_(0, row, value, alpha=1 / scale)
 
     def totals(self, scale=None):
-        """The sums, in the dtypes of what they belong to.
+        """The sums, in the dtypes of what they belong to. Call it once.
 
         Arguments
         ---------
@@ -304,15 +348,10 @@ class Gradients:
 
         Returns
         -------
-        tuple
-            Gradients of encoder and predictor, and a list of the weights'.
+        list of torch.Tensor
+            Gradients of encoder, predictor and weights.
         """
-        totals = [self.enc, self.pred, *self.sums.values()]
-        likes = [self.cells.enc, self.cells.pred, *self.weights.values()]
         if scale is not None:
-            totals = [total * scale.to(total.dtype) for total in totals]
-        enc, pred, *weights = (
-            total.view(like.shape).to(like.dtype)
-            for total, like in zip(totals, likes)
-        )
-        return enc, pred, weights
+            for total in self.sums:
+                total *= scale.to(total.dtype)
+        return [total.to(x.dtype) for total, x in zip(self.sums, self.likes)]

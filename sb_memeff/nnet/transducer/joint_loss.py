@@ -23,14 +23,15 @@ from sb_memeff.nnet.transducer.batch import (
     reduce,
 )
 from sb_memeff.nnet.transducer.cells import CellLogits, Cells, Gradients
-from sb_memeff.nnet.transducer.lattice import loss_and_occupancies
-from sb_memeff.nnet.transducer.rows import wide_dtype
+from sb_memeff.nnet.transducer.passes import TiledPass, WholePass
 
 __all__ = ["TransducerJointLoss"]
 
 logger = get_logger(__name__)
 
 METHODS = ("tiled", "samplewise", "batched")
+# Tiles in a run of samples, whose planes of scores live at the same time.
+GROUP_TILES = 64
 
 
 class TransducerJointLoss(nn.Module):
@@ -179,118 +180,47 @@ class TransducerJointLoss(nn.Module):
             self.clamp,
         )
         with torch.no_grad():
-            vocabulary = cells.run(cells.numbers[:1]).shape[1]
+            # The first cell of the first sample.
+            vocabulary = cells.run(targets.new_zeros(1)).shape[1]
         check_targets(targets, counts, frames, self.blank_index, vocabulary)
         weights = {
             name: p
             for name, p in cell_logits.named_parameters()
             if p.requires_grad
         }
-        function = _Tiled if self.method == "tiled" else _Samplewise
-        nll = function.apply(
+        nll = _Loss.apply(
             self, cells, list(weights), enc, pred, *weights.values()
         )
         _name_samples(nll)
         return reduce(nll, frames, self.reduction)
 
 
-class _Tiled(torch.autograd.Function):
-    """Scores tile by tile, the lattice, then gradients tile by tile."""
+class _Loss(torch.autograd.Function):
+    """Runs of samples, one after the other.
+
+    Where all samples have the same weight their gradients are formed at once,
+    and nothing of a run is kept. With a weight of its own for each sample
+    they wait for backward.
+    """
 
     @staticmethod
     def forward(ctx, module, cells, names, enc, pred, *weights):
         recorder = Recorder(enc.device)
-        planes = enc.new_zeros(
-            3,
-            cells.batch * cells.rows * cells.columns,
-            dtype=wide_dtype(enc.dtype),
-        )
-        recordings = []
+        tiled = module.method == "tiled"
+        kind = TiledPass if tiled else WholePass
+        size = GROUP_TILES * module.max_rows if tiled else 1
+        gradients = None
+        if module.reduction != "none" and any(ctx.needs_input_grad):
+            gradients = Gradients(enc, pred, dict(zip(names, weights)))
+        nll, ctx.passes = [], []
         with recorder.autocast():
-            for tile in cells.numbers.split(module.max_rows):
-                logits, recording = recorder.record(
-                    _Run(cells.logits), cells, tile
-                )
-                recordings.append(recording)
-                planes[:, tile] = torch.stack(cells.scores(tile, logits))
-                del logits
-        normaliser = planes[0]
-        nll, blank, emission = loss_and_occupancies(
-            *planes[1:].view(2, cells.batch, cells.rows, cells.columns),
-            cells.frames,
-            cells.counts,
-            module.fastemit_lambda,
-        )
-        ctx.save_for_backward(enc, pred, normaliser, blank, emission, *weights)
-        ctx.module, ctx.cells, ctx.names = module, cells, names
-        ctx.recorder, ctx.recordings = recorder, recordings
-        return nll
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, upstream):
-        _, _, normaliser, blank, emission, *weights = ctx.saved_tensors
-        module, cells = ctx.module, ctx.cells
-        gradients = Gradients(cells, dict(zip(ctx.names, weights)))
-        sample, _, _ = cells.places(cells.numbers)
-        occupancy = (blank + emission)[cells.numbers]
-        # Not "occupancy >= floor": NaN must come out.
-        visited = (
-            ~(occupancy < module.occupancy_floor) & (upstream != 0)[sample]
-        )
-        if any(r.random_states is not None for r in ctx.recordings):
-            # Dropout: the same rows as in forward have the same masks.
-            tiles = cells.numbers.split(module.max_rows)
-            seen = visited.split(module.max_rows)
-            recordings = ctx.recordings
-        else:
-            tiles = cells.numbers[visited].split(module.max_rows)
-            seen = [None] * len(tiles)
-            recordings = ctx.recordings[:1] * len(tiles)
-        for tile, mask, recording in zip(tiles, seen, recordings):
-            if mask is not None and not mask.any():
-                continue
-            with ctx.recorder.replay(cells.logits, recording):
-                made = gradients.run(tile)
-            some_blank, some_emission = blank[tile], emission[tile]
-            if mask is not None:
-                some_blank = torch.where(mask, some_blank, 0)
-                some_emission = torch.where(mask, some_emission, 0)
-            gradients.add(
-                made, normaliser[tile], some_blank, some_emission, upstream
-            )
-            del made
-        enc, pred, weights = gradients.totals()
-        return None, None, None, enc, pred, *weights
-
-
-class _Samplewise(torch.autograd.Function):
-    """One sample at a time; gradients in forward where they can be."""
-
-    @staticmethod
-    def forward(ctx, module, cells, names, enc, pred, *weights):
-        recorder = Recorder(enc.device)
-        # With a weight of its own for each sample they wait for backward.
-        ctx.early = module.reduction != "none" and any(ctx.needs_input_grad)
-        gradients = (
-            Gradients(cells, dict(zip(names, weights))) if ctx.early else None
-        )
-        nll, ctx.recordings = [], []
-        with recorder.autocast():
-            for tile in _samples(cells):
-                made, recording = recorder.record(
-                    _Run(cells.logits), gradients or cells, tile
-                )
-                logits = made[0] if ctx.early else made
-                value, parts = _one_sample(module, cells, tile, logits)
-                if ctx.early:
-                    gradients.add(made, *parts)
-                nll.append(value)
-                ctx.recordings.append(recording)
-                del made, logits
-        ctx.module, ctx.cells, ctx.names = module, cells, names
-        ctx.recorder = recorder
-        ctx.gradients = gradients
+            for group in cells.groups(size):
+                run = kind(module, group, recorder)
+                nll.append(run.forward(gradients))
+                if gradients is not None:
+                    run.backward(gradients)
+                ctx.passes.append(run)
+        ctx.names, ctx.gradients = names, gradients
         ctx.save_for_backward(enc, pred, *weights)
         return torch.cat(nll)
 
@@ -298,56 +228,15 @@ class _Samplewise(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream):
         enc, pred, *weights = ctx.saved_tensors
-        gradients, scale = ctx.gradients, upstream[0]
-        if not ctx.early:
-            gradients = Gradients(ctx.cells, dict(zip(ctx.names, weights)))
-            scale = None
-            for number, (tile, recording) in enumerate(
-                zip(_samples(ctx.cells), ctx.recordings)
-            ):
-                if upstream[number] == 0:
-                    continue
-                with ctx.recorder.replay(ctx.cells.logits, recording):
-                    made = gradients.run(tile)
-                _, parts = _one_sample(ctx.module, ctx.cells, tile, made[0])
-                gradients.add(made, *parts, upstream)
-                del made
-        enc, pred, weights = gradients.totals(scale)
-        return None, None, None, enc, pred, *weights
-
-
-class _Run(nn.Module):
-    """What a Recorder records: the modules, called through somebody."""
-
-    def __init__(self, logits):
-        super().__init__()
-        self.logits = logits
-
-    def forward(self, runner, numbers):
-        """Calls ``runner.run``."""
-        return runner.run(numbers)
-
-
-def _samples(cells):
-    sizes = (cells.frames * (cells.counts + 1)).tolist()
-    return cells.numbers.split(sizes)
-
-
-def _one_sample(module, cells, numbers, logits):
-    """Loss of the sample [1], and the posteriors of its cells."""
-    sample = int(cells.places(numbers[:1])[0])
-    frames, counts = (
-        n[sample : sample + 1] for n in (cells.frames, cells.counts)
-    )
-    normaliser, *scores = cells.scores(numbers, logits.detach())
-    shape = 1, int(frames), int(counts) + 1
-    nll, blank, emission = loss_and_occupancies(
-        *(s.view(shape) for s in scores),
-        frames,
-        counts,
-        module.fastemit_lambda,
-    )
-    return nll, (normaliser, blank, emission)
+        gradients, ctx.gradients = ctx.gradients, None
+        scale = None
+        if gradients is not None:
+            scale = upstream[0]
+        else:
+            gradients = Gradients(enc, pred, dict(zip(ctx.names, weights)))
+            for run in ctx.passes:
+                run.backward(gradients, upstream)
+        return None, None, None, *gradients.totals(scale)
 
 
 def _name_samples(nll):

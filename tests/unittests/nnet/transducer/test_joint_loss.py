@@ -171,11 +171,14 @@ def test_backward_outside_autocast(options):
     assert all(g.dtype == torch.float32 for g in found[0][1])
 
 
+@pytest.mark.parametrize("reduction", ["none", "sum"])
 @every_method
-def test_dropout_is_the_same_in_recompute(options):
+def test_dropout_is_the_same_in_recompute(options, reduction):
     """Against autograd through the very masks that forward drew."""
     joint, classifier = modules("dropout")
-    loss = TransducerJointLoss(joint, classifier, reduction="none", **options)
+    loss = TransducerJointLoss(
+        joint, classifier, reduction=reduction, **options
+    )
     enc, pred, targets = inputs()
 
     def value():
@@ -236,13 +239,42 @@ def test_no_gradients_without_need(options):
     assert torch.equal(value, expected) and not value.requires_grad
 
 
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("kind", ["sum", "dropout"])
 @every_method
-def test_second_backward(options):
-    loss = TransducerJointLoss(*modules(), **options)
+def test_second_backward(options, kind, reduction):
+    loss = TransducerJointLoss(*modules(kind), reduction=reduction, **options)
     enc, pred, targets = inputs()
-    value = loss(enc, pred, targets, FRAMES, COUNTS)
-    first = torch.autograd.grad(value, enc, retain_graph=True)[0]
-    assert torch.equal(first, torch.autograd.grad(value, enc)[0])
+    value = weights_of(loss(enc, pred, targets, FRAMES, COUNTS))
+    some = [enc, pred, *loss.parameters()]
+    first = torch.autograd.grad(value, some, retain_graph=True)
+    copies = [g.clone() for g in first]
+    second = torch.autograd.grad(2 * value, some)
+    for one, two, copy_ in zip(first, second, copies):
+        assert torch.equal(one, copy_)
+        torch.testing.assert_close(two, 2 * one, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{}, {"method": "samplewise"}])
+def test_memory_does_not_grow_with_the_batch(options):
+    """But for enc, pred and their gradients."""
+    extra = []
+    for batch in (1, 16, 64):
+        joint = Transducer_joint(nonlinearity=nn.GELU)
+        loss = TransducerJointLoss(
+            joint, nn.Linear(24, 200), max_rows=128, **options
+        )
+        enc = torch.randn(batch, 60, 24, requires_grad=True)
+        pred = torch.randn(batch, 11, 24, requires_grad=True)
+        targets = torch.randint(1, 200, (batch, 10))
+        lens = torch.ones(batch)
+        given = [enc, pred, *loss.parameters()]
+        with StorageTracker(but=[*given, targets, lens]) as tracker:
+            value = loss(enc, pred, targets, lens, lens)
+            found = torch.autograd.grad(value, given)
+        extra.append(tracker.peak - sum(g.nbytes for g in found))
+    # A few numbers of each sample, and at most 64 tiles' planes.
+    assert extra[2] - extra[1] < 64 * 1000
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])

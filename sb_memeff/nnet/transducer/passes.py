@@ -1,0 +1,189 @@
+"""Forward and backward over the lattices of a few samples.
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+import torch
+from torch import nn
+
+from sb_memeff.nnet.transducer.lattice import loss_and_occupancies
+from sb_memeff.nnet.transducer.rows import wide_dtype
+
+__all__ = ["TiledPass", "WholePass"]
+
+
+class TiledPass:
+    """Scores tile by tile, the lattice, then gradients tile by tile.
+
+    Every cell is computed twice, but in backward only those that paths visit.
+
+    Arguments
+    ---------
+    module : TransducerJointLoss
+        Its settings.
+    cells : Cells
+        Of the samples.
+    recorder : Recorder
+        Of the forward pass.
+    """
+
+    def __init__(self, module, cells, recorder):
+        self.max_rows = module.max_rows
+        self.floor = module.occupancy_floor
+        self.fastemit_lambda = module.fastemit_lambda
+        self.cells, self.recorder = cells, recorder
+        self.recordings, self.planes = [], None
+
+    def forward(self, gradients=None):
+        """The loss of each sample.
+
+        Arguments
+        ---------
+        gradients : Gradients, optional
+            Says that ``backward`` is next.
+
+        Returns
+        -------
+        torch.Tensor
+            [B].
+        """
+        cells, again = self.cells, bool(self.recordings)
+        planes = cells.enc.new_zeros(
+            3, *cells.shape, dtype=wide_dtype(cells.enc.dtype)
+        )
+        flat = planes.flatten(1)
+        for number, tile in enumerate(cells.places().split(self.max_rows)):
+            if again:
+                recording = self.recordings[number]
+                with self.recorder.replay(cells.logits, recording):
+                    logits = cells.run(tile)
+            else:
+                logits, recording = self.recorder.record(
+                    _Call(cells.logits), cells.run, tile
+                )
+                self.recordings.append(recording)
+            flat[:, tile] = torch.stack(cells.scores(tile, logits))
+            del logits
+        nll, blank, emission = loss_and_occupancies(
+            *planes[1:], cells.frames, cells.counts, self.fastemit_lambda
+        )
+        self.planes = flat[0].clone(), blank, emission
+        return nll
+
+    def backward(self, gradients, upstream=None):
+        """Adds the gradients of the samples.
+
+        Arguments
+        ---------
+        gradients : Gradients
+            What they are added to.
+        upstream : torch.Tensor, optional
+            Gradient of the loss of each sample of the batch; by default 1.
+        """
+        cells = self.cells
+        if self.planes is None:
+            # A second backward.
+            with torch.no_grad():
+                self.forward()
+        (normaliser, blank, emission), self.planes = self.planes, None
+        places = cells.places()
+        # Not "occupancy >= floor": NaN must come out.
+        visited = ~((blank + emission)[places] < self.floor)
+        if upstream is not None:
+            visited &= (upstream != 0)[cells.locate(places)[0]]
+        if any(r.random_states is not None for r in self.recordings):
+            # Dropout: the same rows as in forward have the same masks.
+            tiles = places.split(self.max_rows)
+            seen = visited.split(self.max_rows)
+            recordings = self.recordings
+        else:
+            tiles = places[visited].split(self.max_rows)
+            seen = [None] * len(tiles)
+            recordings = self.recordings[:1] * len(tiles)
+        for tile, mask, recording in zip(tiles, seen, recordings):
+            if mask is not None and not mask.any():
+                continue
+            with self.recorder.replay(cells.logits, recording):
+                made = gradients.run(cells, tile)
+            some_blank, some_emission = blank[tile], emission[tile]
+            if mask is not None:
+                some_blank = torch.where(mask, some_blank, 0)
+                some_emission = torch.where(mask, some_emission, 0)
+            gradients.add(
+                made, normaliser[tile], some_blank, some_emission, upstream
+            )
+            del made
+
+
+class WholePass:
+    """All logits of one sample at once, computed once if backward is next.
+
+    Arguments
+    ---------
+    module : TransducerJointLoss
+        Its settings.
+    cells : Cells
+        Of one sample.
+    recorder : Recorder
+        Of the forward pass.
+    """
+
+    def __init__(self, module, cells, recorder):
+        self.fastemit_lambda = module.fastemit_lambda
+        self.cells, self.recorder = cells, recorder
+        self.recording = self.made = None
+
+    def forward(self, gradients=None):
+        """The loss of the sample; arguments as TiledPass's."""
+        cells, places = self.cells, self.cells.places()
+        call = _Call(cells.logits)
+        if gradients is None:
+            logits, self.recording = self.recorder.record(
+                call, cells.run, places
+            )
+            return self._lattice(places, logits)[0]
+        made, self.recording = self.recorder.record(
+            call, gradients.run, cells, places
+        )
+        nll, *parts = self._lattice(places, made[0])
+        self.made = made, *parts
+        return nll
+
+    def backward(self, gradients, upstream=None):
+        """Adds the gradients of the sample; arguments as TiledPass's."""
+        cells = self.cells
+        if upstream is not None and upstream[cells.samples.start] == 0:
+            return
+        made, self.made = self.made, None
+        if made is None:
+            places = cells.places()
+            with self.recorder.replay(cells.logits, self.recording):
+                again = gradients.run(cells, places)
+            _, *parts = self._lattice(places, again[0])
+            made = again, *parts
+        gradients.add(*made, upstream)
+
+    def _lattice(self, places, logits):
+        cells = self.cells
+        normaliser, *scores = cells.scores(places, logits.detach())
+        shape = 1, int(cells.frames), int(cells.counts) + 1
+        nll, blank, emission = loss_and_occupancies(
+            *(s.view(shape) for s in scores),
+            cells.frames,
+            cells.counts,
+            self.fastemit_lambda,
+        )
+        return nll, normaliser, blank, emission
+
+
+class _Call(nn.Module):
+    """What a Recorder records: the modules, called through somebody."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, function, *args):
+        """Calls the function."""
+        return function(*args)
