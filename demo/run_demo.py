@@ -1,6 +1,6 @@
 """The demo: a reversible network learns to tell speakers apart, on a CPU.
 
-1. makes a small corpus of synthetic speakers (make_corpus.py),
+1. makes a small corpus of synthetic speakers (make_speakers.py),
 2. measures the verification EER of the untrained RevNet34, trains it with the
    VoxCeleb recipe, and measures again on speakers it never heard,
 3. compares memory and time of a training step with the vanilla ResNet34, and
@@ -25,7 +25,8 @@ import sys
 import time
 from pathlib import Path
 
-from make_corpus import CorpusError, describe, make_corpus
+from make_speakers import describe, make_speakers
+from voices import CorpusError
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "recipes" / "VoxCeleb" / "SpeakerRec"
@@ -519,7 +520,7 @@ def run(arguments):
     results.mkdir(parents=True, exist_ok=True)
 
     heading("1/3 A corpus of synthetic speakers")
-    manifest = make_corpus(corpus, progress=sys.stderr.isatty())
+    manifest = make_speakers(corpus, progress=sys.stderr.isatty())
     print(describe(manifest))
 
     heading(
