@@ -160,8 +160,8 @@ def print_losses(rows):
         )
     print(
         "\nExtra: the peak of forward and backward beyond inputs and their "
-        "gradients.\nGradient error: relative, against float64. Seconds: this "
-        "machine. The training\nabove used tiled, the recipe's default."
+        "gradients.\nError: relative, against float64. Seconds: this machine. "
+        "The training above used\ntiled, the recipe's default."
     )
 
 
@@ -196,7 +196,7 @@ def run(data, results, epochs, heading):
     manifest = make_digits(corpus, progress=sys.stderr.isatty())
     print(describe(manifest))
 
-    heading(f"A conformer transducer on characters, {epochs} epochs")
+    heading(f"A transducer that never holds its logits, {epochs} epochs")
     started = time.perf_counter()
     tested = train(corpus, results / "train", epochs)
     train_s = time.perf_counter() - started
