@@ -371,6 +371,9 @@ class _SaveMemory(torch.autograd.Function):
                 state = before[0] if count == 1 else before
                 needed = number > 0 or ctx.needs_input_grad[2]
                 gradient = run.rerun(block, state, gradient, needed)
+                if count > 1:
+                    # Both may be one tensor, or the caller's.
+                    gradient = [_own(g, g.dtype) for g in gradient]
         if not ctx.needs_input_grad[2]:
             gradient = None
         return None, None, gradient, *(run.gradients.get(k) for k in keys)

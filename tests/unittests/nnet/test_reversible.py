@@ -279,6 +279,29 @@ def test_extra_arguments_reach_f_and_g_and_get_gradients():
     assert relative_error(others, found[0][:-1]) > 1e-2
 
 
+class Sum(nn.Module):
+    """Both streams get the same tensor for a gradient."""
+
+    takes_streams = True
+
+    def forward(self, streams):
+        return streams[0] + streams[1]
+
+
+@pytest.mark.parametrize("head", [Sum(), nn.Identity(), nn.Flatten()])
+def test_gradients_that_share_memory(head):
+    net = ReversibleSequence([*chain(2).blocks, head]).double()
+    x = images(dtype=torch.float64)
+    _, reference, _ = gradients(stored(net), x)
+    _, ours, _ = gradients(net, x)
+    assert relative_error(ours, reference) < 1e-9
+    # ... and that of the caller is not overwritten.
+    y = net(x)
+    dy = torch.ones_like(y)
+    y.backward(dy)
+    assert torch.equal(dy, torch.ones_like(y))
+
+
 # --- state -------------------------------------------------------------------
 
 
