@@ -14,6 +14,7 @@ Authors
 
 import argparse
 import functools
+import itertools
 import statistics
 
 import torch
@@ -90,7 +91,9 @@ def arguments_of(channels, blocks=3, input_size=80):
 
 
 @functools.cache
-def memory_of(kind, blocks=3, channels=1024, shape=(32, 300, 80)):
+def memory_of(
+    kind, blocks=3, channels=1024, shape=(32, 300, 80), autocast=None
+):
     """Memory of a training step of one network.
 
     Arguments
@@ -103,6 +106,8 @@ def memory_of(kind, blocks=3, channels=1024, shape=(32, 300, 80)):
         Width of the network.
     shape : tuple of int
         Shape of the features.
+    autocast : torch.dtype, optional
+        Run forward under autocast with this dtype.
 
     Returns
     -------
@@ -110,7 +115,9 @@ def memory_of(kind, blocks=3, channels=1024, shape=(32, 300, 80)):
         What was counted.
     """
     options = arguments_of(channels, blocks, shape[-1])
-    return training_step_memory(lambda: NETWORKS[kind](**options), shape)
+    return training_step_memory(
+        lambda: NETWORKS[kind](**options), shape, autocast=autocast
+    )
 
 
 def times(channels, shape, rounds=7):
@@ -156,27 +163,32 @@ def main():
     shape = (options.batch, options.frames, 80)
     memory = []
     print(
-        "| blocks | network | parameters | peak of a step | activations "
-        "| smaller by |\n|---|---|---|---|---|---|"
+        "| precision | blocks | network | parameters | peak of a step "
+        "| activations | smaller by |\n|---|---|---|---|---|---|---|"
     )
-    for blocks in (3, 12):
+    for autocast, blocks in itertools.product((None, torch.bfloat16), (3, 12)):
         for kind in NETWORKS:
-            found = memory_of(kind, blocks, options.channels, shape)
-            row = {
-                "blocks": blocks,
-                "network": kind,
-                "input_shape": shape,
-                "parameters": found.parameters,
-                "activation_bytes": found.activation_bytes,
-                "peak_bytes": found.peak_bytes,
-            }
-            memory.append(row)
-            stored = next(r for r in memory if r["blocks"] == blocks)
-            ratio = stored["activation_bytes"] / found.activation_bytes
+            found = memory_of(kind, blocks, options.channels, shape, autocast)
+            precision = "bf16" if autocast else "fp32"
+            memory.append(
+                {
+                    "precision": precision,
+                    "blocks": blocks,
+                    "network": kind,
+                    "input_shape": shape,
+                    "parameters": found.parameters,
+                    "activation_bytes": found.activation_bytes,
+                    "peak_bytes": found.peak_bytes,
+                }
+            )
+            if kind == "stored":
+                stored = found.activation_bytes
             print(
-                f"| {blocks} | {kind} | {found.parameters / 1e6:.2f} M "
+                f"| {precision} | {blocks} | {kind} "
+                f"| {found.parameters / 1e6:.2f} M "
                 f"| {found.peak_bytes / 1e6:.0f} MB "
-                f"| {found.activation_bytes / 1e6:.0f} MB | {ratio:.1f}x |"
+                f"| {found.activation_bytes / 1e6:.0f} MB "
+                f"| {stored / found.activation_bytes:.1f}x |"
             )
     seconds = times(options.time_channels, (8, 200, 80))
     for kind, value in seconds.items():

@@ -79,6 +79,7 @@ class Arithmetic:
         value = self.evaluate(module, self.given(module, state))
         self.check_tensor(module, value, "a tap")
         if self.total is None:
+            self.total_dtype = value.dtype
             # What is added to from here on must be nobody else's.
             self.total = value.to(self.stream_dtype, copy=True)
         elif value.shape == self.total.shape:
@@ -90,6 +91,10 @@ class Arithmetic:
                 f"{tuple(self.total.shape)}. All are added up and must have "
                 f"the same shape."
             )
+
+    def leave_total(self):
+        """The total, summed in stream_dtype, in the dtype that taps read."""
+        return self.total.to(self.total_dtype)
 
     def evaluate(self, module, value):
         return module(value, *self.args, **self.kwargs)

@@ -155,7 +155,8 @@ class ReversibleSequence(nn.Module):
         torch.Tensor or tuple of torch.Tensor
             What the last block returns; both streams joined, if it is
             invertible. Under autocast the streams are float32. With taps in
-            the chain a pair: that, and the sum of what they read.
+            the chain a pair: that, and the sum of what they read, in the
+            dtype in which they read.
 
         Raises
         ------
@@ -282,7 +283,7 @@ class ReversibleSequence(nn.Module):
                 state = run.call(block, state)
         if run.total is None:
             return run.leave(state)
-        return run.leave(state), run.total.to(run.inner_dtype)
+        return run.leave(state), run.leave_total()
 
 
 class _SaveMemory(torch.autograd.Function):
@@ -349,7 +350,7 @@ class _SaveMemory(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         if run.total is None:
             return output
-        return output, run.total.to(run.inner_dtype)
+        return output, run.leave_total()
 
     @staticmethod
     def backward(ctx, gradient, total_gradient=None):

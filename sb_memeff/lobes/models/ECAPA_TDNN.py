@@ -24,6 +24,7 @@ from speechbrain.lobes.models.ECAPA_TDNN import (
 from torch import nn
 
 from sb_memeff.nnet.attentive_pooling import attentive_statistics_pooling
+from sb_memeff.nnet.padding import check_lengths
 from sb_memeff.nnet.reversible import ReversibleSequence, Tap
 
 __all__ = ["ECAPA_TDNN"]
@@ -177,7 +178,13 @@ def embed(net, trunk, x, lengths):
     -------
     torch.Tensor
         Embeddings [N, 1, lin_neurons].
+
+    Raises
+    ------
+    ValueError
+        If there is not one length for each utterance.
     """
+    check_lengths(lengths, x)
     save_memory = trunk.save_memory
     conv = net.mfa.conv.conv
     taps = sum(isinstance(block, Tap) for block in trunk.blocks)
@@ -213,7 +220,20 @@ class Stem(nn.Module):
         self.shortcut = shortcut
 
     def forward(self, x, **_):
-        """Runs the block."""
+        """Runs the block.
+
+        Arguments
+        ---------
+        x : torch.Tensor
+            Features [N, T, F].
+        **_ : dict
+            Arguments of the chain for other modules.
+
+        Returns
+        -------
+        torch.Tensor
+            [N, C, T].
+        """
         x = tdnn(self.block, x.transpose(1, 2))
         return x if self.shortcut is None else self.shortcut(x)
 
@@ -232,7 +252,24 @@ class Residual(nn.Module):
         self.block = block
 
     def forward(self, x, lengths, save_memory, **_):
-        """Runs the block."""
+        """Runs the block.
+
+        Arguments
+        ---------
+        x : torch.Tensor
+            [N, C, T].
+        lengths : torch.Tensor
+            Relative lengths [N], or None.
+        save_memory : bool
+            See ``res2net``.
+        **_ : dict
+            Arguments of the chain for other modules.
+
+        Returns
+        -------
+        torch.Tensor
+            [N, C', T].
+        """
         shortcut = self.block.shortcut
         residual = x if shortcut is None else shortcut(x)
         return residual + se_res2net(self.block, x, lengths, save_memory)
@@ -255,7 +292,24 @@ class Aggregated(nn.Module):
         self.number = number
 
     def forward(self, x, weights, bias, **_):
-        """Reads from the state of the chain."""
+        """Reads from the state of the chain.
+
+        Arguments
+        ---------
+        x : torch.Tensor
+            [N, C, T].
+        weights : tuple of torch.Tensor
+            Columns [C', C, 1] of the weight for each tap.
+        bias : torch.Tensor
+            [C'], added by the first tap.
+        **_ : dict
+            Arguments of the chain for other modules.
+
+        Returns
+        -------
+        torch.Tensor
+            [N, C', T].
+        """
         bias = bias if self.number == 0 else None
         return F.conv1d(x, weights[self.number], bias)
 

@@ -124,7 +124,9 @@ class RevECAPA_TDNN(nn.Module):
     Called like ``speechbrain.lobes.models.ECAPA_TDNN.ECAPA_TDNN``, with as
     many parameters. It is another function than that network, though, and
     cannot take its weights: train it from scratch. For pretrained weights
-    there is ``sb_memeff.lobes.models.ECAPA_TDNN``.
+    there is ``sb_memeff.lobes.models.ECAPA_TDNN``, which is also the smaller
+    one under bf16 autocast as long as blocks or batches are few: here the
+    streams are float32.
 
     Arguments
     ---------

@@ -397,9 +397,17 @@ def test_taps_under_bf16_autocast():
     y_ref, reference, _ = gradients(
         stored(net), images(), autocast=torch.bfloat16
     )
-    assert net.net(images())[1].dtype == torch.float32
     assert torch.equal(y, y_ref)
     assert relative_error(ours, reference) < 1e-6
+    # As a convolution over the concatenation: summed in float32, then rounded.
+    ones = ReversibleSequence(
+        [Tap(nn.Conv2d(8, 1, 1, bias=False)) for _ in range(300)]
+    )
+    for parameter in ones.parameters():
+        nn.init.ones_(parameter)
+    with torch.autocast("cpu", torch.bfloat16):
+        total = ones(torch.ones(1, 8, 1, 1))[1]
+    assert total.dtype == torch.bfloat16 and total.item() == 2400
 
 
 def test_taps_in_pure_bfloat16():

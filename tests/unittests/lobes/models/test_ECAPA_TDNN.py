@@ -117,3 +117,5 @@ def test_errors():
         ECAPA_TDNN(**{**SMALL, "groups": [1, 1, 1, 1, 2]})
     with pytest.raises(ValueError, match=r"all the same.*\[16, 16, 32, 32, 4"):
         ECAPA_TDNN(**{**SMALL, "channels": [16, 16, 32, 32, 48]})
+    with pytest.raises(ValueError, match=r"each of the 4 utterances.*\(1,\)"):
+        ECAPA_TDNN(**SMALL)(batch(torch.float32)[0], torch.ones(1))

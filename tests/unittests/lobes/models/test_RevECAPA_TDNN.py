@@ -225,3 +225,5 @@ def test_errors():
         small(inner_channels=6)
     with pytest.raises(ValueError, match=r"1x1.*a kernel of 3 in 1 groups"):
         small(kernel_sizes=[5, 3, 3, 3, 3])
+    with pytest.raises(ValueError, match=r"each of the 4 utterances.*\(1,\)"):
+        small()(batch(torch.float32)[0], torch.ones(1))
