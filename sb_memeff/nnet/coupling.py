@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-__all__ = ["AdditiveCoupling", "Invertible", "SpaceToDepth", "halves"]
+__all__ = ["AdditiveCoupling", "Invertible", "SpaceToDepth", "Tap", "halves"]
 
 
 def halves(x):
@@ -409,3 +409,53 @@ class SpaceToDepth(Invertible):
             (self.up(y1, shape), self.up(y2, shape)),
             (self.up(d1, shape), self.up(d2, shape)),
         )
+
+
+class Tap(Invertible):
+    """Reads something from the middle of a chain; the state passes unchanged.
+
+    A sequence with taps returns, besides its output, the sum of what they
+    read: s = r_1(x_1) + r_2(x_2) + ... for the states x_k where they stand. A
+    convolution over the concatenated x_k is such a sum, with one slice of the
+    weight for each. Backward needs no value of the sum, only its gradient,
+    which is the same for all taps, and the x_k, which are rebuilt on the way;
+    so the concatenation is never held.
+
+    Arguments
+    ---------
+    read : torch.nn.Module
+        Maps the state [N, C, ...] (both streams joined) to any tensor. It is
+        called with the extra arguments of the sequence.
+
+    Example
+    -------
+    >>> from sb_memeff.nnet.reversible import ReversibleSequence
+    >>> def block():
+    ...     return AdditiveCoupling(torch.nn.Tanh(), torch.nn.Tanh())
+    >>> chain = [block(), Tap(torch.nn.Linear(4, 7)), block()]
+    >>> chain.append(Tap(torch.nn.Linear(4, 7)))
+    >>> y, total = ReversibleSequence(chain)(torch.rand(2, 4))
+    >>> total.shape
+    torch.Size([2, 7])
+    """
+
+    def __init__(self, read):
+        super().__init__()
+        if not isinstance(read, nn.Module):
+            raise TypeError(
+                f"Tap: read must be a torch.nn.Module, not "
+                f"{type(read).__name__}; wrap the function in one."
+            )
+        self.read = read
+
+    def forward_streams(self, x1, x2, run):
+        """Both streams as they are."""
+        return x1, x2
+
+    def inverse_streams(self, y1, y2, run, shape):
+        """Both streams as they are."""
+        return y1, y2
+
+    def backward_streams(self, y, dy, run, shape):
+        """Everything as it is."""
+        return y, dy

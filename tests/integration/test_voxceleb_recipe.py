@@ -131,7 +131,7 @@ def runs(place):
     return RECIPE.run_table(place)
 
 
-@pytest.mark.parametrize("kind", ["resnet", "revnet"])
+@pytest.mark.parametrize("kind", ["resnet", "revnet", "ecapa", "revecapa"])
 def test_debug_flags(runs, kind):
     for task in ("train", "verification"):
         row, folder, _ = runs[f"{task}_{kind}.yaml"]

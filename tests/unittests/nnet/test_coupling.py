@@ -4,7 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from sb_memeff.nnet.coupling import AdditiveCoupling, SpaceToDepth, halves
+from sb_memeff.nnet.coupling import (
+    AdditiveCoupling,
+    SpaceToDepth,
+    Tap,
+    halves,
+)
 
 
 def test_additive_coupling_is_the_equation():
@@ -25,6 +30,18 @@ def test_additive_coupling_inverse():
 def test_additive_coupling_wants_modules():
     with pytest.raises(TypeError, match="g must be a torch.nn.Module.*func"):
         AdditiveCoupling(nn.ReLU(), lambda x: x)
+
+
+def test_tap_on_its_own_is_the_identity():
+    tap = Tap(nn.Tanh())
+    x = torch.randn(5, 6)
+    assert torch.equal(tap(x), x)
+    assert torch.equal(tap.inverse(x), x)
+
+
+def test_tap_wants_a_module():
+    with pytest.raises(TypeError, match="read must be a torch.nn.Module.*func"):
+        Tap(lambda x: x)
 
 
 def test_space_to_depth_is_pixel_unshuffle_of_each_stream():
