@@ -188,7 +188,7 @@ def build(network):
         From features to cosines.
     """
     sizes = {"input_size": 40, "base_channels": 8, "lin_neurons": 128}
-    embedding = networks(34, **sizes)[NETWORKS[network][0]]()
+    embedding = networks("ResNet34", **sizes)[NETWORKS[network][0]]()
     classifier = Classifier(input_size=128, out_neurons=207)
     return torch.nn.Sequential(embedding, classifier)
 

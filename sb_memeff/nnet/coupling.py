@@ -216,16 +216,20 @@ class AdditiveCoupling(Invertible):
 
     Arguments
     ---------
-    f : torch.nn.Module
+    f : torch.nn.Module or torch.nn.ModuleList
         Maps a stream [N, C/2, ...] to one of the same shape. Whatever extra
-        arguments the sequence is called with, f is called with them too.
-    g : torch.nn.Module
+        arguments the sequence is called with, f is called with them too. A
+        list stands for the sum of its members: they are evaluated one after
+        another, so that a sequence needs the memory of one.
+    g : torch.nn.Module or torch.nn.ModuleList
         The same, for the other stream.
 
     Raises
     ------
     TypeError
         If f or g is not a Module (its parameters could not be found).
+    ValueError
+        If it is an empty list.
 
     Example
     -------
@@ -242,33 +246,50 @@ class AdditiveCoupling(Invertible):
                     f"AdditiveCoupling: {name} must be a torch.nn.Module, "
                     f"not {type(module).__name__}; wrap the function in one."
                 )
+            if isinstance(module, nn.ModuleList) and len(module) == 0:
+                raise ValueError(f"AdditiveCoupling: {name} is an empty list.")
         self.f = f
         self.g = g
 
     def forward_streams(self, x1, x2, run):
         """y1 = x1 + f(x2), y2 = x2 + g(y1)."""
-        y1 = run.add(x1, run(self.f, x2))
-        y2 = run.add(x2, run(self.g, y1))
+        y1, y2 = x1, x2
+        for f in _summands(self.f):
+            y1 = run.add(y1, run(f, x2))
+        for g in _summands(self.g):
+            y2 = run.add(y2, run(g, y1))
         return y1, y2
 
     def inverse_streams(self, y1, y2, run, shape):
         """x2 = y2 - g(y1), x1 = y1 - f(x2)."""
-        x2 = y2 - run(self.g, y1)
-        x1 = y1 - run(self.f, x2)
+        x1, x2 = y1, y2
+        for g in reversed(_summands(self.g)):
+            x2 = x2 - run(g, y1)
+        for f in reversed(_summands(self.f)):
+            x1 = x1 - run(f, x2)
         return x1, x2
 
     def backward_streams(self, y, dy, run, shape):
         """dx1 = dy1 + g'(y1)^T dy2, dx2 = dy2 + f'(x2)^T dx1."""
         (y1, y2), (d1, d2) = y, dy
-        increment, pull = run(self.g, y1)
-        x2 = y2.sub_(increment)
-        del increment
-        d1 = d1.add_(pull(d2))
-        increment, pull = run(self.f, x2)
-        x1 = y1.sub_(increment)
-        del increment
-        d2 = d2.add_(pull(d1))
-        return (x1, x2), (d1, d2)
+        for g in reversed(_summands(self.g)):
+            increment, pull = run(g, y1)
+            y2 = y2.sub_(increment)
+            del increment
+            d1 = d1.add_(pull(d2))
+        for f in reversed(_summands(self.f)):
+            increment, pull = run(f, y2)
+            y1 = y1.sub_(increment)
+            del increment
+            d2 = d2.add_(pull(d1))
+        return (y1, y2), (d1, d2)
+
+
+def _summands(function):
+    # What ran last is replayed first, hence the reversed() above.
+    if isinstance(function, nn.ModuleList):
+        return list(function)
+    return [function]
 
 
 class SpaceToDepth(Invertible):

@@ -401,8 +401,9 @@ class _SaveMemory(torch.autograd.Function):
             else:
                 block, count, notes = entry
                 run.notes = list(notes)
-                before = pop(count)
-                state = before[0] if count == 1 else before
+                # No other name for them: they are freed with the state.
+                state = pop(count)
+                state = state[0] if count == 1 else state
                 needed = number > 0 or ctx.needs_input_grad[2]
                 # None: only what the taps before this block read was used.
                 if gradient is not None:

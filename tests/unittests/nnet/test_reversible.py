@@ -69,13 +69,17 @@ def mixed_chain(**options):
     def coupling(channels):
         return AdditiveCoupling(body(channels), body(channels))
 
+    def sums(channels):
+        f, g = (nn.ModuleList(body(channels) for _ in range(3)) for _ in "fg")
+        return AdditiveCoupling(f, g)
+
     return ReversibleSequence(
         [
             nn.Conv2d(3, 8, 3, padding=1),
             coupling(4),
             coupling(4),
             SpaceToDepth(2),
-            coupling(16),
+            sums(16),
             Strided(16),
             coupling(16),
             Head(32),
@@ -815,6 +819,44 @@ def test_peak_is_two_states_and_the_working_set_of_one_function():
     # f stores conv, norm and ReLU outputs of half a state each (4 tensors),
     # and needs gradients of two of them at once; 1 state of slack.
     assert memory.activation_bytes < (3 + 2 + 3 + 1) * state
+
+
+def widening(channels, inside):
+    """conv - tanh - conv, without biases and norms."""
+    return nn.Sequential(
+        nn.Conv2d(channels, inside, 1, bias=False),
+        nn.Tanh(),
+        nn.Conv2d(inside, channels, 1, bias=False),
+    )
+
+
+@pytest.mark.parametrize("slices", [1, 2, 8])
+def test_a_sum_needs_the_memory_of_one_of_its_members(slices):
+    def build():
+        f, g = (
+            nn.ModuleList(widening(4, 64 // slices) for _ in range(slices))
+            for _ in "fg"
+        )
+        return ReversibleSequence([AdditiveCoupling(f, g)])
+
+    memory = training_step_memory(build, (16, 8, 64, 64))
+    state = 4 * 16 * 8 * 64 * 64
+    # 5 states, and of 64 channels (8 states) what the tanh saved and the
+    # gradients of its output and input.
+    assert memory.activation_bytes <= (5 + 3 * 8 / slices) * state
+
+
+def test_streams_that_down_sampling_has_copied_are_freed():
+    """Also those that the module after it had for its input."""
+
+    def build():
+        coupling = AdditiveCoupling(widening(4, 64), widening(4, 64))
+        return ReversibleSequence([coupling, SpaceToDepth(2), Head(32)])
+
+    memory = training_step_memory(build, (16, 8, 64, 64))
+    state = 4 * 16 * 8 * 64 * 64
+    # The input, the state, its gradient, and what tanh needs (see above).
+    assert memory.activation_bytes <= (3 + 3 * 8 + 0.5) * state
 
 
 class Counted(nn.Module):
