@@ -17,7 +17,13 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["Recorder", "Recording", "without_trace"]
+__all__ = [
+    "Recorder",
+    "Recording",
+    "check_fingerprint",
+    "fingerprint",
+    "without_trace",
+]
 
 
 @dataclass
@@ -104,14 +110,30 @@ class Recorder:
         tuple
             What the function returned, and its ``Recording``.
         """
-        buffers = _clone_buffers(function)
+        with self.recording(function) as recording:
+            result = function(*args, **kwargs)
+        return result, recording
+
+    @contextlib.contextmanager
+    def recording(self, function):
+        """Notes what a replay will need of the one call inside this context.
+
+        Arguments
+        ---------
+        function : callable
+            Whose buffers the call may change, see ``record``.
+
+        Yields
+        ------
+        Recording
+            Complete when the context is left.
+        """
+        recording = Recording(None, _clone_buffers(function))
         before = self._random_states()
-        result = function(*args, **kwargs)
-        drew = any(
-            not torch.equal(a, b)
-            for a, b in zip(before, self._random_states(), strict=True)
-        )
-        return result, Recording(before if drew else None, buffers)
+        yield recording
+        now = self._random_states()
+        if any(not torch.equal(a, b) for a, b in zip(before, now, strict=True)):
+            recording.random_states = before
 
     @contextlib.contextmanager
     def replay(self, function, recording):
@@ -216,8 +238,9 @@ def without_trace(function, buffers=None):
 def _clone_buffers(function):
     """Copies the buffers that a training call of ``function`` might change.
 
-    Batch norm needs no copies, see ``without_trace``; this is for all other modules that keep state (instance norm with statistics,
-    spectral norm, a running input normalisation).
+    Batch norm needs no copies, see ``without_trace``; this is for all other
+    modules that keep state (instance norm with statistics, spectral norm, a
+    running input normalisation).
     """
     clones = {}
     for module in _submodules(function):
@@ -226,3 +249,64 @@ def _clone_buffers(function):
                 if buffer is not None:
                     clones[module, name] = buffer.clone()
     return clones
+
+
+def fingerprint(module):
+    """What must be the same when a module is called again.
+
+    Arguments
+    ---------
+    module : torch.nn.Module
+        The module, in forward.
+
+    Returns
+    -------
+    tuple
+        For ``check_fingerprint``.
+    """
+    return (
+        [
+            (p.untyped_storage()._cdata, p._version, p.requires_grad)
+            for p in module.parameters()
+        ],
+        [m.training for m in module.modules()],
+    )
+
+
+def check_fingerprint(before, module, owner, prefix=""):
+    """Raises if weights or training mode changed since forward.
+
+    Arguments
+    ---------
+    before : tuple
+        What ``fingerprint`` returned in forward.
+    module : torch.nn.Module
+        The module, in backward.
+    owner : str
+        Who speaks, for the message.
+    prefix : str
+        Put before the names of the module's parameters.
+
+    Raises
+    ------
+    RuntimeError
+        If something changed; it names the parameter.
+    """
+    weights, modes = fingerprint(module)
+    if weights != before[0]:
+        names = [prefix + n for n, _ in module.named_parameters()]
+        changed = [
+            n for n, a, b in zip(names, before[0], weights) if a != b
+        ] or ["the set of parameters"]
+        raise RuntimeError(
+            f"{owner}: {changed[0]} was changed between forward and backward "
+            f"(an optimizer step, or weights loaded?). Backward computes the "
+            f"activations again and needs the weights of the forward pass; "
+            f"call backward first."
+        )
+    if modes != before[1]:
+        raise RuntimeError(
+            f"{owner}: train() or eval() was called between forward and "
+            f"backward. Backward computes the activations again and needs the "
+            f"mode of the forward pass; call backward first."
+        )
