@@ -36,7 +36,8 @@ class Recording:
         States of the CPU's and the accelerator's generator before the call;
         None when the call drew no random numbers.
     buffers : dict
-        Buffers that the call may have changed, as they were before it.
+        Buffers that the call changed, as they were before it: {(module,
+        name): torch.Tensor}.
     """
 
     random_states: tuple | None
@@ -128,12 +129,22 @@ class Recorder:
         Recording
             Complete when the context is left.
         """
-        recording = Recording(None, _clone_buffers(function))
+        recording = Recording(None, {})
+        buffers = {
+            key: (buffer, buffer._version, buffer.clone())
+            for key, buffer in _buffers(function).items()
+            # Those of a batch norm make no difference to a training call.
+            if not isinstance(key[0], _BatchNorm)
+        }
         before = self._random_states()
         yield recording
         now = self._random_states()
         if any(not torch.equal(a, b) for a, b in zip(before, now, strict=True)):
             recording.random_states = before
+        for (module, name), (buffer, version, clone) in buffers.items():
+            same = module._buffers[name] is buffer
+            if not same or buffer._version != version:
+                recording.buffers[module, name] = clone
 
     @contextlib.contextmanager
     def replay(self, function, recording):
@@ -183,72 +194,49 @@ class Recorder:
             module.set_rng_state(states[1], self.device)
 
 
-def _submodules(function):
-    # Looked up at every call: SpeechBrain replaces BatchNorm by SyncBatchNorm
-    # after the network was built.
-    return function.modules() if isinstance(function, nn.Module) else ()
-
-
 @contextlib.contextmanager
 def without_trace(function, buffers=None):
     """Calls inside change no running statistics and no other buffer.
 
-    A batch norm in training mode that does not track running statistics uses
-    the batch's, as it did in forward, and writes neither its running mean and
-    variance nor ``num_batches_tracked``; that holds for any momentum, for
-    momentum=None and for SyncBatchNorm, and copies nothing. Other modules
-    that keep state get copies of their buffers to work on.
+    Modules in training mode get copies of their buffers to work on. What a
+    batch norm finds in them makes no difference to what it returns.
 
     Arguments
     ---------
     function : callable
         A torch.nn.Module; anything else is left alone.
     buffers : dict, optional
-        What modules other than batch norms shall find in their buffers; by
-        default what is there now.
+        Buffers that shall have other values than now, see ``Recording``.
 
     Yields
     ------
     None
     """
-    if buffers is None:
-        buffers = _clone_buffers(function)
-    tracking = [
-        module
-        for module in _submodules(function)
-        if isinstance(module, _BatchNorm)
-        and module.training
-        and module.track_running_stats
-    ]
-    originals = {key: key[0]._buffers[key[1]] for key in buffers}
-    for module in tracking:
-        module.track_running_stats = False
-    for (module, name), buffer in buffers.items():
+    originals = _buffers(function)
+    for (module, name), buffer in originals.items():
+        if buffers is not None:
+            buffer = buffers.get((module, name), buffer)
         # A copy, so that a second backward starts from the same values.
         module._buffers[name] = buffer.clone()
     try:
         yield
     finally:
-        for module in tracking:
-            module.track_running_stats = True
         for (module, name), buffer in originals.items():
             module._buffers[name] = buffer
 
 
-def _clone_buffers(function):
-    """Copies the buffers that a training call of ``function`` might change.
-
-    Batch norm needs no copies, see ``without_trace``; this is for all other
-    modules that keep state (instance norm with statistics, spectral norm, a
-    running input normalisation).
-    """
-    clones = {}
-    for module in _submodules(function):
-        if module.training and not isinstance(module, _BatchNorm):
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    clones[module, name] = buffer.clone()
-    return clones
+def _buffers(function):
+    """The buffers that a training call of ``function`` might change."""
+    # Looked up at every call: SpeechBrain replaces BatchNorm by SyncBatchNorm
+    # after the network was built.
+    modules = function.modules() if isinstance(function, nn.Module) else ()
+    return {
+        (module, name): buffer
+        for module in modules
+        if module.training
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    }
 
 
 def fingerprint(module):
