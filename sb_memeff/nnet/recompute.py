@@ -343,13 +343,16 @@ def _fits(name, pattern):
     )
 
 
-def _candidates(named):
-    """Names down to the second level, numbers as ``*``."""
+def _candidates(named, limit=30):
+    """What blocks could be named, numbers as ``*``, the outermost first."""
     names = {}
     for name, part in named:
         parts = ["*" if p.isdigit() else p for p in _parts(name)]
-        if name and len(parts) <= 2 and not isinstance(part, _CONTAINERS):
-            names[".".join(parts)] = None
+        if parts and not isinstance(part, _CONTAINERS):
+            names[tuple(parts)] = None
+    names = [".".join(parts) for parts in sorted(names, key=len)]
+    if len(names) > limit:
+        names[limit:] = ["..."]
     return ", ".join(names) or "no modules inside it"
 
 
