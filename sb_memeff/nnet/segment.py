@@ -60,7 +60,6 @@ class Segment:
         self.position = -1
         self._calls = []
         self._values = {}
-        self._task = None
 
     def feeds(self, leaves):
         """Whether one of these is an output of the segment, unchanged.
@@ -171,11 +170,6 @@ class Segment:
                 "be computed again; do not name it."
             )
         key = (slot.call, slot.index)
-        task = torch._C._current_graph_task_id()
-        if task != self._task:
-            # Left over from another backward pass (retain_graph).
-            self._values.clear()
-            self._task = task
         if key not in self._values:
             self._recompute()
         tensor, version = self._values.pop(key)

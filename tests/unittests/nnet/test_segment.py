@@ -219,6 +219,27 @@ def test_retain_graph():
         y.sum().backward()
 
 
+def test_weights_that_change_between_two_backwards():
+    """Whether their slot is filled again or was left over from the first."""
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 5), nn.Linear(5, 5)
+
+        def forward(self, x):
+            return self.a(x).tanh(), self.b(x).tanh()
+
+    for again in (0, 1):
+        block = Two().double()
+        outputs = forget(block, X.clone().requires_grad_())
+        outputs[1].sum().backward(retain_graph=True)
+        with torch.no_grad():
+            (block.a, block.b)[again].weight.add_(1)
+        with pytest.raises(RuntimeError, match="was changed"):
+            outputs[again].sum().backward()
+
+
 def test_double_backward():
     block = layers()
     found = []
