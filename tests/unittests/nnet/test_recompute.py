@@ -7,6 +7,7 @@ import pickle
 import weakref
 
 import pytest
+import speechbrain as sb
 import torch
 from chains import assert_same_state, gradients, relative_error, saved_bytes
 from hyperpyyaml import load_hyperpyyaml
@@ -21,9 +22,11 @@ from speech_networks import (
 )
 from speechbrain.lobes.models.ECAPA_TDNN import ECAPA_TDNN
 from speechbrain.nnet.containers import LengthsCapableSequential
+from speechbrain.utils.checkpoints import Checkpointer
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, TensorDataset
 
 from sb_memeff.nnet.recompute import (
     fit_recompute,
@@ -811,6 +814,39 @@ def test_a_budget_in_yaml():
     hparams = load_hyperpyyaml(text)
     names = store_blocks(hparams["modules"]["embedding_model"])
     assert 0 < len(names) < 6
+
+
+class SpeakerBrain(sb.Brain):
+    def compute_forward(self, batch, stage):
+        return self.modules.net(*batch)
+
+    def compute_objectives(self, predictions, batch, stage):
+        return predictions.square().mean()
+
+
+def test_a_brain_trains_it_and_stock_code_loads_the_checkpoint(tmp_path):
+    states = []
+    for recompute in (True, False):
+        net = build("ecapa_dropout")
+        if recompute:
+            recompute_blocks(net, ["blocks.*", "mfa", "asp"])
+        folder = tmp_path / str(recompute)
+        brain = SpeakerBrain(
+            {"net": net},
+            opt_class=functools.partial(torch.optim.Adam, lr=1e-3),
+            run_opts={"device": "cpu", "precision": "bf16"},
+            checkpointer=Checkpointer(folder, {"net": net}),
+        )
+        torch.manual_seed(0)
+        data = DataLoader(TensorDataset(*batch()), batch_size=3)
+        brain.fit(range(4), data, progressbar=False)
+        brain.checkpointer.save_checkpoint()
+        stock = build("ecapa_dropout")
+        Checkpointer(folder, {"net": stock}).recover_if_possible()
+        assert_same_state(stock, net)
+        states.append(net)
+    assert_same_state(*states)
+    assert states[0].mfa.norm.norm.num_batches_tracked == 4
 
 
 # --- GPU ---------------------------------------------------------------------
