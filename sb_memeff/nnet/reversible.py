@@ -50,7 +50,12 @@ from sb_memeff.nnet.coupling import (
     Tap,
     halves,
 )
-from sb_memeff.nnet.replay import Recorder, without_trace
+from sb_memeff.nnet.replay import (
+    Recorder,
+    check_fingerprint,
+    fingerprint,
+    without_trace,
+)
 
 __all__ = [
     "AdditiveCoupling",
@@ -345,7 +350,7 @@ class _SaveMemory(torch.autograd.Function):
         ctx.arithmetic = (run.inner_dtype, run.bits)
         ctx.tape = tape
         ctx.reach = run.reach
-        ctx.fingerprint = _fingerprint(sequence)
+        ctx.fingerprint = fingerprint(sequence)
         # A gradient that nobody needs costs no memory.
         ctx.set_materialize_grads(False)
         if run.total is None:
@@ -355,7 +360,7 @@ class _SaveMemory(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient, total_gradient=None):
         _refuse_double_backward()
-        _check_fingerprint(ctx.fingerprint, ctx.sequence)
+        check_fingerprint(ctx.fingerprint, ctx.sequence, "ReversibleSequence")
         _check_reach(ctx.reach, ctx.sequence)
         # Without retain_graph what is popped below is freed when it is no
         # longer needed, and may be overwritten.
@@ -468,37 +473,6 @@ def _refuse_double_backward():
         raise RuntimeError(
             "ReversibleSequence: double backward (create_graph=True) is not "
             "supported while saving memory; set save_memory=False."
-        )
-
-
-def _fingerprint(sequence):
-    return (
-        [
-            (p.untyped_storage()._cdata, p._version, p.requires_grad)
-            for p in sequence.parameters()
-        ],
-        [m.training for m in sequence.modules()],
-    )
-
-
-def _check_fingerprint(before, sequence):
-    weights, modes = _fingerprint(sequence)
-    if weights != before[0]:
-        names = [n for n, _ in sequence.named_parameters()]
-        changed = [
-            n for n, a, b in zip(names, before[0], weights) if a != b
-        ] or ["the set of parameters"]
-        raise RuntimeError(
-            f"ReversibleSequence: {changed[0]} was changed between forward "
-            f"and backward (an optimizer step, or weights loaded?). Backward "
-            f"computes the activations again and needs the weights of the "
-            f"forward pass; call backward first."
-        )
-    if modes != before[1]:
-        raise RuntimeError(
-            "ReversibleSequence: train() or eval() was called between forward "
-            "and backward. Backward computes the activations again and needs "
-            "the mode of the forward pass; call backward first."
         )
 
 

@@ -11,6 +11,7 @@ from chains import (
     chain,
     gradients,
     relative_error,
+    saved_bytes,
     stored,
 )
 from torch import nn
@@ -766,23 +767,6 @@ def test_global_random_stream_is_that_of_plain_autograd():
 
 
 # --- memory and work ---------------------------------------------------------
-
-
-def saved_bytes(net, x):
-    """Bytes that autograd keeps, each storage once."""
-    storages = {}
-
-    def pack(tensor):
-        storages[tensor.untyped_storage().data_ptr()] = (
-            tensor.untyped_storage().nbytes()
-        )
-        return tensor
-
-    known = {p.untyped_storage().data_ptr() for p in net.parameters()}
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = net(x)
-    kept = sum(n for p, n in storages.items() if p not in known)
-    return kept, y
 
 
 def test_saved_bytes_do_not_grow_with_depth():
