@@ -255,8 +255,8 @@ class RevDFResNet(ReversibleNetwork):
         for body in self.modules():
             if isinstance(body, ResidualBody):
                 # Each coupling begins as the identity, as the vanilla blocks
-                # do. Else an expansion of four makes each add four times the
-                # variance of its input, and Type I hardly begins to learn.
+                # do. Else each adds a variance of about four (its expansion)
+                # to a stream, and Type I hardly begins to learn.
                 nn.init.zeros_(body.layers[-1].conv.weight)
 
 
