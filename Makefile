@@ -22,7 +22,7 @@ PYTEST ?=
 .PHONY: help demo test lint format clean
 
 help:
-	@echo "make demo    train a small reversible ResNet on synthetic speakers (CPU, minutes)"
+	@echo "make demo    train a reversible ResNet and a transducer on synthetic speech (CPU, about 10 minutes)"
 	@echo "make test    lint, then the test suite        PYTEST=\"-k name -x\" narrows it"
 	@echo "make lint    ruff check and ruff format --check"
 	@echo "make format  let ruff rewrite the files"

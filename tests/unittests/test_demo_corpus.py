@@ -1,145 +1,136 @@
-"""Tests of the demo's corpus, on two training speakers and two test speakers.
+"""What the demo's corpora share: made once, found again, nothing else deleted.
 
-Each corpus is made in processes of its own, as eSpeak NG's state is global.
+Authors
+ * The sb_memeff authors 2026
 """
 
+import dataclasses
+import itertools
 import json
-import sys
 
-import numpy as np
 import pytest
 
 pytest.importorskip("espeakng_loader", reason="pip install sb_memeff[demo]")
 pytest.importorskip("scipy")
 
-import soundfile
+from corpus import CorpusOptions, make_once, speak_all, unrepeated
+from voices import CorpusError
 
-from demo import make_corpus as corpus
 
-SMALL = corpus.Options(
-    train_speakers=2,
-    train_sessions=2,
-    train_utterances=1,
-    test_speakers=2,
-    test_sessions=2,
-    test_utterances=2,
+@dataclasses.dataclass(frozen=True)
+class Options(CorpusOptions):
+    """One file."""
+
+    FORMAT = 1
+
+    files: int = 1
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class NewFormat(Options):
+    """The same, written by changed code."""
+
+    FORMAT = 2
+
+
+def complete(folder, manifest):
+    return (folder / "a.txt").exists() and manifest["letters"] == 1
+
+
+def write(folder):
+    assert not list(folder.iterdir())
+    (folder / "a.txt").write_text("a")
+    return {"letters": 1}
+
+
+def crash(folder):
+    write(folder)
+    raise KeyboardInterrupt
+
+
+def make(out, options=Options(), how=write):
+    return make_once(out, options, complete, how)["cached"]
+
+
+def test_made_once_and_found_again(tmp_path):
+    out = tmp_path / "corpus"
+    assert not make(out)
+    assert make(out)
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["options"] == {"files": 1, "seed": 0}
+    assert manifest["letters"] == 1
+
+
+@pytest.mark.parametrize("options", [Options(seed=1), NewFormat()])
+def test_other_options_or_another_format_make_it_anew(tmp_path, options):
+    make(tmp_path)
+    assert not make(tmp_path, options)
+    assert make(tmp_path, options)
+
+
+def test_lost_file_makes_it_anew(tmp_path):
+    make(tmp_path)
+    (tmp_path / "a.txt").unlink()
+    assert not make(tmp_path)
+    assert (tmp_path / "a.txt").exists()
+
+
+def test_interrupted_run_leaves_the_earlier_corpus(tmp_path):
+    out = tmp_path / "corpus"
+    make(out)
+    with pytest.raises(KeyboardInterrupt):
+        make(out, Options(seed=1), crash)
+    assert make(out)
+    assert not make(out, Options(seed=1))
+    assert [p.name for p in tmp_path.iterdir()] == ["corpus"]
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        None,
+        "not json",
+        "[]",
+        '{"name": "a browser extension"}',
+        '{"options_sha256": "0", "options": {"speakers": 1, "seed": 0}}',
+    ],
 )
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A small corpus: its folder and its manifest."""
-    out = tmp_path_factory.mktemp("corpus") / "voices"
-    return out, corpus.make_corpus(out, SMALL, workers=2, progress=False)
-
-
-def read_trials(out):
-    lines = (out / "veri_test.txt").read_text().splitlines()
-    return [line.split() for line in lines]
-
-
-def test_same_options_make_the_same_bytes(made, tmp_path):
-    out, manifest = made
-    again = corpus.make_corpus(
-        tmp_path / "again", SMALL, workers=1, progress=False
-    )
-    assert not manifest["cached"] and not again["cached"]
-    assert manifest == again
-    for path in out.rglob("*.*"):
-        other = tmp_path / "again" / path.relative_to(out)
-        assert path.read_bytes() == other.read_bytes(), path
-
-
-def test_second_run_takes_the_first_ones_files(made):
-    out, manifest = made
-    stamps = {p: p.stat().st_mtime_ns for p in out.rglob("*.wav")}
-    again = corpus.make_corpus(out, SMALL, progress=False)
-    assert again["cached"]
-    assert again["audio_sha256"] == manifest["audio_sha256"]
-    assert stamps == {p: p.stat().st_mtime_ns for p in out.rglob("*.wav")}
-
-
-def test_other_options_or_a_lost_file_make_it_anew(made, tmp_path):
-    one = corpus.Options(1, 1, 1, 1, 1, 1)
-    out = tmp_path / "voices"
-    first = corpus.make_corpus(out, one, workers=1, progress=False)
-    seeded = corpus.Options(1, 1, 1, 1, 1, 1, seed=1)
-    other = corpus.make_corpus(out, seeded, workers=1, progress=False)
-    assert not other["cached"]
-    assert other["audio_sha256"] != first["audio_sha256"]
-    next(out.rglob("*.wav")).unlink()
-    repaired = corpus.make_corpus(out, seeded, workers=1, progress=False)
-    assert not repaired["cached"]
-    assert repaired["audio_sha256"] == other["audio_sha256"]
-
-
-def test_layout_and_audio(made):
-    out, manifest = made
-    files = sorted(out.glob("wav/*/*/*.wav"))
-    assert len(files) == manifest["utterances"] == 2 * 2 + 2 * 2 * 2
-    contents = set()
-    for path in files:
-        samples, rate = soundfile.read(path)
-        assert rate == 16000 and samples.ndim == 1
-        assert 3 <= len(samples) / rate <= 4
-        assert 0.01 < np.sqrt(np.mean(samples**2)) and np.abs(samples).max() < 1
-        contents.add(path.read_bytes())
-    assert len(contents) == len(files)
-
-
-def test_trials_are_of_unseen_speakers_and_two_sessions(made):
-    out, manifest = made
-    trials = read_trials(out)
-    assert len(trials) == manifest["trials"]
-    test_speakers = set()
-    for label, a, b in trials:
-        assert (out / "wav" / a).exists() and (out / "wav" / b).exists()
-        assert (label == "1") == (a.split("/")[0] == b.split("/")[0])
-        assert a.rsplit("/", 1)[0] != b.rsplit("/", 1)[0]
-        test_speakers |= {a.split("/")[0], b.split("/")[0]}
-    assert len(test_speakers) == SMALL.test_speakers
-    everyone = {p.name for p in (out / "wav").iterdir()}
-    assert len(everyone - test_speakers) == SMALL.train_speakers
-
-
-def test_no_text_twice_and_no_voice_twice():
-    train, test = corpus.plan_speakers(corpus.Options())
-    texts = [
-        sentence
-        for speaker in train + test
-        for session in speaker.texts
-        for pair in session
-        for sentence in pair
-    ]
-    assert len(set(texts)) == len(texts)
-    variants = [speaker.voice.split("+")[1] for speaker in train + test]
-    assert len(set(variants)) == len(variants)
-
-
-def test_refuses_a_folder_of_something_else(tmp_path):
+def test_refuses_a_folder_of_something_else(tmp_path, manifest):
     (tmp_path / "thesis.tex").write_text("all of it")
-    with pytest.raises(corpus.CorpusError, match="something else"):
-        corpus.make_corpus(tmp_path, SMALL, progress=False)
+    if manifest is not None:
+        (tmp_path / "manifest.json").write_text(manifest)
+    with pytest.raises(CorpusError, match="something else"):
+        make(tmp_path)
     assert (tmp_path / "thesis.tex").exists()
 
 
-def test_missing_library_is_said_in_one_sentence(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "espeakng_loader", None)
-    assert corpus.main([str(tmp_path / "out")]) == 1
-    message = capsys.readouterr().err
-    assert message.count("\n") == 1
-    assert "pip install 'sb_memeff[demo]'" in message
-    assert not (tmp_path / "out").exists()
+def test_refuses_a_file(tmp_path):
+    file = tmp_path / "thesis.tex"
+    file.write_text("all of it")
+    with pytest.raises(CorpusError, match="something else"):
+        make(file)
+    assert file.read_text() == "all of it"
 
 
 def test_options_out_of_range():
-    with pytest.raises(corpus.CorpusError, match="train_speakers must lie in"):
-        corpus.Options(train_speakers=1000)
+    for files in (0, 1001):
+        with pytest.raises(CorpusError, match=f"files .* 1..1000: {files}"):
+            Options(files=files)
 
 
-def test_manifest_names_every_voice(made):
-    out, manifest = made
-    stored = json.loads((out / "manifest.json").read_text())
-    assert stored.items() <= manifest.items()
-    speakers = {p.name for p in (out / "wav").iterdir()}
-    assert set(stored["voices"]) == speakers
+def test_unrepeated_ends_when_all_is_drawn():
+    letters = itertools.cycle("abcab")
+    texts = unrepeated(lambda: next(letters))
+    assert [next(texts) for _ in range(3)] == ["a", "b", "c"]
+    with pytest.raises(CorpusError, match="only 3 different"):
+        next(texts)
+
+
+def double(job):
+    return 2 * job
+
+
+def test_minutes_are_those_of_all_speakers():
+    jobs = [16000 * 30] * 3
+    assert speak_all(double, jobs, workers=2, progress=False) == 3.0

@@ -1,0 +1,66 @@
+"""How the demo runs a recipe.
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+import pytest
+from recipe_runner import DemoError, epoch_line, read_stats, run_recipe
+
+EPOCH = (
+    "speechbrain.utils.train_logger - epoch: 3, lr: 1.40e-03, steps: 309, "
+    "optimizer: AdamW - train loss: 16.35 - valid loss: 1.31e-01, "
+    "valid CER: 45.70, valid WER: 1.00e+02"
+)
+SHOWN = {
+    "train loss": "loss {:5.2f}".format,
+    "valid WER": "WER {:5.1f} %".format,
+}
+# Output as SpeechBrain and tqdm write it: a bar of carriage returns, colours.
+SCRIPT = f"""
+import sys
+print("arguments:", *sys.argv[1:])
+print("\\r 50%|#####     |\\r100%|##########|", end="\\r", file=sys.stderr)
+print("\\x1b[32m{EPOCH}\\x1b[0m", file=sys.stderr)
+sys.exit("--fail=1" in sys.argv and "out of luck")
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    """A recipe's script."""
+    path = tmp_path / "recipe" / "train.py"
+    path.parent.mkdir()
+    path.write_text(SCRIPT)
+    return path
+
+
+def test_an_epochs_line_in_the_demos_words():
+    stats = read_stats(EPOCH)
+    assert stats["steps"] == "309" and stats["valid loss"] == "1.31e-01"
+    assert epoch_line(stats, SHOWN) == "epoch  3   loss 16.35   WER 100.0 %"
+    assert read_stats("speechbrain.utils.epoch_loop - Going into epoch 3") == {}
+
+
+def test_what_a_recipe_does_not_log_is_left_out():
+    stats = read_stats(EPOCH.replace("valid WER", "valid EER"))
+    assert epoch_line(stats, SHOWN) == "epoch  3   loss 16.35"
+
+
+def test_epochs_on_the_screen_and_everything_in_the_log(
+    script, tmp_path, capsys
+):
+    log = tmp_path / "logs" / "output.txt"
+    run_recipe("Training", script, "a.yaml", {"lr": 0.1}, log, SHOWN)
+    assert capsys.readouterr().out == "epoch  3   loss 16.35   WER 100.0 %\n"
+    text = log.read_text()
+    assert "arguments: a.yaml --lr=0.1\n" in text and f"{EPOCH}\n" in text
+    assert "%|" not in text
+
+
+def test_a_failure_is_named_after_its_last_lines(script, tmp_path, capsys):
+    log = tmp_path / "output.txt"
+    with pytest.raises(DemoError, match=f"Training failed.*{log}"):
+        run_recipe("Training", script, "a.yaml", {"fail": 1}, log)
+    out, err = capsys.readouterr()
+    assert out == "" and err.endswith("out of luck\n")
