@@ -15,9 +15,13 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import sb_memeff
+from sb_memeff.lobes.models.DFResNet import DFResNet
 from sb_memeff.lobes.models.ResNet import ResNet
+from sb_memeff.lobes.models.RevDFResNet import RevDFResNet
 from sb_memeff.lobes.models.RevResNet import RevResNet
 
+# Vanilla networks and the reversible ones that take their place.
+FAMILIES = ((ResNet, RevResNet), (DFResNet, RevDFResNet))
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -76,22 +80,21 @@ class Checkpointed(torch.nn.Module):
         )
 
 
-def checkpointed_resnet(name, **options):
-    """The vanilla preset with every residual block checkpointed."""
-    net = ResNet.from_preset(name, **options)
+def checkpointed(net):
+    """The vanilla network with every residual block checkpointed."""
     for blocks in net.stages:
         for i, block in enumerate(blocks):
             blocks[i] = Checkpointed(block)
     return net
 
 
-def networks(depth, **options):
+def networks(name, **options):
     """The four networks of one depth that the benchmarks compare.
 
     Arguments
     ---------
-    depth : int
-        34, 101, 152, 221 or 293.
+    name : str
+        Preset of the vanilla network, e.g. ResNet34 or DFResNet56.
     **options : dict
         Overrides of the presets.
 
@@ -100,14 +103,17 @@ def networks(depth, **options):
     dict
         Functions that build them.
     """
-    vanilla, ours = f"ResNet{depth}", f"RevNet{depth}"
+    vanilla, reversible = next(f for f in FAMILIES if name in f[0].PRESETS)
+    ours = name.replace("ResNet", "RevNet")
     return {
-        "stored": lambda: ResNet.from_preset(vanilla, **options),
-        "checkpoint": lambda: checkpointed_resnet(vanilla, **options),
-        "type_1": lambda: RevResNet.from_preset(
+        "stored": lambda: vanilla.from_preset(name, **options),
+        "checkpoint": lambda: checkpointed(
+            vanilla.from_preset(name, **options)
+        ),
+        "type_1": lambda: reversible.from_preset(
             ours, downsampling="strided", **options
         ),
-        "type_2": lambda: RevResNet.from_preset(
+        "type_2": lambda: reversible.from_preset(
             ours, downsampling="invertible", **options
         ),
     }

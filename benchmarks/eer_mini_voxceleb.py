@@ -1,4 +1,4 @@
-"""EER of ResNet34 and RevNet34 on a small corpus, by the recipe's scripts.
+"""EER of reversible networks and their twins on a small corpus, by the recipe.
 
 The same seed, data order and number of steps for all; a run that is there
 already is continued. The corpus is laid out like VoxCeleb and has a
@@ -20,18 +20,53 @@ import time
 from pathlib import Path
 
 import torch
-from common import networks, write_results
+from common import write_results
 from speechbrain.lobes.models.ECAPA_TDNN import Classifier
 
 from sb_memeff import optim
+from sb_memeff.lobes.models.DFResNet import DFResNet
+from sb_memeff.lobes.models.ECAPA_TDNN import ECAPA_TDNN
+from sb_memeff.lobes.models.ResNet import ResNet
+from sb_memeff.lobes.models.RevDFResNet import RevDFResNet
+from sb_memeff.lobes.models.RevECAPA_TDNN import RevECAPA_TDNN
+from sb_memeff.lobes.models.RevResNet import RevResNet
 from sb_memeff.utils.memory import training_step_memory
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes/VoxCeleb/SpeakerRec"
-# Name in common.networks, name in the recipe, flags.
+INPUTS = ["--n_mels=40", "--num_workers=0"]
+EMBEDDING = 128
+RESNET = {"base_channels": 8, "lin_neurons": EMBEDDING}
+ECAPA = {
+    "channels": [128, 128, 128, 128, 384],
+    "attention_channels": 32,
+    "lin_neurons": EMBEDDING,
+}
+# Name of the recipe's yaml files, what differs from them, the class.
 NETWORKS = {
-    "ResNet34": ("stored", "resnet", []),
-    "RevNet34 Type I": ("type_1", "revnet", ["--downsampling=strided"]),
-    "RevNet34 Type II": ("type_2", "revnet", ["--downsampling=invertible"]),
+    "ResNet34": ("resnet", {**RESNET, "preset": "ResNet34"}, ResNet),
+    "RevNet34 Type I": (
+        "revnet",
+        {**RESNET, "preset": "RevNet34", "downsampling": "strided"},
+        RevResNet,
+    ),
+    "RevNet34 Type II": (
+        "revnet",
+        {**RESNET, "preset": "RevNet34", "downsampling": "invertible"},
+        RevResNet,
+    ),
+    "DFResNet56": ("dfresnet", {**RESNET, "preset": "DFResNet56"}, DFResNet),
+    "DFRevNet56 Type I": (
+        "dfrevnet",
+        {**RESNET, "preset": "DFRevNet56", "downsampling": "strided"},
+        RevDFResNet,
+    ),
+    "DFRevNet56 Type II": (
+        "dfrevnet",
+        {**RESNET, "preset": "DFRevNet56", "downsampling": "invertible"},
+        RevDFResNet,
+    ),
+    "ECAPA-TDNN": ("ecapa", ECAPA, ECAPA_TDNN),
+    "RevECAPA-TDNN": ("revecapa", ECAPA, RevECAPA_TDNN),
 }
 SGD = """
     lr: !ref <lr>
@@ -54,12 +89,13 @@ SYSTEMS = [
     (network, optimizer)
     for network in ("ResNet34", "RevNet34 Type II")
     for optimizer in OPTIMIZERS
-] + [("RevNet34 Type I", "SGD")]
-NETWORK = [
-    "--base_channels=8",
-    "--n_mels=40",
-    "--lin_neurons=128",
-    "--num_workers=0",
+] + [
+    ("RevNet34 Type I", "SGD"),
+    ("DFResNet56", "SGD"),
+    ("DFRevNet56 Type I", "SGD"),
+    ("DFRevNet56 Type II", "SGD"),
+    ("ECAPA-TDNN", "Adam"),
+    ("RevECAPA-TDNN", "Adam"),
 ]
 TRAINING = [
     "--out_n_neurons=207",
@@ -129,15 +165,17 @@ def measure(network, optimizer, seed, corpus, folder):
     dict
         A row of the result file.
     """
-    _, kind, flags = NETWORKS[network]
+    kind, sizes, _ = NETWORKS[network]
+    flags = [
+        f"--{key}={value}".replace(" ", "") for key, value in sizes.items()
+    ]
+    flags += INPUTS
     rate = OPTIMIZERS[optimizer][2]
     common = [
         f"--data_folder={corpus}",
         f"--verification_file={corpus / 'veri_test.txt'}",
-        f"--preset={network.split()[0]}",
         f"--seed={seed}",
         *flags,
-        *NETWORK,
     ]
     run(
         "train_speaker_embeddings.py",
@@ -152,7 +190,7 @@ def measure(network, optimizer, seed, corpus, folder):
         "network": network,
         "optimizer": optimizer,
         "seed": seed,
-        "flags": [*flags, *NETWORK, *TRAINING, f"--lr={rate}"],
+        "flags": [*flags, *TRAINING, f"--lr={rate}"],
         "last_train_loss": float(
             re.findall(r"train loss: ([\d.e+-]+)", log)[-1]
         ),
@@ -187,9 +225,13 @@ def build(network):
     torch.nn.Module
         From features to cosines.
     """
-    sizes = {"input_size": 40, "base_channels": 8, "lin_neurons": 128}
-    embedding = networks(34, **sizes)[NETWORKS[network][0]]()
-    classifier = Classifier(input_size=128, out_neurons=207)
+    _, sizes, kind = NETWORKS[network]
+    make, name = kind, {}
+    if "preset" in sizes:
+        make, name = kind.from_preset, {"name": sizes["preset"]}
+    others = {k: v for k, v in sizes.items() if k != "preset"}
+    embedding = make(input_size=40, **name, **others)
+    classifier = Classifier(input_size=EMBEDDING, out_neurons=207)
     return torch.nn.Sequential(embedding, classifier)
 
 

@@ -50,7 +50,9 @@ def measure(depth, device, rounds):
     list
         A dict for each optimizer.
     """
-    weights = [p.detach() for p in networks(depth)["type_2"]().parameters()]
+    weights = [
+        p.detach() for p in networks(f"ResNet{depth}")["type_2"]().parameters()
+    ]
     systems = {}
     for name, (kind, options) in OPTIMIZERS.items():
         parameters = [torch.nn.Parameter(w.to(device).clone()) for w in weights]
@@ -103,7 +105,7 @@ def main():
             # bitsandbytes' own optimizers do not run on fake tensors.
             if not row["optimizer"].startswith("bitsandbytes"):
                 memory = training_step_memory(
-                    networks(depth)["type_2"],
+                    networks(f"ResNet{depth}")["type_2"],
                     (64, 200, 80),
                     lambda p, k=kind, o=options: k(p, **o),
                 )

@@ -1,6 +1,6 @@
 """Time of a training step of ResNet and RevNet, on the GPU if there is one.
 
-Compares what peak_memory_resnet.py compares; the networks take turns, so that
+Compares what peak_memory.py compares; the networks take turns, so that
 whatever else the machine does meets all of them.
 
     python benchmarks/step_time_resnet.py [--depth 34] [--base-channels 16]
@@ -46,7 +46,7 @@ def main():
     print("|---|---|---|---|---|")
     for depth in arguments.depth:
         options = {"base_channels": arguments.base_channels}
-        built = networks(depth, **options)
+        built = networks(f"ResNet{depth}", **options)
         built = {k: build().to(device) for k, build in built.items()}
         times = {kind: [] for kind in built}
         for _ in range(arguments.rounds):

@@ -9,7 +9,9 @@ import sys
 
 import torch
 
+from sb_memeff.lobes.models.DFResNet import DFResNet
 from sb_memeff.lobes.models.ResNet import ResNet
+from sb_memeff.lobes.models.RevDFResNet import RevDFResNet
 from sb_memeff.lobes.models.RevResNet import RevResNet
 from sb_memeff.utils.export import export_speaker_model
 
@@ -24,10 +26,13 @@ def preset_rows():
     list of tuple
         (name, variant, parameters).
     """
-    variants = [(name, "", ResNet, {}) for name in ResNet.PRESETS]
-    for name in RevResNet.PRESETS:
-        for kind in ("strided", "invertible"):
-            variants.append((name, kind, RevResNet, {"downsampling": kind}))
+    variants = []
+    for vanilla, reversible in ((ResNet, RevResNet), (DFResNet, RevDFResNet)):
+        variants += [(name, "", vanilla, {}) for name in vanilla.PRESETS]
+        for name in reversible.PRESETS:
+            for kind in ("strided", "invertible"):
+                options = {"downsampling": kind}
+                variants.append((name, kind, reversible, options))
     rows = []
     with torch.device("meta"):
         for name, variant, cls, options in variants:
@@ -40,7 +45,7 @@ def preset_rows():
 def presets(arguments):
     """Lists the networks that ``from_preset`` knows."""
     for name, variant, count in preset_rows():
-        print(f"{name:12s} {variant:12s} {count / 1e6:7.2f} M parameters")
+        print(f"{name:17s} {variant:12s} {count / 1e6:7.2f} M parameters")
 
 
 def export(arguments):

@@ -59,6 +59,7 @@ class Arithmetic:
         self.bits = bits
         self.args = args
         self.kwargs = kwargs
+        self.total = None
 
     def __call__(self, module, stream):
         """The increment of a coupling: module(stream), on the grid."""
@@ -72,6 +73,28 @@ class Arithmetic:
         if isinstance(result, torch.Tensor):
             return result
         return self.enter(result)
+
+    def tap(self, module, state):
+        """Adds what the module reads from the state to the total."""
+        value = self.evaluate(module, self.given(module, state))
+        self.check_tensor(module, value, "a tap")
+        if self.total is None:
+            self.total_dtype = value.dtype
+            # What is added to from here on must be nobody else's.
+            self.total = value.to(self.stream_dtype, copy=True)
+        elif value.shape == self.total.shape:
+            self.total = self.add(self.total, value)
+        else:
+            raise ValueError(
+                f"{self.name(module)} reads a tensor of shape "
+                f"{tuple(value.shape)}; the taps before it gave "
+                f"{tuple(self.total.shape)}. All are added up and must have "
+                f"the same shape."
+            )
+
+    def leave_total(self):
+        """The total, summed in stream_dtype, in the dtype that taps read."""
+        return self.total.to(self.total_dtype)
 
     def evaluate(self, module, value):
         return module(value, *self.args, **self.kwargs)
@@ -111,12 +134,15 @@ class Arithmetic:
                 return name
         return type(module).__name__
 
-    def check_increment(self, module, value, stream):
+    def check_tensor(self, module, value, place):
         if not isinstance(value, torch.Tensor):
             raise TypeError(
                 f"{self.name(module)} returned {type(value).__name__}; "
-                f"inside a coupling it must return one tensor."
+                f"inside {place} it must return one tensor."
             )
+
+    def check_increment(self, module, value, stream):
+        self.check_tensor(module, value, "a coupling")
         if value.shape != stream.shape:
             raise ValueError(
                 f"{self.name(module)} changed the shape of its stream from "

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-__all__ = ["AdditiveCoupling", "Invertible", "SpaceToDepth", "halves"]
+__all__ = ["AdditiveCoupling", "Invertible", "SpaceToDepth", "Tap", "halves"]
 
 
 def halves(x):
@@ -216,16 +216,20 @@ class AdditiveCoupling(Invertible):
 
     Arguments
     ---------
-    f : torch.nn.Module
+    f : torch.nn.Module or torch.nn.ModuleList
         Maps a stream [N, C/2, ...] to one of the same shape. Whatever extra
-        arguments the sequence is called with, f is called with them too.
-    g : torch.nn.Module
+        arguments the sequence is called with, f is called with them too. A
+        list stands for the sum of its members: they are evaluated one after
+        another, so that a sequence needs the memory of one.
+    g : torch.nn.Module or torch.nn.ModuleList
         The same, for the other stream.
 
     Raises
     ------
     TypeError
         If f or g is not a Module (its parameters could not be found).
+    ValueError
+        If it is an empty list.
 
     Example
     -------
@@ -242,33 +246,50 @@ class AdditiveCoupling(Invertible):
                     f"AdditiveCoupling: {name} must be a torch.nn.Module, "
                     f"not {type(module).__name__}; wrap the function in one."
                 )
+            if isinstance(module, nn.ModuleList) and len(module) == 0:
+                raise ValueError(f"AdditiveCoupling: {name} is an empty list.")
         self.f = f
         self.g = g
 
     def forward_streams(self, x1, x2, run):
         """y1 = x1 + f(x2), y2 = x2 + g(y1)."""
-        y1 = run.add(x1, run(self.f, x2))
-        y2 = run.add(x2, run(self.g, y1))
+        y1, y2 = x1, x2
+        for f in _summands(self.f):
+            y1 = run.add(y1, run(f, x2))
+        for g in _summands(self.g):
+            y2 = run.add(y2, run(g, y1))
         return y1, y2
 
     def inverse_streams(self, y1, y2, run, shape):
         """x2 = y2 - g(y1), x1 = y1 - f(x2)."""
-        x2 = y2 - run(self.g, y1)
-        x1 = y1 - run(self.f, x2)
+        x1, x2 = y1, y2
+        for g in reversed(_summands(self.g)):
+            x2 = x2 - run(g, y1)
+        for f in reversed(_summands(self.f)):
+            x1 = x1 - run(f, x2)
         return x1, x2
 
     def backward_streams(self, y, dy, run, shape):
         """dx1 = dy1 + g'(y1)^T dy2, dx2 = dy2 + f'(x2)^T dx1."""
         (y1, y2), (d1, d2) = y, dy
-        increment, pull = run(self.g, y1)
-        x2 = y2.sub_(increment)
-        del increment
-        d1 = d1.add_(pull(d2))
-        increment, pull = run(self.f, x2)
-        x1 = y1.sub_(increment)
-        del increment
-        d2 = d2.add_(pull(d1))
-        return (x1, x2), (d1, d2)
+        for g in reversed(_summands(self.g)):
+            increment, pull = run(g, y1)
+            y2 = y2.sub_(increment)
+            del increment
+            d1 = d1.add_(pull(d2))
+        for f in reversed(_summands(self.f)):
+            increment, pull = run(f, y2)
+            y1 = y1.sub_(increment)
+            del increment
+            d2 = d2.add_(pull(d1))
+        return (y1, y2), (d1, d2)
+
+
+def _summands(function):
+    # What ran last is replayed first, hence the reversed() above.
+    if isinstance(function, nn.ModuleList):
+        return list(function)
+    return [function]
 
 
 class SpaceToDepth(Invertible):
@@ -409,3 +430,53 @@ class SpaceToDepth(Invertible):
             (self.up(y1, shape), self.up(y2, shape)),
             (self.up(d1, shape), self.up(d2, shape)),
         )
+
+
+class Tap(Invertible):
+    """Reads something from the middle of a chain; the state passes unchanged.
+
+    A sequence with taps returns, besides its output, the sum of what they
+    read: s = r_1(x_1) + r_2(x_2) + ... for the states x_k where they stand. A
+    convolution over the concatenated x_k is such a sum, with one slice of the
+    weight for each. Backward needs no value of the sum, only its gradient,
+    which is the same for all taps, and the x_k, which are rebuilt on the way;
+    so the concatenation is never held.
+
+    Arguments
+    ---------
+    read : torch.nn.Module
+        Maps the state [N, C, ...] (both streams joined) to any tensor. It is
+        called with the extra arguments of the sequence.
+
+    Example
+    -------
+    >>> from sb_memeff.nnet.reversible import ReversibleSequence
+    >>> def block():
+    ...     return AdditiveCoupling(torch.nn.Tanh(), torch.nn.Tanh())
+    >>> chain = [block(), Tap(torch.nn.Linear(4, 7)), block()]
+    >>> chain.append(Tap(torch.nn.Linear(4, 7)))
+    >>> y, total = ReversibleSequence(chain)(torch.rand(2, 4))
+    >>> total.shape
+    torch.Size([2, 7])
+    """
+
+    def __init__(self, read):
+        super().__init__()
+        if not isinstance(read, nn.Module):
+            raise TypeError(
+                f"Tap: read must be a torch.nn.Module, not "
+                f"{type(read).__name__}; wrap the function in one."
+            )
+        self.read = read
+
+    def forward_streams(self, x1, x2, run):
+        """Both streams as they are."""
+        return x1, x2
+
+    def inverse_streams(self, y1, y2, run, shape):
+        """Both streams as they are."""
+        return y1, y2
+
+    def backward_streams(self, y, dy, run, shape):
+        """Everything as it is."""
+        return y, dy

@@ -6,7 +6,29 @@ Authors
 
 import torch
 
-__all__ = ["padding_masks"]
+__all__ = ["check_lengths", "padding_masks"]
+
+
+def check_lengths(lengths, x):
+    """There must be one length for each utterance.
+
+    Arguments
+    ---------
+    lengths : torch.Tensor
+        Relative lengths [N], or None.
+    x : torch.Tensor
+        Features [N, ...].
+
+    Raises
+    ------
+    ValueError
+        If there are others.
+    """
+    if lengths is not None and lengths.shape != x.shape[:1]:
+        raise ValueError(
+            f"lengths must hold one relative length for each of the "
+            f"{x.shape[0]} utterances, got shape {tuple(lengths.shape)}."
+        )
 
 
 def padding_masks(lengths, x, strides):
@@ -48,11 +70,7 @@ def padding_masks(lengths, x, strides):
     """
     if lengths is None:
         return None
-    if lengths.shape != x.shape[:1]:
-        raise ValueError(
-            f"lengths must hold one relative length for each of the "
-            f"{x.shape[0]} utterances, got shape {tuple(lengths.shape)}."
-        )
+    check_lengths(lengths, x)
     size = x.shape[1]
     frames = (lengths * size).round().long().clamp(min=1)
     masks = []

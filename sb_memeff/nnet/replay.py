@@ -17,7 +17,13 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["Recorder", "Recording", "without_trace"]
+__all__ = [
+    "Recorder",
+    "Recording",
+    "check_fingerprint",
+    "fingerprint",
+    "without_trace",
+]
 
 
 @dataclass
@@ -30,7 +36,8 @@ class Recording:
         States of the CPU's and the accelerator's generator before the call;
         None when the call drew no random numbers.
     buffers : dict
-        Buffers that the call may have changed, as they were before it.
+        Buffers that the call changed, as they were before it: {(module,
+        name): torch.Tensor}.
     """
 
     random_states: tuple | None
@@ -104,14 +111,40 @@ class Recorder:
         tuple
             What the function returned, and its ``Recording``.
         """
-        buffers = _clone_buffers(function)
+        with self.recording(function) as recording:
+            result = function(*args, **kwargs)
+        return result, recording
+
+    @contextlib.contextmanager
+    def recording(self, function):
+        """Notes what a replay will need of the one call inside this context.
+
+        Arguments
+        ---------
+        function : callable
+            Whose buffers the call may change, see ``record``.
+
+        Yields
+        ------
+        Recording
+            Complete when the context is left.
+        """
+        recording = Recording(None, {})
+        buffers = {
+            key: (buffer, buffer._version, buffer.clone())
+            for key, buffer in _buffers(function).items()
+            # Those of a batch norm make no difference to a training call.
+            if not isinstance(key[0], _BatchNorm)
+        }
         before = self._random_states()
-        result = function(*args, **kwargs)
-        drew = any(
-            not torch.equal(a, b)
-            for a, b in zip(before, self._random_states(), strict=True)
-        )
-        return result, Recording(before if drew else None, buffers)
+        yield recording
+        now = self._random_states()
+        if any(not torch.equal(a, b) for a, b in zip(before, now, strict=True)):
+            recording.random_states = before
+        for (module, name), (buffer, version, clone) in buffers.items():
+            same = module._buffers[name] is buffer
+            if not same or buffer._version != version:
+                recording.buffers[module, name] = clone
 
     @contextlib.contextmanager
     def replay(self, function, recording):
@@ -161,68 +194,107 @@ class Recorder:
             module.set_rng_state(states[1], self.device)
 
 
-def _submodules(function):
-    # Looked up at every call: SpeechBrain replaces BatchNorm by SyncBatchNorm
-    # after the network was built.
-    return function.modules() if isinstance(function, nn.Module) else ()
-
-
 @contextlib.contextmanager
 def without_trace(function, buffers=None):
     """Calls inside change no running statistics and no other buffer.
 
-    A batch norm in training mode that does not track running statistics uses
-    the batch's, as it did in forward, and writes neither its running mean and
-    variance nor ``num_batches_tracked``; that holds for any momentum, for
-    momentum=None and for SyncBatchNorm, and copies nothing. Other modules
-    that keep state get copies of their buffers to work on.
+    Modules in training mode get copies of their buffers to work on. What a
+    batch norm finds in them makes no difference to what it returns.
 
     Arguments
     ---------
     function : callable
         A torch.nn.Module; anything else is left alone.
     buffers : dict, optional
-        What modules other than batch norms shall find in their buffers; by
-        default what is there now.
+        Buffers that shall have other values than now, see ``Recording``.
 
     Yields
     ------
     None
     """
-    if buffers is None:
-        buffers = _clone_buffers(function)
-    tracking = [
-        module
-        for module in _submodules(function)
-        if isinstance(module, _BatchNorm)
-        and module.training
-        and module.track_running_stats
-    ]
-    originals = {key: key[0]._buffers[key[1]] for key in buffers}
-    for module in tracking:
-        module.track_running_stats = False
-    for (module, name), buffer in buffers.items():
+    originals = _buffers(function)
+    for (module, name), buffer in originals.items():
+        if buffers is not None:
+            buffer = buffers.get((module, name), buffer)
         # A copy, so that a second backward starts from the same values.
         module._buffers[name] = buffer.clone()
     try:
         yield
     finally:
-        for module in tracking:
-            module.track_running_stats = True
         for (module, name), buffer in originals.items():
             module._buffers[name] = buffer
 
 
-def _clone_buffers(function):
-    """Copies the buffers that a training call of ``function`` might change.
+def _buffers(function):
+    """The buffers that a training call of ``function`` might change."""
+    # Looked up at every call: SpeechBrain replaces BatchNorm by SyncBatchNorm
+    # after the network was built.
+    modules = function.modules() if isinstance(function, nn.Module) else ()
+    return {
+        (module, name): buffer
+        for module in modules
+        if module.training
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    }
 
-    Batch norm needs no copies, see ``without_trace``; this is for all other modules that keep state (instance norm with statistics,
-    spectral norm, a running input normalisation).
+
+def fingerprint(module):
+    """What must be the same when a module is called again.
+
+    Arguments
+    ---------
+    module : torch.nn.Module
+        The module, in forward.
+
+    Returns
+    -------
+    tuple
+        For ``check_fingerprint``.
     """
-    clones = {}
-    for module in _submodules(function):
-        if module.training and not isinstance(module, _BatchNorm):
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    clones[module, name] = buffer.clone()
-    return clones
+    return (
+        [
+            (p.untyped_storage()._cdata, p._version, p.requires_grad)
+            for p in module.parameters()
+        ],
+        [m.training for m in module.modules()],
+    )
+
+
+def check_fingerprint(before, module, owner, prefix=""):
+    """Raises if weights or training mode changed since forward.
+
+    Arguments
+    ---------
+    before : tuple
+        What ``fingerprint`` returned in forward.
+    module : torch.nn.Module
+        The module, in backward.
+    owner : str
+        Who speaks, for the message.
+    prefix : str
+        Put before the names of the module's parameters.
+
+    Raises
+    ------
+    RuntimeError
+        If something changed; it names the parameter.
+    """
+    weights, modes = fingerprint(module)
+    if weights != before[0]:
+        names = [prefix + n for n, _ in module.named_parameters()]
+        changed = [
+            n for n, a, b in zip(names, before[0], weights) if a != b
+        ] or ["the set of parameters"]
+        raise RuntimeError(
+            f"{owner}: {changed[0]} was changed between forward and backward "
+            f"(an optimizer step, or weights loaded?). Backward computes the "
+            f"activations again and needs the weights of the forward pass; "
+            f"call backward first."
+        )
+    if modes != before[1]:
+        raise RuntimeError(
+            f"{owner}: train() or eval() was called between forward and "
+            f"backward. Backward computes the activations again and needs the "
+            f"mode of the forward pass; call backward first."
+        )

@@ -47,9 +47,15 @@ from sb_memeff.nnet.coupling import (
     AdditiveCoupling,
     Invertible,
     SpaceToDepth,
+    Tap,
     halves,
 )
-from sb_memeff.nnet.replay import Recorder, without_trace
+from sb_memeff.nnet.replay import (
+    Recorder,
+    check_fingerprint,
+    fingerprint,
+    without_trace,
+)
 
 __all__ = [
     "AdditiveCoupling",
@@ -57,6 +63,7 @@ __all__ = [
     "InvertibilityReport",
     "ReversibleSequence",
     "SpaceToDepth",
+    "Tap",
     "check_invertible",
 ]
 
@@ -67,7 +74,9 @@ class ReversibleSequence(nn.Module):
     Invertible blocks (``AdditiveCoupling``, ``SpaceToDepth``) are undone in
     backward. Any other module may stand in the chain too (a stem, a strided
     transition, a pooling): its input is stored and its output recomputed, so
-    it costs one stored tensor and one extra forward. All of it happens in one
+    it costs one stored tensor and one extra forward. A ``Tap`` reads from the
+    state where it stands, and the sum of what all taps read is a second
+    output; nothing is stored for it. All of it happens in one
     autograd Function, with the same values, gradients, running statistics and
     random numbers as without saving memory.
 
@@ -148,9 +157,11 @@ class ReversibleSequence(nn.Module):
 
         Returns
         -------
-        torch.Tensor
+        torch.Tensor or tuple of torch.Tensor
             What the last block returns; both streams joined, if it is
-            invertible. Under autocast the streams are float32.
+            invertible. Under autocast the streams are float32. With taps in
+            the chain a pair: that, and the sum of what they read, in the
+            dtype in which they read.
 
         Raises
         ------
@@ -187,7 +198,7 @@ class ReversibleSequence(nn.Module):
         Arguments
         ---------
         y : torch.Tensor
-            An output of ``forward``.
+            An output of ``forward``; of a pair, the first.
         *args : tuple
             The extra arguments of that call.
         input_shape : tuple of int, optional
@@ -269,11 +280,15 @@ class ReversibleSequence(nn.Module):
         run = self._arithmetic(Arithmetic, x.dtype, x.device, args, kwargs)
         state = x
         for block in self.blocks:
-            if isinstance(block, Invertible):
+            if isinstance(block, Tap):
+                run.tap(block.read, state)
+            elif isinstance(block, Invertible):
                 state = block.forward_streams(*run.streams(state), run)
             else:
                 state = run.call(block, state)
-        return run.leave(state)
+        if run.total is None:
+            return run.leave(state)
+        return run.leave(state), run.leave_total()
 
 
 class _SaveMemory(torch.autograd.Function):
@@ -299,7 +314,14 @@ class _SaveMemory(torch.autograd.Function):
         state = x
         with recorder.autocast():
             for index, block in enumerate(sequence.blocks):
-                if isinstance(block, Invertible):
+                if isinstance(block, Tap):
+                    # Streams will be rebuilt; a tensor may be the output, or
+                    # is stored for the next block anyway.
+                    before = [state] if isinstance(state, torch.Tensor) else []
+                    saved += before
+                    run.tap(block.read, state)
+                    tape.append((_TAP, block, len(before), run.take_notes()))
+                elif isinstance(block, Invertible):
                     if isinstance(state, torch.Tensor):
                         tape.append((_ENTER, state.dtype))
                         state = run.streams(state)
@@ -328,13 +350,17 @@ class _SaveMemory(torch.autograd.Function):
         ctx.arithmetic = (run.inner_dtype, run.bits)
         ctx.tape = tape
         ctx.reach = run.reach
-        ctx.fingerprint = _fingerprint(sequence)
-        return output
+        ctx.fingerprint = fingerprint(sequence)
+        # A gradient that nobody needs costs no memory.
+        ctx.set_materialize_grads(False)
+        if run.total is None:
+            return output
+        return output, run.leave_total()
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx, gradient, total_gradient=None):
         _refuse_double_backward()
-        _check_fingerprint(ctx.fingerprint, ctx.sequence)
+        check_fingerprint(ctx.fingerprint, ctx.sequence, "ReversibleSequence")
         _check_reach(ctx.reach, ctx.sequence)
         # Without retain_graph what is popped below is freed when it is no
         # longer needed, and may be overwritten.
@@ -354,7 +380,20 @@ class _SaveMemory(torch.autograd.Function):
                 state = pop(entry[0])
                 if len(state) == 1:
                     state = [_own(s, s.dtype) for s in halves(state[0])]
-                gradient = [_own(g, run.stream_dtype) for g in halves(gradient)]
+                if gradient is None:
+                    gradient = [torch.zeros_like(s) for s in state]
+                else:
+                    gradient = [
+                        _own(g, run.stream_dtype) for g in halves(gradient)
+                    ]
+            elif kind is _TAP:
+                block, count, notes = entry
+                run.notes = list(notes)
+                state = pop(count)[0] if count else state
+                needed = number > 0 or ctx.needs_input_grad[2]
+                if total_gradient is not None:
+                    read = run.rerun(block.read, state, total_gradient, needed)
+                    gradient = _sum(gradient, read) if needed else None
             elif kind is _UNDO:
                 block, shape, notes = entry
                 run.notes = list(notes)
@@ -367,20 +406,37 @@ class _SaveMemory(torch.autograd.Function):
             else:
                 block, count, notes = entry
                 run.notes = list(notes)
-                before = pop(count)
-                state = before[0] if count == 1 else before
+                # No other name for them: they are freed with the state.
+                state = pop(count)
+                state = state[0] if count == 1 else state
                 needed = number > 0 or ctx.needs_input_grad[2]
-                gradient = run.rerun(block, state, gradient, needed)
+                # None: only what the taps before this block read was used.
+                if gradient is not None:
+                    gradient = run.rerun(block, state, gradient, needed)
+                elif count > 1:
+                    gradient = [torch.zeros_like(s) for s in state]
+                if count > 1:
+                    # Both may be one tensor, or the caller's.
+                    gradient = [_own(g, g.dtype) for g in gradient]
         if not ctx.needs_input_grad[2]:
             gradient = None
         return None, None, gradient, *(run.gradients.get(k) for k in keys)
 
 
-_ENTER, _UNDO, _RERUN, _LEAVE = "enter", "undo", "rerun", "leave"
+_ENTER, _UNDO, _TAP, _RERUN, _LEAVE = "enter undo tap rerun leave".split()
 
 
 def _is_tensor(x):
     return isinstance(x, torch.Tensor)
+
+
+def _sum(gradient, more):
+    """Adds to the gradient of a state; those of streams are ours to change."""
+    if gradient is None:
+        return more
+    if isinstance(gradient, torch.Tensor):
+        return gradient + more
+    return [a.add_(b) for a, b in zip(gradient, more, strict=True)]
 
 
 def _own(x, dtype):
@@ -417,37 +473,6 @@ def _refuse_double_backward():
         raise RuntimeError(
             "ReversibleSequence: double backward (create_graph=True) is not "
             "supported while saving memory; set save_memory=False."
-        )
-
-
-def _fingerprint(sequence):
-    return (
-        [
-            (p.untyped_storage()._cdata, p._version, p.requires_grad)
-            for p in sequence.parameters()
-        ],
-        [m.training for m in sequence.modules()],
-    )
-
-
-def _check_fingerprint(before, sequence):
-    weights, modes = _fingerprint(sequence)
-    if weights != before[0]:
-        names = [n for n, _ in sequence.named_parameters()]
-        changed = [
-            n for n, a, b in zip(names, before[0], weights) if a != b
-        ] or ["the set of parameters"]
-        raise RuntimeError(
-            f"ReversibleSequence: {changed[0]} was changed between forward "
-            f"and backward (an optimizer step, or weights loaded?). Backward "
-            f"computes the activations again and needs the weights of the "
-            f"forward pass; call backward first."
-        )
-    if modes != before[1]:
-        raise RuntimeError(
-            "ReversibleSequence: train() or eval() was called between forward "
-            "and backward. Backward computes the activations again and needs "
-            "the mode of the forward pass; call backward first."
         )
 
 
@@ -641,6 +666,8 @@ def _walk_and_return(sequence, x, *args, **kwargs):
     state = x
     with torch.no_grad(), recorder.autocast():
         for index, block in enumerate(sequence.blocks):
+            if isinstance(block, Tap):
+                continue
             if isinstance(block, Invertible):
                 state = there.streams(state)
                 before = [s.clone() for s in state]

@@ -5,6 +5,9 @@ Authors
 """
 
 import contextlib
+import copy
+import math
+import re
 import weakref
 from dataclasses import dataclass
 
@@ -13,7 +16,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["StepMemory", "StorageTracker", "training_step_memory"]
+__all__ = [
+    "StepMemory",
+    "StorageTracker",
+    "format_bytes",
+    "parse_bytes",
+    "training_step_memory",
+    "without_data",
+]
 
 
 class StorageTracker(TorchDispatchMode):
@@ -103,8 +113,9 @@ def training_step_memory(
     ---------
     build_model : callable
         Returns the torch.nn.Module; called without arguments.
-    input_shape : tuple of int
-        Shape of the float32 input.
+    input_shape : tuple of int or callable
+        Shape of the float32 input; or a function that takes the model, calls
+        it and returns its output or loss, a tensor.
     optimizer : callable, optional
         Takes the parameters and returns an optimizer. Two steps are run then,
         so that its states are there when activations are largest.
@@ -129,13 +140,20 @@ def training_step_memory(
     mode = FakeTensorMode() if fake else contextlib.nullcontext()
     with mode, StorageTracker() as tracker:
         model = build_model()
-        x = torch.zeros(input_shape)
+        if callable(input_shape):
+            run = input_shape
+        else:
+            x = torch.zeros(input_shape)
+
+            def run(model):
+                return model(x)
+
         weights = [p for p in model.parameters() if p.requires_grad]
         updater = optimizer(weights) if optimizer else None
         for _ in range(2 if updater else 1):
             before = tracker.alive
             with torch.autocast("cpu", autocast, enabled=bool(autocast)):
-                y = model(x)
+                y = run(model)
             saved = tracker.alive - before
             # Under fake tensors sum() would do; the gradient is what counts.
             y.backward(torch.ones_like(y))
@@ -149,3 +167,111 @@ def training_step_memory(
         saved_bytes=saved,
         peak_bytes=tracker.peak,
     )
+
+
+def without_data(module):
+    """A copy of a module whose tensors are new and hold nothing.
+
+    Under FakeTensorMode it takes no memory.
+
+    Arguments
+    ---------
+    module : torch.nn.Module
+        The module.
+
+    Returns
+    -------
+    torch.nn.Module
+        The copy: same shapes, layouts, dtypes, devices.
+
+    Example
+    -------
+    >>> with FakeTensorMode():
+    ...     copied = without_data(torch.nn.Linear(2, 3))
+    >>> copied.weight
+    Parameter(FakeTensor(..., size=(3, 2), requires_grad=True))
+    """
+    known = {}
+    for part in module.modules():
+        for group in (part._parameters, part._buffers, vars(part)):
+            for tensor in group.values():
+                if isinstance(tensor, torch.Tensor):
+                    known[id(tensor)] = _like(tensor)
+    return copy.deepcopy(module, known)
+
+
+def _like(tensor):
+    new = torch.empty_strided(
+        tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device
+    )
+    if isinstance(tensor, torch.nn.Parameter):
+        return torch.nn.Parameter(new, tensor.requires_grad)
+    return new.requires_grad_(tensor.requires_grad)
+
+
+def parse_bytes(size):
+    """The number of bytes that a size such as "11GB" stands for.
+
+    Arguments
+    ---------
+    size : int or str
+        Bytes; or a number and one of B, kB, MB, GB, TB (powers of 1000),
+        KiB, MiB, GiB, TiB (powers of 1024).
+
+    Returns
+    -------
+    int
+        Bytes.
+
+    Raises
+    ------
+    ValueError
+        If it is neither, or not positive.
+
+    Example
+    -------
+    >>> parse_bytes("11GB"), parse_bytes("1.5 GiB")
+    (11000000000, 1610612736)
+    """
+    number = size
+    if isinstance(size, str):
+        match = re.fullmatch(
+            r"(\d+(?:\.\d*)?)\s*(?:([kmgt])(i?))?b", size.strip().lower()
+        )
+        number = 0
+        if match:
+            digits, prefix, binary = match.groups()
+            power = "kmgt".index(prefix) + 1 if prefix else 0
+            number = float(digits) * (1024 if binary else 1000) ** power
+    if not isinstance(number, (int, float)) or not number > 0:
+        raise ValueError(
+            f"A size is a number of bytes or such as '11GB' or '10.5 GiB', "
+            f"not {size!r}."
+        )
+    return int(number)
+
+
+def format_bytes(size):
+    """A number of bytes for people.
+
+    Arguments
+    ---------
+    size : int
+        Bytes.
+
+    Returns
+    -------
+    str
+        Three digits or more and B, kB, MB or GB (powers of 1000).
+
+    Example
+    -------
+    >>> format_bytes(11_264_000_000), format_bytes(512)
+    ('11.3 GB', '512 B')
+    """
+    for power, unit in ((3, "GB"), (2, "MB"), (1, "kB")):
+        if size >= 1000**power:
+            value = size / 1000**power
+            digits = max(0, 2 - int(math.log10(value)))
+            return f"{value:.{digits}f} {unit}"
+    return f"{size} B"

@@ -276,15 +276,16 @@ def test_no_logits_between_forward_and_backward(place):
 
 
 def test_every_feature_at_once(place):
-    """8-bit AdamW, bf16, chunks, static batches, ascending, FastEmit, CE."""
+    """8-bit AdamW, bf16, chunks, recomputed layers, static batches, FastEmit..."""
     text = (RECIPE.folder / "hparams" / "conformer_transducer.yaml").read_text()
     text = text.replace("torch.optim.AdamW\n", "sb_memeff.optim.AdamW8bit\n")
-    text, uncommented = re.subn(r"(?m)^( *)# (dec_lin: .*)$", r"\1\2", text)
+    commented = r"(?m)^( *)# ((?:dec_lin|__recompute): .*)$"
+    text, uncommented = re.subn(commented, r"\1\2", text)
     text = re.sub(r"(?m)^# (    \w+: .*)$", r"\1", text)
     text = text.replace(
         "<transducer_lin>]\n\n#", "<transducer_lin>, !ref <dec_lin>]\n\n#"
     )
-    assert uncommented == 2
+    assert uncommented == 3
     path = place / "features.yaml"
     path.write_text(text)
     folder = place / "results" / "features"

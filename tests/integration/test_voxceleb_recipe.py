@@ -48,6 +48,8 @@ RATE = 16000
 SPEAKERS = 8
 TEST_SPEAKERS = 2
 UTTERANCES = 5
+RESNETS = ["resnet", "revnet", "dfresnet", "dfrevnet"]
+NETWORKS = [*RESNETS, "ecapa", "revecapa"]
 NETWORK = ["--base_channels=2", "--lin_neurons=16", "--n_mels=24"]
 FAST = [*NETWORK, "--num_workers=0", "--sentence_len=0.5", "--device=cpu"]
 
@@ -131,7 +133,7 @@ def runs(place):
     return RECIPE.run_table(place)
 
 
-@pytest.mark.parametrize("kind", ["resnet", "revnet"])
+@pytest.mark.parametrize("kind", NETWORKS)
 def test_debug_flags(runs, kind):
     for task in ("train", "verification"):
         row, folder, _ = runs[f"{task}_{kind}.yaml"]
@@ -147,7 +149,7 @@ def test_debug_flags(runs, kind):
     assert len(speakers) == SPEAKERS - TEST_SPEAKERS
 
 
-@pytest.mark.parametrize("kind", ["resnet", "revnet"])
+@pytest.mark.parametrize("kind", NETWORKS)
 def test_untrained_verification(runs, kind):
     _, folder, text = runs[f"verification_{kind}.yaml"]
     assert "THE NETWORK IS UNTRAINED" in text
@@ -278,11 +280,13 @@ def load(place, hparams, *overrides):
         return load_hyperpyyaml(f, text), run_opts
 
 
-def test_both_networks_get_the_same_data(place):
+def test_all_resnets_get_the_same_data(place):
     """The same crops in the same order, however the networks draw."""
     batches = []
-    for hparams_file in ("train_resnet.yaml", "train_revnet.yaml"):
-        hparams, run_opts = load(place, hparams_file, "--out_n_neurons=6")
+    for kind in RESNETS:
+        hparams, run_opts = load(
+            place, f"train_{kind}.yaml", "--out_n_neurons=6"
+        )
         training.prepare_data(hparams)
         train_data, _, _ = training.dataio_prep(hparams)
         brain = training.SpeakerBrain(
@@ -293,8 +297,9 @@ def test_both_networks_get_the_same_data(place):
         )
         loader.dataset.set_epoch(1)
         batches.append(next(iter(loader)))
-    assert batches[0].id == batches[1].id
-    assert torch.equal(batches[0].sig.data, batches[1].sig.data)
+    for batch in batches[1:]:
+        assert batches[0].id == batch.id
+        assert torch.equal(batches[0].sig.data, batch.sig.data)
     loader.dataset.set_epoch(2)
     other = next(iter(loader))
     assert not torch.equal(batches[0].sig.data, other.sig.data)

@@ -11,9 +11,11 @@ from sb_memeff.cli import main
 def test_presets_lists_every_network(capsys):
     assert main(["presets"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 15
+    assert len(lines) == 15 + 24
     assert lines[0].split() == ["ResNet34", "6.63", "M", "parameters"]
     expected = ["RevNet293", "invertible", "28.91", "M", "parameters"]
+    assert lines[14].split() == expected
+    expected = ["GeminiDFRevNet237", "invertible", "11.48", "M", "parameters"]
     assert lines[-1].split() == expected
 
 

@@ -101,9 +101,8 @@ def load_weights(model, path):
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise ValueError(
-            f"{path} does not fit the network of this yaml file: set preset, "
-            f"downsampling, base_channels, n_mels and lin_neurons as in "
-            f"training."
+            f"{path} does not fit the network of this yaml file: set its "
+            f"preset or channels, its other sizes and n_mels as in training."
         ) from error
     logger.info(f"Weights from {path}")
 

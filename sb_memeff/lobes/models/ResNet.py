@@ -10,6 +10,7 @@ Authors
 
 import inspect
 import math
+from functools import partial
 
 from torch import nn
 
@@ -17,19 +18,49 @@ from sb_memeff.lobes.presets import Presets
 from sb_memeff.nnet.padding import padding_masks
 from sb_memeff.nnet.pooling import TemporalStatisticsPooling
 
-__all__ = ["BasicBlock", "Bottleneck", "Embedding", "ResNet"]
+__all__ = ["BasicBlock", "Bottleneck", "Embedding", "ResNet", "StagedNetwork"]
 
 
-def conv3x3(in_channels, out_channels, stride=1):
+def conv3x3(in_channels, out_channels, stride=1, groups=1):
     """A 3x3 convolution that keeps the size (up to its stride)."""
     return nn.Conv2d(
-        in_channels, out_channels, 3, stride=stride, padding=1, bias=False
+        in_channels,
+        out_channels,
+        3,
+        stride=stride,
+        padding=1,
+        groups=groups,
+        bias=False,
     )
 
 
 def conv1x1(in_channels, out_channels, stride=1):
     """A pointwise convolution."""
     return nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False)
+
+
+def stride_pairs(strides):
+    """Strides as (time, frequency); one number stands for both.
+
+    Arguments
+    ---------
+    strides : list
+        Whole numbers or pairs of them.
+
+    Returns
+    -------
+    list of tuple
+        One pair for each stage.
+
+    Example
+    -------
+    >>> stride_pairs([1, (1, 2)])
+    [(1, 1), (1, 2)]
+    """
+    return [
+        tuple(stride) if isinstance(stride, (list, tuple)) else (stride, stride)
+        for stride in strides
+    ]
 
 
 def mask(x, padding):
@@ -55,7 +86,7 @@ class _ResidualBlock(nn.Module):
         super().__init__()
         self.activation = make_activation(activation)
         self.shortcut = None
-        if stride != 1 or in_channels != out_channels:
+        if stride not in (1, (1, 1)) or in_channels != out_channels:
             self.shortcut = nn.Sequential(
                 conv1x1(in_channels, out_channels, stride),
                 nn.BatchNorm2d(out_channels),
@@ -76,7 +107,7 @@ class BasicBlock(_ResidualBlock):
         Channels of the input.
     channels : int
         Channels inside.
-    stride : int
+    stride : int or tuple of int
         Stride of the first convolution and of the shortcut.
     activation : type
         Class of the activation.
@@ -131,11 +162,15 @@ class Bottleneck(_ResidualBlock):
     in_channels : int
         Channels of the input.
     channels : int
-        Channels of the 3x3 convolution; the output has four times as many.
-    stride : int
+        Channels of the 3x3 convolution.
+    stride : int or tuple of int
         Stride of the 3x3 convolution and of the shortcut.
     activation : type
         Class of the activation.
+    out_channels : int, optional
+        Channels of the output; by default four times ``channels``.
+    groups : int
+        Groups of the 3x3 convolution.
 
     Example
     -------
@@ -146,12 +181,20 @@ class Bottleneck(_ResidualBlock):
 
     expansion = 4
 
-    def __init__(self, in_channels, channels, stride=1, activation=nn.ReLU):
-        out_channels = channels * self.expansion
+    def __init__(
+        self,
+        in_channels,
+        channels,
+        stride=1,
+        activation=nn.ReLU,
+        out_channels=None,
+        groups=1,
+    ):
+        out_channels = out_channels or channels * self.expansion
         super().__init__(in_channels, out_channels, stride, activation)
         self.conv1 = conv1x1(in_channels, channels)
         self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = conv3x3(channels, channels, stride)
+        self.conv2 = conv3x3(channels, channels, stride, groups)
         self.bn2 = nn.BatchNorm2d(channels)
         self.conv3 = conv1x1(channels, out_channels)
         self.bn3 = nn.BatchNorm2d(out_channels)
@@ -176,7 +219,7 @@ class Bottleneck(_ResidualBlock):
         Returns
         -------
         torch.Tensor
-            [N, 4 * channels, T', F'].
+            [N, out_channels, T', F'].
         """
         if padding_in is None:
             padding_in = padding
@@ -228,10 +271,128 @@ class Embedding(nn.Module):
         return self.norm_embed(self.fc_embed(self.norm_stats(x)))
 
 
+class StagedNetwork(Presets, nn.Module):
+    """Stem, four stages, temporal statistics pooling, embedding.
+
+    What the ResNets here have in common; they differ in their stages.
+
+    Arguments
+    ---------
+    input_size : int
+        Number of features per frame.
+    activation : type
+        Class of the activations; they must leave zero zero (padding).
+    stem_channels : int
+        Channels of the stem.
+    channels : list of int
+        Channels that leave each of the four stages.
+    block_sizes : list of int
+        Residual blocks in each stage.
+    strides : list
+        Stride of each stage: a number, or a pair (time, frequency).
+    lin_neurons : int
+        Size of the embedding.
+    make_stage : callable
+        (in_channels, channels, size, stride, activation) to a list of
+        modules, each called like ``Bottleneck``.
+    """
+
+    def __init__(
+        self,
+        input_size,
+        activation,
+        stem_channels,
+        channels,
+        block_sizes,
+        strides,
+        lin_neurons,
+        make_stage,
+    ):
+        super().__init__()
+        strides = stride_pairs(strides)
+        self.strides = strides
+        self.conv1 = conv3x3(1, stem_channels)
+        self.bn1 = nn.BatchNorm2d(stem_channels)
+        self.activation = make_activation(activation)
+        width = stem_channels
+        self.stages = nn.ModuleList()
+        for out, size, stride in zip(
+            channels, block_sizes, strides, strict=True
+        ):
+            stage = make_stage(width, out, size, stride, activation)
+            self.stages.append(nn.ModuleList(stage))
+            width = out
+        self.pooling = TemporalStatisticsPooling()
+        pooled = 2 * width * bands(input_size, strides)
+        self.embedding = Embedding(pooled, lin_neurons)
+        initialise(self)
+        for block in self.modules():
+            if isinstance(block, _ResidualBlock):
+                # Each block begins as its shortcut (Goyal et al., 2017).
+                nn.init.zeros_(block.last_norm.weight)
+
+    def forward(self, x, lengths=None):
+        """Computes embeddings.
+
+        Arguments
+        ---------
+        x : torch.Tensor
+            Features [N, T, input_size].
+        lengths : torch.Tensor, optional
+            Relative lengths [N].
+
+        Returns
+        -------
+        torch.Tensor
+            Embeddings [N, lin_neurons].
+        """
+        masks = padding_masks(lengths, x, [1, *(t for t, _ in self.strides)])
+        masks = masks or [None] * 5
+        x = x.unsqueeze(1)
+        if masks[0] is not None:
+            x = x.masked_fill(masks[0], 0.0)
+        x = self.activation(mask(self.bn1(self.conv1(x)), masks[0]))
+        for stage, blocks in enumerate(self.stages):
+            before = masks[stage]
+            for block in blocks:
+                x = block(x, masks[stage + 1], before)
+                before = masks[stage + 1]
+        return self.embedding(self.pooling(x, masks[-1]))
+
+
 BLOCKS = {"basic": BasicBlock, "bottleneck": Bottleneck}
 
 
-class ResNet(Presets, nn.Module):
+def residual_stage(kind, in_channels, channels, size, stride, activation):
+    """Residual blocks, the first of which has the stride.
+
+    Arguments
+    ---------
+    kind : type
+        BasicBlock or Bottleneck.
+    in_channels : int
+        Channels before the stage.
+    channels : int
+        Channels after it.
+    size : int
+        Number of blocks.
+    stride : int or tuple of int
+        Stride of the stage.
+    activation : type
+        Class of the activations.
+
+    Returns
+    -------
+    list of torch.nn.Module
+        The blocks.
+    """
+    inside = channels // kind.expansion
+    first = kind(in_channels, inside, stride, activation)
+    others = (kind(channels, inside, 1, activation) for _ in range(size - 1))
+    return [first, *others]
+
+
+class ResNet(StagedNetwork):
     """Residual network with temporal statistics pooling.
 
     Called like ``speechbrain.lobes.models.ResNet.ResNet``. Unlike that class
@@ -258,8 +419,8 @@ class ResNet(Presets, nn.Module):
         Channels that leave each of the four stages.
     block_sizes : list of int
         Residual blocks in each stage.
-    strides : list of int
-        Stride of each stage.
+    strides : list
+        Stride of each stage: a number, or a pair (time, frequency).
     lin_neurons : int
         Size of the embedding.
     block : str
@@ -320,103 +481,92 @@ class ResNet(Presets, nn.Module):
         lin_neurons=256,
         block="basic",
     ):
-        super().__init__()
-        check_stages(block, channels, block_sizes, strides)
+        check_block(block, BLOCKS)
+        check_stages(strides, channels=channels, block_sizes=block_sizes)
         kind = BLOCKS[block]
-        self.strides = list(strides)
-        stem = channels[0] // kind.expansion
-        self.conv1 = conv3x3(1, stem)
-        self.bn1 = nn.BatchNorm2d(stem)
-        self.activation = make_activation(activation)
-        width = stem
-        self.stages = nn.ModuleList()
-        for out, size, stride in zip(
-            channels, block_sizes, strides, strict=True
-        ):
-            blocks = nn.ModuleList()
-            for i in range(size):
-                inside = out // kind.expansion
-                blocks.append(
-                    kind(width, inside, 1 if i else stride, activation)
-                )
-                width = out
-            self.stages.append(blocks)
-        self.pooling = TemporalStatisticsPooling()
-        bands = math.ceil(input_size / math.prod(strides))
-        self.embedding = Embedding(2 * width * bands, lin_neurons)
-        initialise(self)
-        for blocks in self.stages:
-            for block in blocks:
-                # Each block begins as its shortcut (Goyal et al., 2017).
-                nn.init.zeros_(block.last_norm.weight)
-
-    def forward(self, x, lengths=None):
-        """Computes embeddings.
-
-        Arguments
-        ---------
-        x : torch.Tensor
-            Features [N, T, input_size].
-        lengths : torch.Tensor, optional
-            Relative lengths [N].
-
-        Returns
-        -------
-        torch.Tensor
-            Embeddings [N, lin_neurons].
-        """
-        masks = padding_masks(lengths, x, [1, *self.strides])
-        masks = masks or [None] * 5
-        x = x.unsqueeze(1)
-        if masks[0] is not None:
-            x = x.masked_fill(masks[0], 0.0)
-        x = self.activation(mask(self.bn1(self.conv1(x)), masks[0]))
-        for stage, blocks in enumerate(self.stages):
-            before = masks[stage]
-            for block in blocks:
-                x = block(x, masks[stage + 1], before)
-                before = masks[stage + 1]
-        return self.embedding(self.pooling(x, masks[-1]))
+        if any(c % kind.expansion for c in channels):
+            raise ValueError(
+                f"{block} blocks need channels that {kind.expansion} divides, "
+                f"got {list(channels)}."
+            )
+        super().__init__(
+            input_size,
+            activation,
+            channels[0] // kind.expansion,
+            channels,
+            block_sizes,
+            strides,
+            lin_neurons,
+            partial(residual_stage, kind),
+        )
 
 
-def check_stages(block, channels, block_sizes, strides):
-    """Four stages, a known block, widths that it divides.
+def bands(input_size, strides):
+    """Bands that the last stage has.
+
+    Arguments
+    ---------
+    input_size : int
+        Number of features per frame.
+    strides : list of tuple
+        (time, frequency) of each stage.
+
+    Returns
+    -------
+    int
+        Their number; a strided convolution with padding rounds up.
+    """
+    return math.ceil(input_size / math.prod(f for _, f in strides))
+
+
+def check_block(block, known):
+    """A known block.
 
     Arguments
     ---------
     block : str
         Name of the block.
-    channels : list of int
-        Channels of each stage.
-    block_sizes : list of int
-        Blocks of each stage.
-    strides : list of int
-        Stride of each stage.
+    known : iterable of str
+        The names there are.
+
+    Raises
+    ------
+    ValueError
+        If it is none of them.
+    """
+    if block not in known:
+        raise ValueError(
+            f"block must be one of {', '.join(known)}, got {block!r}."
+        )
+
+
+def check_stages(strides, **sizes):
+    """Four stages of positive sizes.
+
+    Arguments
+    ---------
+    strides : list
+        Stride of each stage: a number, or a pair (time, frequency).
+    **sizes : dict
+        Name to a list of int, one for each stage (channels, block_sizes).
 
     Raises
     ------
     ValueError
         If something does not fit; the message names it.
     """
-    if block not in BLOCKS:
-        raise ValueError(
-            f"block must be one of {', '.join(BLOCKS)}, got {block!r}."
-        )
-    for name, values in (
-        ("channels", channels),
-        ("block_sizes", block_sizes),
-        ("strides", strides),
-    ):
+    for name, values in sizes.items():
         if len(values) != 4 or any(v < 1 for v in values):
             raise ValueError(
                 f"{name} must hold four positive numbers, one for each "
                 f"stage, got {list(values)}."
             )
-    expansion = BLOCKS[block].expansion
-    if any(c % expansion for c in channels):
+    pairs = stride_pairs(strides)
+    whole = all(isinstance(s, int) and s > 0 for pair in pairs for s in pair)
+    if not whole or [len(pair) for pair in pairs] != [2] * 4:
         raise ValueError(
-            f"{block} blocks need channels that {expansion} divides, got "
-            f"{list(channels)}."
+            f"strides must hold four positive numbers or pairs (time, "
+            f"frequency), one for each stage, got {list(strides)}."
         )
 
 

@@ -19,17 +19,22 @@ Authors
 """
 
 import math
+from functools import partial
 
 from torch import nn
 
 from sb_memeff.lobes.models.ResNet import (
+    BLOCKS,
     Embedding,
+    bands,
+    check_block,
     check_stages,
     conv1x1,
     conv3x3,
     initialise,
     make_activation,
     mask,
+    stride_pairs,
 )
 from sb_memeff.lobes.presets import Presets
 from sb_memeff.nnet.padding import padding_masks
@@ -40,7 +45,7 @@ from sb_memeff.nnet.reversible import (
     SpaceToDepth,
 )
 
-__all__ = ["RevResNet"]
+__all__ = ["ReversibleNetwork", "RevResNet"]
 
 
 class NormActConv(nn.Module):
@@ -86,6 +91,39 @@ class NormActConv(nn.Module):
         return self.conv(self.activation(mask(self.norm(x), padding)))
 
 
+def basic_convolutions(in_channels, channels, out_channels, stride):
+    """Two 3x3 convolutions."""
+    return [
+        conv3x3(in_channels, channels, stride),
+        conv3x3(channels, out_channels),
+    ]
+
+
+def bottleneck_convolutions(in_channels, channels, out_channels, stride):
+    """1x1, 3x3 and 1x1 convolutions."""
+    return [
+        conv1x1(in_channels, channels),
+        conv3x3(channels, channels, stride),
+        conv1x1(channels, out_channels),
+    ]
+
+
+def inverted_convolutions(in_channels, channels, out_channels, stride):
+    """1x1, depthwise 3x3 and 1x1 convolutions."""
+    return [
+        conv1x1(in_channels, channels),
+        conv3x3(channels, channels, stride, groups=channels),
+        conv1x1(channels, out_channels),
+    ]
+
+
+BODIES = {
+    "basic": basic_convolutions,
+    "bottleneck": bottleneck_convolutions,
+    "inverted_bottleneck": inverted_convolutions,
+}
+
+
 class ResidualBody(nn.Module):
     """A residual function without its shortcut: the f or g of a coupling.
 
@@ -95,14 +133,15 @@ class ResidualBody(nn.Module):
     Arguments
     ---------
     block : str
-        "basic" (two 3x3 convolutions) or "bottleneck" (1x1, 3x3, 1x1).
+        "basic" (two 3x3 convolutions), "bottleneck" (1x1, 3x3, 1x1) or
+        "inverted_bottleneck" (1x1, depthwise 3x3, 1x1).
     in_channels : int
         Channels of the input stream.
     channels : int
         Channels inside.
     out_channels : int
         Channels of the output stream.
-    stride : int
+    stride : int or tuple of int
         Stride of the first 3x3 convolution.
     stage : int
         Which of the padding masks belongs to the output.
@@ -128,22 +167,12 @@ class ResidualBody(nn.Module):
         activation=nn.ReLU,
     ):
         super().__init__()
-        if block == "basic":
-            convs = [
-                conv3x3(in_channels, channels, stride),
-                conv3x3(channels, out_channels),
-            ]
-        else:
-            convs = [
-                conv1x1(in_channels, channels),
-                conv3x3(channels, channels, stride),
-                conv1x1(channels, out_channels),
-            ]
+        convs = BODIES[block](in_channels, channels, out_channels, stride)
         self.layers = nn.ModuleList(
             NormActConv(conv.in_channels, conv, activation) for conv in convs
         )
         # Up to its strided convolution the body is still in the stage before.
-        before = stage if stride == 1 else stage - 1
+        before = stage if stride in (1, (1, 1)) else stage - 1
         self.stages = [before] * (len(convs) - 1) + [stage]
 
     def forward(self, x, masks=None):
@@ -176,7 +205,7 @@ class Stem(nn.Module):
     ---------
     channels : int
         Channels of both streams together.
-    stride : int
+    stride : int or tuple of int
         Stride of the convolution.
 
     Example
@@ -222,14 +251,14 @@ class StridedCoupling(nn.Module):
     Arguments
     ---------
     block : str
-        "basic" or "bottleneck".
+        What f and g are; see ResidualBody.
     in_channels : int
         Channels of each stream before.
     channels : int
         Channels inside f and g.
     out_channels : int
         Channels of each stream after.
-    stride : int
+    stride : int or tuple of int
         Stride.
     stage : int
         Which of the padding masks belongs to the output.
@@ -246,6 +275,8 @@ class StridedCoupling(nn.Module):
     """
 
     takes_streams = True
+    # It stands for one coupling of its stage.
+    couplings = 1
 
     def __init__(
         self,
@@ -258,7 +289,7 @@ class StridedCoupling(nn.Module):
         activation=nn.ReLU,
     ):
         super().__init__()
-        self.stride = stride
+        (self.stride,) = stride_pairs([stride])
         self.stage = stage
         self.p, self.q = (
             nn.Sequential(
@@ -308,7 +339,8 @@ class StridedCoupling(nn.Module):
 
     def _shortcut(self, function, x, masks):
         # Strided before it is normalised: a quarter of the memory.
-        y = function(x[..., :: self.stride, :: self.stride])
+        time, frequency = self.stride
+        y = function(x[..., ::time, ::frequency])
         return mask(y, None if masks is None else masks[self.stage])
 
 
@@ -364,7 +396,172 @@ class PooledStatistics(nn.Module):
         return self.pooling(x, padding)
 
 
-class RevResNet(Presets, nn.Module):
+class ReversibleNetwork(Presets, nn.Module):
+    """Stem, four stages of couplings, pooling and embedding.
+
+    What the reversible ResNets have in common: all but the embedding stands
+    in one memory-saving chain.
+
+    Arguments
+    ---------
+    input_size : int
+        Number of features per frame.
+    activation : type
+        Class of the activations; they must leave zero zero (padding).
+    channels : list of int
+        Channels of both streams together in each of the four stages.
+    inner_channels : list of int
+        Channels inside f and g.
+    block_sizes : list of int
+        Couplings in each stage.
+    strides : list
+        Stride of each stage: a number, or a pair (time, frequency).
+    lin_neurons : int
+        Size of the embedding.
+    pool_channels : int or None
+        Narrow the last stage to this many channels before pooling.
+    downsampling : str
+        "strided" (Type I) or "invertible" (Type II).
+    save_memory : bool
+        False stores all activations.
+    make_residual : callable
+        (in_channels, channels, out_channels, stage=, activation=) to the f
+        or g of a coupling, for streams of that width.
+    make_transition : callable
+        (in_channels, channels, out_channels, stride, stage, activation) to
+        the module between two stages of Type I, for streams of that width.
+        Its attribute ``couplings`` says for how many couplings it stands.
+    """
+
+    @classmethod
+    def preset_arguments(
+        cls, name, downsampling="strided", base_channels=32, **overrides
+    ):
+        """The arguments that a preset stands for.
+
+        Arguments
+        ---------
+        name : str
+            A key of PRESETS.
+        downsampling : str
+            "strided" (Type I) or "invertible" (Type II).
+        base_channels : int
+            Scales all widths; the presets have 32.
+        **overrides : dict
+            Arguments of the class that shall differ.
+
+        Returns
+        -------
+        dict
+            Keyword arguments of the class.
+
+        Raises
+        ------
+        ValueError
+            For an unknown kind of down-sampling, or a base_channels that
+            does not scale every width to an even whole number.
+        """
+        preset = dict(cls.PRESETS[name])
+        check_downsampling(downsampling)
+        kinds = {k: preset.pop(k) for k in ("strided", "invertible")}
+        for key, value in kinds[downsampling].items():
+            if key.endswith("channels"):
+                value = scale_widths(value, base_channels)
+            preset[key] = value
+        return {**preset, "downsampling": downsampling, **overrides}
+
+    def __init__(
+        self,
+        input_size,
+        activation,
+        channels,
+        inner_channels,
+        block_sizes,
+        strides,
+        lin_neurons,
+        pool_channels,
+        downsampling,
+        save_memory,
+        make_residual,
+        make_transition,
+    ):
+        super().__init__()
+        check_downsampling(downsampling)
+        check_stages(
+            strides,
+            channels=channels,
+            block_sizes=block_sizes,
+            inner_channels=inner_channels,
+        )
+        if any(c % 2 for c in channels):
+            raise ValueError(
+                f"channels are split in two streams and must be even, got "
+                f"{list(channels)}."
+            )
+        strides = stride_pairs(strides)
+        invertible = downsampling == "invertible"
+        if invertible:
+            check_volume(channels, strides)
+        self.strides = strides
+        blocks = [Stem(channels[0], strides[0])]
+        width = channels[0] // 2
+        for stage in range(4):
+            out = channels[stage] // 2
+            inner = inner_channels[stage]
+            size = block_sizes[stage]
+            if stage > 0 and invertible:
+                blocks.append(SpaceToDepth(strides[stage]))
+            elif stage > 0:
+                transition = make_transition(
+                    width, inner, out, strides[stage], stage + 1, activation
+                )
+                blocks.append(transition)
+                size -= transition.couplings
+            for _ in range(size):
+                f, g = (
+                    make_residual(
+                        out, inner, out, stage=stage + 1, activation=activation
+                    )
+                    for _ in "fg"
+                )
+                blocks.append(AdditiveCoupling(f, g))
+            width = out
+        blocks.append(PooledStatistics(channels[-1], pool_channels, activation))
+        self.trunk = ReversibleSequence(blocks, save_memory=save_memory)
+        width = pool_channels or channels[-1]
+        pooled = 2 * width * bands(input_size, strides)
+        self.embedding = Embedding(pooled, lin_neurons)
+        initialise(self)
+
+    @property
+    def save_memory(self):
+        """Whether activations are computed again instead of stored."""
+        return self.trunk.save_memory
+
+    @save_memory.setter
+    def save_memory(self, value):
+        self.trunk.save_memory = value
+
+    def forward(self, x, lengths=None):
+        """Computes embeddings.
+
+        Arguments
+        ---------
+        x : torch.Tensor
+            Features [N, T, input_size].
+        lengths : torch.Tensor, optional
+            Relative lengths [N].
+
+        Returns
+        -------
+        torch.Tensor
+            Embeddings [N, lin_neurons].
+        """
+        masks = padding_masks(lengths, x, [1, *(t for t, _ in self.strides)])
+        return self.embedding(self.trunk(x, masks))
+
+
+class RevResNet(ReversibleNetwork):
     """Reversible ResNet; a drop-in for ``speechbrain.lobes.models.ResNet``.
 
     Half the units, each with two residual functions, as Gomez et al. chose
@@ -399,14 +596,15 @@ class RevResNet(Presets, nn.Module):
         Class of the activations; they must leave zero zero (padding).
     channels : list of int
         Channels of both streams together in each of the four stages. With
-        invertible down-sampling nothing is lost: each stage has stride**2
-        times the channels of the stage before.
+        invertible down-sampling nothing is lost: each stage has as many times
+        the channels of the stage before as it has fewer positions (4 times
+        for a stride of 2).
     block_sizes : list of int
         Couplings in each stage, each with two residual functions. With
         strided down-sampling the first one of the stages 2 to 4 is the
         transition.
-    strides : list of int
-        Stride of each stage.
+    strides : list
+        Stride of each stage: a number, or a pair (time, frequency).
     lin_neurons : int
         Size of the embedding.
     block : str
@@ -473,41 +671,6 @@ class RevResNet(Presets, nn.Module):
         },
     }
 
-    @classmethod
-    def preset_arguments(
-        cls, name, downsampling="strided", base_channels=32, **overrides
-    ):
-        """The arguments that a preset stands for.
-
-        Arguments
-        ---------
-        name : str
-            A key of PRESETS.
-        downsampling : str
-            "strided" (Type I) or "invertible" (Type II).
-        base_channels : int
-            Scales all widths; the presets have 32.
-        **overrides : dict
-            Arguments of the class that shall differ.
-
-        Returns
-        -------
-        dict
-            Keyword arguments of the class.
-
-        Raises
-        ------
-        ValueError
-            For an unknown kind of down-sampling, or a base_channels that
-            does not scale every width to an even whole number.
-        """
-        preset = dict(cls.PRESETS[name])
-        check_downsampling(downsampling)
-        widths = {k: preset.pop(k) for k in ("strided", "invertible")}
-        for key, value in widths[downsampling].items():
-            preset[key] = scale_widths(value, base_channels)
-        return {**preset, "downsampling": downsampling, **overrides}
-
     def __init__(
         self,
         input_size=80,
@@ -522,89 +685,24 @@ class RevResNet(Presets, nn.Module):
         downsampling="strided",
         save_memory=True,
     ):
-        super().__init__()
-        check_downsampling(downsampling)
-        invertible = downsampling == "invertible"
+        check_block(block, BLOCKS)
         if inner_channels is None:
             share = 2 if block == "basic" else 8
             inner_channels = [max(c // share, 1) for c in channels]
-        check_stages(block, channels, block_sizes, strides)
-        if any(c % 2 for c in channels):
-            raise ValueError(
-                f"channels are split in two streams and must be even, got "
-                f"{list(channels)}."
-            )
-        if invertible:
-            check_volume(channels, strides)
-        self.strides = list(strides)
-        blocks = [Stem(channels[0], strides[0])]
-        width = channels[0] // 2
-        for stage in range(4):
-            out = channels[stage] // 2
-            inner = inner_channels[stage]
-            size = block_sizes[stage]
-            if stage > 0 and invertible:
-                blocks.append(SpaceToDepth(strides[stage]))
-            elif stage > 0:
-                blocks.append(
-                    StridedCoupling(
-                        block,
-                        width,
-                        inner,
-                        out,
-                        strides[stage],
-                        stage + 1,
-                        activation,
-                    )
-                )
-                size -= 1
-            for _ in range(size):
-                f, g = (
-                    ResidualBody(
-                        block,
-                        out,
-                        inner,
-                        out,
-                        stage=stage + 1,
-                        activation=activation,
-                    )
-                    for _ in "fg"
-                )
-                blocks.append(AdditiveCoupling(f, g))
-            width = out
-        blocks.append(PooledStatistics(channels[-1], pool_channels, activation))
-        self.trunk = ReversibleSequence(blocks, save_memory=save_memory)
-        bands = math.ceil(input_size / math.prod(strides))
-        pooled = 2 * (pool_channels or channels[-1]) * bands
-        self.embedding = Embedding(pooled, lin_neurons)
-        initialise(self)
-
-    @property
-    def save_memory(self):
-        """Whether activations are computed again instead of stored."""
-        return self.trunk.save_memory
-
-    @save_memory.setter
-    def save_memory(self, value):
-        self.trunk.save_memory = value
-
-    def forward(self, x, lengths=None):
-        """Computes embeddings.
-
-        Arguments
-        ---------
-        x : torch.Tensor
-            Features [N, T, input_size].
-        lengths : torch.Tensor, optional
-            Relative lengths [N].
-
-        Returns
-        -------
-        torch.Tensor
-            Embeddings [N, lin_neurons].
-        """
-        masks = padding_masks(lengths, x, [1, *self.strides])
-        return self.embedding(self.trunk(x, masks))
+        super().__init__(
+            input_size,
+            activation,
+            channels,
+            inner_channels,
+            block_sizes,
+            strides,
+            lin_neurons,
+            pool_channels,
+            downsampling,
+            save_memory,
+            make_residual=partial(ResidualBody, block),
+            make_transition=partial(StridedCoupling, block),
+        )
 
 
 def scale_widths(widths, base_channels):
@@ -665,21 +763,21 @@ def check_volume(channels, strides):
     ---------
     channels : list of int
         Channels of each stage.
-    strides : list of int
-        Stride of each stage.
+    strides : list of tuple
+        (time, frequency) of each stage.
 
     Raises
     ------
     ValueError
-        If the channels do not grow by stride**2; the message says how.
+        If the channels do not grow by time * frequency; the message says how.
     """
     needed = [channels[0]]
     for stride in strides[1:]:
-        needed.append(needed[-1] * stride**2)
+        needed.append(needed[-1] * math.prod(stride))
     if list(channels) != needed:
         raise ValueError(
-            f"With downsampling='invertible' each stage has stride**2 times "
-            f"the channels of the stage before; for strides {list(strides)} "
-            f"use channels={needed} (got {list(channels)}) and choose the "
-            f"size of f and g with inner_channels."
+            f"With downsampling='invertible' channels take in what strides "
+            f"take away: for strides (time, frequency) {list(strides)} use "
+            f"channels={needed} (got {list(channels)}) and choose the size of "
+            f"f and g with inner_channels."
         )

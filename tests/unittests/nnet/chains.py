@@ -81,3 +81,20 @@ def assert_same_state(ours, reference):
     assert ours.keys() == reference.keys()
     for key in reference:
         assert torch.equal(ours[key], reference[key]), key
+
+
+def saved_bytes(net, *args, **kwargs):
+    """Bytes that autograd keeps, each storage once."""
+    storages = {}
+
+    def pack(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = (
+            tensor.untyped_storage().nbytes()
+        )
+        return tensor
+
+    known = {p.untyped_storage().data_ptr() for p in net.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = net(*args, **kwargs)
+    kept = sum(n for p, n in storages.items() if p not in known)
+    return kept, y

@@ -106,3 +106,13 @@ def test_a_replay_finds_the_buffers_of_its_call():
         with recorder.replay(step, first):
             assert torch.equal(step(x), x)
     assert step.count == 2
+
+
+def test_buffers_that_do_not_change_are_not_kept():
+    step = nn.Sequential(nn.InstanceNorm1d(4, track_running_stats=True))
+    step.register_buffer("table", torch.ones(1000))
+    recorder = Recorder(torch.device("cpu"))
+    with recorder.recording(step) as recording:
+        step(torch.randn(3, 4, 5))
+    names = [name for _, name in recording.buffers]
+    assert names == ["running_mean", "running_var"]

@@ -11,6 +11,7 @@ from chains import (
     chain,
     gradients,
     relative_error,
+    saved_bytes,
     stored,
 )
 from torch import nn
@@ -19,6 +20,7 @@ from sb_memeff.nnet.reversible import (
     AdditiveCoupling,
     ReversibleSequence,
     SpaceToDepth,
+    Tap,
     check_invertible,
 )
 from sb_memeff.utils.memory import training_step_memory
@@ -68,13 +70,17 @@ def mixed_chain(**options):
     def coupling(channels):
         return AdditiveCoupling(body(channels), body(channels))
 
+    def sums(channels):
+        f, g = (nn.ModuleList(body(channels) for _ in range(3)) for _ in "fg")
+        return AdditiveCoupling(f, g)
+
     return ReversibleSequence(
         [
             nn.Conv2d(3, 8, 3, padding=1),
             coupling(4),
             coupling(4),
             SpaceToDepth(2),
-            coupling(16),
+            sums(16),
             Strided(16),
             coupling(16),
             Head(32),
@@ -277,6 +283,208 @@ def test_extra_arguments_reach_f_and_g_and_get_gradients():
     # ... and they matter.
     _, others, _ = gradients(stored(net), x, torch.ones(3, dtype=torch.float64))
     assert relative_error(others, found[0][:-1]) > 1e-2
+
+
+class Sum(nn.Module):
+    """Both streams get the same tensor for a gradient."""
+
+    takes_streams = True
+
+    def forward(self, streams):
+        return streams[0] + streams[1]
+
+
+@pytest.mark.parametrize("head", [Sum(), nn.Identity(), nn.Flatten()])
+def test_gradients_that_share_memory(head):
+    net = ReversibleSequence([*chain(2).blocks, head]).double()
+    x = images(dtype=torch.float64)
+    _, reference, _ = gradients(stored(net), x)
+    _, ours, _ = gradients(net, x)
+    assert relative_error(ours, reference) < 1e-9
+    # ... and that of the caller is not overwritten.
+    y = net(x)
+    dy = torch.ones_like(y)
+    y.backward(dy)
+    assert torch.equal(dy, torch.ones_like(y))
+
+
+# --- taps --------------------------------------------------------------------
+
+
+def read(channels):
+    """A tap that draws random numbers and counts batches."""
+    conv = nn.Conv2d(channels, 5, 3, padding=1)
+    return Tap(nn.Sequential(conv, nn.BatchNorm2d(5), nn.Dropout(0.2)))
+
+
+def coupling():
+    return AdditiveCoupling(body(4), body(4))
+
+
+TAPPED = {
+    "couplings": lambda: [coupling(), read(8), coupling(), read(8)],
+    "first": lambda: [read(8), coupling(), coupling()],
+    "tensors": lambda: [
+        nn.Conv2d(8, 6, 1),
+        read(6),
+        nn.BatchNorm2d(6),
+        read(6),
+    ],
+    "both": lambda: [
+        nn.Conv2d(8, 8, 1),
+        read(8),
+        coupling(),
+        read(8),
+        Strided(4),
+        SpaceToDepth(1),
+        nn.Upsample(size=(7, 6)),
+        read(8),
+        nn.BatchNorm2d(8),
+    ],
+}
+
+
+class Tapped(nn.Module):
+    """A sequence with taps, of which some outputs are used."""
+
+    def __init__(self, kind, used):
+        super().__init__()
+        torch.manual_seed(3)
+        self.net = ReversibleSequence(TAPPED[kind]())
+        self.used = used
+
+    def forward(self, x):
+        y, total = self.net(x)
+        kept = {"output": y, "total": total}
+        return torch.cat([kept[u].sigmoid().flatten(1) for u in self.used], 1)
+
+
+@pytest.mark.parametrize("used", [["output"], ["total"], ["output", "total"]])
+@pytest.mark.parametrize("kind", TAPPED)
+def test_float64_gradients_with_taps(kind, used):
+    net = Tapped(kind, used).double()
+    twin = stored(net)
+    x = images(dtype=torch.float64)
+    y, ours, state = gradients(net, x)
+    y_ref, reference, state_ref = gradients(twin, x)
+    assert torch.equal(y, y_ref)
+    assert torch.equal(state, state_ref)
+    assert_same_state(net, twin)
+    # What the loss does not see may have a gradient of zero or none.
+    inputs = [x, *net.parameters()]
+    ours, reference = (
+        [torch.zeros_like(p) if g is None else g for g, p in zip(found, inputs)]
+        for found in (ours, reference)
+    )
+    assert relative_error(ours, reference) < 1e-9
+
+
+def test_total_is_the_convolution_over_the_concatenation():
+    torch.manual_seed(0)
+    convs = [nn.Conv2d(8, 5, 1, bias=False) for _ in range(3)]
+    blocks = [coupling() for _ in range(3)]
+    net = ReversibleSequence(
+        [m for b, c in zip(blocks, convs) for m in (b, Tap(c))]
+    )
+    net.double().eval()
+    x = images(dtype=torch.float64)
+    states = [
+        ReversibleSequence(blocks[: n + 1]).eval()(x).detach() for n in range(3)
+    ]
+    weight = torch.cat([c.weight for c in convs], dim=1)
+    expected = nn.functional.conv2d(torch.cat(states, dim=1), weight)
+    torch.testing.assert_close(net(x)[1], expected)
+
+
+def test_taps_under_bf16_autocast():
+    net = Tapped("both", ["output", "total"])
+    y, ours, _ = gradients(net, images(), autocast=torch.bfloat16)
+    y_ref, reference, _ = gradients(
+        stored(net), images(), autocast=torch.bfloat16
+    )
+    assert torch.equal(y, y_ref)
+    assert relative_error(ours, reference) < 1e-6
+    # As a convolution over the concatenation: summed in float32, then rounded.
+    ones = ReversibleSequence(
+        [Tap(nn.Conv2d(8, 1, 1, bias=False)) for _ in range(300)]
+    )
+    for parameter in ones.parameters():
+        nn.init.ones_(parameter)
+    with torch.autocast("cpu", torch.bfloat16):
+        total = ones(torch.ones(1, 8, 1, 1))[1]
+    assert total.dtype == torch.bfloat16 and total.item() == 2400
+
+
+def test_taps_in_pure_bfloat16():
+    net = Tapped("couplings", ["output", "total"]).bfloat16()
+    y, total = net.net(images().bfloat16())
+    assert y.dtype == total.dtype == torch.bfloat16
+
+
+def test_taps_backward_twice_with_retain_graph():
+    net = Tapped("both", ["output", "total"]).double()
+    loss = net(images(dtype=torch.float64)).sum()
+    loss.backward(retain_graph=True)
+    once = [p.grad.clone() for p in net.parameters()]
+    loss.backward()
+    twice = [p.grad for p in net.parameters()]
+    assert relative_error(twice, [2 * g for g in once]) < 1e-12
+
+
+def test_a_tap_that_reads_the_state_itself_changes_nothing():
+    x = images()
+    before = x.clone()
+    net = ReversibleSequence([Tap(nn.Identity()), coupling(), Tap(nn.Tanh())])
+    y, total = net(x)
+    assert torch.equal(x, before)
+    torch.testing.assert_close(total, x + y.tanh())
+    torch.testing.assert_close(
+        net.eval().inverse(net(x)[0]), x, atol=3e-4, rtol=0
+    )
+
+
+def test_memory_of_taps_does_not_grow_with_their_number():
+    class Total(nn.Module):
+        def __init__(self, taps):
+            super().__init__()
+            blocks = []
+            for _ in range(taps):
+                blocks += [coupling(), Tap(nn.Conv2d(8, 24, 1))]
+            self.net = ReversibleSequence(blocks)
+
+        def forward(self, x):
+            return self.net(x)[1]
+
+    def activations(taps):
+        return training_step_memory(
+            lambda: Total(taps), (16, 8, 64, 64)
+        ).activation_bytes
+
+    few = activations(2)
+    assert activations(16) < 1.02 * few
+    # The total, its gradient, a tap's value, the state, its gradient, both
+    # streams joined, the input, and 3 states of slack. The concatenation of
+    # 16 taps alone would be 16 states.
+    state = 4 * 16 * 8 * 64 * 64
+    assert few < (3 * 3 + 4 + 3) * state
+
+
+@pytest.mark.parametrize("save_memory", [True, False])
+def test_taps_that_do_not_fit(save_memory):
+    def sequence(*taps):
+        return ReversibleSequence(
+            [Tap(tap) for tap in taps], save_memory=save_memory
+        )
+
+    with pytest.raises(ValueError, match=r"blocks\.1\.read .*\(3, 1, 7, 6\)"):
+        sequence(nn.Conv2d(8, 5, 1), nn.Conv2d(8, 1, 1))(images())
+
+    class Pair(nn.Module):
+        def forward(self, x):
+            return x, x
+
+    with pytest.raises(TypeError, match=r"blocks\.0\.read returned tuple"):
+        sequence(Pair())(images().requires_grad_())
 
 
 # --- state -------------------------------------------------------------------
@@ -561,23 +769,6 @@ def test_global_random_stream_is_that_of_plain_autograd():
 # --- memory and work ---------------------------------------------------------
 
 
-def saved_bytes(net, x):
-    """Bytes that autograd keeps, each storage once."""
-    storages = {}
-
-    def pack(tensor):
-        storages[tensor.untyped_storage().data_ptr()] = (
-            tensor.untyped_storage().nbytes()
-        )
-        return tensor
-
-    known = {p.untyped_storage().data_ptr() for p in net.parameters()}
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = net(x)
-    kept = sum(n for p, n in storages.items() if p not in known)
-    return kept, y
-
-
 def test_saved_bytes_do_not_grow_with_depth():
     x = images()
     shallow, y = saved_bytes(chain(2), x)
@@ -612,6 +803,44 @@ def test_peak_is_two_states_and_the_working_set_of_one_function():
     # f stores conv, norm and ReLU outputs of half a state each (4 tensors),
     # and needs gradients of two of them at once; 1 state of slack.
     assert memory.activation_bytes < (3 + 2 + 3 + 1) * state
+
+
+def widening(channels, inside):
+    """conv - tanh - conv, without biases and norms."""
+    return nn.Sequential(
+        nn.Conv2d(channels, inside, 1, bias=False),
+        nn.Tanh(),
+        nn.Conv2d(inside, channels, 1, bias=False),
+    )
+
+
+@pytest.mark.parametrize("slices", [1, 2, 8])
+def test_a_sum_needs_the_memory_of_one_of_its_members(slices):
+    def build():
+        f, g = (
+            nn.ModuleList(widening(4, 64 // slices) for _ in range(slices))
+            for _ in "fg"
+        )
+        return ReversibleSequence([AdditiveCoupling(f, g)])
+
+    memory = training_step_memory(build, (16, 8, 64, 64))
+    state = 4 * 16 * 8 * 64 * 64
+    # 5 states, and of 64 channels (8 states) what the tanh saved and the
+    # gradients of its output and input.
+    assert memory.activation_bytes <= (5 + 3 * 8 / slices) * state
+
+
+def test_streams_that_down_sampling_has_copied_are_freed():
+    """Also those that the module after it had for its input."""
+
+    def build():
+        coupling = AdditiveCoupling(widening(4, 64), widening(4, 64))
+        return ReversibleSequence([coupling, SpaceToDepth(2), Head(32)])
+
+    memory = training_step_memory(build, (16, 8, 64, 64))
+    state = 4 * 16 * 8 * 64 * 64
+    # The input, the state, its gradient, and what tanh needs (see above).
+    assert memory.activation_bytes <= (3 + 3 * 8 + 0.5) * state
 
 
 class Counted(nn.Module):

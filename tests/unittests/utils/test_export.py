@@ -33,7 +33,7 @@ OVERRIDES = {
 }
 
 
-@pytest.fixture(params=["resnet", "revnet"])
+@pytest.fixture(params=["resnet", "revnet", "dfresnet", "dfrevnet"])
 def run(request, tmp_path):
     """What a training run leaves: two checkpoints and its files."""
     folder = tmp_path / "run"

@@ -42,10 +42,13 @@ def test_called_like_speechbrains():
         assert net(feats, lengths=lengths).shape == (2, 12)
 
 
+@pytest.mark.parametrize("strides", [[1, 2, 2, 2], [[1, 2], 2, [3, 1], 1]])
 @pytest.mark.parametrize("name", ["ResNet34", "ResNet101"])
-def test_padding_changes_no_embedding(name):
+def test_padding_changes_no_embedding(name, strides):
     torch.manual_seed(0)
-    net = ResNet.from_preset(name, base_channels=4, input_size=20).double()
+    net = ResNet.from_preset(
+        name, base_channels=4, input_size=20, strides=strides
+    ).double()
     for parameter in net.parameters():
         # Blocks begin as their shortcut: nothing could go wrong in them.
         if not parameter.any():
@@ -80,6 +83,9 @@ def test_errors():
         ResNet(block="se")
     with pytest.raises(ValueError, match=r"block_sizes.*four.*\[3, 4\]"):
         ResNet(block_sizes=[3, 4])
+    for strides in ([1, 2], [1, 2, 2, [1, 2, 3]], [1, 2, 2, 0.5]):
+        with pytest.raises(ValueError, match=r"strides.*pairs \(time, freq"):
+            ResNet(strides=strides)
     with pytest.raises(ValueError, match=r"4 divides, got \[6, 8, 8, 8\]"):
         ResNet(channels=[6, 8, 8, 8], block="bottleneck")
     with pytest.raises(ValueError, match="each of the 2 utterances"):

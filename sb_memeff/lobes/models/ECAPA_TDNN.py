@@ -1,0 +1,345 @@
+"""SpeechBrain's ECAPA-TDNN, the same weights in a fraction of the memory.
+
+Desplanques et al., "ECAPA-TDNN: Emphasized Channel Attention, Propagation and
+Aggregation in TDNN Based Speaker Verification" (2020).
+
+Most of its activations are not what the blocks hand on, but what lies between
+and behind them: the concatenation of all block outputs for the multi-layer
+aggregation, the pooling's tensors with three times the channels of that, and
+Res2Net's chunks. So here the aggregation, a convolution over a concatenation,
+is added up block by block, the pooling is computed a few channels at a time,
+and everything between two blocks is computed again in backward. The functions
+of this file do that for the modules of SpeechBrain's network, whatever chain
+of blocks they are in.
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+import torch
+import torch.nn.functional as F
+from speechbrain.lobes.models.ECAPA_TDNN import (
+    ECAPA_TDNN as SpeechBrainECAPA_TDNN,
+)
+from torch import nn
+
+from sb_memeff.nnet.attentive_pooling import attentive_statistics_pooling
+from sb_memeff.nnet.padding import check_lengths
+from sb_memeff.nnet.reversible import ReversibleSequence, Tap
+
+__all__ = ["ECAPA_TDNN"]
+
+
+class ECAPA_TDNN(SpeechBrainECAPA_TDNN):
+    """Takes the place of ``speechbrain.lobes.models.ECAPA_TDNN.ECAPA_TDNN``.
+
+    The same function, arguments and state_dict, so that pretrained weights
+    load in either. What is kept for backward are the input of each block and
+    two tensors of the aggregation; all else is computed twice.
+
+    Arguments
+    ---------
+    *args : tuple
+        Those of SpeechBrain's class.
+    save_memory : bool
+        False stores all activations.
+    **kwargs : dict
+        Those of SpeechBrain's class.
+
+    Raises
+    ------
+    ValueError
+        If an argument does not fit the others.
+
+    Example
+    -------
+    >>> net = ECAPA_TDNN(80, lin_neurons=192)
+    >>> net(torch.rand([5, 120, 80])).shape
+    torch.Size([5, 1, 192])
+    """
+
+    def __init__(self, *args, save_memory=True, **kwargs):
+        super().__init__(*args, **kwargs)
+        conv = self.mfa.conv.conv
+        check_aggregation(self.channels, *conv.kernel_size, conv.groups)
+        self.save_memory = save_memory
+
+    def forward(self, x, lengths=None):
+        """Computes embeddings.
+
+        Arguments
+        ---------
+        x : torch.Tensor
+            Features [N, T, input_size].
+        lengths : torch.Tensor, optional
+            Relative lengths [N].
+
+        Returns
+        -------
+        torch.Tensor
+            Embeddings [N, 1, lin_neurons].
+        """
+        chain = [Stem(self.blocks[0])]
+        for number, block in enumerate(self.blocks[1:]):
+            chain += [Residual(block), Tap(Aggregated(number))]
+        # Built at each call: as a part of the network it would change the
+        # names in the state_dict.
+        trunk = ReversibleSequence(chain, save_memory=self.save_memory)
+        return embed(self, trunk, x, lengths)
+
+
+def tdnn(block, x):
+    """A TDNNBlock, without the copy that SpeechBrain makes to pad by 0.
+
+    Arguments
+    ---------
+    block : speechbrain.lobes.models.ECAPA_TDNN.TDNNBlock
+        The block.
+    x : torch.Tensor
+        [N, C, T].
+
+    Returns
+    -------
+    torch.Tensor
+        [N, C', T].
+    """
+    conv = block.conv.conv if block.conv.kernel_size == 1 else block.conv
+    return block.dropout(block.norm(block.activation(conv(x))))
+
+
+def res2net(block, x, save_memory=True):
+    """A Res2NetBlock that holds the intermediates of one chunk at a time.
+
+    Arguments
+    ---------
+    block : speechbrain.lobes.models.ECAPA_TDNN.Res2NetBlock
+        The block.
+    x : torch.Tensor
+        [N, C, T].
+    save_memory : bool
+        False stores the intermediates of all chunks.
+
+    Returns
+    -------
+    torch.Tensor
+        [N, C, T].
+    """
+    first, *chunks = x.chunk(block.scale, dim=1)
+    results = [first]
+    for chunk, layer in zip(chunks, block.blocks, strict=True):
+        # Stored as a view, the first chunk would keep all of x.
+        chunk = chunk.clone() if len(results) == 1 else chunk + results[-1]
+        layer = ReversibleSequence([layer], save_memory=save_memory)
+        results.append(layer(chunk))
+    return torch.cat(results, dim=1)
+
+
+def se_res2net(block, x, lengths=None, save_memory=True):
+    """TDNN, Res2Net, TDNN, squeeze and excitation: a block less its shortcut.
+
+    Arguments
+    ---------
+    block : speechbrain.lobes.models.ECAPA_TDNN.SERes2NetBlock
+        The block, or a module with the same parts.
+    x : torch.Tensor
+        [N, C, T].
+    lengths : torch.Tensor, optional
+        Relative lengths [N].
+    save_memory : bool
+        See ``res2net``.
+
+    Returns
+    -------
+    torch.Tensor
+        [N, C', T].
+    """
+    x = tdnn(block.tdnn1, x)
+    x = res2net(block.res2net_block, x, save_memory)
+    x = tdnn(block.tdnn2, x)
+    return block.se_block(x, lengths)
+
+
+def embed(net, trunk, x, lengths):
+    """From features to embeddings, with the head of an ECAPA-TDNN.
+
+    Arguments
+    ---------
+    net : torch.nn.Module
+        Has the parts ``mfa``, ``asp``, ``asp_bn`` and ``fc`` of SpeechBrain's
+        network.
+    trunk : ReversibleSequence
+        The blocks, each followed by a tap (``Aggregated``).
+    x : torch.Tensor
+        Features [N, T, input_size].
+    lengths : torch.Tensor, optional
+        Relative lengths [N].
+
+    Returns
+    -------
+    torch.Tensor
+        Embeddings [N, 1, lin_neurons].
+
+    Raises
+    ------
+    ValueError
+        If there is not one length for each utterance.
+    """
+    check_lengths(lengths, x)
+    save_memory = trunk.save_memory
+    conv = net.mfa.conv.conv
+    taps = sum(isinstance(block, Tap) for block in trunk.blocks)
+    # No name for the sum: it is not needed behind the activation.
+    x = net.mfa.activation(
+        trunk(
+            x,
+            lengths=lengths,
+            weights=conv.weight.chunk(taps, dim=1),
+            bias=conv.bias,
+            save_memory=save_memory,
+        )[1]
+    )
+    x = net.mfa.dropout(net.mfa.norm(x))
+    x = attentive_statistics_pooling(net.asp, x, lengths, save_memory)
+    return net.fc(net.asp_bn(x)).transpose(1, 2)
+
+
+class Stem(nn.Module):
+    """The first TDNN block, from features [N, T, F] to [N, C, T].
+
+    Arguments
+    ---------
+    block : speechbrain.lobes.models.ECAPA_TDNN.TDNNBlock
+        The block.
+    shortcut : torch.nn.Module, optional
+        To follow it, where the channels change.
+    """
+
+    def __init__(self, block, shortcut=None):
+        super().__init__()
+        self.block = block
+        self.shortcut = shortcut
+
+    def forward(self, x, **_):
+        """Runs the block.
+
+        Arguments
+        ---------
+        x : torch.Tensor
+            Features [N, T, F].
+        **_ : dict
+            Arguments of the chain for other modules.
+
+        Returns
+        -------
+        torch.Tensor
+            [N, C, T].
+        """
+        x = tdnn(self.block, x.transpose(1, 2))
+        return x if self.shortcut is None else self.shortcut(x)
+
+
+class Residual(nn.Module):
+    """An SERes2NetBlock that stores little of what it computes.
+
+    Arguments
+    ---------
+    block : speechbrain.lobes.models.ECAPA_TDNN.SERes2NetBlock
+        The block.
+    """
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x, lengths, save_memory, **_):
+        """Runs the block.
+
+        Arguments
+        ---------
+        x : torch.Tensor
+            [N, C, T].
+        lengths : torch.Tensor
+            Relative lengths [N], or None.
+        save_memory : bool
+            See ``res2net``.
+        **_ : dict
+            Arguments of the chain for other modules.
+
+        Returns
+        -------
+        torch.Tensor
+            [N, C', T].
+        """
+        shortcut = self.block.shortcut
+        residual = x if shortcut is None else shortcut(x)
+        return residual + se_res2net(self.block, x, lengths, save_memory)
+
+
+class Aggregated(nn.Module):
+    """What one tap adds to the multi-layer feature aggregation.
+
+    A 1x1 convolution over the concatenated taps is a sum over taps, each with
+    its columns of the weight.
+
+    Arguments
+    ---------
+    number : int
+        Number of the tap.
+    """
+
+    def __init__(self, number):
+        super().__init__()
+        self.number = number
+
+    def forward(self, x, weights, bias, **_):
+        """Reads from the state of the chain.
+
+        Arguments
+        ---------
+        x : torch.Tensor
+            [N, C, T].
+        weights : tuple of torch.Tensor
+            Columns [C', C, 1] of the weight for each tap.
+        bias : torch.Tensor
+            [C'], added by the first tap.
+        **_ : dict
+            Arguments of the chain for other modules.
+
+        Returns
+        -------
+        torch.Tensor
+            [N, C', T].
+        """
+        bias = bias if self.number == 0 else None
+        return F.conv1d(x, weights[self.number], bias)
+
+
+def check_aggregation(channels, kernel_size, groups):
+    """The aggregation must be a sum over blocks.
+
+    Arguments
+    ---------
+    channels : list of int
+        As the network was given them.
+    kernel_size : int
+        Of the aggregation's convolution.
+    groups : int
+        Of the aggregation's convolution.
+
+    Raises
+    ------
+    ValueError
+        If it is not.
+    """
+    if len(channels) < 3 or len(set(channels[1:-1])) != 1:
+        raise ValueError(
+            f"channels must hold that of the first TDNN block, that of each "
+            f"SE-Res2Net block (all the same: they are aggregated) and that "
+            f"of the aggregation, got {list(channels)}."
+        )
+    if kernel_size != 1 or groups != 1:
+        raise ValueError(
+            f"The aggregation (the last of kernel_sizes and groups) must be "
+            f"a 1x1 convolution in one group, which is a sum over blocks; "
+            f"got a kernel of {kernel_size} in {groups} groups."
+        )

@@ -1,0 +1,327 @@
+"""Reversible depth-first ResNets for speaker recognition.
+
+DF-ResNet (Liu et al., Interspeech 2022) made reversible as Liu and Qian,
+"Memory-Efficient Training for Deep Speaker Embedding Learning in Speaker
+Verification" (2024), propose; see ``sb_memeff.lobes.models.RevResNet`` for
+what Type I and Type II are.
+
+f and g are inverted bottlenecks on half of the channels. The activation that
+DF-ResNet has after the sum could not be undone; it stands before the first
+convolution instead. Between the stages of Type I stand DF-ResNet's own
+down-sampling layers.
+
+**Slices.** In a reversible network the expansions set the peak: backward
+through one inverted bottleneck holds six maps of four times its channels. But
+the depthwise convolution does not mix them, so that the function is a sum over
+slices k of the channels inside,
+
+    f(x) = sum_k  w3_k * act(norm(w2_k * act(norm(w1_k * act(norm_k(x)))))),
+
+which a coupling evaluates one after another, in forward and in backward: the
+memory of one slice, the arithmetic of the whole. (Each slice has a batch norm
+of its own for x, which is the one difference from the unsliced function.)
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+from functools import partial
+
+from torch import nn
+
+from sb_memeff.lobes.models.DFResNet import BLOCK_SIZES, GOLDEN_GEMINI
+from sb_memeff.lobes.models.ResNet import check_stages, conv3x3, mask
+from sb_memeff.lobes.models.RevResNet import (
+    NormActConv,
+    ResidualBody,
+    ReversibleNetwork,
+)
+
+__all__ = ["RevDFResNet", "StridedConvolution"]
+
+
+class StridedConvolution(nn.Module):
+    """Batch norm, activation and a strided 3x3 convolution of both streams.
+
+    Arguments
+    ---------
+    in_channels : int
+        Channels of both streams together before.
+    out_channels : int
+        Channels of both streams together after.
+    stride : int or tuple of int
+        Stride.
+    stage : int
+        Which of the padding masks belongs to the output.
+    activation : type
+        Class of the activation.
+
+    Example
+    -------
+    >>> import torch
+    >>> StridedConvolution(8, 16, 2)(torch.rand(1, 8, 20, 10)).shape
+    torch.Size([1, 16, 10, 5])
+    """
+
+    # It stands beside the couplings of its stage, not for one of them.
+    couplings = 0
+
+    def __init__(
+        self, in_channels, out_channels, stride, stage=0, activation=nn.ReLU
+    ):
+        super().__init__()
+        conv = conv3x3(in_channels, out_channels, stride)
+        self.layer = NormActConv(in_channels, conv, activation)
+        self.stage = stage
+
+    def forward(self, x, masks=None):
+        """Runs the layer.
+
+        Arguments
+        ---------
+        x : torch.Tensor
+            [N, in_channels, T, F].
+        masks : list of torch.Tensor, optional
+            Padded frames of each stage.
+
+        Returns
+        -------
+        torch.Tensor
+            [N, out_channels, T', F'], zero in padded frames.
+        """
+        if masks is None:
+            return self.layer(x)
+        return mask(self.layer(x, masks[self.stage - 1]), masks[self.stage])
+
+
+def half(block_sizes):
+    """Couplings instead of blocks: each has two residual functions."""
+    return [(size + 1) // 2 for size in block_sizes]
+
+
+class RevDFResNet(ReversibleNetwork):
+    """Reversible DF-ResNet; a drop-in for ``speechbrain.lobes.models.ResNet``.
+
+    Half the units, each with two residual functions. Where the memory is
+    (stages 1 and 2) both streams together are as wide as the vanilla network
+    or little wider, where the parameters are (stages 3 and 4) Type I has
+    wider streams or expansions.
+
+    ================== ============= ======= =======
+    preset             block_sizes   Type I  Type II
+    ================== ============= ======= =======
+    DFRevNet56         2, 2, 5, 2     4.60 M  4.67 M
+    DFRevNet110        2, 2, 14, 2    7.09 M  7.10 M
+    DFRevNet179        2, 4, 23, 2    9.62 M  9.68 M
+    DFRevNet233        2, 4, 32, 2   12.11 M 12.10 M
+    GeminiDFRevNet60   2, 2, 5, 2     4.00 M  3.92 M
+    GeminiDFRevNet114  2, 2, 14, 2    6.48 M  6.35 M
+    GeminiDFRevNet183  2, 4, 23, 2    9.01 M  9.05 M
+    GeminiDFRevNet237  2, 4, 32, 2   11.50 M 11.48 M
+    ================== ============= ======= =======
+
+    ``channels`` counts both streams, ``inside`` is the width within f and g:
+
+    =============== ==== ==================== =================== ==========
+    presets         type channels             inside              slices
+    =============== ==== ==================== =================== ==========
+    DFRevNet        I    32, 64, 256, 256     64, 128, 512, 1024  2, 1, 2, 1
+    DFRevNet        II   32, 128, 512, 2048   64, 256, 256, 160   2, 2, 1, 1
+    GeminiDFRevNet  I    64, 64, 256, 256     128, 128, 512, 1024 2, 1, 2, 1
+    GeminiDFRevNet  II   64, 256, 512, 1024   128, 256, 256, 320  2, 1, 1, 1
+    =============== ==== ==================== =================== ==========
+
+    Type II narrows the last stage to 256 channels before pooling
+    (``pool_channels``).
+
+    Arguments
+    ---------
+    input_size : int
+        Number of features per frame.
+    activation : type
+        Class of the activations; they must leave zero zero (padding).
+    channels : list of int
+        Channels of both streams together in each of the four stages. With
+        invertible down-sampling nothing is lost: each stage has as many times
+        the channels of the stage before as it has fewer positions (4 times
+        for a stride of 2).
+    block_sizes : list of int
+        Couplings in each stage, each with two residual functions.
+    strides : list
+        Stride of each stage: a number, or a pair (time, frequency).
+    lin_neurons : int
+        Size of the embedding.
+    inner_channels : list of int, optional
+        Channels inside f and g. By default four times those of a stream.
+    pool_channels : int, optional
+        Narrow the last stage to this many channels before pooling. The
+        embedding layer has 2 * pool_channels * bands inputs.
+    slices : list of int
+        In how many slices the f and g of each stage are evaluated. The more,
+        the less memory they need and the more small kernels they start.
+    downsampling : str
+        "strided" (Type I) or "invertible" (Type II).
+    save_memory : bool
+        False stores all activations, as other networks do: same function,
+        same weights.
+
+    Raises
+    ------
+    ValueError
+        If an argument does not fit the others; for an unknown preset.
+
+    Example
+    -------
+    >>> import torch
+    >>> net = RevDFResNet.from_preset("DFRevNet56", base_channels=4)
+    >>> net(torch.rand(2, 40, 80), lengths=torch.tensor([1.0, 0.5])).shape
+    torch.Size([2, 256])
+    """
+
+    PRESETS = {
+        **{
+            f"DFRevNet{depth}": {
+                "block_sizes": half(sizes),
+                "strided": {
+                    "channels": [32, 64, 256, 256],
+                    "inner_channels": [64, 128, 512, 1024],
+                    "slices": [2, 1, 2, 1],
+                },
+                "invertible": {
+                    "channels": [32, 128, 512, 2048],
+                    "inner_channels": [64, 256, 256, 160],
+                    "pool_channels": 256,
+                    "slices": [2, 2, 1, 1],
+                },
+            }
+            for depth, sizes in BLOCK_SIZES.items()
+        },
+        **{
+            f"GeminiDFRevNet{depth + 4}": {
+                "block_sizes": half(sizes),
+                "strides": GOLDEN_GEMINI,
+                "strided": {
+                    "channels": [64, 64, 256, 256],
+                    "inner_channels": [128, 128, 512, 1024],
+                    "slices": [2, 1, 2, 1],
+                },
+                "invertible": {
+                    "channels": [64, 256, 512, 1024],
+                    "inner_channels": [128, 256, 256, 320],
+                    "pool_channels": 256,
+                    "slices": [2, 1, 1, 1],
+                },
+            }
+            for depth, sizes in BLOCK_SIZES.items()
+        },
+    }
+
+    def __init__(
+        self,
+        input_size=80,
+        activation=nn.ReLU,
+        channels=(32, 64, 256, 256),
+        block_sizes=(2, 2, 5, 2),
+        strides=(1, 2, 2, 2),
+        lin_neurons=256,
+        inner_channels=None,
+        pool_channels=None,
+        slices=(1, 1, 1, 1),
+        downsampling="strided",
+        save_memory=True,
+    ):
+        if inner_channels is None:
+            inner_channels = [2 * c for c in channels]
+        check_stages(strides, slices=slices, inner_channels=inner_channels)
+        if any(c % s for c, s in zip(inner_channels, slices, strict=True)):
+            raise ValueError(
+                f"slices={list(slices)} must divide "
+                f"inner_channels={list(inner_channels)}."
+            )
+        super().__init__(
+            input_size,
+            activation,
+            channels,
+            inner_channels,
+            block_sizes,
+            strides,
+            lin_neurons,
+            pool_channels,
+            downsampling,
+            save_memory,
+            make_residual=partial(sliced_residual, slices),
+            make_transition=transition,
+        )
+        for body in self.modules():
+            if isinstance(body, ResidualBody):
+                # Each coupling begins as the identity, as the vanilla blocks
+                # do. Else each adds a variance of about four (its expansion)
+                # to a stream, and Type I hardly begins to learn.
+                nn.init.zeros_(body.layers[-1].conv.weight)
+
+
+def sliced_residual(
+    slices, in_channels, channels, out_channels, stage, activation
+):
+    """An inverted bottleneck as a list of its slices, for a coupling.
+
+    Arguments
+    ---------
+    slices : list of int
+        Their number in each stage.
+    in_channels : int
+        Channels of the stream.
+    channels : int
+        Channels inside all slices together.
+    out_channels : int
+        Channels of the stream after.
+    stage : int
+        The stage, from 1.
+    activation : type
+        Class of the activations.
+
+    Returns
+    -------
+    torch.nn.ModuleList
+        The slices, whose sum is the function.
+    """
+    count = slices[stage - 1]
+    return nn.ModuleList(
+        ResidualBody(
+            "inverted_bottleneck",
+            in_channels,
+            channels // count,
+            out_channels,
+            stage=stage,
+            activation=activation,
+        )
+        for _ in range(count)
+    )
+
+
+def transition(in_channels, channels, out_channels, stride, stage, activation):
+    """What stands between two stages of Type I.
+
+    Arguments
+    ---------
+    in_channels : int
+        Channels of each stream before.
+    channels : int
+        Not needed: channels inside the couplings that follow.
+    out_channels : int
+        Channels of each stream after.
+    stride : tuple of int
+        Stride.
+    stage : int
+        The stage that begins, from 1.
+    activation : type
+        Class of the activation.
+
+    Returns
+    -------
+    StridedConvolution
+        The layer.
+    """
+    return StridedConvolution(
+        2 * in_channels, 2 * out_channels, stride, stage, activation
+    )

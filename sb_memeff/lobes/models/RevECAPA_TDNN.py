@@ -1,0 +1,356 @@
+"""Reversible ECAPA-TDNN: depth costs no memory.
+
+Each SE-Res2Net block of ECAPA-TDNN (Desplanques et al., 2020) becomes an
+additive coupling (Gomez et al., "The Reversible Residual Network", 2017),
+whose f and g are SE-Res2Net bodies on half of the channels. The multi-layer
+aggregation is added up by taps while the chain runs; backward rebuilds the
+taps as it walks back. Between forward and backward a network of any depth
+keeps the features, the two streams and two tensors of the aggregation.
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+import math
+
+from speechbrain.lobes.models.ECAPA_TDNN import (
+    AttentiveStatisticsPooling,
+    BatchNorm1d,
+    Conv1d,
+    Res2NetBlock,
+    SEBlock,
+    TDNNBlock,
+)
+from torch import nn
+
+from sb_memeff.lobes.models.ECAPA_TDNN import (
+    Aggregated,
+    Stem,
+    check_aggregation,
+    embed,
+    se_res2net,
+)
+from sb_memeff.nnet.reversible import (
+    AdditiveCoupling,
+    ReversibleSequence,
+    Tap,
+)
+
+__all__ = ["RevECAPA_TDNN"]
+
+
+class SERes2NetBody(nn.Module):
+    """TDNN, Res2Net, TDNN, squeeze and excitation: f or g of a coupling.
+
+    Arguments
+    ---------
+    channels : int
+        Channels of a stream.
+    inner_channels : int
+        Channels of the Res2Net block.
+    res2net_scale : int
+        The scale of the Res2Net block.
+    se_channels : int
+        Channels of the squeeze.
+    kernel_size : int
+        Kernel of the Res2Net block.
+    dilation : int
+        Dilation of the Res2Net block.
+    activation : type
+        Class of the activations of the TDNN blocks.
+    groups : int
+        Groups of the TDNN blocks.
+    dropout : float
+        Rate of channel dropout in training.
+
+    Example
+    -------
+    >>> import torch
+    >>> body = SERes2NetBody(32, 48, res2net_scale=4)
+    >>> body(torch.rand(8, 32, 120)).shape
+    torch.Size([8, 32, 120])
+    """
+
+    def __init__(
+        self,
+        channels,
+        inner_channels,
+        res2net_scale=8,
+        se_channels=128,
+        kernel_size=3,
+        dilation=1,
+        activation=nn.ReLU,
+        groups=1,
+        dropout=0.0,
+    ):
+        super().__init__()
+        options = {
+            "activation": activation,
+            "groups": groups,
+            "dropout": dropout,
+        }
+        self.tdnn1 = TDNNBlock(channels, inner_channels, 1, 1, **options)
+        self.res2net_block = Res2NetBlock(
+            inner_channels, inner_channels, res2net_scale, kernel_size, dilation
+        )
+        self.tdnn2 = TDNNBlock(inner_channels, channels, 1, 1, **options)
+        self.se_block = SEBlock(channels, se_channels, channels)
+
+    def forward(self, x, lengths=None, save_memory=True, **_):
+        """Runs the function.
+
+        Arguments
+        ---------
+        x : torch.Tensor
+            A stream [N, C, T].
+        lengths : torch.Tensor, optional
+            Relative lengths [N].
+        save_memory : bool
+            Whether to compute the chunks of Res2Net again in backward.
+        **_ : dict
+            Arguments of the chain for other modules.
+
+        Returns
+        -------
+        torch.Tensor
+            [N, C, T].
+        """
+        return se_res2net(self, x, lengths, save_memory)
+
+
+class RevECAPA_TDNN(nn.Module):
+    """ECAPA-TDNN with reversible blocks.
+
+    Called like ``speechbrain.lobes.models.ECAPA_TDNN.ECAPA_TDNN``, with as
+    many parameters. It is another function than that network, though, and
+    cannot take its weights: train it from scratch. For pretrained weights
+    there is ``sb_memeff.lobes.models.ECAPA_TDNN``, which is also the smaller
+    one under bf16 autocast as long as blocks or batches are few: here the
+    streams are float32.
+
+    Arguments
+    ---------
+    input_size : int
+        Number of features per frame.
+    device : str
+        Ignored, as in SpeechBrain's class.
+    lin_neurons : int
+        Size of the embedding.
+    activation : type
+        Class of the activations.
+    channels : list of int
+        Channels of the first TDNN block, of each reversible block (both
+        streams together), and of the aggregation.
+    kernel_sizes : list of int
+        Kernel of each of them.
+    dilations : list of int
+        Dilation of each of them.
+    attention_channels : int
+        Channels of the attention.
+    res2net_scale : int
+        The scale of the Res2Net blocks.
+    se_channels : int
+        Channels of the squeeze.
+    global_context : bool
+        Whether the attention sees mean and deviation of the utterance.
+    groups : list of int
+        Groups of each of them.
+    dropout : float
+        Rate of channel dropout in training.
+    inner_channels : int, optional
+        Channels of the Res2Net block in each f and g. By default as many as
+        give a reversible block the parameters of SpeechBrain's block.
+    save_memory : bool
+        False stores all activations: same function, same weights.
+
+    Raises
+    ------
+    ValueError
+        If an argument does not fit the others.
+
+    Example
+    -------
+    >>> import torch
+    >>> net = RevECAPA_TDNN(80, lin_neurons=192)
+    >>> net(torch.rand(5, 120, 80), torch.ones(5)).shape
+    torch.Size([5, 1, 192])
+    """
+
+    def __init__(
+        self,
+        input_size,
+        device="cpu",
+        lin_neurons=192,
+        activation=nn.ReLU,
+        channels=(512, 512, 512, 512, 1536),
+        kernel_sizes=(5, 3, 3, 3, 1),
+        dilations=(1, 2, 3, 4, 1),
+        attention_channels=128,
+        res2net_scale=8,
+        se_channels=128,
+        global_context=True,
+        groups=(1, 1, 1, 1, 1),
+        dropout=0.0,
+        inner_channels=None,
+        save_memory=True,
+    ):
+        super().__init__()
+        for name, values in (
+            ("kernel_sizes", kernel_sizes),
+            ("dilations", dilations),
+            ("groups", groups),
+        ):
+            if len(values) != len(channels):
+                raise ValueError(
+                    f"{name} must hold one number for each of channels="
+                    f"{list(channels)}, got {list(values)}."
+                )
+        check_aggregation(channels, kernel_sizes[-1], groups[-1])
+        width = channels[1]
+        if width % 2:
+            raise ValueError(
+                f"channels of the reversible blocks are split in two streams "
+                f"and must be even, got {width}."
+            )
+        first = TDNNBlock(
+            input_size,
+            channels[0],
+            kernel_sizes[0],
+            dilations[0],
+            activation,
+            groups[0],
+            dropout,
+        )
+        shortcut = None
+        if channels[0] != width:
+            shortcut = nn.Conv1d(channels[0], width, 1)
+        chain = [Stem(first, shortcut)]
+        for i in range(1, len(channels) - 1):
+            options = {
+                "res2net_scale": res2net_scale,
+                "se_channels": se_channels,
+                "kernel_size": kernel_sizes[i],
+                "groups": groups[i],
+            }
+            inner = inner_channels or matching_width(width, **options)
+            check_inner_channels(inner, res2net_scale, groups[i])
+            f, g = (
+                SERes2NetBody(
+                    width // 2,
+                    inner,
+                    dilation=dilations[i],
+                    activation=activation,
+                    dropout=dropout,
+                    **options,
+                )
+                for _ in "fg"
+            )
+            chain += [AdditiveCoupling(f, g), Tap(Aggregated(i - 1))]
+        self.trunk = ReversibleSequence(chain, save_memory=save_memory)
+        # From here on named and shaped as in SpeechBrain's network.
+        self.mfa = TDNNBlock(
+            width * (len(channels) - 2),
+            channels[-1],
+            kernel_sizes[-1],
+            dilations[-1],
+            activation,
+            dropout=dropout,
+        )
+        self.asp = AttentiveStatisticsPooling(
+            channels[-1],
+            attention_channels=attention_channels,
+            global_context=global_context,
+        )
+        self.asp_bn = BatchNorm1d(input_size=2 * channels[-1])
+        self.fc = Conv1d(
+            in_channels=2 * channels[-1],
+            out_channels=lin_neurons,
+            kernel_size=1,
+        )
+
+    @property
+    def save_memory(self):
+        """Whether activations are computed again instead of stored."""
+        return self.trunk.save_memory
+
+    @save_memory.setter
+    def save_memory(self, value):
+        self.trunk.save_memory = value
+
+    def forward(self, x, lengths=None):
+        """Computes embeddings.
+
+        Arguments
+        ---------
+        x : torch.Tensor
+            Features [N, T, input_size].
+        lengths : torch.Tensor, optional
+            Relative lengths [N].
+
+        Returns
+        -------
+        torch.Tensor
+            Embeddings [N, 1, lin_neurons].
+        """
+        return embed(self, self.trunk, x, lengths)
+
+
+def matching_width(channels, res2net_scale, se_channels, kernel_size, groups):
+    """Inner channels that give a coupling the parameters of one block.
+
+    Arguments
+    ---------
+    channels : int
+        Channels of SpeechBrain's block, and of both streams together.
+    res2net_scale : int
+        The scale of the Res2Net block.
+    se_channels : int
+        Channels of the squeeze.
+    kernel_size : int
+        Kernel of the Res2Net block.
+    groups : int
+        Groups of the TDNN blocks.
+
+    Returns
+    -------
+    int
+        A multiple of res2net_scale and groups.
+    """
+
+    def parameters(outside, inside):
+        chunk = inside // res2net_scale
+        res2net = (res2net_scale - 1) * (kernel_size * chunk + 3) * chunk
+        tdnn = (2 * outside // groups + 3) * inside + 3 * outside
+        return res2net + tdnn + (2 * se_channels + 1) * outside + se_channels
+
+    wanted = parameters(channels, channels)
+    step = math.lcm(res2net_scale, groups)
+    return min(
+        range(step, 2 * channels + step, step),
+        key=lambda inside: abs(2 * parameters(channels // 2, inside) - wanted),
+    )
+
+
+def check_inner_channels(inner_channels, res2net_scale, groups):
+    """Res2Net splits them in chunks, and groups in groups.
+
+    Arguments
+    ---------
+    inner_channels : int
+        Channels of a Res2Net block.
+    res2net_scale : int
+        Its number of chunks.
+    groups : int
+        Groups of the TDNN blocks around it.
+
+    Raises
+    ------
+    ValueError
+        If that does not come out even.
+    """
+    step = math.lcm(res2net_scale, groups)
+    if inner_channels < 1 or inner_channels % step:
+        raise ValueError(
+            f"inner_channels={inner_channels} must be a multiple of {step}: "
+            f"res2net_scale={res2net_scale}, groups={groups}."
+        )

@@ -1,0 +1,197 @@
+"""Attentive statistics pooling that stores only its input.
+
+Okabe et al., "Attentive Statistics Pooling for Deep Speaker Embedding"
+(2018), with the global context of Desplanques et al., "ECAPA-TDNN" (2020):
+
+    h = W [x; mean(x); std(x)] + b       a = tanh(norm(activation(h)))
+    e = V a + c                          w = softmax over time of e
+    output: mean and standard deviation over time of x with the weights w
+
+Written so, [x; mean; std] has three times the channels of x, and e, w and the
+deviations as many as x each. But W [x; mean; std] is a sum over channels, and
+what follows a treats every channel apart: both can be computed, and in
+backward computed again, for a few channels at a time. Only h and a, with few
+channels, exist as a whole.
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from speechbrain.dataio.dataio import length_to_mask
+from torch.autograd.function import once_differentiable
+
+from sb_memeff.nnet.replay import Recorder
+
+__all__ = ["attentive_statistics_pooling"]
+
+# Channels at a time: few beside the hundreds or thousands of x, and enough
+# to keep a GPU busy.
+WIDTH = 128
+
+
+def attentive_statistics_pooling(pooling, x, lengths=None, save_memory=True):
+    """What SpeechBrain's AttentiveStatisticsPooling computes, in less memory.
+
+    Arguments
+    ---------
+    pooling : speechbrain.lobes.models.ECAPA_TDNN.AttentiveStatisticsPooling
+        The module, with its weights.
+    x : torch.Tensor
+        [N, C, T].
+    lengths : torch.Tensor, optional
+        Relative lengths [N]; padded frames count neither in the context nor
+        in the statistics.
+    save_memory : bool
+        False stores what backward needs instead of computing it again.
+
+    Returns
+    -------
+    torch.Tensor
+        [N, 2 * C, 1]: all means, then all standard deviations.
+
+    Example
+    -------
+    >>> from speechbrain.lobes.models.ECAPA_TDNN import (
+    ...     AttentiveStatisticsPooling,
+    ... )
+    >>> pooling = AttentiveStatisticsPooling(64)
+    >>> attentive_statistics_pooling(pooling, torch.rand(8, 64, 120)).shape
+    torch.Size([8, 128, 1])
+    """
+    frames = x.shape[-1]
+    if lengths is None:
+        lengths = torch.ones(x.shape[0], device=x.device)
+    mask = length_to_mask(lengths * frames, max_len=frames, device=x.device)
+    known = {"mask": mask.unsqueeze(1), "eps": pooling.eps}
+
+    tdnn = pooling.tdnn
+    conv = tdnn.conv.conv
+    # The channels of x first, to be sliced with x.
+    weights = conv.weight.transpose(0, 1).split(x.shape[1])
+    function = _context if pooling.global_context else _projection
+    h, x = _over_channels(
+        partial(function, **known), "sum", save_memory, x, (), weights
+    )
+    if conv.bias is not None:
+        h = h + conv.bias.to(h.dtype).unsqueeze(1)
+    a = pooling.tanh(tdnn.dropout(tdnn.norm(tdnn.activation(h))))
+    # All slices add to its gradient, in its precision.
+    a = a.to(torch.promote_types(a.dtype, torch.float32))
+    conv = pooling.conv.conv
+    pooled, _ = _over_channels(
+        partial(_attend, **known),
+        "cat",
+        save_memory,
+        x,
+        (a,),
+        (conv.weight, conv.bias),
+    )
+    return pooled.transpose(1, 2).flatten(1).unsqueeze(2)
+
+
+def _statistics(x, weight, eps):
+    mean = (weight * x).sum(2, keepdim=True)
+    var = (weight * (x - mean).square()).sum(2, keepdim=True)
+    return mean, var.clamp(eps).sqrt()
+
+
+def _projection(x, w_x, mask, eps):
+    """What a few channels add to h, [N, A, T]."""
+    return F.conv1d(x, w_x.transpose(0, 1))
+
+
+def _context(x, w_x, w_mean, w_std, mask, eps):
+    """The same with the context: their means and deviations."""
+    weight = mask / mask.sum(2, keepdim=True)
+    mean, std = (s.to(x.dtype) for s in _statistics(x, weight, eps))
+    h = F.conv1d(x, w_x.transpose(0, 1))
+    h = h + F.conv1d(mean, w_mean.transpose(0, 1))
+    return h + F.conv1d(std, w_std.transpose(0, 1))
+
+
+def _attend(x, a, v, c, mask, eps):
+    """Weighted mean and deviation of a few channels, [N, channels, 2]."""
+    e = F.conv1d(a.to(v.dtype), v, c).masked_fill(mask == 0, float("-inf"))
+    return torch.cat(_statistics(x, F.softmax(e, dim=2), eps), dim=2)
+
+
+def _over_channels(function, join, save_memory, x, shared, weights):
+    """function(x, *shared, *weights), a few channels at a time.
+
+    The slices' results are added up ("sum") or stand side by side ("cat").
+    x is returned too, for the next function: through it the gradient of x
+    comes back, and what belongs to this function is added in place instead of
+    in a second tensor of that size. Nothing else may use x.
+    """
+    if save_memory and torch.is_grad_enabled():
+        return _OverChannels.apply(
+            function, join, len(shared), x, *shared, *weights
+        )
+    return _joined(function, join, x, shared, weights), x
+
+
+def _slices(x, weights):
+    return zip(x.split(WIDTH, 1), *(w.split(WIDTH) for w in weights))
+
+
+def _joined(function, join, x, shared, weights):
+    results = (
+        function(part, *shared, *parts) for part, *parts in _slices(x, weights)
+    )
+    if join == "cat":
+        return torch.cat(list(results), dim=1)
+    total = next(results)
+    dtype = total.dtype
+    # Many small parts: rounded to a low precision only at the end.
+    total = total.to(torch.promote_types(dtype, torch.float32))
+    for result in results:
+        total = total + result
+    return total.to(dtype)
+
+
+class _OverChannels(torch.autograd.Function):
+    """``_joined`` that stores its inputs and computes slices again."""
+
+    @staticmethod
+    def forward(ctx, function, join, count, x, *tensors):
+        ctx.function = function
+        ctx.join = join
+        ctx.count = count
+        # No function here draws random numbers.
+        ctx.recorder = Recorder(x.device, follow_random=False)
+        ctx.save_for_backward(x, *tensors)
+        ctx.set_materialize_grads(False)
+        shared, weights = tensors[:count], tensors[count:]
+        return _joined(function, join, x, shared, weights), x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient, dx):
+        x, *tensors = (t.detach() for t in ctx.saved_tensors)
+        shared, weights = tensors[: ctx.count], tensors[ctx.count :]
+        if dx is None:
+            dx = torch.zeros_like(x)
+        d_shared = [torch.zeros_like(t) for t in shared]
+        d_weights = [torch.zeros_like(t) for t in weights]
+        slices = zip(_slices(x, weights), _slices(dx, d_weights), strict=True)
+        start = 0
+        for (part, *parts), targets in slices:
+            inputs = [
+                t.detach().requires_grad_() for t in (part, *parts, *shared)
+            ]
+            part, parts = inputs[0], inputs[1 : 1 + len(parts)]
+            with torch.enable_grad(), ctx.recorder.autocast():
+                value = ctx.function(part, *inputs[1 + len(parts) :], *parts)
+            wanted = gradient
+            if ctx.join == "cat":
+                wanted = gradient.narrow(1, start, value.shape[1])
+                start += value.shape[1]
+            found = torch.autograd.grad(value, inputs, wanted.to(value.dtype))
+            del value
+            for target, more in zip((*targets, *d_shared), found, strict=True):
+                target.add_(more)
+        return None, None, None, dx, *d_shared, *d_weights

@@ -1,0 +1,488 @@
+"""Recompute named blocks of any network instead of storing their activations.
+
+For those who must keep their architecture and their pretrained weights: one
+line in a yaml file, after the network,
+
+    __recompute: !apply:sb_memeff.nnet.recompute.recompute_blocks
+        module: !ref <embedding_model>
+        blocks: [blocks.*, mfa, asp]
+
+and the blocks keep what they are called with, nothing else, until backward
+runs each of them once more. Values, gradients, running statistics, random
+numbers, names and state_dict stay those of the untouched network.
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+import copyreg
+import functools
+import inspect
+import math
+import weakref
+from fnmatch import fnmatchcase
+
+import torch
+from speechbrain.utils.autocast import AMPConfig
+from speechbrain.utils.logger import get_logger
+from torch import nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+
+from sb_memeff.nnet.segment import Segment
+from sb_memeff.utils.memory import (
+    format_bytes,
+    parse_bytes,
+    training_step_memory,
+    without_data,
+)
+
+__all__ = ["fit_recompute", "recompute_blocks", "store_blocks"]
+
+logger = get_logger(__name__)
+
+
+def recompute_blocks(module, blocks, every=1, segment_length=1):
+    """Makes named blocks compute their activations again in backward.
+
+    The module is changed in place and keeps its class (by isinstance), its
+    names, its state_dict and whoever refers to it; copies, pickles, DDP,
+    torch.compile and moves to a device carry the change along, and so does
+    SyncBatchNorm conversion, except for a norm that is a block by itself.
+    Without gradients (under no_grad, in torch.jit) a block is called as it
+    is. A hook on a block runs once a step, hooks on modules inside it once
+    more in backward.
+
+    A block may lie inside another: ``[layer?, layer?.*]`` stores what enters
+    the outer blocks, and computes the inner ones twice more.
+
+    Arguments
+    ---------
+    module : torch.nn.Module
+        The network, or any part of it.
+    blocks : str or list of str
+        Names of modules as in ``module.named_modules()``; ``*``, ``?`` and
+        ``[...]`` stand for characters within one part of a name, ``**`` for
+        any number of parts. A block should take a small part of the
+        network's memory, and more than its input: backward holds the
+        activations of one block at a time.
+    every : float
+        Recompute every k-th segment only and store the others: 2 costs half
+        the time and saves half the activations; 1.5 recomputes two of three.
+        At least 1. Add blocks by calling again.
+    segment_length : int
+        So many consecutive blocks (in the order of ``named_modules``) store
+        one input together. For networks that list single layers, as Xvector
+        does: a convolution alone would store its input and save nothing.
+        What the network does between two blocks is not computed again: what
+        it changes there is stored.
+
+    Returns
+    -------
+    list of str
+        The blocks that recompute now.
+
+    Raises
+    ------
+    TypeError
+        If module is none.
+    ValueError
+        If a name fits nothing or what cannot be recomputed (the message
+        lists what there is), for every or segment_length below 1, and for
+        blocks inside each other with every or segment_length other than 1.
+
+    Example
+    -------
+    >>> from speechbrain.lobes.models.ECAPA_TDNN import ECAPA_TDNN
+    >>> net = ECAPA_TDNN(80, channels=[16] * 5, lin_neurons=8)
+    >>> recompute_blocks(net, ["blocks.*", "mfa"])
+    ['blocks.0', 'blocks.1', 'blocks.2', 'blocks.3', 'mfa']
+    >>> net(torch.rand(2, 50, 80)).sum().backward()
+    """
+    names = _apply(module, blocks, every, segment_length)
+    logger.info(
+        f"{type(module).__name__}: {len(names)} blocks recompute their "
+        f"activations in backward: {', '.join(names)}."
+    )
+    return names
+
+
+def _apply(module, blocks, every, segment_length):
+    segments = _segments(module, blocks, segment_length)
+    _check_every(every)
+    if every != 1:
+        _refuse_nested(segments, f"every={every:g}")
+    names = []
+    # 1e-9: with every = 12 / 7, 7 * every shall be 12.
+    for i in range(math.ceil(len(segments) / every - 1e-9)):
+        queue = _Queue()
+        segment = segments[int(i * every + 1e-9)]
+        for position, (name, block) in enumerate(segment):
+            _make_recompute(block, _Place(name, queue, position))
+            names.append(name)
+    return names
+
+
+def store_blocks(module):
+    """Undoes ``recompute_blocks``: all blocks store their activations.
+
+    Needed for pickles of whole modules (not for a state_dict) that shall be
+    loaded without sb_memeff.
+
+    Arguments
+    ---------
+    module : torch.nn.Module
+        The network.
+
+    Returns
+    -------
+    list of str
+        The blocks that had been recomputed.
+
+    Example
+    -------
+    >>> net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())
+    >>> recompute_blocks(net, "*", segment_length=2)
+    ['0', '1']
+    >>> store_blocks(net)
+    ['0', '1']
+    """
+    names = []
+    for name, part in module.named_modules():
+        original = vars(type(part)).get("_stores_as")
+        if original is not None:
+            part.__class__ = original
+            del part._recompute_place
+            names.append(name)
+    return names
+
+
+def fit_recompute(
+    module,
+    blocks,
+    budget,
+    example,
+    segment_length=1,
+    optimizer=None,
+    precision="fp32",
+):
+    """Recomputes as few of the blocks as a memory budget allows.
+
+    Counts the peak of a training step (parameters, gradients, activations,
+    temporaries and, if asked, optimizer states) on tensors without data: no
+    GPU is needed, and none of the step's arithmetic is done. Convolution
+    workspaces, the CUDA context and what lies outside ``module`` (classifier,
+    augmentation) are not counted: leave room for them.
+
+    Arguments
+    ---------
+    module : torch.nn.Module
+        The network.
+    blocks : str or list of str
+        See ``recompute_blocks``.
+    budget : int or str
+        Bytes, or such as "11GB" or "10.5 GiB".
+    example : list of int or callable
+        Shape of the largest float32 input of a training batch; or a function
+        that calls the module it is given and returns a tensor, such as
+        ``lambda net: net(torch.zeros(16, 250, 640), torch.ones(16))``.
+    segment_length : int
+        See ``recompute_blocks``.
+    optimizer : callable, optional
+        ``!ref <opt_class>``: its states count too.
+    precision : str
+        fp32, fp16 or bf16, as in SpeechBrain's run options.
+
+    Returns
+    -------
+    float
+        The ``every`` that was chosen, None if nothing need be recomputed.
+
+    Raises
+    ------
+    ValueError
+        If the budget cannot be reached; the message says what can. And as
+        ``recompute_blocks``. The module is unchanged then.
+
+    Example
+    -------
+    >>> def block():
+    ...     layers = [torch.nn.Linear(64, 64), torch.nn.Tanh()]
+    ...     return torch.nn.Sequential(*layers, *layers)
+    >>> net = torch.nn.Sequential(*(block() for _ in range(12)))
+    >>> fit_recompute(net, "*", budget="5.5MB", example=[1000, 64])
+    1.5
+    """
+    segments = _segments(module, blocks, segment_length)
+    _refuse_nested(segments, "fit_recompute")
+    count = len(segments)
+    limit = parse_bytes(budget)
+    autocast = AMPConfig.from_name(precision).dtype
+    if autocast == torch.float32:
+        autocast = None
+    if not callable(example):
+        example = tuple(example)
+
+    @functools.cache
+    def peak(recomputed):
+        def build():
+            network = without_data(module)
+            if recomputed:
+                _apply(network, blocks, count / recomputed, segment_length)
+            return network
+
+        return training_step_memory(
+            build, example, optimizer=optimizer, autocast=autocast
+        ).peak_bytes
+
+    who = type(module).__name__
+    if peak(0) <= limit:
+        logger.info(
+            f"{who}: a step takes {format_bytes(peak(0))} with all activations "
+            f"stored; nothing is recomputed."
+        )
+        return None
+    if peak(count) > limit:
+        raise ValueError(
+            f"fit_recompute: {who} does not fit into {format_bytes(limit)}. "
+            f"With all of {blocks} recomputed a step still takes "
+            f"{format_bytes(peak(count))} ({format_bytes(peak(0))} with all "
+            f"activations stored). Name more or smaller blocks, or take a "
+            f"smaller batch."
+        )
+    # The more are recomputed, the less a step takes.
+    too_few, enough = 0, count
+    while enough - too_few > 1:
+        middle = (too_few + enough) // 2
+        if peak(middle) <= limit:
+            enough = middle
+        else:
+            too_few = middle
+    every = count / enough
+    logger.info(
+        f"{who}: with every={every:.4g} a step takes "
+        f"{format_bytes(peak(enough))} of {format_bytes(limit)} "
+        f"({format_bytes(peak(0))} with all activations stored)."
+    )
+    recompute_blocks(module, blocks, every, segment_length)
+    return every
+
+
+# --- names -------------------------------------------------------------------
+
+
+def _segments(module, blocks, length):
+    """The blocks as lists of (name, module), ``length`` in each."""
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            f"recompute_blocks: module must be a torch.nn.Module, got "
+            f"{type(module).__name__}."
+        )
+    if not isinstance(length, int) or length < 1:
+        raise ValueError(
+            f"recompute_blocks: segment_length must be an integer of at "
+            f"least 1, got {length!r}."
+        )
+    found = _named_blocks(module, blocks)
+    segments = [found[i : i + length] for i in range(0, len(found), length)]
+    if length > 1:
+        _refuse_nested(segments, f"segment_length={length}")
+    return segments
+
+
+def _named_blocks(module, patterns):
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    if not patterns:
+        raise ValueError("recompute_blocks: blocks names no module.")
+    named = list(module.named_modules(remove_duplicate=False))
+    found = {}
+    for pattern in patterns:
+        matches = [
+            (name, part)
+            for name, part in named
+            if _fits(_parts(name), _parts(pattern))
+        ]
+        if not matches:
+            raise ValueError(
+                f"recompute_blocks: nothing in {type(module).__name__} is "
+                f"named {pattern!r}. There are: {_candidates(named)}."
+            )
+        callables = [m for m in matches if not isinstance(m[1], _CONTAINERS)]
+        if not callables:
+            name, part = matches[0]
+            raise ValueError(
+                f"recompute_blocks: {name} is a {type(part).__name__}, which "
+                f"is never called. Name what it holds: '{name}.*'."
+            )
+        found.update((part, name) for name, part in reversed(callables))
+    for block, name in found.items():
+        _check_block(name, block)
+    # In the network's order, whatever that of the patterns; by its first name
+    # if a module has several.
+    order = list(module.modules())
+    return [(found[part], part) for part in order if part in found]
+
+
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
+
+def _parts(name):
+    # The module itself is named "".
+    return name.split(".") if name else []
+
+
+def _fits(name, pattern):
+    if not pattern:
+        return not name
+    if pattern[0] == "**":
+        return any(_fits(name[i:], pattern[1:]) for i in range(len(name) + 1))
+    return (
+        bool(name)
+        and fnmatchcase(name[0], pattern[0])
+        and _fits(name[1:], pattern[1:])
+    )
+
+
+def _candidates(named, limit=30):
+    """What blocks could be named, numbers as ``*``, the outermost first."""
+    names = {}
+    for name, part in named:
+        parts = ["*" if p.isdigit() else p for p in _parts(name)]
+        if parts and not isinstance(part, _CONTAINERS):
+            names[tuple(parts)] = None
+    names = [".".join(parts) for parts in sorted(names, key=len)]
+    if len(names) > limit:
+        names[limit:] = ["..."]
+    return ", ".join(names) or "no modules inside it"
+
+
+def _check_block(name, block):
+    if isinstance(block, torch.jit.ScriptModule):
+        raise ValueError(
+            f"recompute_blocks: {name} is compiled by torch.jit; call "
+            f"recompute_blocks before, or name its neighbours only."
+        )
+    if "forward" in vars(block):
+        raise ValueError(
+            f"recompute_blocks: somebody has replaced forward of this very "
+            f"{name} ({type(block).__name__}); that would hide ours. Call "
+            f"recompute_blocks before."
+        )
+
+
+def _refuse_nested(segments, option):
+    names = [name for segment in segments for name, _ in segment]
+    for outer in names:
+        for inner in names:
+            if inner.startswith(f"{outer}."):
+                raise ValueError(
+                    f"recompute_blocks: {inner} lies inside {outer}; that "
+                    f"goes with every=1 and segment_length=1 only, not with "
+                    f"{option}. Call recompute_blocks once for each."
+                )
+
+
+def _check_every(every):
+    if not isinstance(every, (int, float)) or not 1 <= every < math.inf:
+        raise ValueError(
+            f"recompute_blocks: every must be a number of at least 1, got "
+            f"{every!r}."
+        )
+
+
+# --- blocks ------------------------------------------------------------------
+
+
+class _Queue:
+    """Blocks that follow each other in one segment."""
+
+    def __init__(self):
+        self._open = None
+
+    def segment(self, position, leaves):
+        """The segment that a call belongs to.
+
+        A call joins the segment of the calls before it if they feed it; a
+        block that is called again, or out of order, begins a new one.
+        """
+        segment = self._open() if self._open is not None else None
+        if segment is None or not (
+            segment.position < position and segment.feeds(leaves)
+        ):
+            segment = Segment()
+            self._open = weakref.ref(segment)
+        return segment
+
+    def __getstate__(self):
+        # Copies and pickles begin with no segment open.
+        return {"_open": None}
+
+
+class _Place:
+    """What a block knows of its recomputation."""
+
+    def __init__(self, name, queue, position):
+        self.name = name
+        self.queue = queue
+        self.position = position
+
+    def call(self, block, forward, args, kwargs):
+        """Calls a block's own forward, to be computed again if need be."""
+        function = functools.partial(forward, block)
+        if not torch.is_grad_enabled() or torch.jit.is_tracing():
+            return function(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            # The compiler has its own way to compute again, and counts batch
+            # statistics once.
+            return checkpoint(function, *args, use_reentrant=False, **kwargs)
+        segment = self.queue.segment(self.position, tree_leaves((args, kwargs)))
+        result = segment.call(self.name, block, function, args, kwargs)
+        segment.position = self.position
+        return result
+
+
+def _make_recompute(block, place):
+    if "_stores_as" not in vars(type(block)):
+        block.__class__ = _recomputing(type(block))
+    block._recompute_place = place
+
+
+@functools.cache
+def _recomputing(original):
+    """A class like ``original`` whose forward is computed again in backward.
+
+    A class, since it goes wherever the instance goes: copies, pickles and
+    replicas. An attribute ``forward`` would call the module that it was made
+    for, and forward hooks of others would come in between.
+    """
+
+    @functools.wraps(original.forward)
+    def forward(self, *args, **kwargs):
+        return self._recompute_place.call(self, original.forward, args, kwargs)
+
+    # SpeechBrain asks whether forward takes lengths, and does not unwrap.
+    forward.__signature__ = inspect.signature(original.forward)
+
+    def __reduce_ex__(self, protocol):
+        reduced = original.__reduce_ex__(self, protocol)
+        if reduced[0] is not copyreg.__newobj__:
+            return reduced
+        return (_new, (original,), *reduced[2:])
+
+    return type(original)(
+        original.__name__,
+        (original,),
+        {
+            "__doc__": original.__doc__,
+            "__module__": original.__module__,
+            "__qualname__": original.__qualname__,
+            "__reduce_ex__": __reduce_ex__,
+            "_stores_as": original,
+            "forward": forward,
+        },
+    )
+
+
+def _new(original):
+    recomputing = _recomputing(original)
+    return recomputing.__new__(recomputing)

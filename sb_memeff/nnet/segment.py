@@ -1,0 +1,352 @@
+"""Forget what autograd saves inside a call; compute it again when asked for.
+
+Every tensor that an operator keeps for backward passes a pair of functions
+(torch.autograd.graph.saved_tensors_hooks). During the call of a block they
+hand autograd a numbered slot instead of the tensor; when backward opens the
+first slot, the block runs once more and fills all that are still wanted. Only
+what enters from outside is stored.
+
+The graph stays autograd's own. All that hangs on it is therefore as without:
+parameters, their hooks and DistributedDataParallel's, several outputs and
+those that nobody uses, tensors that a block finds elsewhere than among its
+arguments, partial and double backward.
+
+A segment may span several calls (Chen et al., "Training Deep Nets with
+Sublinear Memory Cost", 2016, section 4): an argument that is an output of an
+earlier call of the segment is not stored, but computed again with it. That
+the code between the blocks is somebody else's does no harm: what it changed
+is no longer that output, and is stored.
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+import weakref
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from sb_memeff.nnet.replay import (
+    Recorder,
+    Recording,
+    check_fingerprint,
+    fingerprint,
+)
+
+__all__ = ["Segment"]
+
+
+class Segment:
+    """Calls that are computed again together; their slots keep it alive.
+
+    Example
+    -------
+    >>> block = torch.nn.Sequential(
+    ...     torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3)
+    ... )
+    >>> x = torch.rand(2, 3)
+    >>> y = Segment().call("block", block, block.forward, (x,), {})
+    >>> y.sum().backward()
+    >>> block[0].weight.grad.shape
+    torch.Size([4, 3])
+    """
+
+    def __init__(self):
+        # For whoever decides what belongs together: where the last call was.
+        self.position = -1
+        self._calls = []
+        self._values = {}
+
+    def feeds(self, leaves):
+        """Whether one of these is an output of the segment, unchanged.
+
+        Arguments
+        ---------
+        leaves : iterable
+            Tensors and other objects.
+
+        Returns
+        -------
+        bool
+            True if one is.
+        """
+        return any(self._origin(leaf) is not None for leaf in leaves)
+
+    def call(self, name, block, function, args, kwargs):
+        """Calls a function, and makes autograd forget what it saves.
+
+        Arguments
+        ---------
+        name : str
+            The block's name, for messages.
+        block : torch.nn.Module
+            Whose parameters and buffers the function uses.
+        function : callable
+            What to call. It must do the same when it is called again with
+            the same arguments; random numbers, autocast and buffers are
+            looked after.
+        args : tuple
+            Its arguments; tensors may be nested in tuples, lists and dicts.
+        kwargs : dict
+            The same, by name.
+
+        Returns
+        -------
+        any
+            What the function returns.
+
+        Raises
+        ------
+        RuntimeError
+            If the function changes an argument in place that would have to
+            be stored.
+        """
+        leaves, structure = tree_flatten((args, kwargs))
+        tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
+        origins = [self._origin(leaf) for leaf in leaves]
+        stored = {
+            id(leaf): leaf
+            for leaf, origin in zip(leaves, origins, strict=True)
+            if isinstance(leaf, torch.Tensor) and origin is None
+        }
+        versions = [x._version for x in stored.values()]
+        everything = list(chain(tensors, block.parameters(), block.buffers()))
+        call = _Call(
+            name=name,
+            block=block,
+            function=function,
+            recorder=Recorder(
+                _device(everything),
+                # Fake tensors draw no random numbers.
+                not any(isinstance(x, FakeTensor) for x in everything),
+            ),
+            fingerprint=fingerprint(block),
+            structure=structure,
+            sources=_sources(leaves, origins, list(stored)),
+            storage=_Storage.apply(
+                torch.empty(0, requires_grad=True), *stored.values()
+            ),
+        )
+        number = len(self._calls)
+
+        def pack(tensor):
+            slot = _Slot(self, number, len(call.slots))
+            call.slots.append((weakref.ref(slot), tensor.shape, tensor.dtype))
+            return slot
+
+        with (
+            call.recorder.recording(block) as call.recording,
+            saved_tensors_hooks(pack, _open),
+        ):
+            result = function(*args, **kwargs)
+        if versions != [x._version for x in stored.values()]:
+            raise RuntimeError(
+                f"{name} cannot be computed again: it changes its input in "
+                f"place, and the input is all that would be stored. Set "
+                f"inplace=False in it, or do not name it."
+            )
+        call.outputs = [_reference(leaf) for leaf in tree_leaves(result)]
+        self._calls.append(call)
+        return result
+
+    def _origin(self, leaf):
+        """(number of the call, place in its output) that a tensor is."""
+        if isinstance(leaf, torch.Tensor):
+            for number, call in enumerate(self._calls):
+                for place, (reference, version) in enumerate(call.outputs):
+                    if reference() is leaf and version == leaf._version:
+                        return number, place
+        return None
+
+    def value(self, slot):
+        """The tensor that a slot stands for; it is handed out once."""
+        if slot.call >= len(self._calls):
+            raise RuntimeError(
+                "A block that calls backward inside its own forward cannot "
+                "be computed again; do not name it."
+            )
+        key = (slot.call, slot.index)
+        if key not in self._values:
+            self._recompute()
+        tensor, version = self._values.pop(key)
+        if tensor._version != version:
+            call = self._calls[slot.call]
+            raise RuntimeError(
+                f"{call.name}: a tensor of shape {tuple(tensor.shape)} that "
+                f"backward needs was changed in place afterwards."
+            )
+        return tensor
+
+    def _recompute(self):
+        last = max(n for n, call in enumerate(self._calls) if call.wanted())
+        calls = self._calls[: last + 1]
+        for call in calls:
+            check_fingerprint(
+                call.fingerprint, call.block, "recompute", f"{call.name}."
+            )
+        results = []
+        with torch.enable_grad():
+            for number, call in enumerate(calls):
+                values, result = call.again(results, number == last)
+                results.append(tree_leaves(result))
+                for index, value in values.items():
+                    self._values[number, index] = value
+
+
+class _Slot:
+    """Stands for a tensor in the graph. Holds the segment, never the reverse."""
+
+    __slots__ = ("segment", "call", "index", "__weakref__")
+
+    def __init__(self, segment, call, index):
+        self.segment = segment
+        self.call = call
+        self.index = index
+
+
+def _open(slot):
+    return slot.segment.value(slot)
+
+
+class _Storage(torch.autograd.Function):
+    """Keeps tensors as autograd does.
+
+    Changes in place are found, and the hooks that are active around the call
+    apply: an outer segment forgets them, ``save_on_cpu`` moves them.
+    """
+
+    @staticmethod
+    def forward(ctx, anchor, *tensors):
+        ctx.save_for_backward(*tensors)
+        return torch.empty(0)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise AssertionError("nothing depends on this output")
+
+
+@dataclass(eq=False)
+class _Call:
+    """One call of a block, and how to repeat it."""
+
+    name: str
+    block: torch.nn.Module
+    function: object
+    recorder: Recorder
+    fingerprint: tuple
+    structure: object
+    sources: list
+    storage: torch.Tensor
+    recording: Recording | None = None
+    outputs: list = ()
+
+    def __post_init__(self):
+        # (weak reference, shape, dtype) of all that autograd wanted to save.
+        self.slots = []
+
+    def wanted(self):
+        """Indices of the slots that the graph still holds."""
+        return {i for i, (slot, *_) in enumerate(self.slots) if slot()}
+
+    def arguments(self, results):
+        """The arguments, given the outputs of the segment's earlier calls."""
+        stored = self.storage.grad_fn.saved_tensors
+        leaves = []
+        for kind, what in self.sources:
+            if kind == "stored":
+                what = stored[what]
+            elif kind == "computed":
+                number, place = what
+                what = results[number][place]
+            leaves.append(what)
+        return tree_unflatten(leaves, self.structure)
+
+    def again(self, results, is_last):
+        """Repeats the call.
+
+        Returns
+        -------
+        tuple
+            {index: (tensor, version)} for all slots that are wanted, and the
+            result; None if the call could be left early, since no later call
+            needs it.
+        """
+        wanted = self.wanted()
+        final = max(wanted) if is_last else len(self.slots)
+        values = {}
+        count = 0
+
+        def keep(tensor):
+            nonlocal count
+            self._check_repetition(count, tensor)
+            if count in wanted:
+                # Without its history: that graph is not the one in use.
+                values[count] = (tensor.detach(), tensor._version)
+            count += 1
+            if count > final:
+                raise _Enough
+
+        args, kwargs = self.arguments(results)
+        try:
+            with (
+                self.recorder.replay(self.block, self.recording),
+                saved_tensors_hooks(keep, _open),
+            ):
+                result = self.function(*args, **kwargs)
+        except _Enough:
+            result = None
+        if wanted - values.keys():
+            self._does_not_repeat(f"saved {len(values)} tensors")
+        return values, result
+
+    def _check_repetition(self, index, tensor):
+        shape, dtype = torch.Size(), None
+        if index < len(self.slots):
+            _, shape, dtype = self.slots[index]
+        if (tensor.shape, tensor.dtype) != (shape, dtype):
+            self._does_not_repeat(
+                f"saved {tensor.dtype} {tuple(tensor.shape)} at place {index}"
+            )
+
+    def _does_not_repeat(self, what):
+        raise RuntimeError(
+            f"{self.name} cannot be computed again: the second time it {what}, "
+            f"unlike the first. It must do the same when called again with "
+            f"the same input: no random numbers but torch's, no state but "
+            f"buffers. Do not name it."
+        )
+
+
+class _Enough(BaseException):
+    """All that is wanted is there. Nobody's ``except Exception`` stops it."""
+
+
+def _sources(leaves, origins, stored):
+    found = []
+    for leaf, origin in zip(leaves, origins, strict=True):
+        if origin is not None:
+            found.append(("computed", origin))
+        elif isinstance(leaf, torch.Tensor):
+            # One tensor given twice is one tensor again: attention asks
+            # whether its query is its key.
+            found.append(("stored", stored.index(id(leaf))))
+        else:
+            found.append(("given", leaf))
+    return found
+
+
+def _reference(leaf):
+    if isinstance(leaf, torch.Tensor):
+        return weakref.ref(leaf), leaf._version
+    return (lambda: None), None
+
+
+def _device(tensors):
+    for tensor in tensors:
+        if tensor.device.type not in ("cpu", "meta"):
+            return tensor.device
+    return torch.device("cpu")

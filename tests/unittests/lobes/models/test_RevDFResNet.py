@@ -1,0 +1,138 @@
+"""Reversible DF-ResNets: what test_reversible_lobes.py does not know of them."""
+
+import pytest
+import torch
+from hyperpyyaml import load_hyperpyyaml
+
+from sb_memeff.lobes.models.DFResNet import DFResNet
+from sb_memeff.lobes.models.ResNet import stride_pairs
+from sb_memeff.lobes.models.RevDFResNet import RevDFResNet
+from sb_memeff.nnet.reversible import AdditiveCoupling, check_invertible
+from sb_memeff.utils.memory import training_step_memory
+
+KINDS = ["strided", "invertible"]
+
+
+def peak(cls, name, **options):
+    """Peak bytes of a training step with 64 crops of 2 s."""
+    shape = (64, 200, 80)
+    build = lambda: cls.from_preset(name, **options)  # noqa: E731
+    return training_step_memory(build, shape).peak_bytes
+
+
+def test_memory_of_the_deepest_networks_against_the_vanilla_one():
+    """The paper's headline is 16.2 times less in total."""
+    vanilla = peak(DFResNet, "DFResNet233")
+    for downsampling in KINDS:
+        ours = peak(RevDFResNet, "DFRevNet233", downsampling=downsampling)
+        assert vanilla > 2.5 * 16.2 * ours
+
+
+@pytest.mark.parametrize("downsampling", KINDS)
+def test_slices_save_memory(downsampling):
+    """The expansions dominate; in two slices they take half."""
+    name, options = "DFRevNet56", {"downsampling": downsampling}
+    whole = peak(RevDFResNet, name, slices=[1, 1, 1, 1], **options)
+    assert peak(RevDFResNet, name, **options) < 0.61 * whole
+
+
+def test_slices_are_the_function():
+    """f of a stage is the sum of its slices, each with its inner channels."""
+    net = RevDFResNet(
+        channels=[8, 8, 8, 8],
+        inner_channels=[12, 12, 12, 12],
+        slices=[1, 2, 3, 4],
+        block_sizes=[1, 1, 1, 1],
+    )
+    couplings = [b for b in net.trunk.blocks if isinstance(b, AdditiveCoupling)]
+    widths = [
+        [body.layers[1].conv.in_channels for body in coupling.f]
+        for coupling in couplings
+    ]
+    assert widths == [[12], [6, 6], [4, 4, 4], [3, 3, 3, 3]]
+    x = torch.randn(2, 4, 10, 10)
+    coupling = couplings[1].eval()
+    for body in coupling.g:
+        torch.nn.init.normal_(body.layers[-1].conv.weight)
+    expected = torch.cat((x, x + sum(body(x) for body in coupling.g)), 1)
+    torch.testing.assert_close(coupling(torch.cat((x, x), 1)), expected)
+
+
+@pytest.mark.parametrize("downsampling", KINDS)
+def test_couplings_begin_as_the_identity(downsampling):
+    net = RevDFResNet.from_preset(
+        "DFRevNet56", downsampling=downsampling, base_channels=4
+    )
+    for block in net.trunk.blocks:
+        if isinstance(block, AdditiveCoupling):
+            channels = 2 * block.f[0].layers[0].conv.in_channels
+            x = torch.randn(2, channels, 6, 6)
+            assert torch.equal(block(x), x)
+
+
+@pytest.mark.parametrize(
+    "strides", [[2, 1, 2, 2], [1, 1, 1, 1], [[1, 2], [2, 2], [1, 2], [3, 1]]]
+)
+@pytest.mark.parametrize("downsampling", KINDS)
+def test_other_strides(strides, downsampling):
+    channels = [8, 8, 16, 16]
+    if downsampling == "invertible":
+        channels = [4]
+        for time, frequency in stride_pairs(strides[1:]):
+            channels.append(channels[-1] * time * frequency)
+    torch.manual_seed(0)
+    net = RevDFResNet(
+        input_size=20,
+        channels=channels,
+        block_sizes=[1, 1, 1, 1],
+        strides=strides,
+        inner_channels=[4, 4, 4, 4],
+        slices=[2, 1, 4, 1],
+        downsampling=downsampling,
+    ).double()
+    for parameter in net.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter)
+    feats = torch.randn(3, 21, 20, dtype=torch.float64)
+    lengths = torch.tensor([21, 13, 7]) / 21
+    assert check_invertible(net, feats, lengths).gradient_error < 1e-9
+    net.eval()
+    alone = net(feats[1:2, :13])
+    torch.testing.assert_close(net(feats, lengths)[1:2], alone)
+
+
+def test_from_yaml():
+    hparams = load_hyperpyyaml(
+        """
+        by_name: !apply:sb_memeff.lobes.models.RevDFResNet.RevDFResNet.from_preset
+            name: GeminiDFRevNet60
+            downsampling: invertible
+            base_channels: 4
+            slices: [4, 2, 1, 1]
+        by_hand: !new:sb_memeff.lobes.models.RevDFResNet.RevDFResNet
+            input_size: 80
+            channels: [8, 8, 16, 16]
+            block_sizes: [1, 1, 1, 1]
+            strides: [[1, 2], 2, [1, 2], [1, 2]]
+            lin_neurons: 12
+        """
+    )
+    assert hparams["by_name"](torch.rand(2, 16, 80)).shape == (2, 256)
+    assert hparams["by_hand"](torch.rand(2, 16, 80)).shape == (2, 12)
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="DFRevNet18.*DFRevNet56"):
+        RevDFResNet.from_preset("DFRevNet18")
+    with pytest.raises(ValueError, match="'strided'.*got 'haar'"):
+        RevDFResNet.from_preset("DFRevNet56", downsampling="haar")
+    with pytest.raises(ValueError, match=r"\[3, 1, 1, 1\] must divide inner"):
+        RevDFResNet(channels=[8, 8, 8, 8], slices=[3, 1, 1, 1])
+    with pytest.raises(ValueError, match=r"slices.*four.*\[2\]"):
+        RevDFResNet(slices=[2])
+    with pytest.raises(ValueError, match=r"channels=\[8, 16, 64, 128\]"):
+        RevDFResNet(
+            channels=[8, 8, 16, 16],
+            strides=[1, (1, 2), 2, (1, 2)],
+            downsampling="invertible",
+        )

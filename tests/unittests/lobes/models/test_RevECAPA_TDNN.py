@@ -1,0 +1,229 @@
+"""The reversible ECAPA-TDNN."""
+
+import copy
+import inspect
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hyperpyyaml import load_hyperpyyaml
+from speechbrain.lobes.models.ECAPA_TDNN import ECAPA_TDNN
+
+from sb_memeff.lobes.models.RevECAPA_TDNN import RevECAPA_TDNN
+from sb_memeff.nnet.reversible import check_invertible
+
+sys.path.insert(0, str(Path(__file__).parents[4] / "benchmarks"))
+
+import ecapa  # noqa: E402
+
+SMALL = {
+    "input_size": 20,
+    "lin_neurons": 6,
+    "channels": [16, 16, 16, 16, 140],  # two slices in the pooling
+    "attention_channels": 8,
+    "res2net_scale": 4,
+    "se_channels": 8,
+}
+VARIANTS = [
+    {},
+    {"channels": [24, 16, 16, 16, 140]},
+    {"channels": [16, 16, 20], "kernel_sizes": [3, 5, 1], "res2net_scale": 2}
+    | {"dilations": [1, 1, 1], "groups": [1, 2, 1], "inner_channels": 8},
+    {"global_context": False, "dropout": 0.3},
+    {"activation": torch.nn.Tanh, "res2net_scale": 1},
+]
+
+
+def small(**options):
+    torch.manual_seed(0)
+    return RevECAPA_TDNN(**{**SMALL, **options})
+
+
+def batch(dtype=torch.float32):
+    torch.manual_seed(1)
+    return torch.randn(4, 40, 20, dtype=dtype), torch.tensor([1, 0.8, 0.5, 0.3])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_float64_gradients_equal_stored_ones(variant):
+    feats, lengths = batch(torch.float64)
+    net = small(**variant).double()
+    assert check_invertible(net, feats, lengths).gradient_error < 1e-9
+    assert check_invertible(net, feats).gradient_error < 1e-9
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_exact_under_bf16_autocast(variant):
+    feats, lengths = batch()
+    net = small(**variant)
+    with torch.autocast("cpu", torch.bfloat16):
+        report = check_invertible(net, feats, lengths)
+    assert report.inversion_error == 0.0
+    assert report.gradient_error < 1e-6
+
+
+def test_state_dict_after_steps_is_that_of_the_stored_network():
+    feats, lengths = batch(torch.float64)
+    net = small(dropout=0.1).double()
+    twin = copy.deepcopy(net)
+    twin.save_memory = False
+    for module in (net, twin):
+        torch.manual_seed(3)
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.01)
+        for _ in range(2):
+            optimizer.zero_grad()
+            module(feats, lengths).square().sum().backward()
+            optimizer.step()
+    for key, value in twin.state_dict().items():
+        ours = net.state_dict()[key]
+        torch.testing.assert_close(ours, value, rtol=1e-9, atol=1e-12)
+    counts = {int(v) for k, v in net.state_dict().items() if "num_batches" in k}
+    assert counts == {2}
+
+
+def test_called_like_speechbrains():
+    feats, lengths = batch()
+    for net in (ECAPA_TDNN(**SMALL), small()):
+        assert net(feats).shape == (4, 1, 6)
+        assert net(feats, lengths).shape == (4, 1, 6)
+    ours, theirs = (
+        list(inspect.signature(cls).parameters)
+        for cls in (RevECAPA_TDNN, ECAPA_TDNN)
+    )
+    assert ours[: len(theirs)] == theirs
+
+
+def test_what_lies_behind_the_blocks_is_named_as_in_speechbrains():
+    theirs, ours = (
+        {
+            key: value.shape
+            for key, value in net.state_dict().items()
+            if not key.startswith(("blocks.", "trunk."))
+        }
+        for net in (ECAPA_TDNN(**SMALL), small())
+    )
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("blocks", [3, 12])
+@pytest.mark.parametrize("channels", [64, 512, 1024])
+def test_as_many_parameters_as_speechbrains(channels, blocks):
+    options = ecapa.arguments_of(channels, blocks)
+    with torch.device("meta"):
+        counts = [
+            sum(p.numel() for p in network(**options).parameters())
+            for network in (ECAPA_TDNN, RevECAPA_TDNN)
+        ]
+    assert counts[1] == pytest.approx(counts[0], rel=0.01)
+
+
+def test_aggregation_is_the_convolution_over_all_blocks():
+    """The sum that the taps form is what SpeechBrain's mfa would compute."""
+    net = small().double().eval()
+    feats, _ = batch(torch.float64)
+    inputs, states = [], []
+    net.mfa.activation.register_forward_hook(
+        lambda module, args, result: inputs.append(args[0])
+    )
+    for block in net.trunk.blocks:
+        if hasattr(block, "read"):
+            block.read.register_forward_hook(
+                lambda module, args, result: states.append(args[0])
+            )
+    with torch.no_grad():
+        net(feats)
+        expected = net.mfa.conv(torch.cat(states, dim=1))
+    assert len(states) == 3
+    torch.testing.assert_close(inputs[0], expected)
+
+
+def test_lengths_cut_padding_off_where_speechbrains_do():
+    """Up to the edge of the convolutions: an utterance alone is reflected
+    there, in a batch it is followed by zeros; for both networks alike."""
+    frames = [120, 90, 60]
+    errors = []
+    for network in (ECAPA_TDNN, RevECAPA_TDNN):
+        torch.manual_seed(0)
+        net = network(**{**SMALL, "channels": [64] * 4 + [96]}).double()
+        feats = torch.randn(3, 120, 20, dtype=torch.float64)
+        net(feats)  # running statistics that matter
+        net.eval()
+        for row, n in enumerate(frames):
+            feats[row, n:] = 0
+        lengths = torch.tensor(frames) / 120
+        together = net(feats, lengths)
+        alone = torch.cat(
+            [net(feats[i : i + 1, :n]) for i, n in enumerate(frames)]
+        )
+        torch.testing.assert_close(together[0], alone[0])
+        errors.append((together - alone).norm() / alone.norm())
+        # The lengths matter.
+        assert (net(feats) - alone).norm() / alone.norm() > 5 * errors[-1]
+    assert errors[1] < 1.5 * errors[0]
+
+
+def test_from_yaml():
+    hparams = load_hyperpyyaml(
+        """
+        embedding_model: !new:sb_memeff.lobes.models.RevECAPA_TDNN.RevECAPA_TDNN
+            input_size: 20
+            channels: [16, 16, 16, 16, 48]
+            kernel_sizes: [5, 3, 3, 3, 1]
+            dilations: [1, 2, 3, 4, 1]
+            attention_channels: 8
+            lin_neurons: 12
+        """
+    )
+    assert hparams["embedding_model"](torch.rand(2, 16, 20)).shape == (2, 1, 12)
+
+
+def graph_of(y):
+    """Names of the nodes of the autograd graph."""
+    nodes, seen = [y.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [following for following, _ in node.next_functions]
+    return {type(node).__name__ for node in seen}
+
+
+def test_save_memory_is_one_switch():
+    """For the chain, the chunks of Res2Net and the pooling."""
+    ours = {"_SaveMemoryBackward", "_OverChannelsBackward"}
+    net = small()
+    assert net.save_memory and ours <= graph_of(net(batch()[0]))
+    net.save_memory = False
+    assert not ours & graph_of(net(batch()[0]))
+
+
+def test_memory_against_speechbrains():
+    ours = ecapa.memory_of("reversible").activation_bytes
+    assert ecapa.memory_of("stored").activation_bytes > 8 * ours
+    assert ecapa.memory_of("checkpoint").activation_bytes > 4.5 * ours
+
+
+def test_memory_does_not_grow_with_depth():
+    shallow, deep = (ecapa.memory_of("reversible", n) for n in (3, 12))
+    assert deep.activation_bytes < 1.02 * shallow.activation_bytes
+
+
+def test_errors():
+    with pytest.raises(ValueError, match=r"dilations .*\[1, 2\]"):
+        small(dilations=[1, 2])
+    with pytest.raises(ValueError, match=r"even, got 15"):
+        small(channels=[16, 15, 15, 15, 48])
+    with pytest.raises(ValueError, match=r"all the same.*\[16, 16, 32, 32, 4"):
+        small(channels=[16, 16, 32, 32, 48])
+    with pytest.raises(ValueError, match=r"all the same.*\[16, 48\]"):
+        small(
+            channels=[16, 48],
+            **dict.fromkeys(("kernel_sizes", "dilations", "groups"), [1, 1]),
+        )
+    with pytest.raises(ValueError, match=r"inner_channels=6 .* multiple of 4"):
+        small(inner_channels=6)
+    with pytest.raises(ValueError, match=r"1x1.*a kernel of 3 in 1 groups"):
+        small(kernel_sizes=[5, 3, 3, 3, 3])
+    with pytest.raises(ValueError, match=r"each of the 4 utterances.*\(1,\)"):
+        small()(batch(torch.float32)[0], torch.ones(1))

@@ -1,0 +1,126 @@
+"""Attentive statistics pooling that stores only its input."""
+
+import copy
+
+import pytest
+import torch
+from chains import assert_same_state, gradients, relative_error
+from speechbrain.lobes.models.ECAPA_TDNN import AttentiveStatisticsPooling
+from torch import nn
+
+from sb_memeff.nnet import attentive_pooling
+from sb_memeff.nnet.attentive_pooling import attentive_statistics_pooling
+from sb_memeff.utils.memory import training_step_memory
+
+
+class Ours(nn.Module):
+    """Our function with the weights of SpeechBrain's module."""
+
+    def __init__(self, pooling, save_memory=True):
+        super().__init__()
+        self.pooling = pooling
+        self.save_memory = save_memory
+
+    def forward(self, x, lengths=None):
+        return attentive_statistics_pooling(
+            self.pooling, x, lengths, self.save_memory
+        )
+
+
+def pooling(channels=11, global_context=True):
+    torch.manual_seed(0)
+    return AttentiveStatisticsPooling(channels, 4, global_context)
+
+
+@pytest.fixture(autouse=True)
+def narrow_slices(monkeypatch):
+    """Three slices of 11 channels, the last one narrower."""
+    monkeypatch.setattr(attentive_pooling, "WIDTH", 4)
+
+
+def batch(dtype=torch.float64):
+    torch.manual_seed(1)
+    return torch.randn(3, 11, 20, dtype=dtype)
+
+
+@pytest.mark.parametrize("lengths", [None, torch.tensor([1.0, 0.7, 0.3])])
+@pytest.mark.parametrize("global_context", [True, False])
+@pytest.mark.parametrize("save_memory", [True, False])
+def test_equals_speechbrains(save_memory, global_context, lengths):
+    theirs = pooling(global_context=global_context).double()
+    ours = Ours(copy.deepcopy(theirs), save_memory)
+    x = batch()
+    y_ref, reference, _ = gradients(theirs, x, lengths)
+    y, found, _ = gradients(ours, x, lengths)
+    torch.testing.assert_close(y, y_ref)
+    assert relative_error(found, reference) < 1e-9
+    torch.testing.assert_close(
+        ours.pooling.tdnn.norm.norm.running_var,
+        theirs.tdnn.norm.norm.running_var,
+    )
+    assert ours.pooling.tdnn.norm.norm.num_batches_tracked == 1
+    torch.testing.assert_close(
+        ours.eval()(x, lengths), theirs.eval()(x, lengths)
+    )
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_stored_and_recomputed_are_the_same(autocast):
+    ours = Ours(pooling())
+    twin = copy.deepcopy(ours)
+    twin.save_memory = False
+    x = batch(torch.float32)
+    # Backward runs outside autocast.
+    y, found, _ = gradients(ours, x, autocast=autocast)
+    y_ref, reference, _ = gradients(twin, x, autocast=autocast)
+    assert torch.equal(y, y_ref)
+    assert relative_error(found, reference) < 1e-6
+    assert_same_state(ours, twin)
+
+
+def test_pure_bfloat16():
+    """SpeechBrain's module fails here."""
+    y = Ours(pooling().bfloat16())(batch(torch.bfloat16))
+    assert torch.isfinite(y).all()
+
+
+def test_dropout_and_frozen_weights():
+    ours = Ours(pooling().double())
+    ours.pooling.tdnn.dropout = nn.Dropout1d(0.5)
+    ours.pooling.conv.conv.weight.requires_grad_(False)
+    twin = copy.deepcopy(ours)
+    twin.save_memory = False
+    x = batch()
+    _, found, state = gradients(ours, x)
+    _, reference, state_ref = gradients(twin, x)
+    assert [g is None for g in found] == [g is None for g in reference]
+    assert relative_error(found, reference) < 1e-9
+    assert torch.equal(state, state_ref)
+
+
+def test_backward_twice_and_not_through_backward():
+    ours = Ours(pooling().double())
+    x = batch().requires_grad_()
+    y = ours(x).square().sum()
+    y.backward(retain_graph=True)
+    once = x.grad.clone()
+    y.backward()
+    torch.testing.assert_close(x.grad, 2 * once)
+    (gradient,) = torch.autograd.grad(ours(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_memory_is_little_beside_the_input(monkeypatch):
+    """Ours: input and gradient; SpeechBrain's peak is 11 times the input."""
+    monkeypatch.undo()
+    channels = 3072
+    shape = (8, channels, 300)
+    size = 4 * 8 * channels * 300
+
+    def activations(build):
+        return training_step_memory(build, shape).activation_bytes
+
+    ours = activations(lambda: Ours(pooling(channels)))
+    assert ours < 2.5 * size
+    assert activations(lambda: pooling(channels)) > 4.5 * ours
