@@ -13,7 +13,7 @@ from sb_memeff.lobes.models.DFResNet import DFResNet
 from sb_memeff.lobes.models.ResNet import ResNet
 from sb_memeff.lobes.models.RevDFResNet import RevDFResNet
 from sb_memeff.lobes.models.RevResNet import RevResNet
-from sb_memeff.utils.export import export_speaker_model
+from sb_memeff.utils.export import export_speaker_model, export_speaker_onnx
 
 __all__ = ["main"]
 
@@ -58,6 +58,9 @@ def export(arguments):
         f"source={arguments.destination!r})\n"
         f'    score, same = model.verify_files("a.wav", "b.wav")'
     )
+    if arguments.onnx:
+        path = export_speaker_onnx(arguments.destination)
+        print(f"And {path}, from normalised features to embeddings.")
 
 
 def build_parser():
@@ -78,6 +81,11 @@ def build_parser():
     command = commands.add_parser("export", help=export.__doc__)
     command.add_argument("output_folder", help="of a training run")
     command.add_argument("destination", help="folder to write")
+    command.add_argument(
+        "--onnx",
+        action="store_true",
+        help="write the embedding network as ONNX too",
+    )
     command.set_defaults(run=export)
     return parser
 
@@ -98,7 +106,7 @@ def main(argv=None):
     arguments = build_parser().parse_args(argv)
     try:
         arguments.run(arguments)
-    except (FileNotFoundError, ValueError) as error:
+    except (FileNotFoundError, ImportError, ValueError) as error:
         print(f"sb-memeff: {error}", file=sys.stderr)
         return 2
     return 0

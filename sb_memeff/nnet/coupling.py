@@ -285,6 +285,10 @@ class AdditiveCoupling(Invertible):
         return (y1, y2), (d1, d2)
 
 
+def _for_any_size():
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
 def _summands(function):
     # What ran last is replayed first, hence the reversed() above.
     if isinstance(function, nn.ModuleList):
@@ -377,8 +381,10 @@ class SpaceToDepth(Invertible):
         factors = self._factors(x.shape)
         padding = []
         for size, f in zip(reversed(x.shape[2:]), reversed(factors)):
-            padding += [0, -size % f]
-        if any(padding):
+            # Not -size % f: ONNX has another remainder of negative numbers.
+            padding += [0, (size + f - 1) // f * f - size]
+        # A graph for any size cannot depend on the size of the example.
+        if _for_any_size() or any(padding):
             x = F.pad(x, padding)
         split = [*x.shape[:2]]
         for size, f in zip(x.shape[2:], factors):

@@ -75,8 +75,9 @@ def padding_masks(lengths, x, strides):
     frames = (lengths * size).round().long().clamp(min=1)
     masks = []
     for stride in strides:
-        size = -(-size // stride)
-        frames = -(-frames // stride)
+        # Not -(-size // stride): ONNX rounds negative quotients up.
+        size = (size + stride - 1) // stride
+        frames = (frames + stride - 1) // stride
         steps = torch.arange(size, device=lengths.device)
         masks.append((steps >= frames[:, None])[:, None, :, None])
     return masks

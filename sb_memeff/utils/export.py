@@ -9,9 +9,13 @@ import shutil
 from pathlib import Path
 
 import ruamel.yaml
+import torch
+from hyperpyyaml import load_hyperpyyaml
 from speechbrain.utils.checkpoints import Checkpointer
 
-__all__ = ["best_checkpoint", "export_speaker_model"]
+from sb_memeff.utils.standalone import export_onnx
+
+__all__ = ["best_checkpoint", "export_speaker_model", "export_speaker_onnx"]
 
 # What inference needs of a training run's hyperparams.yaml.
 KEYS = (
@@ -119,6 +123,41 @@ def export_speaker_model(output_folder, destination):
     # Last: a folder with a yaml file is complete.
     (destination / "hyperparams.yaml").write_text(text, encoding="utf-8")
     return checkpoint
+
+
+def export_speaker_onnx(folder):
+    """Adds the embedding network as ONNX to a folder for inference.
+
+    Arguments
+    ---------
+    folder : str
+        What ``export_speaker_model`` made. ``embedding_model.onnx`` takes
+        the features that ``mean_var_norm`` returns, ``feats`` [B, T, F], and
+        ``lengths`` [B]; see ``sb_memeff.utils.standalone``.
+
+    Returns
+    -------
+    Path
+        The file.
+
+    Raises
+    ------
+    ImportError
+        If the package onnx is missing.
+    """
+    folder = Path(folder)
+    with open(folder / "hyperparams.yaml", encoding="utf-8") as f:
+        params = load_hyperpyyaml(f)
+    network = params["embedding_model"]
+    weights = torch.load(
+        folder / "embedding_model.ckpt", map_location="cpu", weights_only=True
+    )
+    network.load_state_dict(weights)
+    second = torch.zeros(1, params["sample_rate"])
+    input_size = params["compute_features"](second).shape[-1]
+    path = folder / "embedding_model.onnx"
+    export_onnx(network, path, input_size, with_lengths=True)
+    return path
 
 
 def inference_yaml(hyperparams):

@@ -115,3 +115,15 @@ def test_halves_wants_an_even_number_of_channels():
         halves(torch.zeros(2, 3, 4))
     with pytest.raises(ValueError, match=r"shape \(2,\)"):
         halves(torch.zeros(2))
+
+
+def test_an_exported_space_to_depth_takes_odd_and_even_sizes():
+    down = SpaceToDepth(2)
+    free = {"x": {2: torch.export.Dim.DYNAMIC}}
+    example = (torch.rand(1, 4, 11, 6),)
+    program = torch.export.export(down, example, dynamic_shapes=free)
+    traced = torch.jit.trace(down, example)
+    for size in (8, 9, 10):
+        x = torch.rand(1, 4, size, 6)
+        for exported in (program.module(), traced):
+            assert torch.equal(exported(x), down(x))

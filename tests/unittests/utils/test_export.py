@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 import soundfile
 import speechbrain as sb
@@ -17,6 +18,7 @@ from hyperpyyaml import load_hyperpyyaml
 from speechbrain.inference.classifiers import EncoderClassifier
 from speechbrain.inference.speaker import SpeakerRecognition
 
+from sb_memeff.cli import main
 from sb_memeff.utils.export import best_checkpoint, export_speaker_model
 
 RECIPE = Path(__file__).parents[3] / "recipes" / "VoxCeleb" / "SpeakerRec"
@@ -110,6 +112,23 @@ def test_same_scores_as_the_recipe(run, wavs, tmp_path, offline):
     score, _ = model.verify_files(a, b)
     assert score.item() == pytest.approx(expected.item(), abs=1e-5)
     assert abs(score.item()) < 0.9999
+
+
+def test_onnx_beside_it(run, tmp_path, capsys):
+    target = tmp_path / "model"
+    assert main(["export", str(run), str(target), "--onnx"]) == 0
+    assert "embedding_model.onnx" in capsys.readouterr().out
+    session = onnxruntime.InferenceSession(target / "embedding_model.onnx")
+    with open(run / "hyperparams.yaml", encoding="utf-8") as f:
+        net = load_hyperpyyaml(f)["embedding_model"].eval()
+    verification.load_weights(net, verification.find_weights(run / "save"))
+    feats, lengths = torch.randn(2, 70, 24), torch.tensor([0.5, 1.0])
+    inputs = {"feats": feats.numpy(), "lengths": lengths.numpy()}
+    (found,) = session.run(None, inputs)
+    with torch.no_grad():
+        expected = net(feats, lengths)
+    similar = torch.cosine_similarity(torch.from_numpy(found), expected)
+    assert similar.min() > 1 - 1e-5
 
 
 def test_classifies(run, wavs, tmp_path, offline):

@@ -1,0 +1,207 @@
+"""Trained networks as files that run without this package.
+
+A trace of the forward pass, as ONNX or TorchScript, for batches of any size
+and any number of frames. It holds plain operations only: without gradients
+there is no memory to save.
+
+The grid of a reversible network's streams is in it too (see
+``sb_memeff.nnet.reversible``), and bounds how closely two programs agree: a
+value that lies between two points of the grid, up to the rounding of float32,
+goes to either, 2**-12 apart. Embeddings of networks trained on speech, with
+values around 2, differ by up to 9e-5 in onnxruntime, as they do between two
+convolution algorithms of PyTorch; those of an untrained network can differ by
+1e-3. Networks without a grid agree to 1e-5.
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+import contextlib
+import importlib.util
+import warnings
+
+import torch
+from torch import nn
+
+__all__ = ["export_onnx", "trace"]
+
+# Enough that a network with a stride of 8 and the reflected edges of
+# ECAPA-TDNN's dilated kernels are at home.
+FRAMES = 101
+
+
+def export_onnx(network, path, input_size, with_lengths=False):
+    """Writes a network as an ONNX file.
+
+    The file's inputs are ``feats`` [B, T, input_size] and, if asked for,
+    ``lengths`` [B] (relative, as in SpeechBrain); its output is
+    ``embeddings``. B and T are free. The training mode and ``save_memory`` of
+    the network do not matter and stay as they are.
+
+    Arguments
+    ---------
+    network : torch.nn.Module
+        Any of ``sb_memeff.lobes.models``, or a module called like them.
+    path : str
+        File to write.
+    input_size : int
+        Number of features per frame.
+    with_lengths : bool
+        Whether batches are padded and their lengths are given. Without, all
+        frames count.
+
+    Raises
+    ------
+    ImportError
+        If the package onnx is missing.
+
+    Example
+    -------
+    >>> from sb_memeff.lobes.models.RevResNet import RevResNet
+    >>> net = RevResNet.from_preset("RevNet34", input_size=80)
+    >>> export_onnx(net, "net.onnx", input_size=80)  # doctest: +SKIP
+    >>> import onnxruntime  # doctest: +SKIP
+    >>> session = onnxruntime.InferenceSession("net.onnx")  # doctest: +SKIP
+    >>> feats = torch.rand(2, 300, 80).numpy()
+    >>> session.run(None, {"feats": feats})[0].shape  # doctest: +SKIP
+    (2, 256)
+    """
+    if importlib.util.find_spec("onnx") is None:
+        raise ImportError("Writing ONNX needs a package: pip install onnx")
+    names = ["feats", "lengths"] if with_lengths else ["feats"]
+    free = {"feats": {0: "batch", 1: "frames"}, "embeddings": {0: "batch"}}
+    if with_lengths:
+        free["lengths"] = {0: "batch"}
+    inputs = example(network, input_size, with_lengths)
+    with for_inference(network), affine_norms(network):
+        # The newer exporter (dynamo=True) gives the same function, takes
+        # twenty times as long and needs one more package.
+        torch.onnx.export(
+            network,
+            inputs,
+            str(path),
+            dynamo=False,
+            input_names=names,
+            output_names=["embeddings"],
+            dynamic_axes=free,
+            opset_version=17,
+        )
+
+
+def trace(network, input_size, with_lengths=False):
+    """A network as TorchScript, to ``save`` and load in C++ or Python.
+
+    It is called like the network, in inference. B and T are free.
+
+    Arguments
+    ---------
+    network : torch.nn.Module
+        Any of ``sb_memeff.lobes.models``, or a module called like them.
+    input_size : int
+        Number of features per frame.
+    with_lengths : bool
+        Whether it is called with lengths.
+
+    Returns
+    -------
+    torch.jit.ScriptModule
+        The trace, on the network's device. It shares the weights.
+
+    Example
+    -------
+    >>> from sb_memeff.lobes.models.RevResNet import RevResNet
+    >>> net = RevResNet.from_preset("RevNet34", base_channels=4)
+    >>> trace(net, input_size=80)(torch.rand(2, 30, 80)).shape
+    torch.Size([2, 256])
+    """
+    inputs = example(network, input_size, with_lengths)
+    with for_inference(network):
+        return torch.jit.trace(network, inputs, check_trace=False)
+
+
+def example(network, input_size, with_lengths):
+    """What the network is called with to be traced.
+
+    Arguments
+    ---------
+    network : torch.nn.Module
+        The network.
+    input_size : int
+        Number of features per frame.
+    with_lengths : bool
+        Whether lengths are among it.
+
+    Returns
+    -------
+    tuple of torch.Tensor
+        feats [1, T, input_size], and lengths [1].
+    """
+    weight = next(network.parameters())
+    # One utterance: SpeechBrain's length_to_mask makes the number of lengths
+    # a constant of the trace, and one mask is stretched to any batch.
+    feats = torch.zeros(
+        1, FRAMES, input_size, device=weight.device, dtype=weight.dtype
+    )
+    lengths = torch.ones(1, device=weight.device)
+    return (feats, lengths) if with_lengths else (feats,)
+
+
+@contextlib.contextmanager
+def for_inference(network):
+    """Evaluation mode without gradients, and afterwards as it was.
+
+    Arguments
+    ---------
+    network : torch.nn.Module
+        The network.
+    """
+    modes = [(module, module.training) for module in network.modules()]
+    saving = [
+        (module, module.save_memory)
+        for module in network.modules()
+        if hasattr(module, "save_memory")
+    ]
+    network.eval()
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            # Shapes are compared while tracing: in checks, which hold for any
+            # size if they hold for one.
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
+            warnings.filterwarnings("ignore", "Constant folding", UserWarning)
+            for module, _ in saving:
+                module.save_memory = False
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for module, value in saving:
+            module.save_memory = value
+
+
+@contextlib.contextmanager
+def affine_norms(network):
+    """Gives batch norms without weights ones and zeros for a while.
+
+    The exporter would make them itself, and fails where it has lost track of
+    the number of channels.
+
+    Arguments
+    ---------
+    network : torch.nn.Module
+        The network.
+    """
+    plain = [
+        module
+        for module in network.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        and module.weight is None
+    ]
+    for module in plain:
+        module.weight = nn.Parameter(torch.ones_like(module.running_var))
+        module.bias = nn.Parameter(torch.zeros_like(module.running_mean))
+    try:
+        yield
+    finally:
+        for module in plain:
+            module.weight = module.bias = None
