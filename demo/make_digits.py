@@ -303,8 +303,8 @@ def describe(manifest):
     return (
         f"{options['train_speakers']} training and "
         f"{options['test_speakers']} unseen test speakers, "
-        f"{' / '.join(map(str, utterances.values()))} utterances to train / "
-        f"validate / test, {manifest['minutes']:.0f} min"
+        f"{' + '.join(map(str, utterances.values()))} utterances "
+        f"({', '.join(utterances)}), {manifest['minutes']:.0f} min"
         + (", cached" if manifest["cached"] else "")
     )
 
