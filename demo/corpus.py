@@ -170,9 +170,10 @@ def read_manifest(out):
         manifest = json.loads(
             (out / "manifest.json").read_text(encoding="utf-8")
         )
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return {}
-    return manifest if "options_sha256" in manifest else {}
+    ours = isinstance(manifest, dict) and "options_sha256" in manifest
+    return manifest if ours else {}
 
 
 def speak_all(write_speaker, jobs, workers=None, progress=True):

@@ -5,6 +5,7 @@ Authors
 """
 
 import codecs
+import os
 import re
 import shutil
 import subprocess
@@ -114,7 +115,9 @@ def pieces_of(stream):
         yield rest
 
 
-def run_recipe(name, script, yaml, overrides, log, shown=None):
+def run_recipe(
+    name, script, yaml, overrides, log, shown=None, environment=None
+):
     """Runs a script of a recipe: bars on the screen, everything in a log.
 
     Arguments
@@ -132,6 +135,8 @@ def run_recipe(name, script, yaml, overrides, log, shown=None):
     shown : dict
         What to print of each epoch, as epoch_line takes it; None prints
         nothing.
+    environment : dict
+        Environment variables, where the user has not set them.
 
     Raises
     ------
@@ -149,6 +154,7 @@ def run_recipe(name, script, yaml, overrides, log, shown=None):
         subprocess.Popen(
             command,
             cwd=script.parent,
+            env={**(environment or {}), **os.environ},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             bufsize=0,

@@ -23,6 +23,10 @@ TRAIN_YAML = "hparams/digits_transducer.yaml"
 # The yaml file is for twice the audio: these are small batches, so that there
 # are steps enough, and the average leaves out the first half of the training.
 OVERRIDES = {"max_batch_len": 25, "warmup_steps": 150, "avg_checkpoints": 3}
+# Threads would wait for each other more than they compute, so small are the
+# tensors: on two cores that are busy with something else, two threads were
+# five times slower than one.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
 SHOWN = {
     "train loss": "training loss {:5.2f}".format,
     "valid WER": "validation WER {:5.1f} %".format,
@@ -81,6 +85,7 @@ def train(corpus, output, epochs):
         overrides,
         output.parent / "train_output.txt",
         SHOWN,
+        ENVIRONMENT,
     )
     return read_wer(output / "wer_test.txt")
 

@@ -91,7 +91,7 @@ def test_interrupted_run_leaves_the_earlier_corpus(tmp_path):
     [
         None,
         "not json",
-        "[]",
+        "5",
         '{"name": "a browser extension"}',
         '{"options_sha256": "0", "options": {"speakers": 1, "seed": 0}}',
     ],

@@ -18,7 +18,8 @@ SHOWN = {
 }
 # Output as SpeechBrain and tqdm write it: a bar of carriage returns, colours.
 SCRIPT = f"""
-import sys
+import os, sys
+print("threads:", os.environ.get("OMP_NUM_THREADS"))
 print("arguments:", *sys.argv[1:])
 print("\\r 50%|#####     |\\r100%|##########|", end="\\r", file=sys.stderr)
 print("\\x1b[32m{EPOCH}\\x1b[0m", file=sys.stderr)
@@ -56,6 +57,19 @@ def test_epochs_on_the_screen_and_everything_in_the_log(
     text = log.read_text()
     assert "arguments: a.yaml --lr=0.1\n" in text and f"{EPOCH}\n" in text
     assert "%|" not in text
+
+
+@pytest.mark.parametrize("users, threads", [(None, "1"), ("4", "4")])
+def test_the_users_environment_wins(
+    script, tmp_path, monkeypatch, users, threads
+):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if users:
+        monkeypatch.setenv("OMP_NUM_THREADS", users)
+    log = tmp_path / "output.txt"
+    environment = {"OMP_NUM_THREADS": "1"}
+    run_recipe("Training", script, "a.yaml", {}, log, None, environment)
+    assert f"threads: {threads}\n" in log.read_text()
 
 
 def test_a_failure_is_named_after_its_last_lines(script, tmp_path, capsys):
