@@ -3,7 +3,8 @@
 Sources: Braun, McDermott and Hsiao, Neural Transducer Training: Reduced Memory
 Consumption with Sample-wise Computation (arXiv 2211.16270), the method
 "samplewise"; "tiled" cuts the packed cells of the batch into tiles, computes
-each twice, and in backward only those that a path is likely to visit.
+each for the scores, and again for the gradients if a path is likely to visit
+it. Both form the gradients in forward where all samples weigh the same.
 
 Authors
  * The sb_memeff authors 2026
@@ -60,7 +61,7 @@ class TransducerJointLoss(nn.Module):
     max_rows : int
         Rows of a tile.
     occupancy_floor : float
-        In backward "tiled" leaves out cells that paths visit with a lower
+        For gradients "tiled" leaves out cells that paths visit with a lower
         probability: the gradient of a cell's logits is at most twice that.
         0 leaves out nothing.
     fastemit_lambda : float
