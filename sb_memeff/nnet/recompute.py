@@ -30,12 +30,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from sb_memeff.nnet.segment import Segment
-from sb_memeff.utils.memory import (
-    format_bytes,
-    parse_bytes,
-    training_step_memory,
-    without_data,
-)
+from sb_memeff.utils.fake import without_data
+from sb_memeff.utils.memory import training_step_memory
+from sb_memeff.utils.sizes import format_bytes, parse_bytes
 
 __all__ = ["fit_recompute", "recompute_blocks", "store_blocks"]
 

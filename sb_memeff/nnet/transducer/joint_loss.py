@@ -13,6 +13,7 @@ Authors
 import torch
 from speechbrain.utils.logger import get_logger
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from sb_memeff.nnet.losses import transducer_loss
 from sb_memeff.nnet.replay import Recorder
@@ -241,6 +242,9 @@ class _Loss(torch.autograd.Function):
 
 
 def _name_samples(nll):
+    if isinstance(nll, FakeTensor):
+        # Analysed, not computed: there is no value to look at.
+        return
     bad = (~nll.detach().isfinite()).nonzero().flatten().tolist()
     if bad:
         logger.warning(

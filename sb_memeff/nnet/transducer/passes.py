@@ -6,6 +6,7 @@ Authors
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from sb_memeff.nnet.transducer.lattice import loss_and_occupancies
 from sb_memeff.nnet.transducer.rows import wide_dtype
@@ -90,6 +91,9 @@ class TiledPass:
         places = cells.places()
         # Not "occupancy >= floor": NaN must come out.
         visited = ~((blank + emission)[places] < self.floor)
+        if isinstance(visited, FakeTensor):
+            # Memory is analysed: no occupancies, so all cells.
+            visited = torch.ones_like(places, dtype=torch.bool)
         if upstream is not None:
             visited &= (upstream != 0)[cells.locate(places)[0]]
         if any(r.random_states is not None for r in self.recordings):

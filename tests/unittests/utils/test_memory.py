@@ -2,9 +2,21 @@
 
 import pytest
 import torch
+from speechbrain.nnet.transducer.transducer_joint import Transducer_joint
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
-from sb_memeff.utils.memory import StorageTracker, training_step_memory
+from sb_memeff.lobes.models.ResNet import ResNet
+from sb_memeff.lobes.models.RevECAPA_TDNN import RevECAPA_TDNN
+from sb_memeff.lobes.models.RevResNet import RevResNet
+from sb_memeff.nnet.transducer.joint_loss import TransducerJointLoss
+from sb_memeff.optim import SGD8bit
+from sb_memeff.utils.memory import (
+    KINDS,
+    ModuleTracker,
+    StorageTracker,
+    training_step_memory,
+)
 
 
 def test_views_and_in_place_results_count_once():
@@ -19,10 +31,10 @@ def test_views_and_in_place_results_count_once():
     assert (tracker.alive, tracker.peak) == (0, 400)
 
 
-def linear_step(**options):
-    """One layer of 1000 x 1000 without bias on a batch of 50."""
+def linear_step(batch=50, **options):
+    """One layer of 1000 x 1000 without bias."""
     return training_step_memory(
-        lambda: nn.Linear(1000, 1000, bias=False), (50, 1000), **options
+        lambda: nn.Linear(1000, 1000, bias=False), (batch, 1000), **options
     )
 
 
@@ -36,6 +48,177 @@ def test_a_step_whose_peak_can_be_counted_by_hand():
     # Weight and gradient; input, output and its gradient.
     assert memory.peak_bytes == 2 * weight + 3 * activation
     assert memory.activation_bytes == 3 * activation
+
+
+def test_the_peak_is_split_by_what_it_is_for():
+    memory = linear_step(
+        optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)
+    )
+    assert memory.by_kind == {
+        "parameters": 4_000_000,
+        "buffers": 0,
+        "gradients": 4_000_000,
+        "optimizer states": 4_000_000,
+        "inputs": 200_000,
+        "activations": 200_000,
+        "recomputed": 0,
+        "temporaries": 200_000,
+    }
+    assert tuple(memory.by_kind) == KINDS
+    assert sum(memory.split.values()) == memory.peak_bytes
+    assert memory.peak_phase == "backward"
+    assert memory.allocator_bytes is None
+
+
+def test_the_peak_is_split_by_module():
+    def build():
+        net = nn.Sequential(
+            nn.BatchNorm1d(100),
+            nn.Sequential(nn.Linear(100, 1000, bias=False), nn.ReLU()),
+            nn.Linear(1000, 10, bias=False),
+        )
+        net.register_parameter("own", nn.Parameter(torch.zeros(7)))
+        return net
+
+    memory = training_step_memory(build, (512, 100), torch.optim.Adam)
+    assert sum(memory.by_module().values()) == memory.peak_bytes
+    assert sum(memory.by_module(1).values()) == memory.peak_bytes
+    names = {n for n, _ in build().named_modules()}
+    assert set(memory.by_module()) <= names
+    assert list(memory.by_module(1))[0] == "1"
+    split = memory.split
+    for name, size in (("1.0", 400_000), ("2", 40_000)):
+        assert split[name, "parameters"] == size
+        # Adam counts the steps, too.
+        assert split[name, "optimizer states"] == 2 * size + 4
+    assert split["2", "gradients"] == 40_000
+    assert ("1.0", "gradients") not in split, "not yet"
+    assert split["", "parameters"] == 28
+    assert ("", "optimizer states") not in split, "nothing used it"
+    assert split["0", "buffers"] == 808
+    # ReLU kept its output and computes the gradient of its input, from that
+    # which the last layer gave it.
+    assert split["1.1", "activations"] == 512 * 1000 * 4
+    assert memory.peak_module == "1.1"
+    assert split["1.1", "temporaries"] == 512 * 1000 * 4
+    assert split["2", "temporaries"] == 512 * 1000 * 4
+
+
+def test_reversible_networks_recompute_and_vanilla_ones_store():
+    def by_kind(network, name):
+        return training_step_memory(
+            lambda: network.from_preset(name, base_channels=8), (8, 100, 80)
+        ).by_kind
+
+    ours, vanilla = by_kind(RevResNet, "RevNet34"), by_kind(ResNet, "ResNet34")
+    assert ours["recomputed"] > ours["activations"] > 0
+    assert vanilla["recomputed"] == 0
+    assert vanilla["activations"] > 10 * ours["activations"]
+
+
+def test_8bit_states_are_counted_as_they_are():
+    def states(optimizer):
+        memory = linear_step(
+            5000, optimizer=lambda p: optimizer(p, lr=0.1, momentum=0.9)
+        )
+        return memory.by_kind["optimizer states"]
+
+    assert states(torch.optim.SGD) == 4_000_000
+    # A scale for every block of values.
+    assert states(SGD8bit) == pytest.approx(1_000_000, rel=0.03)
+
+
+def transducer():
+    """A joint loss on random encodings, the way a step would call it."""
+    loss = TransducerJointLoss(
+        Transducer_joint(), nn.Linear(32, 100), occupancy_floor=0
+    )
+    loss.encoder = nn.Linear(32, 32)
+    return loss
+
+
+def transducer_step(loss):
+    """The loss of 4 samples of 50 frames and 10 targets."""
+    enc = loss.encoder(torch.rand(4, 50, 32))
+    lens = torch.tensor([1.0, 0.5, 1.0, 0.9])
+    targets = torch.ones(4, 10, dtype=torch.long)
+    return loss(enc, torch.rand(4, 11, 32), targets, lens, torch.ones(4))
+
+
+# Channels are those of real networks: to narrower ones oneDNN adds some.
+NETWORKS = {
+    "vanilla": (lambda: ResNet.from_preset("ResNet34"), (2, 50, 80)),
+    "Type I": (lambda: RevResNet.from_preset("RevNet34"), (2, 50, 80)),
+    "Type II": (
+        lambda: RevResNet.from_preset("RevNet34", downsampling="invertible"),
+        (2, 50, 80),
+    ),
+    "ECAPA": (
+        lambda: RevECAPA_TDNN(80, channels=[64] * 4 + [192]),
+        (4, 50, 80),
+    ),
+    "transducer": (transducer, transducer_step),
+}
+
+
+def allocator_peak(build, step, optimizer):
+    """The most that torch's CPU allocator gave out, by its own account."""
+    with profile(
+        activities=[ProfilerActivity.CPU], profile_memory=True
+    ) as profiler:
+        net = build()
+        x = None if callable(step) else torch.zeros(step)
+        updater = optimizer(net.parameters())
+        for last in (False, True):
+            y = step(net) if callable(step) else net(x)
+            y.backward(torch.ones_like(y))
+            del y
+            if not last:
+                updater.step()
+                updater.zero_grad()
+    events = [
+        (event.start_ns(), event.nbytes())
+        for event in profiler.profiler.kineto_results.events()
+        if event.name() == "[memory]"
+    ]
+    alive = peak = 0
+    for _, size in sorted(events, key=lambda event: event[0]):
+        alive += size
+        peak = max(peak, alive)
+    return peak
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_analysis_agrees_with_the_allocator(name):
+    build, step = NETWORKS[name]
+    torch.manual_seed(0)
+    real = allocator_peak(build, step, torch.optim.Adam)
+    found = training_step_memory(build, step, torch.optim.Adam)
+    assert found.peak_bytes == pytest.approx(real, rel=0.02)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_analysis_agrees_with_the_gpu(name):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    build, step = NETWORKS[name]
+    if not callable(step):
+        step = (32, *step[1:])
+    found = training_step_memory(build, step, torch.optim.Adam)
+    real = training_step_memory(
+        build, step, torch.optim.Adam, fake=False, device="cuda"
+    )
+    assert found.peak_bytes == pytest.approx(real.allocator_bytes, rel=0.05)
+
+
+def test_modules_are_followed_through_errors():
+    net = nn.Sequential(nn.Linear(2, 2))
+    with ModuleTracker() as modules:
+        modules.name(net)
+        with pytest.raises(RuntimeError):
+            net(torch.rand(1, 3))
+        assert modules.current() == ("", False)
 
 
 def test_optimizer_states_are_counted():

@@ -1,0 +1,209 @@
+"""Fake tensors: shapes, dtypes and devices without memory or arithmetic.
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+import contextlib
+import copy
+import functools
+import weakref
+
+import torch
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+__all__ = ["fake_tensors", "without_data"]
+
+# Lengths, masks and labels keep their values up to so many elements; numbers
+# with a fraction, of which networks are made, only to very few.
+MOST_WHOLE = 2**24
+MOST_FLOATING = 2**12
+
+
+@contextlib.contextmanager
+def fake_tensors():
+    """Tensors made meanwhile are fake, but small ones keep their values.
+
+    torch's FakeTensorMode knows no values at all, so that code which looks at
+    a length stops it. Here whatever follows from small tensors alone
+    (lengths, masks, labels; not weights or activations) is computed as well.
+
+    Raises
+    ------
+    ValueError
+        In the code that runs meanwhile, if it asks for a value that is not
+        known.
+
+    Example
+    -------
+    >>> with fake_tensors():
+    ...     x = torch.rand(1000, 1000) @ torch.rand(1000, 10)
+    ...     lengths = torch.tensor([3, 5])
+    ...     longest = lengths.max().item()
+    >>> type(x).__name__, x.shape, longest
+    ('FakeTensor', torch.Size([1000, 10]), 5)
+    """
+    fake = FakeTensorMode()
+    with fake, _KnownValues(fake):
+        yield
+
+
+class _KnownValues(TorchDispatchMode):
+    """Computes small tensors beside their fakes."""
+
+    def __init__(self, fake):
+        super().__init__()
+        self.fake = fake
+        # Storages that were changed by something unknown.
+        self.spoilt = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        """Runs the operator on fakes and, if all is known, on values."""
+        kwargs = kwargs or {}
+        tensors = [
+            x
+            for x in tree_leaves((args, kwargs))
+            if isinstance(x, torch.Tensor)
+        ]
+        real = not any(isinstance(x, FakeTensor) for x in tensors)
+        if tensors and real and func is not torch.ops.aten.lift_fresh.default:
+            # The state of a random generator, or what else was there before.
+            return self.on_values(func, args, kwargs)
+        known = all(self.value(x) is not None for x in tensors)
+        if func is torch.ops.aten.index.Tensor:
+            args = args[0], self.positions(args[1])
+        try:
+            result = func(*args, **kwargs)
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            if not known:
+                raise ValueError(
+                    f"This step cannot be analysed without running it: "
+                    f"{func} asks for a value that depends on weights or data."
+                ) from None
+            return self.faked(self.on_values(func, args, kwargs))
+        if known and all(
+            x.numel() <= _most(x)
+            for x in tree_leaves(result)
+            if isinstance(x, torch.Tensor)
+        ):
+            self.remember(result, self.on_values(func, args, kwargs))
+        else:
+            self.spoil(func, args, kwargs)
+        return result
+
+    def value(self, tensor):
+        """What a tensor holds, or None."""
+        if not isinstance(tensor, FakeTensor):
+            return tensor
+        found = getattr(tensor, "_sb_memeff_value", None)
+        if found is None or found.untyped_storage() in self.spoilt:
+            return None
+        return found
+
+    def positions(self, indices):
+        """Known masks among indices as numbers, whose count is known too."""
+        found = []
+        for index in indices:
+            mask = None if index is None else self.value(index)
+            if mask is not None and mask.dtype == torch.bool:
+                with torch._C._DisableTorchDispatch():
+                    places = mask.nonzero().unbind(1)
+                found += self.faked(places)
+            else:
+                found.append(index)
+        return found
+
+    def on_values(self, func, args, kwargs):
+        """Runs the operator on values."""
+        args, kwargs = tree_map_only(torch.Tensor, self.value, (args, kwargs))
+        # Below this mode there is only FakeTensorMode.
+        with torch._C._DisableTorchDispatch():
+            return func(*args, **kwargs)
+
+    def faked(self, result):
+        """The fakes of tensors, which remember them."""
+
+        def fake(value):
+            tensor = self.fake.from_tensor(value)
+            self.remember(tensor, value)
+            return tensor
+
+        return tree_map_only(torch.Tensor, fake, result)
+
+    def remember(self, result, values):
+        """Lets fakes know their values."""
+        for tensor, value in zip(
+            tree_leaves(result), tree_leaves(values), strict=True
+        ):
+            if isinstance(tensor, FakeTensor):
+                tensor._sb_memeff_value = value
+
+    def spoil(self, func, args, kwargs):
+        """Forgets what the operator overwrites."""
+        for number, name in _overwritten(func):
+            given = args[number] if number < len(args) else kwargs.get(name)
+            for tensor in tree_leaves(given):
+                if isinstance(tensor, torch.Tensor):
+                    value = self.value(tensor)
+                    if value is not None:
+                        self.spoilt.add(value.untyped_storage())
+
+
+@functools.cache
+def _overwritten(func):
+    return [
+        (number, argument.name)
+        for number, argument in enumerate(func._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+
+
+def _most(tensor):
+    return MOST_FLOATING if tensor.is_floating_point() else MOST_WHOLE
+
+
+def without_data(module):
+    """A copy of a module whose tensors are new and hold nothing.
+
+    Under FakeTensorMode it takes no memory.
+
+    Arguments
+    ---------
+    module : torch.nn.Module
+        The module.
+
+    Returns
+    -------
+    torch.nn.Module
+        The copy: same shapes, layouts, dtypes, devices.
+
+    Example
+    -------
+    >>> with FakeTensorMode():
+    ...     copied = without_data(torch.nn.Linear(2, 3))
+    >>> copied.weight
+    Parameter(FakeTensor(..., size=(3, 2), requires_grad=True))
+    """
+    known = {}
+    for part in module.modules():
+        for group in (part._parameters, part._buffers, vars(part)):
+            for tensor in group.values():
+                if isinstance(tensor, torch.Tensor):
+                    known[id(tensor)] = _like(tensor)
+    return copy.deepcopy(module, known)
+
+
+def _like(tensor):
+    new = torch.empty_strided(
+        tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device
+    )
+    if isinstance(tensor, torch.nn.Parameter):
+        return torch.nn.Parameter(new, tensor.requires_grad)
+    return new.requires_grad_(tensor.requires_grad)

@@ -1,0 +1,84 @@
+"""Fake tensors that know small values."""
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from sb_memeff.utils.fake import fake_tensors, without_data
+
+
+def test_what_follows_from_lengths_is_known():
+    with fake_tensors():
+        lengths = torch.tensor([0.5, 1.0])
+        frames = (lengths * 10).round().long()
+        mask = torch.arange(frames.max().item()) < frames[:, None]
+        assert isinstance(mask, FakeTensor)
+        assert mask.sum(1).tolist() == [5, 10]
+        assert mask.nonzero().shape == (15, 2)
+        assert frames.unbind()[0].item() == 5
+
+
+def test_views_and_in_place_changes_keep_values():
+    with fake_tensors():
+        x = torch.zeros(2, 3, dtype=torch.long)
+        x[1].add_(2)
+        x.t()[0].fill_(7)
+        assert x.tolist() == [[7, 0, 0], [7, 2, 2]]
+
+
+def test_a_value_from_weights_is_not_known():
+    with fake_tensors():
+        y = nn.Linear(100, 100)(torch.rand(2, 100))
+        with pytest.raises(ValueError, match="_local_scalar_dense.* asks"):
+            y.sum().item()
+        with pytest.raises(ValueError, match="nonzero.* asks"):
+            (y > 0).nonzero()
+
+
+def test_what_an_unknown_value_overwrites_is_not_known_any_more():
+    with fake_tensors():
+        weight = torch.rand(1000, 1000)
+        x = torch.zeros(4)
+        view = x[1:]
+        x[0] = weight.sum()
+        for part in (x, view, x[2:]):
+            with pytest.raises(ValueError, match="cannot be analysed"):
+                part.tolist()
+
+
+def test_known_masks_choose_rows_of_unknown_tensors():
+    with fake_tensors():
+        x = torch.rand(1000, 8, 2)
+        rows = torch.arange(8)
+        assert x[:, rows < 3].shape == (1000, 3, 2)
+
+
+def test_large_tensors_take_no_memory():
+    with fake_tensors():
+        # 4 PB.
+        x = torch.zeros(10**9, 10**6)
+        mask = torch.ones(10**15, dtype=torch.bool)
+        assert (x + 1).shape == x.shape
+        with pytest.raises(ValueError, match="cannot be analysed"):
+            mask.sum().item()
+
+
+def test_real_tensors_stay_usable():
+    before = torch.tensor([1, 2])
+    with fake_tensors():
+        assert torch.equal(before, before.clone())
+        assert torch.equal(torch.get_rng_state(), torch.get_rng_state())
+
+
+def test_a_copy_without_data():
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    net[0].bias.requires_grad_(False)
+    with FakeTensorMode():
+        copied = without_data(net)
+    for (name, x), y in zip(
+        net.named_parameters(), copied.parameters(), strict=True
+    ):
+        assert isinstance(y, FakeTensor), name
+        assert (x.shape, x.requires_grad) == (y.shape, y.requires_grad)
+    assert not isinstance(net[0].weight, FakeTensor)
