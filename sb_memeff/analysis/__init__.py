@@ -1,0 +1,1 @@
+"""From a SpeechBrain yaml file to what its training step needs."""
