@@ -266,6 +266,9 @@ class Recipe:
 
 def _resolve(path, overrides):
     """The tree of a yaml file, and the placeholders still in it."""
+    # hyperpyyaml teaches ruamel tuples when it first loads something. Read
+    # before that, (3, 3) is text, and written after that, quoted text.
+    load_hyperpyyaml("first: 1")
     with open(path, encoding="utf-8") as f:
         raw = ruamel.yaml.YAML().load(f)
     if not isinstance(raw, dict):
