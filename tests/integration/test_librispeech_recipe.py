@@ -367,7 +367,7 @@ def test_language_model_when_named(place):
         (
             ['--train_splits=["train", "more"]'],
             FileNotFoundError,
-            "train_splits names more, but there is no",
+            "has no split more; it has dev, test, train",
         ),
         (["--skip_prep=True"], FileNotFoundError, "There is no .*train"),
         (["--ctc_weight=1.5"], ValueError, "ctc_weight=1.5 and ce_weight"),

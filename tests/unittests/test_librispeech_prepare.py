@@ -107,6 +107,12 @@ def test_one_split_may_be_the_merged_one(corpus):
             FileNotFoundError,
             "no split dev-clean; it has dev, train-a, train-b",
         ),
+        (
+            # Before the headers of others are read: they would not fit.
+            {"te_splits": ["test-a", "test-b"], "sample_rate": 8000},
+            FileNotFoundError,
+            "no split test-a, test-b; it has dev, train-a, train-b",
+        ),
         ({"merge_lst": ["train-c"]}, ValueError, "names train-c, but the"),
         ({"merge_name": "dev.csv"}, ValueError, "would be one file"),
         ({"select_n_sentences": [1]}, ValueError, "a number for each of"),

@@ -252,12 +252,6 @@ class RevDFResNet(ReversibleNetwork):
             make_residual=partial(sliced_residual, slices),
             make_transition=transition,
         )
-        for body in self.modules():
-            if isinstance(body, ResidualBody):
-                # Each coupling begins as the identity, as the vanilla blocks
-                # do. Else each adds a variance of about four (its expansion)
-                # to a stream, and Type I hardly begins to learn.
-                nn.init.zeros_(body.layers[-1].conv.weight)
 
 
 def sliced_residual(

@@ -532,6 +532,12 @@ class ReversibleNetwork(Presets, nn.Module):
         pooled = 2 * width * bands(input_size, strides)
         self.embedding = Embedding(pooled, lin_neurons)
         initialise(self)
+        for body in self.modules():
+            if isinstance(body, ResidualBody):
+                # Each coupling begins as the identity, as the vanilla blocks
+                # begin as their shortcuts. Else each adds a variance of its
+                # own to a stream, and Type I hardly begins to learn.
+                nn.init.zeros_(body.layers[-1].conv.weight)
 
     @property
     def save_memory(self):

@@ -18,6 +18,7 @@ from sb_memeff.lobes.models.RevDFResNet import RevDFResNet
 from sb_memeff.lobes.models.RevECAPA_TDNN import RevECAPA_TDNN
 from sb_memeff.lobes.models.RevResNet import RevResNet
 from sb_memeff.utils.standalone import export_onnx, trace
+from tests.unittests.weights import without_zeros
 
 MELS = 20
 # Odd and even numbers of frames, of frames after one stride and after two.
@@ -69,9 +70,7 @@ def build(name):
             preset, base_channels=4, input_size=MELS, **options
         )
     with torch.no_grad():
-        for parameter in net.parameters():
-            if not parameter.any():
-                torch.nn.init.normal_(parameter, std=0.2)
+        without_zeros(net, std=0.2)
         for _ in range(6):
             net(features(16, 24))
     return net

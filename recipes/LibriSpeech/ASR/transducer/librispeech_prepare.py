@@ -82,6 +82,7 @@ def prepare_librispeech(
         return
     root = split_root(data_folder)
     splits = [*tr_splits, *dev_splits, *te_splits]
+    check_splits(root, splits)
     if not isinstance(select_n_sentences, (list, tuple)):
         select_n_sentences = [select_n_sentences] * len(splits)
     if len(select_n_sentences) != len(splits):
@@ -158,6 +159,30 @@ def split_root(data_folder):
     return folder
 
 
+def check_splits(root, splits):
+    """Says which splits are missing, before any file of the others is read.
+
+    Arguments
+    ---------
+    root : Path
+        Folder of the splits.
+    splits : list of str
+        Their names.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no folder for one of them.
+    """
+    missing = [split for split in splits if not (root / split).is_dir()]
+    if missing:
+        there = sorted(p.name for p in root.iterdir() if p.is_dir())
+        raise FileNotFoundError(
+            f"{root} has no split {', '.join(missing)}; it has "
+            f"{', '.join(there) or 'no folders at all'}."
+        )
+
+
 def list_split(root, split, limit, sample_rate):
     """Rows of a csv file.
 
@@ -180,16 +205,10 @@ def list_split(root, split, limit, sample_rate):
     Raises
     ------
     FileNotFoundError
-        If the split or an audio file is missing.
+        If an audio file is missing.
     ValueError
         If there is nothing in it, or something unreadable.
     """
-    if not (root / split).is_dir():
-        there = sorted(p.name for p in root.iterdir() if p.is_dir())
-        raise FileNotFoundError(
-            f"{root} has no split {split}; it has "
-            f"{', '.join(there) or 'no folders at all'}."
-        )
     transcripts = {}
     for path in (root / split).glob("*/*/*.trans.txt"):
         transcripts.update(read_transcripts(path))

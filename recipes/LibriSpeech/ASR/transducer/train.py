@@ -225,7 +225,8 @@ def check_data(hparams):
     Raises
     ------
     FileNotFoundError
-        If the corpus or a csv file is missing.
+        If the corpus or a csv file is missing. (A split that is missing is
+        the preparation's to say, before it writes.)
     ValueError
         If a setting means nothing.
     """
@@ -245,7 +246,7 @@ def check_data(hparams):
             f"sorting={hparams['sorting']} must be random, ascending or "
             f"descending."
         )
-    root = split_root(hparams["data_folder"])
+    split_root(hparams["data_folder"])
     keys = {"train_csv": "train_splits", "valid_csv": "dev_splits"}
     for key, paths in csv_files(hparams).items():
         for path in paths:
@@ -262,13 +263,6 @@ def check_data(hparams):
                     f"<output_folder>/<split>.csv with a split of {splits} "
                     f"({', '.join(hparams[splits])})."
                 )
-    if not hparams["skip_prep"]:
-        for key in ("train_splits", "dev_splits", "test_splits"):
-            for split in hparams[key]:
-                if not (root / split).is_dir():
-                    raise FileNotFoundError(
-                        f"{key} names {split}, but there is no {root / split}."
-                    )
 
 
 def csv_files(hparams):

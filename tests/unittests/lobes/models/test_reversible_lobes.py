@@ -8,9 +8,10 @@ from torch import nn
 from sb_memeff.lobes.models.DFResNet import DFResNet
 from sb_memeff.lobes.models.ResNet import ResNet
 from sb_memeff.lobes.models.RevDFResNet import RevDFResNet
-from sb_memeff.lobes.models.RevResNet import RevResNet
-from sb_memeff.nnet.reversible import check_invertible
+from sb_memeff.lobes.models.RevResNet import RevResNet, StridedCoupling
+from sb_memeff.nnet.reversible import AdditiveCoupling, check_invertible
 from sb_memeff.utils.memory import training_step_memory
+from tests.unittests.weights import without_zeros
 
 # Each with the vanilla class whose place it takes.
 LOBES = {RevResNet: ResNet, RevDFResNet: DFResNet}
@@ -34,22 +35,44 @@ each_shallow_preset = pytest.mark.parametrize(
 
 
 def small(lobe, name, downsampling):
-    """A narrow network, none of whose weights are zero."""
+    """A narrow network."""
     torch.manual_seed(0)
-    net = lobe.from_preset(
+    return lobe.from_preset(
         name, downsampling=downsampling, base_channels=4, input_size=20
     )
-    for parameter in net.parameters():
-        # What begins as zero would hide everything before it.
-        if not parameter.any():
-            nn.init.normal_(parameter, std=0.3)
-    return net
 
 
 def batch(dtype=torch.float32):
     torch.manual_seed(1)
     # Odd sizes at every stage, and utterances of odd lengths.
     return torch.randn(3, 21, 20, dtype=dtype), torch.tensor([21, 13, 7]) / 21
+
+
+def channels_of(coupling):
+    """Channels of both streams together."""
+    norms = (m for m in coupling.f.modules() if isinstance(m, nn.BatchNorm2d))
+    return 2 * next(norms).num_features
+
+
+@each_kind
+@each_shallow_preset
+def test_every_coupling_begins_as_the_identity(lobe, name, downsampling):
+    """As the vanilla blocks begin as their shortcuts."""
+    net = small(lobe, name, downsampling)
+    couplings = 0
+    for block in net.trunk.blocks:
+        if isinstance(block, AdditiveCoupling):
+            x = torch.randn(2, channels_of(block), 6, 6)
+            assert torch.equal(block(x), x)
+            couplings += 1
+        elif isinstance(block, StridedCoupling):
+            x1, x2 = torch.randn(2, 2, channels_of(block) // 2, 6, 6)
+            y1, y2 = block((x1, x2))
+            time, frequency = block.stride
+            assert torch.equal(y1, block.p(x1[..., ::time, ::frequency]))
+            assert torch.equal(y2, block.q(x2[..., ::time, ::frequency]))
+            couplings += 1
+    assert couplings == sum(lobe.PRESETS[name]["block_sizes"])
 
 
 @each_kind
@@ -74,6 +97,8 @@ def training_step(net, start, dtype, autocast):
     # Not a sum of squares: the embeddings are normalised, it is constant.
     weight = torch.randn(embeddings.shape, dtype=dtype)
     (embeddings * weight).sum().backward()
+    # What gets no gradient is not compared.
+    assert all(p.grad.any() for p in net.parameters())
     gradient = torch.cat([p.grad.flatten() for p in net.parameters()])
     # Batch norms of three utterances and many layers: gradients are large.
     nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -91,7 +116,7 @@ def test_a_step_is_that_of_the_network_that_stores(
     """Same gradients, weights and running statistics, which count once."""
     exact = precision == "float64"
     dtype = torch.float64 if exact else torch.float32
-    net = small(lobe, name, downsampling).to(dtype)
+    net = without_zeros(small(lobe, name, downsampling)).to(dtype)
     start = {key: value.clone() for key, value in net.state_dict().items()}
     found = []
     for save_memory in (False, True):
@@ -110,7 +135,7 @@ def test_a_step_is_that_of_the_network_that_stores(
 @each_shallow_preset
 def test_inversion_is_exact_under_bf16_autocast(lobe, name, downsampling):
     feats, lengths = batch()
-    net = small(lobe, name, downsampling)
+    net = without_zeros(small(lobe, name, downsampling))
     with torch.autocast("cpu", torch.bfloat16):
         report = check_invertible(net, feats, lengths)
     assert report.inversion_error == 0.0
@@ -120,7 +145,7 @@ def test_inversion_is_exact_under_bf16_autocast(lobe, name, downsampling):
 @each_kind
 @each_shallow_preset
 def test_padding_changes_no_embedding(lobe, name, downsampling):
-    net = small(lobe, name, downsampling).double()
+    net = without_zeros(small(lobe, name, downsampling)).double()
     feats, lengths = batch(torch.float64)
     net(feats, lengths)  # running statistics that matter
     net.eval()

@@ -63,12 +63,20 @@ def test_beam_search_of_a_network_that_hates_blanks_ends():
     search = TransducerBeamSearcher(
         **network(blank_bias=-50), beam_size=2, max_expansions=7
     )
-    calls = []
-    inner = search._forward_PN
-    search._forward_PN = lambda *a: (calls.append(a), inner(*a))[1]
-    (hyp,), *_ = search(torch.randn(1, 5, HIDDEN))
     # In each frame 7, and 2 that end it.
-    assert len(calls) == 5 * 9
+    expected = 5 * 9
+    calls = 0
+    inner = search._forward_PN
+
+    def counted(*args):
+        nonlocal calls
+        calls += 1
+        assert calls <= expected, "the search goes on"
+        return inner(*args)
+
+    search._forward_PN = counted
+    (hyp,), *_ = search(torch.randn(1, 5, HIDDEN))
+    assert calls == expected
     assert 0 not in hyp and len(hyp) > 5
     with pytest.raises(ValueError, match="max_expansions=0 must be"):
         TransducerBeamSearcher(**network(), max_expansions=0)
