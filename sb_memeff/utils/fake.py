@@ -80,6 +80,8 @@ class _KnownValues(TorchDispatchMode):
         if func is torch.ops.aten.index.Tensor:
             args = args[0], self.positions(args[1])
         try:
+            if func in _IMITATIONS and not known:
+                return _IMITATIONS[func](self, *args)
             result = func(*args, **kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException):
             if not known:
@@ -154,6 +156,27 @@ class _KnownValues(TorchDispatchMode):
                     value = self.value(tensor)
                     if value is not None:
                         self.spoilt.add(value.untyped_storage())
+
+
+def _ctc_loss(mode, log_probs, targets, frames, counts, *options):
+    """Loss and alphas; FakeTensorMode has nothing for lengths in tensors."""
+    rows, batch, _ = log_probs.shape
+    columns = 2 * max(mode.value(counts).tolist()) + 1
+    return (
+        log_probs.new_empty(batch),
+        log_probs.new_empty(batch, rows, columns),
+    )
+
+
+def _ctc_loss_backward(mode, gradient, log_probs, *others):
+    """The gradient of the log-probabilities."""
+    return torch.empty_like(log_probs)
+
+
+_IMITATIONS = {
+    torch.ops.aten._ctc_loss.Tensor: _ctc_loss,
+    torch.ops.aten._ctc_loss_backward.Tensor: _ctc_loss_backward,
+}
 
 
 @functools.cache
