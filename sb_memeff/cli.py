@@ -5,15 +5,30 @@ Authors
 """
 
 import argparse
+import json
 import sys
+from dataclasses import asdict
 
 import torch
 
+from sb_memeff.analysis import plot
+from sb_memeff.analysis.fit import (
+    fit as find_fit,
+    usable,
+)
+from sb_memeff.analysis.profile import (
+    comparison,
+    profile as analyse,
+    report,
+)
+from sb_memeff.analysis.recipe import read_recipe
+from sb_memeff.analysis.variants import own_variant, variants
 from sb_memeff.lobes.models.DFResNet import DFResNet
 from sb_memeff.lobes.models.ResNet import ResNet
 from sb_memeff.lobes.models.RevDFResNet import RevDFResNet
 from sb_memeff.lobes.models.RevResNet import RevResNet
 from sb_memeff.utils.export import export_speaker_model, export_speaker_onnx
+from sb_memeff.utils.sizes import format_bytes
 
 __all__ = ["main"]
 
@@ -63,6 +78,105 @@ def export(arguments):
         print(f"And {path}, from normalised features to embeddings.")
 
 
+def profile(arguments):
+    """Says where the memory of a recipe's training step goes; no GPU needed."""
+    recipe = read_recipe(arguments.hparams, arguments.overrides)
+    rows = variants(recipe) if arguments.compare else [own_variant(recipe)]
+    found = []
+    for variant in rows:
+        found.append(
+            analyse(
+                recipe,
+                arguments.batch,
+                arguments.seconds,
+                arguments.tokens,
+                arguments.precision,
+                variant,
+            )
+        )
+        if arguments.compare:
+            print(f"{variant.label} ...", file=sys.stderr)
+    print(comparison(found) if arguments.compare else report(found[0]))
+    if arguments.json:
+        with open(arguments.json, "w", encoding="utf-8") as f:
+            json.dump([_plain(one) for one in found], f, indent=2)
+            f.write("\n")
+    if arguments.plot:
+        plot.plot_kinds(found, arguments.plot)
+
+
+def _plain(found):
+    """A profile for JSON."""
+    row = asdict(found)
+    del row["memory"]["split"]
+    row["memory"]["by_kind"] = found.memory.by_kind
+    row["memory"]["by_module"] = found.memory.by_module()
+    return row
+
+
+def fit(arguments):
+    """Finds the largest batch (or length, or preset) that fits on a GPU."""
+    limit = usable(arguments.budget, arguments.margin)
+    found = find_fit(
+        arguments.hparams,
+        arguments.overrides,
+        limit,
+        arguments.batch,
+        arguments.seconds,
+        arguments.tokens,
+        arguments.precision,
+        progress=lambda one: print(
+            f"{one.label}, {one.batch_text}: "
+            f"{format_bytes(one.memory.peak_bytes)}",
+            file=sys.stderr,
+        ),
+    )
+    print(
+        f"{arguments.budget} less the margin: {format_bytes(found.limit)}\n"
+        f"{found.found.label}, {found.found.batch_text}: "
+        f"{format_bytes(found.found.memory.peak_bytes)}\n"
+        + " ".join(f"--{k}={v}" for k, v in found.overrides.items())
+    )
+
+
+def parse_overrides(unknown):
+    """What is left of the command line, as keys of the yaml file.
+
+    Arguments
+    ---------
+    unknown : list of str
+        Each ``--key=value``, as SpeechBrain's recipes take them; or a key and
+        then its value.
+
+    Returns
+    -------
+    dict
+        Key to value.
+
+    Raises
+    ------
+    ValueError
+        For anything else.
+
+    Example
+    -------
+    >>> parse_overrides(["--preset=RevNet101", "--n_mels", "40"])
+    {'preset': 'RevNet101', 'n_mels': '40'}
+    """
+    overrides, rest = {}, list(unknown)
+    while rest:
+        key, equals, value = rest.pop(0).partition("=")
+        if not equals and rest and not rest[0].startswith("--"):
+            value, equals = rest.pop(0), "="
+        if not key.startswith("--") or not equals:
+            raise ValueError(
+                f"{key} is no option, and no override of the yaml file, which "
+                f"would be --key=value."
+            )
+        overrides[key.removeprefix("--")] = value
+    return overrides
+
+
 def build_parser():
     """The command line.
 
@@ -87,7 +201,50 @@ def build_parser():
         help="write the embedding network as ONNX too",
     )
     command.set_defaults(run=export)
+    command = _add_analysis(commands, "profile", profile)
+    command.add_argument(
+        "--compare",
+        action="store_true",
+        help="with what the recipe could have instead: vanilla, recomputed "
+        "and reversible networks, or the methods of the transducer loss",
+    )
+    command.add_argument("--json", metavar="FILE", help="write the figures")
+    command.add_argument(
+        "--plot", metavar="FILE", help="write a picture (needs matplotlib)"
+    )
+    command = _add_analysis(commands, "fit", fit)
+    command.add_argument(
+        "--budget", required=True, help="memory of the GPU, such as 11GB"
+    )
+    command.add_argument(
+        "--margin",
+        help="what to leave of it; by default 500 MB for CUDA's context and "
+        "5 %% of the rest for fragmentation and workspaces",
+    )
     return parser
+
+
+def _add_analysis(commands, name, run):
+    """A subcommand that takes a recipe's yaml file and a batch."""
+    command = commands.add_parser(
+        name,
+        help=run.__doc__,
+        description=run.__doc__,
+        epilog="Any other --key=value overrides a key of the yaml file.",
+        # Overrides are not to be taken for abbreviations.
+        allow_abbrev=False,
+    )
+    command.add_argument("hparams", help="yaml file of a recipe")
+    command.add_argument(
+        "--batch", type=int, help="utterances that the data loader gives"
+    )
+    command.add_argument("--seconds", type=float, help="length of an utterance")
+    command.add_argument(
+        "--tokens", type=int, help="length of a transcript (transducer)"
+    )
+    command.add_argument("--precision", help="fp32, bf16 or fp16")
+    command.set_defaults(run=run, takes_overrides=True)
+    return command
 
 
 def main(argv=None):
@@ -103,8 +260,12 @@ def main(argv=None):
     int
         0, or 2 if the input was bad (one line on stderr says how).
     """
-    arguments = build_parser().parse_args(argv)
+    parser = build_parser()
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown and not getattr(arguments, "takes_overrides", False):
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
+        arguments.overrides = parse_overrides(unknown)
         arguments.run(arguments)
     except (FileNotFoundError, ImportError, ValueError) as error:
         print(f"sb-memeff: {error}", file=sys.stderr)

@@ -1,80 +1,251 @@
-"""The largest number that fits.
+"""What fits into a GPU's memory: the largest batch, or what else is asked.
 
 Authors
  * The sb_memeff authors 2026
 """
 
-import math
+import pydoc
+from dataclasses import dataclass
 
-__all__ = ["largest"]
+from sb_memeff.analysis.profile import Profile, profile
+from sb_memeff.analysis.recipe import read_recipe
+from sb_memeff.analysis.search import DoesNotFit, largest
+from sb_memeff.utils.sizes import format_bytes, parse_bytes
+
+__all__ = ["Fit", "fit", "usable"]
+
+# What is not a tensor of the step: CUDA's context with the kernels of torch
+# and cuDNN (bytes), fragments of the allocator and workspaces (share).
+CONTEXT = 500_000_000
+SHARE = 0.05
+# Seconds; of LibriSpeech's training utterances a few are longer.
+LONGEST = 25
 
 
-def largest(peak, limit, first=1, most=2**20):
-    """The largest whole number whose peak is within a limit.
-
-    Bisection; where the peak grows in a straight line, as it does with the
-    batch, the line through both ends finds the place in a few steps.
+@dataclass
+class Fit:
+    """What ``fit`` found.
 
     Arguments
     ---------
-    peak : callable
-        From a whole number to bytes; it must not fall.
+    found : Profile
+        The largest step that fits.
     limit : int
-        Bytes.
-    first : int
-        The smallest number in question.
-    most : int
-        The largest.
+        Bytes that were there for it.
+    overrides : dict
+        What to change in the yaml file.
+    """
+
+    found: Profile
+    limit: int
+    overrides: dict
+
+
+def usable(budget, margin=None):
+    """The bytes of a budget that tensors may take.
+
+    Arguments
+    ---------
+    budget : int or str
+        Memory of the GPU; see ``parse_bytes``.
+    margin : int or str, optional
+        What to leave. By default 500 MB for CUDA's context and 5 % of the
+        rest for fragmentation and workspaces.
 
     Returns
     -------
-    tuple of int
-        The number and its peak.
+    int
+        Bytes.
 
     Raises
     ------
     ValueError
-        If the smallest does not fit. Its attribute ``peak`` says what that
-        takes.
+        If nothing is left.
 
     Example
     -------
-    >>> largest(lambda n: 100 + 7 * n, 1000)
-    (128, 996)
+    >>> usable("11GB"), usable("11GB", "2GB")
+    (9975000000, 9000000000)
     """
-    low, low_peak = first, peak(first)
-    if low_peak > limit:
-        raise DoesNotFit(low_peak)
-    high, high_peak, slope = most + 1, math.inf, math.inf
-    trial, tried = min(2 * first, most), 1
-    while high - low > 1:
-        trial_peak = peak(trial)
-        tried += 1
-        if trial_peak > limit:
-            high, high_peak = trial, trial_peak
-        else:
-            slope = (trial_peak - low_peak) / (trial - low)
-            low, low_peak = trial, trial_peak
-        if high_peak < math.inf:
-            slope = (high_peak - low_peak) / (high - low)
-        if slope > 0 and (tried < 4 or tried % 2):
-            trial = low + int((limit - low_peak) / slope)
-        else:
-            # Not a straight line, so that every other step must halve.
-            trial = min(2 * low, (low + high) // 2)
-        trial = min(max(trial, low + 1), high - 1)
-    return low, low_peak
+    total = parse_bytes(budget)
+    if margin is None:
+        left = int((total - CONTEXT) * (1 - SHARE))
+        what = f"{format_bytes(CONTEXT)} for CUDA's context"
+    else:
+        left = total - parse_bytes(margin)
+        what = f"a margin of {format_bytes(parse_bytes(margin))}"
+    if left <= 0:
+        raise ValueError(
+            f"A budget of {format_bytes(total)} leaves nothing beside {what}: "
+            f"give a larger --budget."
+        )
+    return left
 
 
-class DoesNotFit(ValueError):
-    """Not even the smallest fits.
+def fit(
+    path,
+    overrides,
+    limit,
+    batch=None,
+    seconds=None,
+    tokens=None,
+    precision=None,
+    progress=None,
+):
+    """Finds the largest training step of a recipe within a limit.
+
+    Neither batch nor seconds given, or only seconds: the largest batch; of a
+    recipe with dynamic batching, the largest max_batch_len for utterances of
+    any length up to ``seconds``. Only batch: the longest utterances. Both: the
+    deepest preset.
 
     Arguments
     ---------
-    peak : int
-        Bytes that it takes.
-    """
+    path : str or Path
+        The yaml file.
+    overrides : dict
+        Of its keys.
+    limit : int
+        Bytes.
+    batch : int, optional
+        Utterances that the loader gives.
+    seconds : float, optional
+        Their length.
+    tokens : int, optional
+        Length of each transcript.
+    precision : str, optional
+        fp32, bf16 or fp16.
+    progress : callable, optional
+        Is given each Profile when it is there.
 
-    def __init__(self, peak):
-        super().__init__(f"It takes {peak} bytes.")
-        self.peak = peak
+    Returns
+    -------
+    Fit
+        The step.
+
+    Raises
+    ------
+    ValueError
+        If nothing fits, or the recipe does not have what is asked for.
+    """
+    recipe = read_recipe(path, overrides)
+    known = {}
+
+    def measure(batch, seconds, recipe=recipe):
+        key = batch, seconds, recipe
+        if key not in known:
+            known[key] = profile(recipe, batch, seconds, tokens, precision)
+            if progress:
+                progress(known[key])
+        return known[key]
+
+    try:
+        if batch is None and recipe.settings.get("dynamic_batching"):
+            return _longest_batch(recipe, limit, seconds or LONGEST, measure)
+        if batch is None:
+            return _largest_batch(recipe, limit, seconds, measure)
+        if seconds is None:
+            return _longest_utterance(limit, batch, recipe, measure)
+    except DoesNotFit as error:
+        raise ValueError(_too_small(recipe, known, error.peak, limit)) from None
+    return _deepest(path, overrides, recipe, limit, batch, seconds, measure)
+
+
+def _largest_batch(recipe, limit, seconds, measure):
+    _, seconds = recipe.default_batch(seconds)
+    # Batch norm cannot train on one utterance.
+    batch, _ = largest(
+        lambda n: measure(n, seconds).memory.peak_bytes, limit, first=2
+    )
+    return Fit(
+        measure(batch, seconds),
+        limit,
+        {"batch_size": batch, **_length(recipe, seconds)},
+    )
+
+
+def _longest_batch(recipe, limit, longest, measure):
+    def worst(length):
+        # The longest utterances; and, where they leave a rest of the length,
+        # the longest that fill it.
+        count = max(int(length // longest), 1)
+        return max(
+            measure(count, longest),
+            measure(count + 1, round(length / (count + 1), 1)),
+            key=lambda found: found.memory.peak_bytes,
+        )
+
+    length, _ = largest(
+        lambda n: worst(n).memory.peak_bytes, limit, first=int(longest)
+    )
+    return Fit(worst(length), limit, {"max_batch_len": length})
+
+
+def _longest_utterance(limit, batch, recipe, measure):
+    # In tenths of a second.
+    tenths, _ = largest(
+        lambda n: measure(batch, n / 10).memory.peak_bytes, limit, first=5
+    )
+    found = measure(batch, tenths / 10)
+    return Fit(
+        found, limit, {"batch_size": batch, **_length(recipe, found.seconds)}
+    )
+
+
+def _deepest(path, overrides, recipe, limit, batch, seconds, measure):
+    if "preset" not in recipe.settings:
+        raise ValueError(
+            f"{path} has no preset to choose, and batch and seconds are given: "
+            f"leave out one of them to find its largest."
+        )
+    presets = _presets(recipe)
+    for preset in reversed(presets):
+        deeper = read_recipe(path, {**overrides, "preset": preset})
+        found = measure(batch, seconds, deeper)
+        if found.memory.peak_bytes <= limit:
+            return Fit(
+                found,
+                limit,
+                {
+                    "preset": preset,
+                    "batch_size": batch,
+                    **_length(recipe, seconds),
+                },
+            )
+    raise ValueError(
+        f"{path}: no preset fits into {format_bytes(limit)} with a batch of "
+        f"{batch} x {seconds:g} s; {presets[0]} takes "
+        f"{format_bytes(found.memory.peak_bytes)}."
+    )
+
+
+def _presets(recipe):
+    """The recipe's preset and its like, the shallowest first."""
+    path, arguments = recipe.call("embedding_model")
+    network = pydoc.locate(path.removesuffix(".from_preset"))
+    family = arguments["name"].rstrip("0123456789")
+    return sorted(
+        (n for n in network.PRESETS if n.rstrip("0123456789") == family),
+        key=lambda name: int(name.removeprefix(family)),
+    )
+
+
+def _length(recipe, seconds):
+    """The override for the length of utterances."""
+    if "sentence_len" in recipe.settings:
+        return {"sentence_len": seconds}
+    return {}
+
+
+def _too_small(recipe, known, peak, limit):
+    found = min(known.values(), key=lambda p: abs(p.memory.peak_bytes - peak))
+    kinds = found.memory.by_kind
+    fixed = sum(
+        kinds[k] for k in ("parameters", "gradients", "optimizer states")
+    )
+    return (
+        f"{recipe.path}: {found.label} does not fit into "
+        f"{format_bytes(limit)}: a batch of {found.batch} x "
+        f"{found.seconds:g} s takes {format_bytes(peak)}, of which "
+        f"{format_bytes(fixed)} are parameters, gradients and optimizer states."
+    )

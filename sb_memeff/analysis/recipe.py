@@ -131,6 +131,7 @@ class Recipe:
                     f"{path} has no {key}, which the training step of a "
                     f"{self.family} recipe needs: add it."
                 )
+        self.modules = modules
         kept = _with_applied(tree, ["modules", "opt_class", *self._objects])
         for key in _unknown_in(kept):
             raise ValueError(self._ask_for(key))
@@ -180,15 +181,40 @@ class Recipe:
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from error
 
-    def default_batch(self):
+    def call(self, module):
+        """How the yaml file makes a module.
+
+        Arguments
+        ---------
+        module : str
+            Its name among the modules.
+
+        Returns
+        -------
+        tuple
+            Name of the class or function (None if it is made otherwise), and
+            its keyword arguments.
+        """
+        node = self.modules[module]
+        kind, _, path = _tag(node).partition(":")
+        if kind not in ("!new", "!apply") or not isinstance(node, dict):
+            return None, {}
+        return path, self._make(_dump({"arguments": dict(node)}))["arguments"]
+
+    def default_batch(self, seconds=None):
         """The batch that the yaml file asks for.
+
+        Arguments
+        ---------
+        seconds : float, optional
+            Length of the utterances, if it is not the recipe's.
 
         Returns
         -------
         tuple
             Utterances, seconds of each.
         """
-        return self._step.default_batch(self._number)
+        return self._step.default_batch(self._number, seconds)
 
     def _plain(self, tree):
         """Values without objects in them."""

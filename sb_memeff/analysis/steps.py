@@ -169,20 +169,22 @@ class SpeakerStep(TrainingStep):
         return [], ["compute_cost"]
 
     @staticmethod
-    def default_batch(number):
+    def default_batch(number, seconds=None):
         """The recipe's own batch.
 
         Arguments
         ---------
         number : callable
             From a key to that number of the yaml file.
+        seconds : float, optional
+            The length, if it is not the recipe's.
 
         Returns
         -------
         tuple
             Utterances, seconds.
         """
-        return number("batch_size"), number("sentence_len")
+        return number("batch_size"), seconds or number("sentence_len")
 
     def batch(self, batch, seconds):
         """What a data loader would give, of noise.
@@ -291,26 +293,28 @@ class TransducerStep(TrainingStep):
         return parts, objects
 
     @classmethod
-    def default_batch(cls, number):
+    def default_batch(cls, number, seconds=None):
         """The recipe's own batch.
 
-        With dynamic batching, as many utterances of 15 s as fit into
-        max_batch_len, but one at least.
+        With dynamic batching, as many utterances as fit into max_batch_len,
+        but one at least.
 
         Arguments
         ---------
         number : callable
             From a key to that number of the yaml file.
+        seconds : float, optional
+            Length of each; 15 by default.
 
         Returns
         -------
         tuple
             Utterances, seconds.
         """
+        seconds = seconds or cls.seconds
         if number("dynamic_batching"):
-            most = number("max_batch_len")
-            return max(int(most // cls.seconds), 1), cls.seconds
-        return number("batch_size"), cls.seconds
+            return max(int(number("max_batch_len") // seconds), 1), seconds
+        return number("batch_size"), seconds
 
     def batch(self, batch, seconds, tokens=None):
         """What a data loader would give, of noise and arbitrary tokens.

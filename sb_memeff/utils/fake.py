@@ -161,7 +161,8 @@ class _KnownValues(TorchDispatchMode):
 def _ctc_loss(mode, log_probs, targets, frames, counts, *options):
     """Loss and alphas; FakeTensorMode has nothing for lengths in tensors."""
     rows, batch, _ = log_probs.shape
-    columns = 2 * max(mode.value(counts).tolist()) + 1
+    with torch._C._DisableTorchDispatch():
+        columns = 2 * int(mode.value(counts).max()) + 1
     return (
         log_probs.new_empty(batch),
         log_probs.new_empty(batch, rows, columns),

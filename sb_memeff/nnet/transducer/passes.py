@@ -54,7 +54,7 @@ class TiledPass:
             3, *cells.shape, dtype=wide_dtype(cells.enc.dtype)
         )
         flat = planes.flatten(1)
-        for number, tile in enumerate(cells.places().split(self.max_rows)):
+        for number, tile in enumerate(self._tiles(cells.places())):
             if again:
                 recording = self.recordings[number]
                 with self.recorder.replay(cells.logits, recording):
@@ -92,17 +92,16 @@ class TiledPass:
         # Not "occupancy >= floor": NaN must come out.
         visited = ~((blank + emission)[places] < self.floor)
         if isinstance(visited, FakeTensor):
-            # Memory is analysed: no occupancies, so all cells.
+            # Memory is analysed, and there are no occupancies: all cells.
             visited = torch.ones_like(places, dtype=torch.bool)
         if upstream is not None:
             visited &= (upstream != 0)[cells.locate(places)[0]]
         if any(r.random_states is not None for r in self.recordings):
             # Dropout: the same rows as in forward have the same masks.
-            tiles = places.split(self.max_rows)
-            seen = visited.split(self.max_rows)
+            tiles, seen = self._tiles(places), self._tiles(visited)
             recordings = self.recordings
         else:
-            tiles = places[visited].split(self.max_rows)
+            tiles = self._tiles(places[visited])
             seen = [None] * len(tiles)
             recordings = self.recordings[:1] * len(tiles)
         for tile, mask, recording in zip(tiles, seen, recordings):
@@ -118,6 +117,11 @@ class TiledPass:
                 made, normaliser[tile], some_blank, some_emission, upstream
             )
             del made
+
+    def _tiles(self, places):
+        tiles = places.split(self.max_rows)
+        # Where memory is analysed two tell all: each takes the same.
+        return tiles[:2] if isinstance(places, FakeTensor) else tiles
 
 
 class WholePass:

@@ -1,0 +1,93 @@
+"""Pictures of where the memory goes.
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+from sb_memeff.utils.memory import KINDS
+
+__all__ = ["plot_kinds"]
+
+# What is always there in greys, what a batch brings in colours.
+COLOURS = {
+    "parameters": "#4d4d4d",
+    "buffers": "#7f7f7f",
+    "gradients": "#a6a6a6",
+    "optimizer states": "#d0d0d0",
+    "inputs": "#8c6bb1",
+    "activations": "#d95f02",
+    "recomputed": "#1b9e77",
+    "temporaries": "#7fc7e8",
+}
+
+
+def plot_kinds(profiles, path):
+    """Stacked bars of the peaks of training steps.
+
+    Arguments
+    ---------
+    profiles : list of Profile
+        One bar each, the first at the top.
+    path : str or Path
+        File to write; its suffix says the format.
+
+    Raises
+    ------
+    ImportError
+        If matplotlib is not installed.
+    """
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(
+        figsize=(8.5, 1.9 + 0.5 * len(profiles)), layout="constrained"
+    )
+    labels = [found.label for found in profiles]
+    places = range(len(profiles))
+    left = [0.0] * len(profiles)
+    for kind in KINDS:
+        widths = [found.memory.by_kind[kind] / 1e9 for found in profiles]
+        if max(widths) > 0.001 * max(
+            f.memory.peak_bytes / 1e9 for f in profiles
+        ):
+            axes.barh(
+                places, widths, left=left, label=kind, color=COLOURS[kind]
+            )
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    for place, total in zip(places, left, strict=True):
+        axes.annotate(
+            f"{total:.2f} GB" if total < 10 else f"{total:.1f} GB",
+            (total, place),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+        )
+    axes.set_yticks(places, labels)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.set_xlabel("peak memory of a training step (GB)")
+    first = profiles[0]
+    axes.set_title(
+        f"{first.batch_text}, {first.precision}, {first.optimizer}",
+        fontsize="medium",
+        loc="left",
+    )
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    figure.legend(
+        loc="outside lower center", ncols=4, frameon=False, fontsize="small"
+    )
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def _pyplot():
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError(
+            "Pictures need matplotlib: pip install matplotlib."
+        ) from error
+    # No display is needed to write a file.
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    return pyplot

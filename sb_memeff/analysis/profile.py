@@ -1,0 +1,300 @@
+"""Memory of a recipe's training step.
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+from dataclasses import dataclass
+
+import torch
+from speechbrain.utils.autocast import AMPConfig
+
+from sb_memeff.analysis.variants import own_variant
+from sb_memeff.utils.memory import KINDS, StepMemory, training_step_memory
+from sb_memeff.utils.sizes import format_bytes
+
+__all__ = ["Profile", "comparison", "profile", "report"]
+
+
+@dataclass
+class Profile:
+    """What ``profile`` found.
+
+    Arguments
+    ---------
+    label : str
+        The network or loss.
+    batch : int
+        Utterances that the loader gives.
+    rows : int
+        Utterances in the network, after augmentation.
+    seconds : float
+        Length of each.
+    tokens : int or None
+        Length of each transcript, of a transducer.
+    precision : str
+        fp32, bf16 or fp16.
+    optimizer : str
+        Name of its class.
+    memory : StepMemory
+        The bytes.
+    """
+
+    label: str
+    batch: int
+    rows: int
+    seconds: float
+    tokens: int | None
+    precision: str
+    optimizer: str
+    memory: StepMemory
+
+    @property
+    def batch_text(self):
+        """The batch in words."""
+        text = f"batch {self.batch} x {self.seconds:g} s"
+        if self.rows > self.batch:
+            text += (
+                f" (times {self.rows // self.batch} by augmentation: "
+                f"{self.rows})"
+            )
+        if self.tokens:
+            text += f" with {self.tokens} tokens"
+        return text
+
+
+def profile(
+    recipe, batch=None, seconds=None, tokens=None, precision=None, variant=None
+):
+    """Analyses a recipe's training step on fake tensors.
+
+    Arguments
+    ---------
+    recipe : Recipe
+        The recipe.
+    batch : int, optional
+        Utterances that the data loader gives; the recipe's by default.
+    seconds : float, optional
+        Their length; the recipe's by default.
+    tokens : int, optional
+        Length of each transcript of a transducer recipe.
+    precision : str, optional
+        fp32, bf16 or fp16; the recipe's by default.
+    variant : Variant, optional
+        What to train instead of the recipe's own network or loss.
+
+    Returns
+    -------
+    Profile
+        The memory.
+
+    Raises
+    ------
+    ValueError
+        If an argument means nothing to the recipe, or the step cannot be
+        analysed; in one sentence.
+
+    Example
+    -------
+    >>> from sb_memeff.analysis.recipe import read_recipe
+    >>> path = "recipes/VoxCeleb/SpeakerRec/hparams/train_revnet.yaml"
+    >>> found = profile(read_recipe(path, {"base_channels": 8}), batch=4)
+    >>> found.label, found.memory.peak_phase
+    ('RevNet34 Type II', 'backward')
+    """
+    default, seconds = recipe.default_batch(seconds)
+    batch = default if batch is None else batch
+    dtype = dtype_of(recipe, precision)
+    variant = variant or own_variant(recipe)
+    if tokens is not None and recipe.family != "transducer":
+        raise ValueError(
+            f"{recipe.path} has no transcripts, so tokens={tokens} means "
+            f"nothing."
+        )
+    given = {}
+
+    def build():
+        step = recipe.build()
+        if recipe.family == "transducer" and not step.joins_in_loss:
+            step.logits_loss = _speechbrain_loss
+        if variant.change:
+            variant.change(step)
+        length = {} if tokens is None else {"tokens": tokens}
+        given["step"], given["batch"] = (
+            step,
+            step.batch(batch, seconds, **length),
+        )
+        return step
+
+    memory = training_step_memory(
+        build,
+        lambda step: step(*given["batch"]),
+        lambda parameters: given["step"].optimizer(),
+        None if dtype == torch.float32 else dtype,
+    )
+    step = given["step"]
+    if recipe.family == "transducer":
+        tokens = given["batch"][3].shape[1]
+    return Profile(
+        variant.label,
+        batch,
+        batch * step.copies,
+        seconds,
+        tokens,
+        precision or recipe.settings.get("precision", "fp32"),
+        type(step.optimizer()).__name__,
+        memory,
+    )
+
+
+def dtype_of(recipe, precision=None):
+    """The dtype of autocast.
+
+    Arguments
+    ---------
+    recipe : Recipe
+        The recipe.
+    precision : str, optional
+        fp32, bf16 or fp16; the recipe's by default.
+
+    Returns
+    -------
+    torch.dtype
+        float32 is without autocast.
+
+    Raises
+    ------
+    ValueError
+        For any other name.
+    """
+    name = precision or recipe.settings.get("precision", "fp32")
+    try:
+        return AMPConfig.from_name(name).dtype
+    except ValueError:
+        raise ValueError(
+            f"precision={name} must be fp32, bf16 or fp16."
+        ) from None
+
+
+class _NumbaLoss(torch.autograd.Function):
+    """What SpeechBrain 1.1's kernels allocate: gradients of all logits."""
+
+    @staticmethod
+    def forward(ctx, log_probs):
+        """Alphas and betas live for a moment, the gradients until backward."""
+        ctx.gradient = torch.zeros_like(log_probs)
+        alpha, beta = (torch.zeros_like(log_probs[..., 0]) for _ in range(2))
+        del alpha, beta
+        return log_probs.new_zeros(len(log_probs)).mean()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        """Scales them in place."""
+        return ctx.gradient.mul_(upstream.view(-1, 1, 1, 1))
+
+
+def _speechbrain_loss(logits, tokens, wav_lens, token_lens):
+    # It runs on a GPU only; here is what it needs there.
+    return _NumbaLoss.apply(logits.log_softmax(-1))
+
+
+def report(found, layers=5):
+    """A profile in words.
+
+    Arguments
+    ---------
+    found : Profile
+        The profile.
+    layers : int
+        How many of the largest layers to name.
+
+    Returns
+    -------
+    str
+        Some lines.
+    """
+    memory = found.memory
+    at = f", at {memory.peak_module}" if memory.peak_module else ""
+    lines = [
+        f"{found.label}: {found.batch_text}, {found.precision}, "
+        f"{found.optimizer}, {memory.parameters / 1e6:.2f} M parameters",
+        f"peak of a training step: {format_bytes(memory.peak_bytes)}, in "
+        f"{PHASES[memory.peak_phase]}{at}",
+        "",
+        *_table(memory.by_kind, memory.peak_bytes, "what for"),
+        "",
+        *_table(memory.by_module(1), memory.peak_bytes, "module"),
+    ]
+    inner = {
+        name: size for name, size in memory.by_module().items() if "." in name
+    }
+    largest = dict(list(inner.items())[:layers])
+    if largest:
+        lines += ["", *_table(largest, memory.peak_bytes, "largest layers")]
+    return "\n".join(lines)
+
+
+def comparison(profiles):
+    """Profiles side by side, as a table.
+
+    Arguments
+    ---------
+    profiles : list of Profile
+        The first is what the others are compared with.
+
+    Returns
+    -------
+    str
+        Some lines.
+    """
+    first = profiles[0]
+    most = first.memory.peak_bytes
+    kinds = [k for k in KINDS if any(p.memory.by_kind[k] for p in profiles)]
+    rows = [["", "parameters (M)", "peak", "ratio", *kinds]]
+    for found in profiles:
+        memory = found.memory
+        rows.append(
+            [
+                found.label,
+                f"{memory.parameters / 1e6:.2f}",
+                format_bytes(memory.peak_bytes),
+                f"{most / memory.peak_bytes:.1f}x",
+                *(format_bytes(memory.by_kind[kind]) for kind in kinds),
+            ]
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if number == 0 else cell.rjust(width)
+            for number, (cell, width) in enumerate(
+                zip(row, widths, strict=True)
+            )
+        )
+        for row in rows
+    ]
+    head = f"{first.batch_text}, {first.precision}, {first.optimizer}"
+    return "\n".join([head, "", *lines])
+
+
+PHASES = {
+    "forward": "forward",
+    "backward": "backward",
+    "step": "the optimizer's step",
+}
+
+
+def _table(sizes, total, title):
+    """Lines of names, bytes and shares; what is empty is left out."""
+    rows = [
+        (name or "(no module)", format_bytes(size), f"{size / total:.1%}")
+        for name, size in sizes.items()
+        if size / total >= 0.0005
+    ]
+    width = max(len(title), *(len(name) for name, *_ in rows))
+    return [
+        f"{title:{width}s} {'bytes':>9s} {'share':>7s}",
+        *(
+            f"{name:{width}s} {size:>9s} {share:>7s}"
+            for name, size, share in rows
+        ),
+    ]

@@ -1,0 +1,227 @@
+"""The networks and losses that a recipe could have instead of its own.
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+from speechbrain.lobes.models import ECAPA_TDNN as speechbrain_ecapa
+
+from sb_memeff.lobes.models.DFResNet import DFResNet
+from sb_memeff.lobes.models.ECAPA_TDNN import ECAPA_TDNN
+from sb_memeff.lobes.models.ResNet import ResNet
+from sb_memeff.lobes.models.RevDFResNet import RevDFResNet
+from sb_memeff.lobes.models.RevECAPA_TDNN import RevECAPA_TDNN
+from sb_memeff.lobes.models.RevResNet import RevResNet
+from sb_memeff.nnet.recompute import recompute_blocks
+from sb_memeff.nnet.transducer.joint_loss import TransducerJointLoss
+
+__all__ = ["Variant", "own_variant", "reversible_twin", "variants"]
+
+RESNETS = ((ResNet, RevResNet), (DFResNet, RevDFResNet))
+TYPES = {"strided": "Type I", "invertible": "Type II"}
+ECAPAS = (speechbrain_ecapa.ECAPA_TDNN, ECAPA_TDNN, RevECAPA_TDNN)
+METHODS = ("batched", "samplewise", "tiled")
+# Which blocks per-block checkpointing recomputes, and how many at a time.
+BLOCKS = {
+    "sb_memeff.lobes.models.ResNet.ResNet": ("stages.*.*", 1),
+    "sb_memeff.lobes.models.DFResNet.DFResNet": ("stages.*.*", 1),
+    "speechbrain.lobes.models.ResNet.ResNet": ("layer?.*", 1),
+    "speechbrain.lobes.models.ECAPA_TDNN.ECAPA_TDNN": ("blocks.*", 1),
+    # Convolution, activation, norm.
+    "speechbrain.lobes.models.Xvector.Xvector": ("blocks.*", 3),
+}
+ENCODER_LAYERS = "enc.transformer.encoder.layers.*"
+
+
+@dataclass
+class Variant:
+    """One of several ways to train a recipe.
+
+    Arguments
+    ---------
+    label : str
+        For tables.
+    change : callable, optional
+        Changes a training step that the recipe has built.
+    """
+
+    label: str
+    change: object = None
+
+
+def own_variant(recipe):
+    """The recipe as it is.
+
+    Arguments
+    ---------
+    recipe : Recipe
+        The recipe.
+
+    Returns
+    -------
+    Variant
+        Without a change, labelled by its network or loss.
+    """
+    if recipe.family == "transducer":
+        path, arguments = recipe.call(
+            "transducer_loss"
+            if "transducer_loss" in recipe.modules
+            else "transducer_lin"
+        )
+        if path and path.endswith("TransducerJointLoss"):
+            return Variant(arguments.get("method", "tiled"))
+        return Variant("SpeechBrain's loss")
+    path, arguments = recipe.call("embedding_model")
+    if path is None:
+        return Variant("embedding_model")
+    if path.endswith(".from_preset"):
+        kind = TYPES.get(arguments.get("downsampling"), "")
+        return Variant(f"{arguments['name']} {kind}".strip())
+    return Variant(_label(path))
+
+
+def variants(recipe):
+    """What to compare a recipe with.
+
+    Speaker recipes: the vanilla network with all activations stored and with
+    its blocks recomputed, and its reversible twins where there are any.
+    Transducer recipes: the methods of the loss, the last one with the
+    encoder's layers recomputed too.
+
+    Arguments
+    ---------
+    recipe : Recipe
+        The recipe.
+
+    Returns
+    -------
+    list of Variant
+        The recipe itself is among them.
+    """
+    if recipe.family == "transducer":
+        return _losses(recipe)
+    path, arguments = recipe.call("embedding_model")
+    for vanilla, reversible in RESNETS:
+        if path in (_preset(vanilla), _preset(reversible)):
+            return _resnets(vanilla, reversible, **arguments)
+    if path in map(_path, ECAPAS):
+        return _ecapas(arguments)
+    own = own_variant(recipe)
+    if path in BLOCKS:
+        return [own, Variant(f"{own.label}, blocks recomputed", _recompute)]
+    return [own]
+
+
+def reversible_twin(name):
+    """The reversible preset of a vanilla preset's name.
+
+    Arguments
+    ---------
+    name : str
+        Such as "ResNet34".
+
+    Returns
+    -------
+    str
+        Such as "RevNet34".
+
+    Example
+    -------
+    >>> reversible_twin("GeminiDFResNet114")
+    'GeminiDFRevNet114'
+    """
+    return name.replace("ResNet", "RevNet")
+
+
+def _resnets(vanilla, reversible, name, **arguments):
+    # What only the reversible networks have.
+    for own in ("downsampling", "save_memory"):
+        arguments.pop(own, None)
+    plain = name.replace("RevNet", "ResNet")
+    build = partial(vanilla.from_preset, plain, **arguments)
+    rows = [
+        Variant(plain, _with_network(build)),
+        Variant(
+            f"{plain}, blocks recomputed", _with_network(build, recompute=True)
+        ),
+    ]
+    for kind, label in TYPES.items():
+        twin = reversible_twin(plain)
+        build = partial(
+            reversible.from_preset, twin, downsampling=kind, **arguments
+        )
+        rows.append(Variant(f"{twin} {label}", _with_network(build)))
+    return rows
+
+
+def _ecapas(arguments):
+    rows = []
+    arguments.pop("save_memory", None)
+    for network in ECAPAS:
+        build = partial(network, **arguments)
+        label = _label(_path(network))
+        rows.append(Variant(label, _with_network(build)))
+        if not rows[1:]:
+            rows.append(
+                Variant(
+                    f"{label}, blocks recomputed",
+                    _with_network(build, recompute=True),
+                )
+            )
+    return rows
+
+
+def _losses(recipe):
+    rows = [Variant(m, partial(_with_method, method=m)) for m in METHODS]
+    if "transducer_loss" not in recipe.modules:
+        rows.insert(0, own_variant(recipe))
+
+    def both(step):
+        _with_method(step, "tiled")
+        recompute_blocks(step, ENCODER_LAYERS)
+
+    return [*rows, Variant("tiled, encoder recomputed", both)]
+
+
+def _with_network(build, recompute=False):
+    def change(step):
+        step.embedding_model = build()
+        if recompute:
+            _recompute(step)
+
+    return change
+
+
+def _recompute(step):
+    network = step.embedding_model
+    blocks, length = BLOCKS[_path(type(network))]
+    recompute_blocks(network, blocks, segment_length=length)
+
+
+def _with_method(step, method):
+    if step.joins_in_loss:
+        step.transducer_loss.method = method
+        return
+    step.transducer_loss = TransducerJointLoss(
+        step.Tjoint,
+        step.transducer_lin,
+        step.settings["blank_index"],
+        method=method,
+    )
+    step.joins_in_loss = True
+
+
+def _path(network):
+    return f"{network.__module__}.{network.__qualname__}"
+
+
+def _preset(network):
+    return f"{_path(network)}.from_preset"
+
+
+def _label(path):
+    owner = "SpeechBrain's " if path.startswith("speechbrain.") else ""
+    return owner + path.rpartition(".")[2]
