@@ -4,9 +4,6 @@ Authors
  * The sb_memeff authors 2026
 """
 
-import importlib.util
-import sys
-
 import pytest
 import speechbrain as sb
 import torch
@@ -15,6 +12,12 @@ from hyperpyyaml import load_hyperpyyaml
 from sb_memeff.analysis.recipe import read_recipe
 from sb_memeff.nnet.losses import transducer_loss
 from sb_memeff.optim import SGD8bit
+from tests.unittests.analysis.brains import (
+    Batch,
+    make_brain,
+    script,
+    transducer_batches,
+)
 from tests.unittests.analysis.yaml_files import (
     LIBRISPEECH,
     SMALL_TRANSDUCER,
@@ -34,33 +37,11 @@ MULTIPLY = [
 ]
 
 
-def script(folder, name, monkeypatch):
-    """A recipe's script as a module, though others may be called so too."""
-    monkeypatch.setattr(sys, "path", [str(folder), *sys.path])
-    spec = importlib.util.spec_from_file_location(
-        f"{folder.name}_{name}", folder / f"{name}.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def brain_like(step, cls, path, overrides, place):
+def brain_like(step, *arguments):
     """The recipe's Brain with the step's weights."""
-    data = {"data_folder": "none", "output_folder": str(place / "run")}
-    with open(path, encoding="utf-8") as f:
-        hparams = load_hyperpyyaml(f, {**overrides, **data})
-    brain = cls(
-        hparams["modules"],
-        hparams["opt_class"],
-        hparams,
-        {"device": "cpu", "noprogressbar": True},
-        hparams["checkpointer"],
-    )
+    brain = make_brain(*arguments)
     for name, module in brain.modules.items():
         module.load_state_dict(step.get_submodule(name).state_dict())
-    hparams["epoch_counter"].current = 1
-    brain.modules.train()
     return brain
 
 
@@ -75,16 +56,6 @@ def without_dropout(modules):
     for module in modules.modules():
         if "Dropout" in type(module).__name__:
             module.p = 0.0
-
-
-class Batch:
-    """What the Brains read of a PaddedBatch: names with (data, lengths)."""
-
-    def __init__(self, **items):
-        self.__dict__.update(items)
-
-    def to(self, device):
-        return self
 
 
 def check_same(step, brain, arguments, batch):
@@ -236,19 +207,6 @@ def transducers(path, overrides, place, monkeypatch):
     torch.manual_seed(0)
     step = read_recipe(path, overrides).build()
     return step, brain_like(step, training.ASR, path, overrides, place)
-
-
-def transducer_batches(step):
-    """A batch for the step, and the same for the Brain."""
-    arguments = step.batch(2, 1.0, tokens=4)
-    wavs, lens, tokens_bos, tokens, token_lens, tokens_eos, eos_lens = arguments
-    batch = Batch(
-        sig=(wavs, lens),
-        tokens_bos=(tokens_bos, eos_lens),
-        tokens=(tokens, token_lens),
-        tokens_eos=(tokens_eos, eos_lens),
-    )
-    return arguments, batch
 
 
 def test_tokens_of_a_batch():

@@ -64,6 +64,60 @@ def test_large_tensors_take_no_memory():
             mask.sum().item()
 
 
+def ctc(log_probs):
+    """The loss of two samples, of 3 and of 2 targets."""
+    return torch.nn.functional.ctc_loss(
+        log_probs.log_softmax(-1),
+        torch.tensor([[1, 2, 3], [4, 5, 0]]),
+        torch.tensor([9, 5]),
+        torch.tensor([3, 2]),
+    )
+
+
+def lstm(x):
+    """A layer with its own weights."""
+    return nn.LSTM(x.shape[-1], 96)(x)[0]
+
+
+@pytest.mark.parametrize(
+    ("function", "shape", "tolerance"),
+    [
+        # Lengths are a list there, a tensor here.
+        (ctc, (9, 2, 30), 0.01),
+        (lstm, (40, 4, 20), 0.03),
+        (lstm, (10, 8, 500), 0.03),
+    ],
+)
+def test_what_fake_tensors_alone_cannot_do(function, shape, tolerance):
+    def saved():
+        total = 0
+
+        def pack(tensor):
+            nonlocal total
+            total += tensor.nbytes
+            return tensor
+
+        x = torch.rand(shape).requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            y = function(x)
+        y.sum().backward()
+        return y.shape, x.grad.shape, total
+
+    with fake_tensors():
+        found = saved()
+    *shapes, size = saved()
+    assert list(found[:2]) == shapes
+    assert found[2] == pytest.approx(size, rel=tolerance)
+
+
+def test_random_numbers_are_not_used_up():
+    before = torch.get_rng_state()
+    with fake_tensors():
+        torch.rand(3)
+        nn.Linear(3, 3)
+    assert torch.equal(before, torch.get_rng_state())
+
+
 def test_real_tensors_stay_usable():
     before = torch.tensor([1, 2])
     with fake_tensors():

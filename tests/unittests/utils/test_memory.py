@@ -4,7 +4,6 @@ import pytest
 import torch
 from speechbrain.nnet.transducer.transducer_joint import Transducer_joint
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
 from sb_memeff.lobes.models.ResNet import ResNet
 from sb_memeff.lobes.models.RevECAPA_TDNN import RevECAPA_TDNN
@@ -17,6 +16,7 @@ from sb_memeff.utils.memory import (
     StorageTracker,
     training_step_memory,
 )
+from tests.unittests.allocator import allocator_peak
 
 
 def test_views_and_in_place_results_count_once():
@@ -161,38 +161,25 @@ NETWORKS = {
 }
 
 
-def allocator_peak(build, step, optimizer):
-    """The most that torch's CPU allocator gave out, by its own account."""
-    with profile(
-        activities=[ProfilerActivity.CPU], profile_memory=True
-    ) as profiler:
-        net = build()
-        x = None if callable(step) else torch.zeros(step)
-        updater = optimizer(net.parameters())
-        for last in (False, True):
-            y = step(net) if callable(step) else net(x)
-            y.backward(torch.ones_like(y))
-            del y
-            if not last:
-                updater.step()
-                updater.zero_grad()
-    events = [
-        (event.start_ns(), event.nbytes())
-        for event in profiler.profiler.kineto_results.events()
-        if event.name() == "[memory]"
-    ]
-    alive = peak = 0
-    for _, size in sorted(events, key=lambda event: event[0]):
-        alive += size
-        peak = max(peak, alive)
-    return peak
+def train(build, step, optimizer):
+    """As the analysis does: forward and backward, a step, both again."""
+    net = build()
+    x = None if callable(step) else torch.zeros(step)
+    updater = optimizer(net.parameters())
+    for last in (False, True):
+        y = step(net) if callable(step) else net(x)
+        y.backward(torch.ones_like(y))
+        del y
+        if not last:
+            updater.step()
+            updater.zero_grad()
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_analysis_agrees_with_the_allocator(name):
     build, step = NETWORKS[name]
     torch.manual_seed(0)
-    real = allocator_peak(build, step, torch.optim.Adam)
+    real = allocator_peak(lambda: train(build, step, torch.optim.Adam))
     found = training_step_memory(build, step, torch.optim.Adam)
     assert found.peak_bytes == pytest.approx(real, rel=0.02)
 

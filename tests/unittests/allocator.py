@@ -1,0 +1,40 @@
+"""The most memory that torch's CPU allocator gives to tensors, as it says.
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+from torch.profiler import ProfilerActivity, profile
+
+
+def allocator_peak(run):
+    """Bytes of the peak of what a function without arguments allocates.
+
+    Copies that oneDNN makes inside a convolution, which are no tensors of
+    torch, do not count: a GPU does not make them.
+    """
+    with profile(
+        activities=[ProfilerActivity.CPU], profile_memory=True
+    ) as profiler:
+        run()
+    found = []
+
+    def walk(event, parent):
+        if event.name == "[memory]":
+            found.append((event.start_time_ns, event.extra_fields, parent))
+        for child in event.children:
+            walk(child, event.name)
+
+    for root in profiler.profiler.kineto_results.experimental_event_tree():
+        walk(root, "")
+    alive = peak = 0
+    inside = set()
+    for _, fields, parent in sorted(found, key=lambda event: event[0]):
+        if fields.alloc_size > 0 and "convolution" in parent:
+            inside.add(fields.ptr)
+        elif fields.alloc_size < 0 and fields.ptr in inside:
+            inside.remove(fields.ptr)
+        else:
+            alive += fields.alloc_size
+            peak = max(peak, alive)
+    return peak
