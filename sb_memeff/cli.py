@@ -9,6 +9,8 @@ import sys
 
 import torch
 
+from sb_memeff.analysis.check import check_recipe
+from sb_memeff.analysis.recipe import read_recipe
 from sb_memeff.lobes.models.DFResNet import DFResNet
 from sb_memeff.lobes.models.ResNet import ResNet
 from sb_memeff.lobes.models.RevDFResNet import RevDFResNet
@@ -63,6 +65,55 @@ def export(arguments):
         print(f"And {path}, from normalised features to embeddings.")
 
 
+def check(arguments):
+    """Compares a training step with one that saves no memory."""
+    recipe = read_recipe(arguments.hparams, arguments.overrides)
+    report = check_recipe(
+        recipe,
+        arguments.batch,
+        arguments.seconds,
+        arguments.precision,
+        arguments.device,
+    )
+    print(report)
+    return 0 if report.passed else 1
+
+
+def parse_overrides(unknown):
+    """Reads what the parser does not know as overrides of a yaml file.
+
+    Arguments
+    ---------
+    unknown : list of str
+        Arguments of the form --key=value.
+
+    Returns
+    -------
+    dict
+        Key to value, as text.
+
+    Raises
+    ------
+    ValueError
+        For anything else.
+
+    Example
+    -------
+    >>> parse_overrides(["--preset=RevNet101", "--lr=0.1"])
+    {'preset': 'RevNet101', 'lr': '0.1'}
+    """
+    overrides = {}
+    for argument in unknown:
+        key, equals, value = argument.removeprefix("--").partition("=")
+        if not (argument.startswith("--") and key and equals):
+            raise ValueError(
+                f"{argument!r} is neither an option nor an override of the "
+                f"yaml file: write --key=value."
+            )
+        overrides[key] = value
+    return overrides
+
+
 def build_parser():
     """The command line.
 
@@ -87,6 +138,15 @@ def build_parser():
         help="write the embedding network as ONNX too",
     )
     command.set_defaults(run=export)
+    command = commands.add_parser(
+        "check", help=check.__doc__, allow_abbrev=False
+    )
+    command.add_argument("hparams", help="yaml file; --key=value overrides")
+    command.add_argument("--batch", type=int, default=2, help="utterances")
+    command.add_argument("--seconds", type=float, default=1.0)
+    command.add_argument("--precision", help="fp32, bf16 or fp16")
+    command.add_argument("--device", default="cpu")
+    command.set_defaults(run=check, overrides={})
     return parser
 
 
@@ -101,15 +161,19 @@ def main(argv=None):
     Returns
     -------
     int
-        0, or 2 if the input was bad (one line on stderr says how).
+        0, or 1 if what was checked has failed, or 2 if the input was bad (one
+        line on stderr says how).
     """
-    arguments = build_parser().parse_args(argv)
+    parser = build_parser()
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown and "overrides" not in arguments:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
-        arguments.run(arguments)
+        arguments.overrides = parse_overrides(unknown)
+        return arguments.run(arguments) or 0
     except (FileNotFoundError, ImportError, ValueError) as error:
         print(f"sb-memeff: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":
