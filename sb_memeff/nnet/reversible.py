@@ -519,7 +519,7 @@ class InvertibilityReport:
     parameters: dict
 
     def __str__(self):
-        block = max(self.blocks, key=self.blocks.get)
+        block = max(self.blocks, key=self.blocks.get, default="no block")
         parameter = max(self.parameters, key=self.parameters.get)
         return (
             f"inversion error {self.inversion_error:.3g} (most in {block}), "

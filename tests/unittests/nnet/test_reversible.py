@@ -1074,3 +1074,11 @@ def test_inversion_errors_are_none_where_all_is_stored():
     with inversion_errors(net) as errors:
         net(images()).sum().backward()
     assert errors == {}
+
+
+def test_check_invertible_of_a_chain_without_invertible_blocks():
+    report = check_invertible(
+        ReversibleSequence([nn.Conv2d(8, 8, 1)]), images()
+    )
+    assert (report.inversion_error, report.blocks) == (0.0, {})
+    assert "no block" in str(report)
