@@ -8,10 +8,12 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 
 from sb_memeff.analysis import plot
+from sb_memeff.analysis.check import check_recipe
 from sb_memeff.analysis.fit import (
     fit as find_fit,
     usable,
@@ -80,6 +82,11 @@ def export(arguments):
 
 def profile(arguments):
     """Says where the memory of a recipe's training step goes; no GPU needed."""
+    for path in filter(None, (arguments.json, arguments.plot)):
+        if not Path(path).absolute().parent.is_dir():
+            raise FileNotFoundError(f"There is no folder for {path}.")
+    if arguments.plot:
+        plot.load_pyplot()
     recipe = read_recipe(arguments.hparams, arguments.overrides)
     rows = variants(recipe) if arguments.compare else [own_variant(recipe)]
     found = []
@@ -115,7 +122,11 @@ def _plain(found):
 
 
 def fit(arguments):
-    """Finds the largest batch (or length, or preset) that fits on a GPU."""
+    """Finds the largest batch that fits on a GPU.
+
+    With dynamic batching, the largest max_batch_len; with --batch, the longest
+    utterances; with --batch and --seconds, the deepest preset.
+    """
     limit = usable(arguments.budget, arguments.margin)
     found = find_fit(
         arguments.hparams,
@@ -137,6 +148,19 @@ def fit(arguments):
         f"{format_bytes(found.found.memory.peak_bytes)}\n"
         + " ".join(f"--{k}={v}" for k, v in found.overrides.items())
     )
+
+
+def check(arguments):
+    """Compares a training step with one that saves no memory."""
+    found = check_recipe(
+        read_recipe(arguments.hparams, arguments.overrides),
+        arguments.batch,
+        arguments.seconds,
+        arguments.precision,
+        arguments.device,
+    )
+    print(found)
+    return 0 if found.passed else 1
 
 
 def parse_overrides(unknown):
@@ -168,10 +192,10 @@ def parse_overrides(unknown):
         key, equals, value = rest.pop(0).partition("=")
         if not equals and rest and not rest[0].startswith("--"):
             value, equals = rest.pop(0), "="
-        if not key.startswith("--") or not equals:
+        if not (key.startswith("--") and key[2:] and equals):
             raise ValueError(
-                f"{key} is no option, and no override of the yaml file, which "
-                f"would be --key=value."
+                f"{key!r} is neither an option nor an override of the yaml "
+                f"file: write --key=value."
             )
         overrides[key.removeprefix("--")] = value
     return overrides
@@ -201,7 +225,8 @@ def build_parser():
         help="write the embedding network as ONNX too",
     )
     command.set_defaults(run=export)
-    command = _add_analysis(commands, "profile", profile)
+    command = _add_recipe(commands, "profile", profile)
+    _add_lengths(command)
     command.add_argument(
         "--compare",
         action="store_true",
@@ -212,7 +237,8 @@ def build_parser():
     command.add_argument(
         "--plot", metavar="FILE", help="write a picture (needs matplotlib)"
     )
-    command = _add_analysis(commands, "fit", fit)
+    command = _add_recipe(commands, "fit", fit)
+    _add_lengths(command)
     command.add_argument(
         "--budget", required=True, help="memory of the GPU, such as 11GB"
     )
@@ -221,20 +247,31 @@ def build_parser():
         help="what to leave of it; by default 500 MB for CUDA's context and "
         "5 %% of the rest for fragmentation and workspaces",
     )
+    command = _add_recipe(commands, "check", check)
+    command.add_argument("--batch", type=int, default=2, help="utterances")
+    command.add_argument("--seconds", type=float, default=1.0, help="of each")
+    command.add_argument("--device", default="cpu", help="such as cuda")
     return parser
 
 
-def _add_analysis(commands, name, run):
-    """A subcommand that takes a recipe's yaml file and a batch."""
+def _add_recipe(commands, name, run):
+    """A subcommand that takes a recipe's yaml file and overrides."""
     command = commands.add_parser(
         name,
-        help=run.__doc__,
+        help=run.__doc__.splitlines()[0],
         description=run.__doc__,
         epilog="Any other --key=value overrides a key of the yaml file.",
         # Overrides are not to be taken for abbreviations.
         allow_abbrev=False,
     )
     command.add_argument("hparams", help="yaml file of a recipe")
+    command.add_argument("--precision", help="fp32, bf16 or fp16")
+    command.set_defaults(run=run, overrides={})
+    return command
+
+
+def _add_lengths(command):
+    """The batch, by default the recipe's."""
     command.add_argument(
         "--batch", type=int, help="utterances that the data loader gives"
     )
@@ -242,9 +279,6 @@ def _add_analysis(commands, name, run):
     command.add_argument(
         "--tokens", type=int, help="length of a transcript (transducer)"
     )
-    command.add_argument("--precision", help="fp32, bf16 or fp16")
-    command.set_defaults(run=run, takes_overrides=True)
-    return command
 
 
 def main(argv=None):
@@ -258,19 +292,19 @@ def main(argv=None):
     Returns
     -------
     int
-        0, or 2 if the input was bad (one line on stderr says how).
+        0, or 1 if what was checked has failed, or 2 if the input was bad (one
+        line on stderr says how).
     """
     parser = build_parser()
     arguments, unknown = parser.parse_known_args(argv)
-    if unknown and not getattr(arguments, "takes_overrides", False):
+    if unknown and "overrides" not in arguments:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         arguments.overrides = parse_overrides(unknown)
-        arguments.run(arguments)
+        return arguments.run(arguments) or 0
     except (FileNotFoundError, ImportError, ValueError) as error:
         print(f"sb-memeff: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

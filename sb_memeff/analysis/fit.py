@@ -221,9 +221,9 @@ def _deepest(path, overrides, recipe, limit, batch, seconds, measure):
 
 def _presets(recipe):
     """The recipe's preset and its like, the shallowest first."""
-    path, arguments = recipe.call("embedding_model")
-    network = pydoc.locate(path.removesuffix(".from_preset"))
-    family = arguments["name"].rstrip("0123456789")
+    path = recipe.callee("embedding_model").removesuffix(".from_preset")
+    network = pydoc.locate(path)
+    family = recipe.settings["preset"].rstrip("0123456789")
     return sorted(
         (n for n in network.PRESETS if n.rstrip("0123456789") == family),
         key=lambda name: int(name.removeprefix(family)),

@@ -6,7 +6,7 @@ Authors
 
 from sb_memeff.utils.memory import KINDS
 
-__all__ = ["plot_kinds"]
+__all__ = ["load_pyplot", "plot_kinds"]
 
 # What is always there in greys, what a batch brings in colours.
 COLOURS = {
@@ -22,7 +22,7 @@ COLOURS = {
 
 
 def plot_kinds(profiles, path):
-    """Stacked bars of the peaks of training steps.
+    """Draws the peaks of training steps as stacked bars.
 
     Arguments
     ---------
@@ -36,7 +36,7 @@ def plot_kinds(profiles, path):
     ImportError
         If matplotlib is not installed.
     """
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     figure, axes = pyplot.subplots(
         figsize=(8.5, 1.9 + 0.5 * len(profiles)), layout="constrained"
     )
@@ -79,7 +79,19 @@ def plot_kinds(profiles, path):
     pyplot.close(figure)
 
 
-def _pyplot():
+def load_pyplot():
+    """Matplotlib's pyplot, for files alone.
+
+    Returns
+    -------
+    module
+        matplotlib.pyplot.
+
+    Raises
+    ------
+    ImportError
+        If it is not installed; says how to.
+    """
     try:
         import matplotlib
     except ImportError as error:

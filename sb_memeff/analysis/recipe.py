@@ -181,8 +181,8 @@ class Recipe:
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from error
 
-    def call(self, module):
-        """How the yaml file makes a module.
+    def callee(self, module):
+        """What makes a module.
 
         Arguments
         ---------
@@ -191,15 +191,28 @@ class Recipe:
 
         Returns
         -------
-        tuple
-            Name of the class or function (None if it is made otherwise), and
-            its keyword arguments.
+        str
+            Name of the class or function; "" if neither makes it.
         """
-        node = self.modules[module]
-        kind, _, path = _tag(node).partition(":")
-        if kind not in ("!new", "!apply") or not isinstance(node, dict):
-            return None, {}
-        return path, self._make(_dump({"arguments": dict(node)}))["arguments"]
+        kind, _, path = _tag(self.modules[module]).partition(":")
+        made = kind in ("!new", "!apply")
+        return path if made and isinstance(self.modules[module], dict) else ""
+
+    def arguments(self, module):
+        """What a module is made with; objects among it are made.
+
+        Arguments
+        ---------
+        module : str
+            Its name among the modules.
+
+        Returns
+        -------
+        dict
+            Keyword arguments.
+        """
+        node = {"arguments": dict(self.modules[module])}
+        return self._make(_dump(node))["arguments"]
 
     def default_batch(self, seconds=None):
         """The batch that the yaml file asks for.

@@ -66,21 +66,15 @@ def own_variant(recipe):
         Without a change, labelled by its network or loss.
     """
     if recipe.family == "transducer":
-        path, arguments = recipe.call(
-            "transducer_loss"
-            if "transducer_loss" in recipe.modules
-            else "transducer_lin"
-        )
-        if path and path.endswith("TransducerJointLoss"):
-            return Variant(arguments.get("method", "tiled"))
-        return Variant("SpeechBrain's loss")
-    path, arguments = recipe.call("embedding_model")
-    if path is None:
-        return Variant("embedding_model")
+        if "transducer_loss" not in recipe.modules:
+            return Variant("SpeechBrain's loss")
+        return Variant(recipe.modules["transducer_loss"].get("method", "tiled"))
+    path = recipe.callee("embedding_model")
     if path.endswith(".from_preset"):
-        kind = TYPES.get(arguments.get("downsampling"), "")
-        return Variant(f"{arguments['name']} {kind}".strip())
-    return Variant(_label(path))
+        given = recipe.modules["embedding_model"]
+        kind = TYPES.get(given.get("downsampling"), "")
+        return Variant(f"{given['name']} {kind}".strip())
+    return Variant(_label(path) or "embedding_model")
 
 
 def variants(recipe):
@@ -103,12 +97,13 @@ def variants(recipe):
     """
     if recipe.family == "transducer":
         return _losses(recipe)
-    path, arguments = recipe.call("embedding_model")
+    path = recipe.callee("embedding_model")
     for vanilla, reversible in RESNETS:
         if path in (_preset(vanilla), _preset(reversible)):
+            arguments = recipe.arguments("embedding_model")
             return _resnets(vanilla, reversible, **arguments)
     if path in map(_path, ECAPAS):
-        return _ecapas(arguments)
+        return _ecapas(recipe.arguments("embedding_model"))
     own = own_variant(recipe)
     if path in BLOCKS:
         return [own, Variant(f"{own.label}, blocks recomputed", _recompute)]

@@ -1,8 +1,8 @@
 """How the maths of a reversible chain is carried out.
 
 ``sb_memeff.nnet.coupling`` says y1 = x1 + f(x2); the classes here decide what
-"f(x2)" and "+" mean: differentiable, recorded without gradients, replayed
-with gradients, or replayed without. All share the dtypes and the grid of the
+"f(x2)" and "+" mean: differentiable, recorded without gradients, or
+replayed with gradients. All share the dtypes and the grid of the
 exact stream (see ``sb_memeff.nnet.reversible``).
 
 Authors
@@ -20,7 +20,6 @@ __all__ = [
     "Arithmetic",
     "RecordingArithmetic",
     "ReplayingArithmetic",
-    "UndoingArithmetic",
     "listed",
 ]
 
@@ -264,18 +263,6 @@ class ReplayingArithmetic(Arithmetic):
             _zeros_if_none(next(found), x) if x.requires_grad else None
             for x in inputs
         ]
-
-
-class UndoingArithmetic(Arithmetic):
-    """Replays without gradients, to walk back with the inverse alone."""
-
-    def start(self, recorder):
-        self.recorder = recorder
-        self.notes = []
-
-    def evaluate(self, module, value):
-        with self.recorder.replay(module, self.notes.pop()):
-            return super().evaluate(module, value)
 
 
 def listed(state):

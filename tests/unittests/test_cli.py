@@ -2,10 +2,13 @@
 
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 
-from sb_memeff.cli import main
+from sb_memeff.cli import main, parse_overrides
+from sb_memeff.nnet import replay
+from tests.unittests.analysis.yaml_files import speaker_yaml
 
 
 def test_presets_lists_every_network(capsys):
@@ -43,3 +46,64 @@ def test_python_m_is_the_same_command():
         check=True,
     )
     assert "presets" in run.stdout and "export" in run.stdout
+
+
+# --- check -------------------------------------------------------------------
+
+SMALL_REVNET = [
+    str(speaker_yaml("revnet")[0]),
+    "--base_channels=2",
+    "--out_n_neurons=11",
+    "--seconds=0.5",
+]
+
+
+def test_check_passes(capsys):
+    assert main(["check", *SMALL_REVNET, "--precision", "bf16"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("train_revnet.yaml: 2 x 0.5 s, bf16, cpu; ")
+    assert all(line.endswith(": ok") for line in lines[1:-1])
+    assert lines[-1] == "passed"
+
+
+def test_check_fails(monkeypatch, capsys):
+    # Batch norms count twice.
+    monkeypatch.setattr(replay, "without_trace", lambda *_: nullcontext())
+    assert main(["check", *SMALL_REVNET]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert "FAILED: embedding_model.trunk.blocks." in lines[-2]
+    assert lines[-1] == "failed"
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["nowhere.yaml"], "no yaml file nowhere.yaml"),
+        ([*SMALL_REVNET, "--precision=fp8"], "fp8"),
+        ([*SMALL_REVNET, "--preset=RevNet35"], "RevNet35"),
+        ([*SMALL_REVNET, "--base_chanels=2"], "did you mean base_channels"),
+        ([*SMALL_REVNET, "--preset"], "write --key=value"),
+        ([*SMALL_REVNET, "preset=RevNet101"], "write --key=value"),
+        ([*SMALL_REVNET, "--=1"], "write --key=value"),
+    ],
+)
+def test_check_of_bad_input(arguments, words, capsys):
+    assert main(["check", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("sb-memeff: ") and words in captured.err
+    assert captured.err.count("\n") == 1
+    assert not captured.out
+
+
+def test_overrides_are_for_yaml_files_only(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["presets", "--lr=1"])
+    assert stop.value.code == 2
+    assert "unrecognized arguments: --lr=1" in capsys.readouterr().err
+
+
+def test_overrides():
+    overrides = parse_overrides(
+        ["--a=1", "--b=", "--c=x=--y", "--a=2", "--d", "5"]
+    )
+    assert overrides == {"a": "2", "b": "", "c": "x=--y", "d": "5"}

@@ -102,9 +102,10 @@ def test_augmentation_multiplies_the_batch(tmp_path):
 
 
 def test_speechbrains_transducer_loss_holds_logits_and_gradients(tmp_path):
-    recipe = read_recipe(upstream_transducer(tmp_path))
+    small = {**SMALL_TRANSDUCER, "output_neurons": 500}
+    recipe = read_recipe(upstream_transducer(tmp_path), small)
     found = {
-        variant.label: profile(recipe, 2, 2.0, 20, variant=variant).memory
+        variant.label: profile(recipe, 4, 4.0, 40, variant=variant).memory
         for variant in variants(recipe)
     }
     assert list(found) == [
@@ -114,10 +115,9 @@ def test_speechbrains_transducer_loss_holds_logits_and_gradients(tmp_path):
         "tiled",
         "tiled, encoder recomputed",
     ]
-    # 2 x 51 x 21 cells; logits, their logarithms, the loss's gradients and
+    # 4 x 101 x 41 cells; logits, their logarithms, the loss's gradients and
     # those of the logits.
-    vocabulary = recipe.settings["output_neurons"]
-    logits = 2 * 51 * 21 * vocabulary * 4
+    logits = 4 * 101 * 41 * 500 * 4
     theirs = found["SpeechBrain's loss"].peak_bytes
     assert theirs - found["tiled"].peak_bytes > 3 * logits
     assert found["batched"].peak_bytes < theirs
@@ -152,10 +152,10 @@ def test_what_means_nothing(arguments, message):
 def test_the_report_sums_to_the_peak():
     path, overrides = speaker_yaml("revnet")
     recipe = read_recipe(path, {**overrides, "base_channels": 16})
-    found = profile(recipe, 4, 1.0)
+    found = profile(recipe, 16, 2.0)
     text = report(found)
     first, second = text.splitlines()[:2]
-    assert first.startswith("RevNet34 Type II: batch 4 x 1 s, fp32, SGD8bit, ")
+    assert first.startswith("RevNet34 Type II: batch 16 x 2 s, fp32, SGD8bit, ")
     assert "in backward, at embedding_model.trunk.blocks." in second
     for title in ("what for", "module", "largest layers"):
         block = text[text.index(f"\n{title} ") :].strip().split("\n\n")[0]

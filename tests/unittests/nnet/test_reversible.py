@@ -1,6 +1,7 @@
 """The contract of the reversible engine, point by point."""
 
 import copy
+import math
 import weakref
 
 import pytest
@@ -22,6 +23,7 @@ from sb_memeff.nnet.reversible import (
     SpaceToDepth,
     Tap,
     check_invertible,
+    inversion_errors,
 )
 from sb_memeff.utils.memory import training_step_memory
 
@@ -1038,3 +1040,45 @@ def test_check_invertible_leaves_everything_as_it_was():
 def test_check_invertible_needs_a_reversible_sequence():
     with pytest.raises(ValueError, match="Conv2d holds no Reversible"):
         check_invertible(nn.Conv2d(1, 1, 1), images(channels=1))
+
+
+class WrongOnce(AdditiveCoupling):
+    """The first call of backward rebuilds something else."""
+
+    def __init__(self, f, g, wrong):
+        super().__init__(f, g)
+        self.wrong = wrong
+
+    def backward_streams(self, *args):
+        (x1, x2), dx = super().backward_streams(*args)
+        x2 = x2 + self.wrong
+        self.wrong = 0.0
+        return (x1, x2), dx
+
+
+@pytest.mark.parametrize("wrong, error", [(1.0, 1 / 6), (math.nan, math.inf)])
+def test_inversion_errors_are_the_worst_of_all_calls(wrong, error):
+    block = WrongOnce(nn.Identity(), nn.Identity(), wrong)
+    inner = ReversibleSequence([block, Tap(nn.Identity())])
+    net = nn.ModuleDict({"inner": inner})
+    x = torch.full((1, 2, 3), 2.0, requires_grad=True)
+    with inversion_errors(net) as errors:
+        y, _ = inner(inner(x)[0])
+        y.sum().backward()
+    assert errors == {"inner.blocks.0": pytest.approx(error)}
+    assert not {"forward_streams", "backward_streams"} & set(vars(block))
+
+
+def test_inversion_errors_are_none_where_all_is_stored():
+    net = stored(chain(2))
+    with inversion_errors(net) as errors:
+        net(images()).sum().backward()
+    assert errors == {}
+
+
+def test_check_invertible_of_a_chain_without_invertible_blocks():
+    report = check_invertible(
+        ReversibleSequence([nn.Conv2d(8, 8, 1)]), images()
+    )
+    assert (report.inversion_error, report.blocks) == (0.0, {})
+    assert "no block" in str(report)
