@@ -99,6 +99,7 @@ def profile(arguments):
                 arguments.tokens,
                 arguments.precision,
                 variant,
+                arguments.device,
             )
         )
         if arguments.compare:
@@ -234,6 +235,9 @@ def build_parser():
         "and reversible networks, or the methods of the transducer loss",
     )
     command.add_argument("--json", metavar="FILE", help="write the figures")
+    command.add_argument(
+        "--device", help="run the step there too, such as cuda, and compare"
+    )
     command.add_argument(
         "--plot", metavar="FILE", help="write a picture (needs matplotlib)"
     )

@@ -38,6 +38,9 @@ class Profile:
         Name of its class.
     memory : StepMemory
         The bytes.
+    measured_bytes : int or None
+        Peak of a step that was run: torch's allocator's on a GPU, that of all
+        tensors elsewhere.
     """
 
     label: str
@@ -48,6 +51,7 @@ class Profile:
     precision: str
     optimizer: str
     memory: StepMemory
+    measured_bytes: int | None = None
 
     @property
     def batch_text(self):
@@ -64,7 +68,13 @@ class Profile:
 
 
 def profile(
-    recipe, batch=None, seconds=None, tokens=None, precision=None, variant=None
+    recipe,
+    batch=None,
+    seconds=None,
+    tokens=None,
+    precision=None,
+    variant=None,
+    device=None,
 ):
     """Analyses a recipe's training step on fake tensors.
 
@@ -82,6 +92,8 @@ def profile(
         fp32, bf16 or fp16; the recipe's by default.
     variant : Variant, optional
         What to train instead of the recipe's own network or loss.
+    device : str, optional
+        Run the step there, too, such as on "cuda", for ``measured_bytes``.
 
     Returns
     -------
@@ -111,27 +123,35 @@ def profile(
             f"{recipe.path} has no transcripts, so tokens={tokens} means "
             f"nothing."
         )
+    length = {} if tokens is None else {"tokens": tokens}
     given = {}
 
-    def build():
-        step = recipe.build()
-        if recipe.family == "transducer" and not step.joins_in_loss:
-            step.logits_loss = _speechbrain_loss
-        if variant.change:
-            variant.change(step)
-        length = {} if tokens is None else {"tokens": tokens}
-        given["step"], given["batch"] = (
-            step,
-            step.batch(batch, seconds, **length),
-        )
-        return step
+    def measure(**where):
+        def build():
+            step = recipe.build()
+            if variant.change:
+                variant.change(step)
+            if where:
+                step.to(where["device"])
+            elif recipe.family == "transducer":
+                step.logits_loss = _speechbrain_loss
+            given["step"] = step
+            given["batch"] = step.batch(batch, seconds, **length)
+            return step
 
-    memory = training_step_memory(
-        build,
-        lambda step: step(*given["batch"]),
-        lambda parameters: given["step"].optimizer(),
-        None if dtype == torch.float32 else dtype,
-    )
+        return training_step_memory(
+            build,
+            lambda step: step(*given["batch"]),
+            lambda parameters: given["step"].optimizer(),
+            None if dtype == torch.float32 else dtype,
+            **where,
+        )
+
+    measured = None
+    if device is not None:
+        real = measure(fake=False, device=device)
+        measured = real.allocator_bytes or real.peak_bytes
+    memory = measure()
     step = given["step"]
     if recipe.family == "transducer":
         tokens = given["batch"][3].shape[1]
@@ -144,6 +164,7 @@ def profile(
         precision or recipe.settings.get("precision", "fp32"),
         type(step.optimizer()).__name__,
         memory,
+        measured,
     )
 
 
@@ -215,11 +236,17 @@ def report(found, layers=5):
     """
     memory = found.memory
     at = f", at {memory.peak_module}" if memory.peak_module else ""
+    measured = []
+    if found.measured_bytes:
+        measured = [
+            f"measured by running it: {format_bytes(found.measured_bytes)}"
+        ]
     lines = [
         f"{found.label}: {found.batch_text}, {found.precision}, "
         f"{found.optimizer}, {memory.parameters / 1e6:.2f} M parameters",
         f"peak of a training step: {format_bytes(memory.peak_bytes)}, in "
         f"{PHASES[memory.peak_phase]}{at}",
+        *measured,
         "",
         *_table(memory.by_kind, memory.peak_bytes, "what for"),
         "",

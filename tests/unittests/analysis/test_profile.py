@@ -149,6 +149,24 @@ def test_what_means_nothing(arguments, message):
         profile(read_recipe(path, overrides), **arguments)
 
 
+def test_the_step_can_be_run_beside_its_analysis():
+    path, overrides = speaker_yaml("revnet")
+    found = profile(read_recipe(path, overrides), 2, 1.0, device="cpu")
+    peak = found.memory.peak_bytes
+    assert found.measured_bytes == pytest.approx(peak, rel=0.02)
+    assert "measured by running it: " in report(found)
+
+
+@pytest.mark.gpu
+def test_the_analysis_agrees_with_a_gpu():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    path = VOXCELEB / "hparams/train_revnet.yaml"
+    found = profile(read_recipe(path), 32, 2.0, device="cuda")
+    peak = found.memory.peak_bytes
+    assert found.measured_bytes == pytest.approx(peak, rel=0.05)
+
+
 def test_the_report_sums_to_the_peak():
     path, overrides = speaker_yaml("revnet")
     recipe = read_recipe(path, {**overrides, "base_channels": 16})
