@@ -139,7 +139,9 @@ def plot_lines(found, path):
         axes.legend(frameon=False, fontsize="small")
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
-    right.legend(frameon=False, fontsize="x-small", loc="lower right")
+    right.legend(
+        frameon=False, fontsize="x-small", loc="lower right", handlelength=4
+    )
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 

@@ -65,8 +65,9 @@ def plot_kinds(profiles, path):
     axes.margins(x=0.12)
     axes.set_xlabel("peak memory of a training step (GB)")
     first = profiles[0]
+    optimizers = dict.fromkeys(found.optimizer for found in profiles)
     axes.set_title(
-        f"{first.batch_text}, {first.precision}, {first.optimizer}",
+        f"{first.batch_text}, {first.precision}, {' or '.join(optimizers)}",
         fontsize="medium",
         loc="left",
     )
