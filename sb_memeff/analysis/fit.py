@@ -91,6 +91,7 @@ def fit(
     tokens=None,
     precision=None,
     progress=None,
+    variant=None,
 ):
     """Finds the largest training step of a recipe within a limit.
 
@@ -117,6 +118,8 @@ def fit(
         fp32, bf16 or fp16.
     progress : callable, optional
         Is given each Profile when it is there.
+    variant : Variant, optional
+        What to train instead of the recipe's own network or loss.
 
     Returns
     -------
@@ -134,7 +137,9 @@ def fit(
     def measure(batch, seconds, recipe=recipe):
         key = batch, seconds, recipe
         if key not in known:
-            known[key] = profile(recipe, batch, seconds, tokens, precision)
+            known[key] = profile(
+                recipe, batch, seconds, tokens, precision, variant
+            )
             if progress:
                 progress(known[key])
         return known[key]

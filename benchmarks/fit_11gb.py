@@ -1,0 +1,77 @@
+"""What fits on a GPU of 11 GB, with and without the means of this package.
+
+By the analysis of ``sb-memeff fit``: the largest batch of a speaker recipe,
+the largest max_batch_len of the transducer recipe for utterances of up to
+25 s. No GPU is needed.
+
+    python benchmarks/fit_11gb.py
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+from pathlib import Path
+
+from common import write_results
+
+from sb_memeff.analysis.fit import fit, usable
+from sb_memeff.analysis.recipe import read_recipe
+from sb_memeff.analysis.variants import Variant, variants
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+VOXCELEB = RECIPES / "VoxCeleb/SpeakerRec/hparams"
+TRANSDUCER = (
+    RECIPES / "LibriSpeech/ASR/transducer/hparams/conformer_transducer.yaml"
+)
+
+
+def speechbrains_loss(step):
+    """Puts SpeechBrain's joint network and loss into our training step."""
+    step.Tjoint = step.transducer_loss.joint
+    step.transducer_lin = step.transducer_loss.classifier
+    step.joins_in_loss = False
+
+
+def cases():
+    """Yaml file, overrides, utterances' seconds and variant of each row."""
+    for depth in (34, 101, 293):
+        for kind in ("resnet", "revnet"):
+            preset = {"resnet": "ResNet", "revnet": "RevNet"}[kind]
+            path = VOXCELEB / f"train_{kind}.yaml"
+            yield path, {"preset": f"{preset}{depth}"}, 2.0, None
+    rows = {v.label: v for v in variants(read_recipe(TRANSDUCER))}
+    rows["SpeechBrain's loss"] = Variant(
+        "SpeechBrain's loss", speechbrains_loss
+    )
+    for label in ("SpeechBrain's loss", "tiled", "tiled, encoder recomputed"):
+        yield TRANSDUCER, {}, None, rows[label]
+
+
+def main():
+    """Fits, prints a Markdown table and writes the result file."""
+    limit = usable("11GB")
+    rows = []
+    print("| | on 11 GB | peak |\n|---|---|---|")
+    for path, overrides, seconds, variant in cases():
+        found = fit(path, overrides, limit, seconds=seconds, variant=variant)
+        row = {
+            "hparams": path.name,
+            "label": found.found.label,
+            "overrides": found.overrides,
+            "batch": found.found.batch_text,
+            "precision": found.found.precision,
+            "optimizer": found.found.optimizer,
+            "peak_bytes": found.found.memory.peak_bytes,
+            "limit_bytes": found.limit,
+        }
+        rows.append(row)
+        text = " ".join(f"--{k}={v}" for k, v in found.overrides.items())
+        print(
+            f"| {row['label']} | `{text}` | {row['peak_bytes'] / 1e9:.2f} GB |",
+            flush=True,
+        )
+    write_results(__file__, rows)
+
+
+if __name__ == "__main__":
+    main()
