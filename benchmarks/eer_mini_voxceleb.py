@@ -97,6 +97,10 @@ SYSTEMS = [
     ("ECAPA-TDNN", "Adam"),
     ("RevECAPA-TDNN", "Adam"),
 ]
+# More than one where two systems seemed to differ: do they?
+SEEDS = dict.fromkeys(
+    [("ResNet34", "SGD"), ("ResNet34", "SGD8bit")], (1986, 1987, 1988)
+)
 TRAINING = [
     "--out_n_neurons=207",
     "--batch_size=16",
@@ -298,7 +302,6 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("corpus", type=Path)
     parser.add_argument("output_folder", type=Path)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1986])
     parser.add_argument(
         "--part",
         default="0/1",
@@ -308,8 +311,8 @@ def main():
     part, parts = map(int, arguments.part.split("/"))
     jobs = [
         (network, optimizer, seed)
-        for seed in arguments.seeds
         for network, optimizer in SYSTEMS
+        for seed in SEEDS.get((network, optimizer), (1986,))
     ]
     rows = [
         measure(
@@ -326,15 +329,16 @@ def main():
         return
     measured = costs()
     print(
-        "| network | optimizer | EER untrained | EER | minDCF "
+        "| network | optimizer | seed | EER untrained | EER | minDCF "
         "| last training loss | states | peak | s/step |\n"
-        "|---|---|---|---|---|---|---|---|---|"
+        "|---|---|---|---|---|---|---|---|---|---|"
     )
     for row in rows:
         row.update(measured[row["network"], row["optimizer"]])
         before, after = row["untrained"], row["trained"]
         print(
-            f"| {row['network']} | {row['optimizer']} | {before['eer']:.1f} %"
+            f"| {row['network']} | {row['optimizer']} | {row['seed']} "
+            f"| {before['eer']:.1f} %"
             f" | {after['eer']:.2f} % | {after['min_dcf']:.3f}"
             f" | {row['last_train_loss']:.2f}"
             f" | {row['state_bytes'] / 1e6:.2f} MB"
