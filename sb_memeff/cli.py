@@ -6,6 +6,7 @@ Authors
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -82,11 +83,11 @@ def export(arguments):
 
 def profile(arguments):
     """Says where the memory of a recipe's training step goes; no GPU needed."""
-    for path in filter(None, (arguments.json, arguments.plot)):
-        if not Path(path).absolute().parent.is_dir():
-            raise FileNotFoundError(f"There is no folder for {path}.")
-    if arguments.plot:
-        plot.load_pyplot()
+    for path in (arguments.json, arguments.plot):
+        if path is not None:
+            _check_writable(path)
+    if arguments.plot is not None:
+        plot.check_picture(arguments.plot)
     recipe = read_recipe(arguments.hparams, arguments.overrides)
     rows = variants(recipe) if arguments.compare else [own_variant(recipe)]
     found = []
@@ -104,13 +105,29 @@ def profile(arguments):
         )
         if arguments.compare:
             print(f"{variant.label} ...", file=sys.stderr)
+    if arguments.compare and not rows[1:]:
+        print(
+            f"{recipe.path}: nothing is known to compare {rows[0].label} with.",
+            file=sys.stderr,
+        )
     print(comparison(found) if arguments.compare else report(found[0]))
-    if arguments.json:
+    if arguments.json is not None:
         with open(arguments.json, "w", encoding="utf-8") as f:
             json.dump([_plain(one) for one in found], f, indent=2)
             f.write("\n")
-    if arguments.plot:
+    if arguments.plot is not None:
         plot.plot_kinds(found, arguments.plot)
+
+
+def _check_writable(path):
+    """Says before minutes of work that a file cannot be written after them."""
+    path = Path(path).absolute()
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name a file in it.")
+    if not path.parent.is_dir():
+        raise ValueError(f"There is no folder for {path}.")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"No permission to write {path}.")
 
 
 def _plain(found):
@@ -306,7 +323,7 @@ def main(argv=None):
     try:
         arguments.overrides = parse_overrides(unknown)
         return arguments.run(arguments) or 0
-    except (FileNotFoundError, ImportError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         print(f"sb-memeff: {error}", file=sys.stderr)
         return 2
 

@@ -4,12 +4,15 @@ Authors
  * The sb_memeff authors 2026
 """
 
+import math
 import pydoc
 from dataclasses import dataclass
 
 from sb_memeff.analysis.profile import Profile, profile
 from sb_memeff.analysis.recipe import read_recipe
 from sb_memeff.analysis.search import DoesNotFit, largest
+from sb_memeff.analysis.steps import require_positive
+from sb_memeff.utils.fake import fake_tensors
 from sb_memeff.utils.sizes import format_bytes, parse_bytes
 
 __all__ = ["Fit", "fit", "usable"]
@@ -131,6 +134,7 @@ def fit(
     ValueError
         If nothing fits, or the recipe does not have what is asked for.
     """
+    require_positive(batch=batch, seconds=seconds, tokens=tokens)
     recipe = read_recipe(path, overrides)
     known = {}
 
@@ -146,7 +150,8 @@ def fit(
 
     try:
         if batch is None and recipe.settings.get("dynamic_batching"):
-            return _longest_batch(recipe, limit, seconds or LONGEST, measure)
+            longest = LONGEST if seconds is None else seconds
+            return _longest_batch(recipe, limit, longest, measure)
         if batch is None:
             return _largest_batch(recipe, limit, seconds, measure)
         if seconds is None:
@@ -158,9 +163,10 @@ def fit(
 
 def _largest_batch(recipe, limit, seconds, measure):
     _, seconds = recipe.default_batch(seconds)
-    # Batch norm cannot train on one utterance.
+    # Batch norm, which transducers do without, cannot train on one utterance.
+    first = 1 if recipe.family == "transducer" else 2
     batch, _ = largest(
-        lambda n: measure(n, seconds).memory.peak_bytes, limit, first=2
+        lambda n: measure(n, seconds).memory.peak_bytes, limit, first
     )
     return Fit(
         measure(batch, seconds),
@@ -176,12 +182,12 @@ def _longest_batch(recipe, limit, longest, measure):
         count = max(int(length // longest), 1)
         return max(
             measure(count, longest),
-            measure(count + 1, round(length / (count + 1), 1)),
+            measure(count + 1, round(length / (count + 1), 3)),
             key=lambda found: found.memory.peak_bytes,
         )
 
     length, _ = largest(
-        lambda n: worst(n).memory.peak_bytes, limit, first=int(longest)
+        lambda n: worst(n).memory.peak_bytes, limit, math.ceil(longest)
     )
     return Fit(worst(length), limit, {"max_batch_len": length})
 
@@ -192,17 +198,14 @@ def _longest_utterance(limit, batch, recipe, measure):
         lambda n: measure(batch, n / 10).memory.peak_bytes, limit, first=5
     )
     found = measure(batch, tenths / 10)
-    return Fit(
-        found, limit, {"batch_size": batch, **_length(recipe, found.seconds)}
-    )
+    overrides = {"batch_size": batch, **_length(recipe, found.seconds)}
+    if recipe.settings.get("dynamic_batching"):
+        # It would choose other batches.
+        overrides["dynamic_batching"] = False
+    return Fit(found, limit, overrides)
 
 
 def _deepest(path, overrides, recipe, limit, batch, seconds, measure):
-    if "preset" not in recipe.settings:
-        raise ValueError(
-            f"{path} has no preset to choose, and batch and seconds are given: "
-            f"leave out one of them to find its largest."
-        )
     presets = _presets(recipe)
     for preset in reversed(presets):
         deeper = read_recipe(path, {**overrides, "preset": preset})
@@ -226,8 +229,18 @@ def _deepest(path, overrides, recipe, limit, batch, seconds, measure):
 
 def _presets(recipe):
     """The recipe's preset and its like, the shallowest first."""
-    path = recipe.callee("embedding_model").removesuffix(".from_preset")
-    network = pydoc.locate(path)
+    network, method = "", ""
+    if recipe.family == "speaker":
+        network, _, method = recipe.callee("embedding_model").rpartition(".")
+    if method != "from_preset" or "preset" not in recipe.settings:
+        raise ValueError(
+            f"{recipe.path} has no preset to choose, and batch and seconds are "
+            f"given: leave out one of them to find its largest."
+        )
+    with fake_tensors():
+        # Says so if there is no such network or preset.
+        recipe.build()
+    network = pydoc.locate(network)
     family = recipe.settings["preset"].rstrip("0123456789")
     return sorted(
         (n for n in network.PRESETS if n.rstrip("0123456789") == family),

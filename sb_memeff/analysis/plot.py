@@ -4,9 +4,11 @@ Authors
  * The sb_memeff authors 2026
 """
 
+from pathlib import Path
+
 from sb_memeff.utils.memory import KINDS
 
-__all__ = ["load_pyplot", "plot_kinds"]
+__all__ = ["check_picture", "load_pyplot", "plot_kinds"]
 
 # What is always there in greys, what a batch brings in colours.
 COLOURS = {
@@ -62,7 +64,8 @@ def plot_kinds(profiles, path):
         )
     axes.set_yticks(places, labels)
     axes.invert_yaxis()
-    axes.margins(x=0.12)
+    # Room for the totals; margins() would stop at a bar without width.
+    axes.set_xlim(0, 1.12 * max(left))
     axes.set_xlabel("peak memory of a training step (GB)")
     first = profiles[0]
     optimizers = dict.fromkeys(found.optimizer for found in profiles)
@@ -78,6 +81,30 @@ def plot_kinds(profiles, path):
     )
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
+
+
+def check_picture(path):
+    """Refuses a file that ``plot_kinds`` could not write.
+
+    Arguments
+    ---------
+    path : str or Path
+        File to write; its folder is not looked at.
+
+    Raises
+    ------
+    ImportError
+        If matplotlib is not installed.
+    ValueError
+        If its suffix says no format.
+    """
+    known = load_pyplot().Figure().canvas.get_supported_filetypes()
+    suffix = Path(path).suffix.lower().removeprefix(".")
+    if suffix not in known:
+        raise ValueError(
+            f"The suffix of {path} says no format for pictures: take one of "
+            f"{', '.join(sorted(known))}."
+        )
 
 
 def load_pyplot():
@@ -97,7 +124,7 @@ def load_pyplot():
         import matplotlib
     except ImportError as error:
         raise ImportError(
-            "Pictures need matplotlib: pip install matplotlib."
+            "Pictures need matplotlib: pip install 'sb_memeff[plot]'."
         ) from error
     # No display is needed to write a file.
     matplotlib.use("agg")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from speechbrain.utils.autocast import AMPConfig
 
+from sb_memeff.analysis.steps import require_positive
 from sb_memeff.analysis.variants import own_variant
 from sb_memeff.utils.memory import KINDS, StepMemory, training_step_memory
 from sb_memeff.utils.sizes import format_bytes
@@ -114,6 +115,7 @@ def profile(
     >>> found.label, found.memory.peak_phase
     ('RevNet34 Type II', 'backward')
     """
+    require_positive(batch=batch, seconds=seconds, tokens=tokens)
     default, seconds = recipe.default_batch(seconds)
     batch = default if batch is None else batch
     dtype = dtype_of(recipe, precision)
@@ -135,8 +137,8 @@ def profile(
                 step.to(where["device"])
             elif recipe.family == "transducer":
                 step.logits_loss = _speechbrain_loss
-            given["step"] = step
             given["batch"] = step.batch(batch, seconds, **length)
+            given["step"] = step
             return step
 
         return training_step_memory(
@@ -148,10 +150,19 @@ def profile(
         )
 
     measured = None
-    if device is not None:
-        real = measure(fake=False, device=device)
-        measured = real.allocator_bytes or real.peak_bytes
-    memory = measure()
+    try:
+        memory = measure()
+        if device is not None:
+            real = measure(fake=False, device=device)
+            measured = real.allocator_bytes or real.peak_bytes
+    except Exception as error:
+        if "step" not in given and isinstance(error, ValueError):
+            # Of the yaml file or the arguments, and says so.
+            raise
+        raise ValueError(
+            f"{recipe.path}: a batch of {batch} x {seconds:g} s cannot be "
+            f"analysed: {_reason(error)}"
+        ) from error
     step = given["step"]
     if recipe.family == "transducer":
         tokens = given["batch"][3].shape[1]
@@ -161,7 +172,7 @@ def profile(
         batch * step.copies,
         seconds,
         tokens,
-        precision or recipe.settings.get("precision", "fp32"),
+        _precision_of(recipe, precision),
         type(step.optimizer()).__name__,
         memory,
         measured,
@@ -188,13 +199,27 @@ def dtype_of(recipe, precision=None):
     ValueError
         For any other name.
     """
-    name = precision or recipe.settings.get("precision", "fp32")
+    name = _precision_of(recipe, precision)
     try:
         return AMPConfig.from_name(name).dtype
     except ValueError:
         raise ValueError(
             f"precision={name} must be fp32, bf16 or fp16."
         ) from None
+
+
+def _precision_of(recipe, precision):
+    if precision is None:
+        return recipe.settings.get("precision", "fp32")
+    return precision
+
+
+def _reason(error):
+    """What a network says when a step fails, in a line, and what may help."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if "more than 1 value per channel" in lines[0]:
+        return "batch norm cannot train on one utterance; take 2 or more."
+    return lines[0]
 
 
 class _NumbaLoss(torch.autograd.Function):

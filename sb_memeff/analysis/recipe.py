@@ -280,9 +280,9 @@ class Recipe:
                 f"{self.path}: {_one_line(error)}: correct the name in the "
                 f"yaml file, or install its package."
             ) from error
-        except (TypeError, ValueError) as error:
-            # hyperpyyaml puts the class before what the class says.
-            reason = ": ".join(map(str, error.args))
+        except Exception as error:
+            # Of anybody's class; hyperpyyaml puts its name before what it says.
+            reason = ": ".join(map(str, error.args)) or type(error).__name__
             raise ValueError(f"{self.path}: {_one_line(reason)}") from error
 
     def _copies(self, name, node):

@@ -45,7 +45,7 @@ def largest(peak, limit, first=1, most=2**20):
     if low_peak > limit:
         raise DoesNotFit(low_peak)
     high, high_peak, slope = most + 1, math.inf, math.inf
-    trial, tried = min(2 * first, most), 1
+    trial, tried = min(max(2 * first, first + 1), most), 1
     while high - low > 1:
         trial_peak = peak(trial)
         tried += 1

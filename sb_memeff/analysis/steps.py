@@ -9,12 +9,41 @@ Authors
 """
 
 import contextlib
+import math
 
 import torch
 
 from sb_memeff.optim import keep_32bit_states
 
-__all__ = ["SpeakerStep", "TrainingStep", "TransducerStep"]
+__all__ = ["SpeakerStep", "TrainingStep", "TransducerStep", "require_positive"]
+
+# Waveforms beyond it are a slip of the keyboard; torch counts bytes in 63 bits.
+MOST_SAMPLES = 2**48
+
+
+def require_positive(**numbers):
+    """Refuses what is no length and no number of utterances.
+
+    Arguments
+    ---------
+    **numbers : dict
+        Name to number; None is not given.
+
+    Raises
+    ------
+    ValueError
+        If one is not positive, or infinite, or not a number.
+
+    Example
+    -------
+    >>> require_positive(batch=0)
+    Traceback (most recent call last):
+    ...
+    ValueError: batch=0 must be positive and finite.
+    """
+    for name, number in numbers.items():
+        if number is not None and not 0 < number < math.inf:
+            raise ValueError(f"{name}={number} must be positive and finite.")
 
 
 class TrainingStep(torch.nn.Module):
@@ -126,11 +155,13 @@ class TrainingStep(torch.nn.Module):
 
     def _waveforms(self, batch, seconds):
         """Noise, and the relative lengths of utterances without padding."""
+        require_positive(batch=batch, seconds=seconds)
         samples = round(seconds * self.settings["sample_rate"])
-        if batch < 1 or samples < 1:
+        if not 1 <= samples <= MOST_SAMPLES // batch:
             raise ValueError(
-                f"A batch of {batch} utterances of {seconds} s holds nothing: "
-                f"both must be positive."
+                f"A batch of {batch} utterances of {seconds} s is "
+                f"{batch} x {samples} samples: give 1 at least, and "
+                f"{MOST_SAMPLES} at most."
             )
         device = next(self.parameters()).device
         wavs = 0.1 * torch.randn(batch, samples, device=device)
@@ -184,7 +215,9 @@ class SpeakerStep(TrainingStep):
         tuple
             Utterances, seconds.
         """
-        return number("batch_size"), seconds or number("sentence_len")
+        if seconds is None:
+            seconds = number("sentence_len")
+        return number("batch_size"), seconds
 
     def batch(self, batch, seconds):
         """What a data loader would give, of noise.
@@ -311,7 +344,8 @@ class TransducerStep(TrainingStep):
         tuple
             Utterances, seconds.
         """
-        seconds = seconds or cls.seconds
+        if seconds is None:
+            seconds = cls.seconds
         if number("dynamic_batching"):
             return max(int(number("max_batch_len") // seconds), 1), seconds
         return number("batch_size"), seconds
@@ -344,7 +378,7 @@ class TransducerStep(TrainingStep):
         ids = [i + (i >= self.settings["blank_index"]) for i in ids]
 
         def rows(row):
-            return torch.tensor([row] * batch, device=wavs.device)
+            return torch.tensor(row, device=wavs.device).repeat(batch, 1)
 
         with_bos = rows([self.settings["bos_index"], *ids])
         with_eos = rows([*ids, self.settings["eos_index"]])

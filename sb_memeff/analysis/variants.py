@@ -72,8 +72,11 @@ def own_variant(recipe):
     path = recipe.callee("embedding_model")
     if path.endswith(".from_preset"):
         given = recipe.modules["embedding_model"]
-        kind = TYPES.get(given.get("downsampling"), "")
-        return Variant(f"{given['name']} {kind}".strip())
+        kind = ""
+        if path in [_preset(reversible) for _, reversible in RESNETS]:
+            # By default Type I.
+            kind = TYPES.get(given.get("downsampling", "strided"), "")
+        return Variant(f"{given.get('name', '')} {kind}".strip())
     return Variant(_label(path) or "embedding_model")
 
 
@@ -97,17 +100,9 @@ def variants(recipe):
     """
     if recipe.family == "transducer":
         return _losses(recipe)
-    path = recipe.callee("embedding_model")
-    for vanilla, reversible in RESNETS:
-        if path in (_preset(vanilla), _preset(reversible)):
-            arguments = recipe.arguments("embedding_model")
-            return _resnets(vanilla, reversible, **arguments)
-    if path in map(_path, ECAPAS):
-        return _ecapas(recipe.arguments("embedding_model"))
     own = own_variant(recipe)
-    if path in BLOCKS:
-        return [own, Variant(f"{own.label}, blocks recomputed", _recompute)]
-    return [own]
+    # As the yaml file has it, with what only its network takes.
+    return [own if row.label == own.label else row for row in _networks(recipe)]
 
 
 def reversible_twin(name):
@@ -131,11 +126,25 @@ def reversible_twin(name):
     return name.replace("ResNet", "RevNet")
 
 
-def _resnets(vanilla, reversible, name, **arguments):
+def _networks(recipe):
+    path = recipe.callee("embedding_model")
+    for vanilla, reversible in RESNETS:
+        if path in (_preset(vanilla), _preset(reversible)):
+            arguments = recipe.arguments("embedding_model")
+            return _resnets(vanilla, reversible, **arguments)
+    if path in map(_path, ECAPAS):
+        return _ecapas(recipe.arguments("embedding_model"))
+    own = own_variant(recipe)
+    if path in BLOCKS:
+        return [own, Variant(f"{own.label}, blocks recomputed", _recompute)]
+    return [own]
+
+
+def _resnets(vanilla, reversible, name="", **arguments):
     # What only the reversible networks have.
     for own in ("downsampling", "save_memory"):
         arguments.pop(own, None)
-    plain = name.replace("RevNet", "ResNet")
+    plain = str(name).replace("RevNet", "ResNet")
     build = partial(vanilla.from_preset, plain, **arguments)
     rows = [
         Variant(plain, _with_network(build)),
@@ -154,7 +163,9 @@ def _resnets(vanilla, reversible, name, **arguments):
 
 def _ecapas(arguments):
     rows = []
-    arguments.pop("save_memory", None)
+    # What SpeechBrain's does not have.
+    for own in ("save_memory", "inner_channels"):
+        arguments.pop(own, None)
     for network in ECAPAS:
         build = partial(network, **arguments)
         label = _label(_path(network))

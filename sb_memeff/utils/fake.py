@@ -7,6 +7,7 @@ Authors
 import contextlib
 import copy
 import functools
+import logging
 import weakref
 
 import torch
@@ -52,8 +53,19 @@ def fake_tensors():
     """
     fake = FakeTensorMode()
     # Small random tensors are drawn: not at the expense of others.
-    with torch.random.fork_rng([]), fake, _KnownValues(fake):
+    with torch.random.fork_rng([]), _quiet(), fake, _KnownValues(fake):
         yield
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Keeps torch from logging, with a traceback, errors that it raises."""
+    logger = logging.getLogger(FakeTensorMode.__module__)
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 class _KnownValues(TorchDispatchMode):

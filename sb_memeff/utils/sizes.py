@@ -46,8 +46,8 @@ def parse_bytes(size):
             number = float(digits) * (1024 if binary else 1000) ** power
     if not isinstance(number, (int, float)) or not number > 0:
         raise ValueError(
-            f"A size is a number of bytes or such as '11GB' or '10.5 GiB', "
-            f"not {size!r}."
+            f"A size is a positive number with a unit, such as '11GB' or "
+            f"'10.5 GiB', not {size!r}."
         )
     return int(number)
 

@@ -1,5 +1,6 @@
 """The command sb-memeff."""
 
+import json
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -8,7 +9,15 @@ import pytest
 
 from sb_memeff.cli import main, parse_overrides
 from sb_memeff.nnet import replay
-from tests.unittests.analysis.yaml_files import speaker_yaml
+from sb_memeff.utils.memory import KINDS
+from sb_memeff.utils.sizes import format_bytes
+from tests.unittests.analysis.yaml_files import (
+    LIBRISPEECH,
+    SMALL_TRANSDUCER,
+    UPSTREAM_SPEAKERS,
+    VOXCELEB,
+    speaker_yaml,
+)
 
 
 def test_presets_lists_every_network(capsys):
@@ -107,3 +116,257 @@ def test_overrides():
         ["--a=1", "--b=", "--c=x=--y", "--a=2", "--d", "5"]
     )
     assert overrides == {"a": "2", "b": "", "c": "x=--y", "d": "5"}
+
+
+# --- profile -----------------------------------------------------------------
+
+SMALL_RESNET = [
+    str(speaker_yaml("resnet")[0]),
+    *(f"--{key}={value}" for key, value in speaker_yaml("resnet")[1].items()),
+]
+SHORT = [*SMALL_RESNET, "--batch=2", "--seconds=0.5"]
+DIGITS = [
+    str(LIBRISPEECH / "hparams/digits_transducer.yaml"),
+    *(f"--{key}={value}" for key, value in SMALL_TRANSDUCER.items()),
+]
+
+
+def test_profile(tmp_path, capsys):
+    json_file, picture = tmp_path / "found.json", tmp_path / "found.png"
+    files = ["--json", str(json_file), "--plot", str(picture)]
+    assert main(["profile", *SHORT, "--precision", "bf16", *files]) == 0
+    captured = capsys.readouterr()
+    lines = captured.out.splitlines()
+    assert lines[0].startswith("ResNet34: batch 2 x 0.5 s, bf16, SGD, ")
+    assert lines[1].startswith("peak of a training step: ")
+    assert not captured.err
+    (found,) = json.loads(json_file.read_text())
+    memory = found.pop("memory")
+    assert found == {
+        "label": "ResNet34",
+        "batch": 2,
+        "rows": 2,
+        "seconds": 0.5,
+        "tokens": None,
+        "precision": "bf16",
+        "optimizer": "SGD",
+    }
+    peak = memory["peak_bytes"]
+    assert format_bytes(peak) in lines[1]
+    assert list(memory["by_kind"]) == list(KINDS)
+    assert sum(memory["by_kind"].values()) == peak
+    assert sum(memory["by_module"].values()) == peak
+    assert memory["parameter_bytes"] == 4 * memory["parameters"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_profile_compares(tmp_path, capsys):
+    path = tmp_path / "found.json"
+    arguments = [*SHORT, "--compare", "--json", str(path)]
+    assert main(["profile", *arguments]) == 0
+    captured = capsys.readouterr()
+    labels = [
+        "ResNet34",
+        "ResNet34, blocks recomputed",
+        "RevNet34 Type I",
+        "RevNet34 Type II",
+    ]
+    rows = captured.out.splitlines()[-4:]
+    assert [row.split("  ")[0] for row in rows] == labels
+    assert captured.err.splitlines() == [f"{label} ..." for label in labels]
+    found = json.loads(path.read_text())
+    assert [one["label"] for one in found] == labels
+    for row, one in zip(rows, found, strict=True):
+        assert format_bytes(one["memory"]["peak_bytes"]) in row
+
+
+def test_profile_says_that_there_is_nothing_to_compare(tmp_path, capsys):
+    text = UPSTREAM_SPEAKERS["xvector"]
+    start = text.index("embedding_model: !new:")
+    path = tmp_path / "train.yaml"
+    path.write_text(
+        f"{text[:start]}"
+        "embedding_model: !new:speechbrain.nnet.containers.Sequential\n"
+        "    input_shape: [null, null, 16]\n"
+        "    pool: !new:speechbrain.nnet.pooling.StatisticsPooling\n"
+        "    linear: !new:speechbrain.nnet.linear.Linear\n"
+        "        input_size: 32\n        n_neurons: 8\n\n"
+        f"{text[text.index('classifier: !new:') :]}"
+    )
+    arguments = [str(path), "--batch=2", "--seconds=0.5", "--compare"]
+    assert main(["profile", *arguments]) == 0
+    captured = capsys.readouterr()
+    assert "nothing is known to compare SpeechBrain's Seq" in captured.err
+    assert captured.out.splitlines()[-1].startswith("SpeechBrain's Sequential")
+
+
+def test_profile_of_a_transducer(capsys):
+    assert main(["profile", *DIGITS, "--batch=2", "--seconds=1"]) == 0
+    assert capsys.readouterr().out.startswith(
+        "tiled: batch 2 x 1 s with 5 tokens, fp32, AdamW, "
+    )
+
+
+# --- fit ---------------------------------------------------------------------
+
+
+def test_fit_prints_overrides_for_the_recipe(capsys):
+    budget = ["--budget=20MB", "--margin=2MB", "--seconds=0.5"]
+    assert main(["fit", *SMALL_RESNET, *budget]) == 0
+    captured = capsys.readouterr()
+    lines = captured.out.splitlines()
+    assert lines[0] == "20MB less the margin: 18.0 MB"
+    batch, seconds = lines[2].split()
+    assert batch.startswith("--batch_size=") and batch > "--batch_size=1"
+    assert seconds == "--sentence_len=0.5"
+    size = lines[1].rpartition(": ")[2]
+    count = batch.partition("=")[2]
+    assert lines[1] == f"ResNet34, batch {count} x 0.5 s: {size}"
+    # What was tried on the way is no part of the answer.
+    assert lines[1] in captured.err.splitlines()
+    # They mean to profile, and to the recipe, what was meant here.
+    assert main(["profile", *SMALL_RESNET, batch, seconds]) == 0
+    out = capsys.readouterr().out
+    assert f"batch {count} x 0.5 s" in out and f": {size}, in " in out
+
+
+def test_fit_says_what_does_not_fit(capsys):
+    arguments = [*SMALL_RESNET, "--seconds=0.5", "--budget=20MB"]
+    assert main(["fit", *arguments, "--margin=19999kB"]) == 2
+    captured = capsys.readouterr()
+    tried, error = captured.err.splitlines()
+    assert tried.startswith("ResNet34, batch 2 x 0.5 s: ")
+    assert error.startswith("sb-memeff: ")
+    assert "ResNet34 does not fit into 1.00 kB: a batch of 2 x 0.5 s" in error
+    assert not captured.out
+
+
+# --- bad input of both -------------------------------------------------------
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """Bad files in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.yaml").mkdir()
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "empty.yaml").touch()
+    (tmp_path / "broken.yaml").write_text("a: [1, 2\nb: }\n")
+    (tmp_path / "binary.yaml").write_bytes(b"\x89PNG\xff\xfe")
+    text = UPSTREAM_SPEAKERS["ecapa"]
+    start = text.index("embedding_model: !new:")
+    head = "embedding_model: !new:speechbrain.lobes.models.ECAPA_TDNN."
+    (tmp_path / "positional.yaml").write_text(
+        f"{text[:start]}{head}ECAPA_TDNN [!ref <n_mels>]\n"
+    )
+    (tmp_path / "preset.yaml").write_text(f"{text}\npreset: hello\n")
+    return tmp_path
+
+
+def refuse(arguments, words, capfd):
+    assert main(arguments) == 2
+    captured = capfd.readouterr()
+    assert captured.err.startswith("sb-memeff: ") and words in captured.err
+    assert captured.err.count("\n") == 1
+    assert not captured.out
+
+
+@pytest.mark.parametrize("command", ["profile", "fit"])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nowhere.yaml"], "no yaml file nowhere.yaml"),
+        (["folder.yaml"], "no yaml file folder.yaml"),
+        (["empty.yaml"], "empty.yaml is no yaml file of keys and values"),
+        (["broken.yaml"], "broken.yaml is not readable yaml: line 2: "),
+        (["binary.yaml"], "binary.yaml is not readable yaml: "),
+        (["positional.yaml"], "cannot be analysed: "),
+        (
+            [str(VOXCELEB / "hparams/verification_revnet.yaml")],
+            "has no modules: it is no yaml file for training",
+        ),
+        ([*SMALL_RESNET, "--preset=ResNet35"], "ResNet has no preset 'ResNet3"),
+        ([*SMALL_RESNET, "--preset=5"], "ResNet has no preset 5; it has "),
+        ([*SMALL_RESNET, "--base_chanels=2"], "did you mean base_channels"),
+        ([*SMALL_RESNET, "--n_mels=0"], "train_resnet.yaml: "),
+        ([*SMALL_RESNET, "--lr=fast"], "train_resnet.yaml: "),
+        ([*SMALL_RESNET, "--precision=FP32"], "must be fp32, bf16 or fp16"),
+        ([*SMALL_RESNET, "--precision="], "must be fp32, bf16 or fp16"),
+        ([*SMALL_RESNET, "--tokens=5"], "so tokens=5 means nothing"),
+        ([*SMALL_RESNET, "--batch=1"], "batch norm cannot train on one utter"),
+        ([*SMALL_RESNET, "--batch=-1"], "batch=-1 must be positive"),
+        ([*SMALL_RESNET, "--seconds=0"], "seconds=0.0 must be positive"),
+        ([*SMALL_RESNET, "--seconds=-2"], "seconds=-2.0 must be positive"),
+        ([*SMALL_RESNET, "--seconds=nan"], "seconds=nan must be positive"),
+        ([*SMALL_RESNET, "--seconds=inf"], "seconds=inf must be positive"),
+        ([*SMALL_RESNET, "--seconds=1e15"], "samples: give 1 at least"),
+        ([*SMALL_RESNET, "--seconds=1e-9"], "samples: give 1 at least"),
+        ([*DIGITS, "--seconds=0"], "seconds=0.0 must be positive"),
+        ([*DIGITS, "--seconds=0.001"], "x 0.001 s cannot be analysed: "),
+        ([*DIGITS, "--tokens=0"], "tokens=0 must be positive"),
+    ],
+)
+def test_bad_input(command, arguments, words, here, capfd):
+    if command == "fit":
+        arguments = [*arguments, "--budget=11GB"]
+    refuse([command, *arguments], words, capfd)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--json=nowhere/a.json"], "no folder for "),
+        (["--plot=nowhere/a.png"], "no folder for "),
+        (["--json=folder.yaml"], "folder.yaml is a folder: name a file in it"),
+        (["--plot=folder.png"], "folder.png is a folder: name a file in it"),
+        (["--json="], "is a folder: name a file in it"),
+        (["--plot=a.xyz"], "The suffix of a.xyz says no format"),
+        (["--plot=a"], "The suffix of a says no format"),
+    ],
+)
+def test_bad_files_are_said_before_the_analysis(
+    arguments, words, here, monkeypatch, capfd
+):
+    before = sorted(here.iterdir())
+    monkeypatch.setattr("sb_memeff.cli.analyse", None)
+    refuse(["profile", *SHORT, *arguments], words, capfd)
+    assert sorted(here.iterdir()) == before
+
+
+def test_no_permission(here, monkeypatch, capfd):
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    refuse(["profile", *SHORT, "--json=a"], "No permission to write", capfd)
+
+
+def test_a_file_that_cannot_be_written_after_all(here, monkeypatch, capfd):
+    monkeypatch.setattr("sb_memeff.cli._check_writable", lambda path: None)
+    assert main(["profile", *SHORT, "--json=folder.yaml"]) == 2
+    assert capfd.readouterr().err.startswith("sb-memeff: [Errno 21] ")
+
+
+def test_without_matplotlib(here, monkeypatch, capfd):
+    # What an import finds then.
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    arguments = ["profile", *SHORT, "--plot=a.png"]
+    refuse(arguments, "pip install 'sb_memeff[plot]'", capfd)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--budget=much"], "not 'much'"),
+        (["--budget=11"], "not '11'"),
+        (["--budget=400MB"], "400 MB leaves nothing beside 500 MB"),
+        (["--budget=1GB", "--margin=2GB"], "beside a margin of 2.00 GB"),
+        (["--budget=1GB", "--margin=some"], "not 'some'"),
+        (["--budget=1GB", "--batch=2", "--preset=5"], "no preset 5; it has "),
+    ],
+)
+def test_bad_budgets(arguments, words, capfd):
+    refuse(["fit", *SMALL_RESNET, "--seconds=0.5", *arguments], words, capfd)
+
+
+def test_fit_of_the_deepest_preset_without_one(here, capfd):
+    both = ["--budget=1GB", "--batch=2", "--seconds=0.5"]
+    for path in ("preset.yaml", "positional.yaml", *DIGITS[:1]):
+        refuse(["fit", path, *both], f"{path} has no preset to choose", capfd)

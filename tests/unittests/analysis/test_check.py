@@ -336,7 +336,7 @@ def test_what_the_engine_refuses():
         ({"device": "meta"}, "device meta: "),
         ({"device": "gpu"}, "device gpu: "),
         ({"seconds": 0.001}, "does not run, not even without saving memory"),
-        ({"seconds": 0.0}, "of 0.0 s holds nothing"),
+        ({"seconds": 0.0}, "seconds=0.0 must be positive"),
     ],
 )
 def test_bad_input(options, words):

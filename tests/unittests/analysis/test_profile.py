@@ -139,8 +139,8 @@ def test_precision_and_batch_are_the_recipes_by_default():
     [
         ({"precision": "fp8"}, "precision=fp8 must be fp32, bf16 or fp16"),
         ({"tokens": 5}, "has no transcripts, so tokens=5 means nothing"),
-        ({"batch": 0}, "A batch of 0 utterances"),
-        ({"seconds": -1.0}, "utterances of -1.0 s"),
+        ({"batch": 0}, "batch=0 must be positive"),
+        ({"seconds": -1.0}, "seconds=-1.0 must be positive"),
     ],
 )
 def test_what_means_nothing(arguments, message):

@@ -309,5 +309,5 @@ def test_what_forward_gave_is_held_until_the_next_batch():
 def test_batches_of_nothing(batch, seconds):
     path, overrides = speaker_yaml("resnet")
     step = read_recipe(path, overrides).build()
-    with pytest.raises(ValueError, match=f"batch of {batch}.*of {seconds} s"):
+    with pytest.raises(ValueError, match="=0.* must be positive and finite"):
         step.batch(batch, seconds)

@@ -1,0 +1,271 @@
+"""What fits: searched for, then profiled."""
+
+import pytest
+
+from sb_memeff.analysis.fit import fit, usable
+from sb_memeff.analysis.profile import Profile, profile
+from sb_memeff.analysis.recipe import read_recipe
+from sb_memeff.lobes.models.ResNet import ResNet
+from sb_memeff.utils.memory import StepMemory
+from tests.unittests.analysis.yaml_files import (
+    LIBRISPEECH,
+    SMALL_TRANSDUCER,
+    UPSTREAM_SPEAKERS,
+    changed,
+    speaker_yaml,
+)
+
+XVECTOR = {"sentence_len": 0.5, "batch_size": 9}
+DIGITS = LIBRISPEECH / "hparams/digits_transducer.yaml"
+SMALL = {**SMALL_TRANSDUCER, "num_encoder_layers": 1}
+
+
+@pytest.fixture
+def xvector(tmp_path):
+    """The smallest network."""
+    path = tmp_path / "train_xvector.yaml"
+    path.write_text(UPSTREAM_SPEAKERS["xvector"])
+    return path
+
+
+def peak(path, overrides, batch=None, seconds=None, tokens=None):
+    recipe = read_recipe(path, overrides)
+    return profile(recipe, batch, seconds, tokens).memory.peak_bytes
+
+
+# --- the budget --------------------------------------------------------------
+
+
+def test_usable():
+    assert usable("10.5GB") == 9_500_000_000
+    assert usable(2_500_000_000) == 1_900_000_000
+    assert usable("1GiB", "1MiB") == 2**30 - 2**20
+    assert usable("300MB", 1) == 299_999_999
+
+
+@pytest.mark.parametrize(
+    ("budget", "margin", "message"),
+    [
+        ("500MB", None, "500 MB leaves nothing beside 500 MB for CUDA's"),
+        ("1GB", "1GB", "1.00 GB leaves nothing beside a margin of 1.00 GB"),
+        ("1GB", "2GB", "beside a margin of 2.00 GB: give a larger --budget"),
+        ("11", None, "not '11'"),
+        ("1GB", "much", "not 'much'"),
+    ],
+)
+def test_no_budget(budget, margin, message):
+    with pytest.raises(ValueError, match=message):
+        usable(budget, margin)
+
+
+# --- speakers ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seconds", [None, 1.5])
+def test_the_largest_batch(seconds, xvector):
+    limit = 40_000_000
+    seen = []
+    found = fit(xvector, XVECTOR, limit, seconds=seconds, progress=seen.append)
+    batch = found.overrides["batch_size"]
+    assert found.overrides == {
+        "batch_size": batch,
+        "sentence_len": seconds or 0.5,
+    }
+    # With its overrides the recipe takes what was said, and one more does not
+    # fit.
+    assert found.limit == limit
+    assert (found.found.batch, found.found.label) == (
+        batch,
+        "SpeechBrain's Xvector",
+    )
+    assert found.found.memory.peak_bytes == peak(xvector, found.overrides)
+    assert peak(xvector, found.overrides) <= limit
+    assert peak(xvector, found.overrides, batch + 1) > limit
+    assert found.found in seen
+    assert len({one.batch for one in seen}) == len(seen)
+
+
+def test_the_longest_utterance(xvector):
+    limit = 10_000_000
+    found = fit(xvector, XVECTOR, limit, batch=4)
+    seconds = found.found.seconds
+    assert found.overrides == {"batch_size": 4, "sentence_len": seconds}
+    assert round(10 * seconds) == pytest.approx(10 * seconds, abs=1e-9)
+    assert peak(xvector, found.overrides) <= limit
+    assert peak(xvector, found.overrides, 4, seconds + 0.1) > limit
+
+
+def test_precision_and_the_length_without_a_key(xvector, tmp_path):
+    limit = peak(xvector, XVECTOR, 3, 0.5)
+    path = changed(xvector, tmp_path, ("sentence_len: 3.0\n", ""))
+    found = fit(path, {}, limit, seconds=0.5, precision="bf16")
+    assert found.found.precision == "bf16"
+    assert list(found.overrides) == ["batch_size"]
+
+
+@pytest.fixture
+def presets(monkeypatch):
+    """Small presets of two families, in no order."""
+    sizes = {
+        "ResNet100": [3, 3, 3, 3],
+        "ResNet9": [1, 1, 1, 1],
+        "GeminiResNet200": [4, 4, 4, 4],
+        "ResNet11": [2, 1, 1, 1],
+    }
+    known = {
+        name: {"block": "basic", "block_sizes": blocks}
+        for name, blocks in sizes.items()
+    }
+    monkeypatch.setattr(ResNet, "PRESETS", known)
+
+
+def test_the_deepest_preset(presets):
+    path, small = speaker_yaml("resnet")
+    overrides = {**small, "preset": "ResNet100"}
+    peaks = {
+        preset: peak(path, {**overrides, "preset": preset}, 2, 0.3)
+        for preset in ("ResNet9", "ResNet11", "ResNet100")
+    }
+    assert sorted(peaks.values()) == list(peaks.values())
+    seen = []
+    for preset, limit in peaks.items():
+        seen.clear()
+        found = fit(path, overrides, limit, 2, 0.3, progress=seen.append)
+        assert found.overrides == {
+            "preset": preset,
+            "batch_size": 2,
+            "sentence_len": 0.3,
+        }
+        assert found.found.label == preset
+        assert found.found.memory.peak_bytes == limit
+        tried = [one.label for one in seen]
+        assert tried == ["ResNet100", "ResNet11", "ResNet9"][: len(tried)]
+        assert tried[-1] == preset
+        if preset == "ResNet9":
+            with pytest.raises(ValueError, match="no preset fits") as caught:
+                fit(path, overrides, limit - 1, 2, 0.3)
+            assert "2 x 0.3 s; ResNet9 takes" in str(caught.value)
+
+
+# --- transducers -------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def longest_batch():
+    """The largest max_batch_len for utterances of up to four seconds."""
+    return fit(DIGITS, SMALL, 16_000_000, seconds=4.0)
+
+
+@pytest.mark.parametrize("seconds", [0.5, 1.7, 3.3, 4.0])
+def test_what_fits_a_dynamic_batch_fits(seconds, longest_batch):
+    total = longest_batch.overrides["max_batch_len"]
+    assert longest_batch.overrides == {"max_batch_len": total}
+    assert total > 3 * 4
+    needed = peak(DIGITS, SMALL, int(total // seconds), seconds)
+    assert needed <= longest_batch.limit
+    # It is not much too careful either.
+    if seconds == 4.0:
+        assert needed > 0.75 * longest_batch.limit
+
+
+def imitate(monkeypatch, cost):
+    """Lets an utterance of s seconds take cost(s), and nothing else."""
+
+    def fake_profile(recipe, batch, seconds, tokens, precision):
+        size = int(batch * cost(seconds))
+        memory = StepMemory(0, 0, 0, size, "", "", {("", "activations"): size})
+        return Profile("", batch, batch, seconds, tokens, "", "", memory)
+
+    monkeypatch.setattr("sb_memeff.analysis.fit.profile", fake_profile)
+
+
+@pytest.mark.parametrize("longest", [0.02, 0.3, 1.0, 4.7, 16.9, 25.0, None])
+@pytest.mark.parametrize("square", [0, 1, 30])
+def test_max_batch_len_is_the_largest(longest, square, monkeypatch):
+    def cost(seconds):
+        return 1000 * seconds + square * seconds**2
+
+    def worst(total):
+        # All batches of up to that many seconds, but one of a single
+        # utterance, which a sampler gives alone however long it is.
+        return max(
+            int(n * cost(min(total / n, top)))
+            for n in range(2, 2 + int(total / top) + 5)
+        )
+
+    imitate(monkeypatch, cost)
+    top = longest or 25
+    limit = int(7.3 * cost(top)) + 5000
+    found = fit(DIGITS, {}, limit, seconds=longest)
+    total = found.overrides["max_batch_len"]
+    assert found.found.memory.peak_bytes <= limit
+    assert worst(total) <= 1.001 * limit
+    assert worst(total + 1) > 0.999 * limit
+
+
+@pytest.mark.parametrize("batch", [1, 2, 37])
+def test_a_transducer_without_dynamic_batching(batch, monkeypatch):
+    # One utterance alone is a batch too: there is no batch norm.
+    imitate(monkeypatch, lambda seconds: 1000 * seconds)
+    static = {"dynamic_batching": False}
+    found = fit(DIGITS, static, 2000 * batch + 1999, seconds=2.0, tokens=5)
+    assert found.overrides == {"batch_size": batch}
+    assert found.found.tokens == 5
+
+
+def test_a_batch_that_is_given_is_not_dynamic(monkeypatch):
+    imitate(monkeypatch, lambda seconds: 1000 * seconds)
+    found = fit(DIGITS, {}, 20_190, batch=2)
+    assert found.found.seconds == 10.0
+    assert found.overrides == {"batch_size": 2, "dynamic_batching": False}
+    recipe = read_recipe(DIGITS, found.overrides)
+    assert recipe.default_batch(10.0) == (2, 10.0)
+
+
+# --- bad input ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "a batch of 2 x 0.5 s takes"),
+        ({"batch": 4}, "a batch of 4 x 0.5 s takes"),
+        ({"batch": 4, "seconds": 1.0}, "has no preset to choose"),
+        ({"batch": 0}, "batch=0 must be positive"),
+        ({"seconds": float("nan")}, "seconds=nan must be positive"),
+        ({"tokens": 3}, "has no transcripts, so tokens=3 means nothing"),
+        ({"precision": "FP32"}, "precision=FP32 must be fp32, bf16 or fp16"),
+    ],
+)
+def test_bad_input_is_one_sentence(arguments, message, xvector):
+    with pytest.raises(ValueError, match=message) as caught:
+        fit(xvector, XVECTOR, 10_000, **arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_budget_below_the_parameters(xvector):
+    with pytest.raises(ValueError, match="Xvector does not fit into") as caught:
+        fit(xvector, XVECTOR, 5_000)
+    memory = profile(read_recipe(xvector, XVECTOR), 2, 0.5).memory
+    kinds = memory.by_kind
+    fixed = kinds["parameters"] + kinds["gradients"] + kinds["optimizer states"]
+    assert fixed > 5_000
+    assert (
+        f"of which {fixed / 1000:.1f} kB are parameters, gradients and "
+        f"optimizer states." in str(caught.value)
+    )
+
+
+@pytest.mark.parametrize("preset", ["RevNet35", "ResNet34", "hello", "5"])
+def test_unknown_presets(preset):
+    path, small = speaker_yaml("revnet")
+    overrides = {**small, "preset": preset}
+    with pytest.raises(ValueError, match=f"no preset '?{preset}'?; it has Rev"):
+        fit(path, overrides, 10**9, batch=2, seconds=0.3)
+
+
+def test_a_preset_that_is_no_networks(xvector):
+    path = xvector
+    path.write_text(path.read_text() + "\npreset: hello\n")
+    with pytest.raises(ValueError, match="has no preset to choose"):
+        fit(path, XVECTOR, 10**9, batch=2, seconds=0.3)
