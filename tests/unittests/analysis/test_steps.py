@@ -106,7 +106,9 @@ def test_speaker_brain(network, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("network", UPSTREAM_SPEAKERS)
-def test_upstreams_speakers(network, tmp_path):
+def test_upstreams_speakers(network, tmp_path, monkeypatch):
+    # The whole yaml file makes a folder for checkpoints.
+    monkeypatch.chdir(tmp_path)
     path = tmp_path / "train.yaml"
     path.write_text(UPSTREAM_SPEAKERS[network])
     recipe = read_recipe(path)
