@@ -1,5 +1,7 @@
 """Fake tensors that know small values."""
 
+import logging
+
 import pytest
 import torch
 from torch import nn
@@ -136,3 +138,22 @@ def test_a_copy_without_data():
         assert isinstance(y, FakeTensor), name
         assert (x.shape, x.requires_grad) == (y.shape, y.requires_grad)
     assert not isinstance(net[0].weight, FakeTensor)
+
+
+def test_errors_are_raised_and_not_logged_too():
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    records = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    log.addHandler(handler)
+    try:
+        with pytest.raises(RuntimeError, match="overflow"), fake_tensors():
+            torch.empty(2**31, 1) * torch.empty(1, 2**31)
+        assert not records
+        assert not log.disabled
+        # What is not ours logs as before.
+        with pytest.raises(RuntimeError, match="overflow"), FakeTensorMode():
+            torch.empty(2**31, 1) * torch.empty(1, 2**31)
+        assert records
+    finally:
+        log.removeHandler(handler)
