@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from sb_memeff.analysis.search import DoesNotFit, largest
+from sb_memeff.analysis.bisection import DoesNotFit, largest
 
 MOST = 500
 
