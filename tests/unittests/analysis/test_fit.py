@@ -171,7 +171,7 @@ def test_what_fits_a_dynamic_batch_fits(seconds, longest_batch):
 def imitate(monkeypatch, cost):
     """Lets an utterance of s seconds take cost(s), and nothing else."""
 
-    def fake_profile(recipe, batch, seconds, tokens, precision):
+    def fake_profile(recipe, batch, seconds, tokens, precision, variant):
         size = int(batch * cost(seconds))
         memory = StepMemory(0, 0, 0, size, "", "", {("", "activations"): size})
         return Profile("", batch, batch, seconds, tokens, "", "", memory)
