@@ -150,6 +150,7 @@ def test_profile(tmp_path, capsys):
         "tokens": None,
         "precision": "bf16",
         "optimizer": "SGD",
+        "measured_bytes": None,
     }
     peak = memory["peak_bytes"]
     assert format_bytes(peak) in lines[1]
