@@ -92,6 +92,8 @@ def profile(arguments):
     rows = variants(recipe) if arguments.compare else [own_variant(recipe)]
     found = []
     for variant in rows:
+        if arguments.compare:
+            print(f"{variant.label} ...", file=sys.stderr)
         found.append(
             analyse(
                 recipe,
@@ -103,8 +105,6 @@ def profile(arguments):
                 arguments.device,
             )
         )
-        if arguments.compare:
-            print(f"{variant.label} ...", file=sys.stderr)
     if arguments.compare and not rows[1:]:
         print(
             f"{recipe.path}: nothing is known to compare {rows[0].label} with.",
