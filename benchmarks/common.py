@@ -15,13 +15,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import sb_memeff
-from sb_memeff.lobes.models.DFResNet import DFResNet
-from sb_memeff.lobes.models.ResNet import ResNet
-from sb_memeff.lobes.models.RevDFResNet import RevDFResNet
-from sb_memeff.lobes.models.RevResNet import RevResNet
+from sb_memeff.analysis.variants import RESNETS, reversible_twin
 
-# Vanilla networks and the reversible ones that take their place.
-FAMILIES = ((ResNet, RevResNet), (DFResNet, RevDFResNet))
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -103,8 +98,8 @@ def networks(name, **options):
     dict
         Functions that build them.
     """
-    vanilla, reversible = next(f for f in FAMILIES if name in f[0].PRESETS)
-    ours = name.replace("ResNet", "RevNet")
+    vanilla, reversible = next(f for f in RESNETS if name in f[0].PRESETS)
+    ours = reversible_twin(name)
     return {
         "stored": lambda: vanilla.from_preset(name, **options),
         "checkpoint": lambda: checkpointed(

@@ -13,7 +13,7 @@ Authors
 import argparse
 
 import torch
-from common import FAMILIES, networks, write_results
+from common import RESNETS, networks, write_results
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -67,7 +67,7 @@ def main():
         "| Type II is smaller by |\n"
         "|---|---|---|---|---|---|---|---|"
     )
-    for name in (name for vanilla, _ in FAMILIES for name in vanilla.PRESETS):
+    for name in (name for vanilla, _ in RESNETS for name in vanilla.PRESETS):
         row = {"network": name, "input_shape": shape}
         for kind, build in networks(name).items():
             memory = training_step_memory(build, shape, optimizer=sgd)

@@ -25,11 +25,12 @@ from sb_memeff.analysis.profile import (
     report,
 )
 from sb_memeff.analysis.recipe import read_recipe
-from sb_memeff.analysis.variants import own_variant, variants
-from sb_memeff.lobes.models.DFResNet import DFResNet
-from sb_memeff.lobes.models.ResNet import ResNet
-from sb_memeff.lobes.models.RevDFResNet import RevDFResNet
-from sb_memeff.lobes.models.RevResNet import RevResNet
+from sb_memeff.analysis.variants import (
+    RESNETS,
+    TYPES,
+    own_variant,
+    variants,
+)
 from sb_memeff.utils.export import export_speaker_model, export_speaker_onnx
 from sb_memeff.utils.sizes import format_bytes
 
@@ -44,16 +45,16 @@ def preset_rows():
     list of tuple
         (name, variant, parameters).
     """
-    variants = []
-    for vanilla, reversible in ((ResNet, RevResNet), (DFResNet, RevDFResNet)):
-        variants += [(name, "", vanilla, {}) for name in vanilla.PRESETS]
+    networks = []
+    for vanilla, reversible in RESNETS:
+        networks += [(name, "", vanilla, {}) for name in vanilla.PRESETS]
         for name in reversible.PRESETS:
-            for kind in ("strided", "invertible"):
+            for kind in TYPES:
                 options = {"downsampling": kind}
-                variants.append((name, kind, reversible, options))
+                networks.append((name, kind, reversible, options))
     rows = []
     with torch.device("meta"):
-        for name, variant, cls, options in variants:
+        for name, variant, cls, options in networks:
             net = cls.from_preset(name, **options)
             count = sum(p.numel() for p in net.parameters())
             rows.append((name, variant, count))

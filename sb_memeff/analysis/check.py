@@ -125,8 +125,7 @@ def check_recipe(recipe, batch=2, seconds=1.0, precision=None, device="cpu"):
     >>> check_recipe(recipe, seconds=0.5).passed
     True
     """
-    if precision is None:
-        precision = recipe.settings.get("precision") or "fp32"
+    precision = recipe.precision(precision)
     if precision not in STORED:
         raise ValueError(
             f"precision={precision!r} must be one of {', '.join(STORED)}."

@@ -118,7 +118,8 @@ def profile(
     require_positive(batch=batch, seconds=seconds, tokens=tokens)
     default, seconds = recipe.default_batch(seconds)
     batch = default if batch is None else batch
-    dtype = dtype_of(recipe, precision)
+    precision = recipe.precision(precision)
+    autocast = _autocast(precision)
     variant = variant or own_variant(recipe)
     if tokens is not None and recipe.family != "transducer":
         raise ValueError(
@@ -141,11 +142,15 @@ def profile(
             given["step"] = step
             return step
 
+        def optimizer(parameters):
+            given["optimizer"] = given["step"].optimizer()
+            return given["optimizer"]
+
         return training_step_memory(
             build,
             lambda step: step(*given["batch"]),
-            lambda parameters: given["step"].optimizer(),
-            None if dtype == torch.float32 else dtype,
+            optimizer,
+            autocast,
             **where,
         )
 
@@ -172,46 +177,22 @@ def profile(
         batch * step.copies,
         seconds,
         tokens,
-        _precision_of(recipe, precision),
-        type(step.optimizer()).__name__,
+        precision,
+        type(given["optimizer"]).__name__,
         memory,
         measured,
     )
 
 
-def dtype_of(recipe, precision=None):
-    """The dtype of autocast.
-
-    Arguments
-    ---------
-    recipe : Recipe
-        The recipe.
-    precision : str, optional
-        fp32, bf16 or fp16; the recipe's by default.
-
-    Returns
-    -------
-    torch.dtype
-        float32 is without autocast.
-
-    Raises
-    ------
-    ValueError
-        For any other name.
-    """
-    name = _precision_of(recipe, precision)
+def _autocast(precision):
+    """The dtype of autocast; None is without."""
     try:
-        return AMPConfig.from_name(name).dtype
+        dtype = AMPConfig.from_name(precision).dtype
     except ValueError:
         raise ValueError(
-            f"precision={name} must be fp32, bf16 or fp16."
+            f"precision={precision} must be fp32, bf16 or fp16."
         ) from None
-
-
-def _precision_of(recipe, precision):
-    if precision is None:
-        return recipe.settings.get("precision", "fp32")
-    return precision
+    return None if dtype == torch.float32 else dtype
 
 
 def _reason(error):

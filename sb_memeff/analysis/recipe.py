@@ -214,6 +214,23 @@ class Recipe:
         node = {"arguments": dict(self.modules[module])}
         return self._make(_dump(node))["arguments"]
 
+    def precision(self, given=None):
+        """The precision to train in.
+
+        Arguments
+        ---------
+        given : str, optional
+            One that stands in place of the yaml file's.
+
+        Returns
+        -------
+        str
+            Such as "bf16"; "fp32" if nobody says.
+        """
+        if given is not None:
+            return given
+        return self.settings.get("precision") or "fp32"
+
     def default_batch(self, seconds=None):
         """The batch that the yaml file asks for.
 

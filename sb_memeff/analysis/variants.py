@@ -18,8 +18,16 @@ from sb_memeff.lobes.models.RevResNet import RevResNet
 from sb_memeff.nnet.recompute import recompute_blocks
 from sb_memeff.nnet.transducer.joint_loss import TransducerJointLoss
 
-__all__ = ["Variant", "own_variant", "reversible_twin", "variants"]
+__all__ = [
+    "RESNETS",
+    "TYPES",
+    "Variant",
+    "own_variant",
+    "reversible_twin",
+    "variants",
+]
 
+# Vanilla networks and the reversible ones that take their place.
 RESNETS = ((ResNet, RevResNet), (DFResNet, RevDFResNet))
 TYPES = {"strided": "Type I", "invertible": "Type II"}
 ECAPAS = (speechbrain_ecapa.ECAPA_TDNN, ECAPA_TDNN, RevECAPA_TDNN)
