@@ -1,0 +1,241 @@
+"""Notice when a second computation differs from the first.
+
+Recomputation and inversion are exact only if backward runs the arithmetic of
+forward again: the same algorithm of cuDNN, the same random numbers, the same
+state. A checksum of the result costs one read of it; forward keeps the
+checksum, backward compares. On the CPU a difference is an error at once. On
+an accelerator the comparison stays on the device, and the host reads it when
+that costs no wait: at the latest in the backward pass of the next step.
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from speechbrain.utils.logger import get_logger
+
+__all__ = [
+    "checksum",
+    "next_forward",
+    "read_mismatches",
+    "report_mismatches",
+    "set_mismatch_action",
+]
+
+logger = get_logger(__name__)
+
+_INTEGER_OF_SIZE = {
+    1: torch.int8,
+    2: torch.int16,
+    4: torch.int32,
+    8: torch.int64,
+}
+
+
+def checksum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sums the bits of a tensor as integers, which wrap around.
+
+    The order of the sum does not matter, so it is the same for any number of
+    threads, any device and any layout.
+
+    Arguments
+    ---------
+    tensor : torch.Tensor
+        Any shape, strides and dtype.
+
+    Returns
+    -------
+    torch.Tensor
+        A scalar of int32 or int64, on the tensor's device.
+
+    Example
+    -------
+    >>> x = torch.rand(3, 4)
+    >>> torch.equal(checksum(x), checksum(x.t().contiguous()))
+    True
+    >>> torch.equal(checksum(x), checksum(x.nextafter(x + 1)))
+    False
+    """
+    bits = tensor.detach()
+    if bits.is_complex():
+        bits = torch.view_as_real(bits)
+    if bits.dtype == torch.bool:
+        bits = bits.to(torch.int8)
+    bits = bits.view(_INTEGER_OF_SIZE[bits.element_size()])
+    # A sum in the dtype of the elements is 20 times as fast as one in int64.
+    wide = torch.int64 if bits.dtype == torch.int64 else torch.int32
+    return bits.sum(dtype=wide)
+
+
+def set_mismatch_action(action: str) -> None:
+    """Chooses what a difference between forward and backward leads to.
+
+    In a yaml file: ``__mismatch: !apply:
+    sb_memeff.nnet.mismatch.set_mismatch_action [warn]``.
+
+    Arguments
+    ---------
+    action : str
+        "error" raises a RuntimeError; "warn" logs each message once and
+        trains on, with gradients that are off by that much.
+
+    Raises
+    ------
+    ValueError
+        For any other action.
+
+    Example
+    -------
+    >>> set_mismatch_action("error")
+    """
+    if action not in ("error", "warn"):
+        raise ValueError(
+            f"set_mismatch_action: action must be 'error' or 'warn', got "
+            f"{action!r}."
+        )
+    _pending.action = action
+
+
+def report_mismatches(
+    differs: torch.Tensor, describe: Callable[[int], str]
+) -> None:
+    """Takes the outcome of comparisons; raises for what is known to differ.
+
+    Arguments
+    ---------
+    differs : torch.Tensor
+        [N] of bool, on the device of the computation.
+    describe : callable
+        From the number of a comparison that differed to the message of the
+        error. It is called when the host reads, so it must not hold tensors
+        that are large.
+
+    Raises
+    ------
+    RuntimeError
+        If a comparison differs: one of these, if they are on the CPU, or one
+        of an earlier step.
+
+    Example
+    -------
+    >>> report_mismatches(torch.tensor([False, True]), "block {}".format)
+    Traceback (most recent call last):
+        ...
+    RuntimeError: block 1
+    """
+    _pending.report(differs, describe)
+
+
+def next_forward() -> None:
+    """Says that a forward pass begins: what is reported is of a step before.
+
+    Raises
+    ------
+    RuntimeError
+        If a comparison differed and has arrived at the host.
+    """
+    _pending.next_forward()
+
+
+def read_mismatches() -> None:
+    """Waits for all comparisons and raises if one differs.
+
+    ``MemEffBrain`` calls it once a step, where SpeechBrain waits for the
+    loss. In a training loop of your own call it after the last step.
+
+    Raises
+    ------
+    RuntimeError
+        If a comparison differs.
+
+    Example
+    -------
+    >>> read_mismatches()
+    """
+    _pending.read()
+
+
+@dataclasses.dataclass(eq=False)
+class _Entry:
+    """Comparisons on their way to the host."""
+
+    host: torch.Tensor
+    event: object
+    step: int
+    describe: Callable[[int], str]
+
+
+class _Pending:
+    """Comparisons that the host has not read.
+
+    Arguments
+    ---------
+    copy : callable
+        Begins to copy a tensor to the host: returns the copy and an event
+        with ``query`` and ``synchronize``; None for the event if it is there.
+    """
+
+    def __init__(self, copy):
+        self.action = "error"
+        self._copy = copy
+        self._entries = []
+        self._step = 0
+        self._warned = set()
+
+    def report(self, differs, describe):
+        """See report_mismatches."""
+        host, event = self._copy(differs)
+        entry = _Entry(host, event, self._step, describe)
+        if event is None:
+            self._judge(entry)
+        else:
+            self._entries.append(entry)
+        # Of an earlier step: the host is a whole step ahead of the device at
+        # most, so this hardly ever waits.
+        self._read(lambda e: e.step < self._step)
+
+    def next_forward(self):
+        """See the function."""
+        if self._entries and self._entries[-1].step == self._step:
+            self._step += 1
+        self._read(lambda e: e.event.query())
+
+    def read(self):
+        """See read_mismatches."""
+        self._read(lambda e: True)
+
+    def _read(self, due):
+        ready = [e for e in self._entries if due(e)]
+        self._entries = [e for e in self._entries if e not in ready]
+        for entry in ready:
+            entry.event.synchronize()
+            self._judge(entry)
+
+    def _judge(self, entry):
+        for number in entry.host.nonzero().flatten().tolist():
+            message = entry.describe(number)
+            if self.action == "error":
+                # Of what else was different the first says enough.
+                self._entries.clear()
+                raise RuntimeError(message)
+            if message not in self._warned:
+                self._warned.add(message)
+                logger.warning(message)
+
+
+def _copy_to_host(tensor):
+    if tensor.device.type == "cpu":
+        return tensor, None
+    if tensor.device.type != "cuda":
+        return tensor.cpu(), None
+    host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(tensor.device))
+    return host, event
+
+
+_pending = _Pending(_copy_to_host)
