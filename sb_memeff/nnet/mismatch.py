@@ -19,7 +19,9 @@ from speechbrain.utils.logger import get_logger
 
 __all__ = [
     "checksum",
+    "mismatch_action",
     "next_forward",
+    "read_arrived",
     "read_mismatches",
     "report_mismatches",
     "set_mismatch_action",
@@ -99,6 +101,17 @@ def set_mismatch_action(action: str) -> None:
     _pending.action = action
 
 
+def mismatch_action() -> str:
+    """What a difference leads to, see ``set_mismatch_action``.
+
+    Returns
+    -------
+    str
+        "error" or "warn".
+    """
+    return _pending.action
+
+
 def report_mismatches(
     differs: torch.Tensor, describe: Callable[[int], str]
 ) -> None:
@@ -138,6 +151,17 @@ def next_forward() -> None:
         If a comparison differed and has arrived at the host.
     """
     _pending.next_forward()
+
+
+def read_arrived() -> None:
+    """Raises for a comparison that differed, without waiting for others.
+
+    Raises
+    ------
+    RuntimeError
+        If one differs and has arrived at the host.
+    """
+    _pending.read_arrived()
 
 
 def read_mismatches() -> None:
@@ -201,6 +225,10 @@ class _Pending:
         """See the function."""
         if self._entries and self._entries[-1].step == self._step:
             self._step += 1
+        self.read_arrived()
+
+    def read_arrived(self):
+        """See the function."""
         self._read(lambda e: e.event.query())
 
     def read(self):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from sb_memeff.nnet.arithmetic import Arithmetic, RecordingArithmetic
+from sb_memeff.nnet.reversible.grid import StreamFormat
 from sb_memeff.nnet.replay import Recorder
 from sb_memeff.nnet.reversible import AdditiveCoupling, ReversibleSequence
 

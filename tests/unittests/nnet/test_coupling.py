@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from sb_memeff.nnet.coupling import (
+from sb_memeff.nnet.reversible.coupling import (
     AdditiveCoupling,
     SpaceToDepth,
     Tap,

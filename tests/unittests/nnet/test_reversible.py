@@ -627,9 +627,9 @@ def test_eval_and_no_grad_are_a_plain_forward():
 
 def test_save_memory_can_be_switched_at_any_time():
     net = chain(2, save_memory=False)
-    assert "_SaveMemory" not in type(net(images()).grad_fn).__name__
+    assert "Leave" not in type(net(images()).grad_fn).__name__
     net.save_memory = True
-    assert "_SaveMemory" in type(net(images()).grad_fn).__name__
+    assert "Leave" in type(net(images()).grad_fn).__name__
 
 
 # --- precision ---------------------------------------------------------------

@@ -1,7 +1,6 @@
 """Invertible maps of two streams: the maths of reversible networks.
 
-How to evaluate them with little memory is the business of
-``sb_memeff.nnet.reversible``; here is only what is computed.
+This module says what is computed. ``walk.py`` evaluates it in little memory.
 
 Authors
  * The sb_memeff authors 2026
@@ -50,27 +49,28 @@ def halves(x):
 
 
 class _Plain:
-    """Evaluates a block on its own: plain autograd, plain arithmetic."""
+    """Evaluates a block on its own: plain autograd, no grid."""
 
-    add = staticmethod(torch.add)
-
-    def __init__(self, args, kwargs):
+    def __init__(self, block, args, kwargs):
+        self.block = block
         self.args = args
         self.kwargs = kwargs
 
-    def __call__(self, module, stream):
+    def value(self, function, stream):
+        """The increment, see ``Evaluator.value``."""
+        module = self.block.get_submodule(function)
         return module(stream, *self.args, **self.kwargs)
 
 
 class Invertible(nn.Module):
     """A map of two streams that can be undone.
 
-    Subclasses write the maths once for each direction. ``run(h, x)`` stands
-    for "the increment h(x)" and ``run.add(a, b)`` for "a + b"; the caller
-    decides whether that happens with gradients, without, or as a replay.
+    Subclasses write the maths once for each direction. They ask an evaluator
+    for the increments of their submodules (``sb_memeff.nnet.reversible.
+    evaluator``), which decides about gradients, dtypes and rounding.
     """
 
-    def forward_streams(self, x1, x2, run):
+    def forward_streams(self, x1, x2, evaluator):
         """The map.
 
         Arguments
@@ -79,8 +79,8 @@ class Invertible(nn.Module):
             First stream [N, C/2, ...].
         x2 : torch.Tensor
             Second stream, same shape.
-        run : callable
-            ``run(module, stream)`` evaluates a module on a stream.
+        evaluator : Evaluator
+            ``evaluator.value("f", x)`` is the increment f(x).
 
         Returns
         -------
@@ -89,7 +89,7 @@ class Invertible(nn.Module):
         """
         raise NotImplementedError
 
-    def inverse_streams(self, y1, y2, run, shape):
+    def inverse_streams(self, y1, y2, evaluator, shape):
         """The map undone.
 
         Arguments
@@ -98,7 +98,7 @@ class Invertible(nn.Module):
             First stream after the map.
         y2 : torch.Tensor
             Second stream after the map.
-        run : callable
+        evaluator : Evaluator
             As in ``forward_streams``.
         shape : torch.Size
             Shape of one stream before the map.
@@ -110,19 +110,19 @@ class Invertible(nn.Module):
         """
         raise NotImplementedError
 
-    def backward_streams(self, y, dy, run, shape):
+    def backward_streams(self, y, dy, evaluator, shape):
         """The map undone and differentiated, with one evaluation of each h.
 
         Arguments
         ---------
-        y : tuple of torch.Tensor
-            Both streams after the map; may be overwritten.
-        dy : tuple of torch.Tensor
-            Gradients of them; may be overwritten.
-        run : callable
-            ``run(module, stream)`` returns the increment and a function that
-            takes its gradient to that of the stream (and collects those of
-            the parameters on the way).
+        y : list of torch.Tensor
+            Both streams after the map. Take them out of the list, so that they
+            are freed as soon as they are replaced.
+        dy : list of torch.Tensor
+            Their gradients; the same.
+        evaluator : ReplayingEvaluator
+            ``evaluator.vjp("f", x)`` returns the increment f(x) and the
+            pullback of its gradient.
         shape : torch.Size
             Shape of one stream before the map.
 
@@ -180,8 +180,8 @@ class Invertible(nn.Module):
         torch.Tensor
             Both streams after the map.
         """
-        run = _Plain(args, kwargs)
-        return torch.cat(self.forward_streams(*halves(x), run), dim=1)
+        plain = _Plain(self, args, kwargs)
+        return torch.cat(self.forward_streams(*halves(x), plain), dim=1)
 
     def inverse(self, y, *args, input_shape=None, **kwargs):
         """``forward`` undone, by plain arithmetic.
@@ -207,8 +207,8 @@ class Invertible(nn.Module):
             shape = self.stream_shape_before(y1.shape)
         else:
             shape = (input_shape[0], input_shape[1] // 2, *input_shape[2:])
-        run = _Plain(args, kwargs)
-        return torch.cat(self.inverse_streams(y1, y2, run, shape), dim=1)
+        plain = _Plain(self, args, kwargs)
+        return torch.cat(self.inverse_streams(y1, y2, plain, shape), dim=1)
 
 
 class AdditiveCoupling(Invertible):
@@ -251,49 +251,54 @@ class AdditiveCoupling(Invertible):
         self.f = f
         self.g = g
 
-    def forward_streams(self, x1, x2, run):
+    def forward_streams(self, x1, x2, evaluator):
         """y1 = x1 + f(x2), y2 = x2 + g(y1)."""
         y1, y2 = x1, x2
-        for f in _summands(self.f):
-            y1 = run.add(y1, run(f, x2))
-        for g in _summands(self.g):
-            y2 = run.add(y2, run(g, y1))
+        for f in self._summands("f"):
+            y1 = y1 + evaluator.value(f, x2)
+        for g in self._summands("g"):
+            y2 = y2 + evaluator.value(g, y1)
         return y1, y2
 
-    def inverse_streams(self, y1, y2, run, shape):
+    def inverse_streams(self, y1, y2, evaluator, shape):
         """x2 = y2 - g(y1), x1 = y1 - f(x2)."""
         x1, x2 = y1, y2
-        for g in reversed(_summands(self.g)):
-            x2 = x2 - run(g, y1)
-        for f in reversed(_summands(self.f)):
-            x1 = x1 - run(f, x2)
+        for g in self._summands("g"):
+            x2 = x2 - evaluator.value(g, y1)
+        for f in self._summands("f"):
+            x1 = x1 - evaluator.value(f, x2)
         return x1, x2
 
-    def backward_streams(self, y, dy, run, shape):
+    def backward_streams(self, y, dy, evaluator, shape):
         """dx1 = dy1 + g'(y1)^T dy2, dx2 = dy2 + f'(x2)^T dx1."""
-        (y1, y2), (d1, d2) = y, dy
-        for g in reversed(_summands(self.g)):
-            increment, pull = run(g, y1)
-            y2 = y2.sub_(increment)
+        y2, y1 = y.pop(), y.pop()
+        d2, d1 = dy.pop(), dy.pop()
+        for g in self._summands("g"):
+            increment, pullback = evaluator.vjp(g, y1)
+            y2 = y2 - increment
             del increment
-            d1 = d1.add_(pull(d2))
-        for f in reversed(_summands(self.f)):
-            increment, pull = run(f, y2)
-            y1 = y1.sub_(increment)
+            d1 = d1 + pullback(d2)
+        for f in self._summands("f"):
+            increment, pullback = evaluator.vjp(f, y2)
+            y1 = y1 - increment
             del increment
-            d2 = d2.add_(pull(d1))
+            d2 = d2 + pullback(d1)
         return (y1, y2), (d1, d2)
+
+    def _summands(self, name):
+        function = getattr(self, name)
+        if isinstance(function, nn.ModuleList):
+            return [f"{name}.{i}" for i in range(len(function))]
+        return [name]
 
 
 def _for_any_size():
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
-def _summands(function):
-    # What ran last is replayed first, hence the reversed() above.
-    if isinstance(function, nn.ModuleList):
-        return list(function)
-    return [function]
+def _channels_are_last(x):
+    """Whether a stream is laid out as in torch.channels_last."""
+    return not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
 
 
 class SpaceToDepth(Invertible):
@@ -306,7 +311,7 @@ class SpaceToDepth(Invertible):
 
     Sizes that the factor does not divide are padded with zeros at the end
     (T becomes ceil(T/t), as in a strided convolution with padding) and the
-    inverse cuts the padding off again.
+    inverse cuts the padding off again. A stream in channels_last stays so.
 
     Arguments
     ---------
@@ -389,10 +394,16 @@ class SpaceToDepth(Invertible):
         split = [*x.shape[:2]]
         for size, f in zip(x.shape[2:], factors):
             split += [size // f, f]
+        last = _channels_are_last(x)
         x = x.reshape(split)
         axes = range(2, x.dim(), 2)
-        x = x.permute(0, 1, *(a + 1 for a in axes), *axes)
-        return x.reshape(*x.shape[:1], -1, *x.shape[2 + len(factors) :])
+        inner = [a + 1 for a in axes]
+        sizes = x.shape[2::2]
+        if last:
+            x = x.permute(0, *axes, 1, *inner)
+            return x.reshape(x.shape[0], *sizes, -1).movedim(-1, 1)
+        x = x.permute(0, 1, *inner, *axes)
+        return x.reshape(x.shape[0], -1, *sizes)
 
     def up(self, y, shape):
         """One stream back; also the gradient, since ``down`` is orthogonal.
@@ -411,24 +422,34 @@ class SpaceToDepth(Invertible):
         """
         factors = self._factors(y.shape)
         n = len(factors)
-        y = y.reshape(y.shape[0], -1, *factors, *y.shape[2:])
-        order = (axis for i in range(n) for axis in (2 + n + i, 2 + i))
-        y = y.permute(0, 1, *order)
-        sizes = (size * f for size, f in zip(y.shape[2::2], y.shape[3::2]))
-        y = y.reshape(*y.shape[:2], *sizes)
+        last = _channels_are_last(y)
+        sizes = [size * f for size, f in zip(y.shape[2:], factors)]
+        y = y.reshape(
+            y.shape[0], y.shape[1] // math.prod(factors), *factors, *y.shape[2:]
+        )
+        order = [axis for i in range(n) for axis in (2 + n + i, 2 + i)]
+        channels = y.shape[1]
+        if last:
+            y = y.permute(0, *order, 1)
+            y = y.reshape(y.shape[0], *sizes, channels).movedim(-1, 1)
+        else:
+            y = y.permute(0, 1, *order)
+            y = y.reshape(y.shape[0], channels, *sizes)
         for axis, size in enumerate(shape[2:], start=2):
             y = y.narrow(axis, 0, size)
+        if last:
+            return y.movedim(1, -1).contiguous().movedim(-1, 1)
         return y.contiguous()
 
-    def forward_streams(self, x1, x2, run):
+    def forward_streams(self, x1, x2, evaluator):
         """Each stream down-sampled."""
         return self.down(x1), self.down(x2)
 
-    def inverse_streams(self, y1, y2, run, shape):
+    def inverse_streams(self, y1, y2, evaluator, shape):
         """Each stream up-sampled."""
         return self.up(y1, shape), self.up(y2, shape)
 
-    def backward_streams(self, y, dy, run, shape):
+    def backward_streams(self, y, dy, evaluator, shape):
         """The streams and their gradients up-sampled."""
         y1, y2 = y
         d1, d2 = dy
@@ -475,14 +496,14 @@ class Tap(Invertible):
             )
         self.read = read
 
-    def forward_streams(self, x1, x2, run):
+    def forward_streams(self, x1, x2, evaluator):
         """Both streams as they are."""
         return x1, x2
 
-    def inverse_streams(self, y1, y2, run, shape):
+    def inverse_streams(self, y1, y2, evaluator, shape):
         """Both streams as they are."""
         return y1, y2
 
-    def backward_streams(self, y, dy, run, shape):
+    def backward_streams(self, y, dy, evaluator, shape):
         """Everything as it is."""
         return y, dy

@@ -1,0 +1,322 @@
+"""How a block evaluates its functions: plainly, recorded, or replayed.
+
+``coupling.py`` says y1 = x1 + f(x2). An evaluator decides how "f(x2)" is
+computed: by plain autograd; without gradients, recording what a replay needs;
+or as a replay with the recorded random numbers, which also returns the pullback
+of the gradient. All three share dtypes and grid.
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.autograd.graph import get_gradient_edge
+from torch.func import functional_call
+from torch.utils._pytree import tree_map_only
+
+from sb_memeff.nnet.replay import Recorder, Recording
+from sb_memeff.nnet.reversible.grid import StreamFormat
+
+__all__ = ["Evaluator", "RecordingEvaluator", "ReplayingEvaluator"]
+
+
+class Evaluator:
+    """Evaluates the functions of one block by plain autograd.
+
+    Arguments
+    ---------
+    block : torch.nn.Module
+        Whose submodules are evaluated.
+    name : str
+        Name of the block in its sequence, for messages.
+    stream_format : StreamFormat
+        Dtypes and grid.
+    args : tuple
+        Extra arguments of every function.
+    kwargs : dict
+        The same, by name.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        name: str,
+        stream_format: StreamFormat,
+        args: tuple = (),
+        kwargs: dict | None = None,
+    ):
+        self.block = block
+        self.name = name
+        self.format = stream_format
+        self.args = args
+        self.kwargs = kwargs or {}
+
+    def value(self, function: str, stream: torch.Tensor) -> torch.Tensor:
+        """The increment that a function adds to a stream.
+
+        Arguments
+        ---------
+        function : str
+            Name of a submodule of the block, such as "f" or "g.0". It keeps
+            the shape of the stream.
+        stream : torch.Tensor
+            [N, C/2, ...].
+
+        Returns
+        -------
+        torch.Tensor
+            A tensor of that shape in the dtype and on the grid of the streams.
+        """
+        value = self.call(function, stream.to(self.format.inner_dtype))
+        self._check_increment(function, value, stream)
+        return self.format.on_grid(value)
+
+    def read(self, function: str, *streams: torch.Tensor) -> torch.Tensor:
+        """Returns what a function computes from the state of the chain.
+
+        Arguments
+        ---------
+        function : str
+            Name of a submodule of the block.
+        *streams : torch.Tensor
+            Both streams; or one tensor, where no coupling stands before.
+
+        Returns
+        -------
+        torch.Tensor
+            Any tensor.
+        """
+        value = self.call(function, self._given(function, streams))
+        self._check_tensor(function, value, "a tap")
+        return value
+
+    def call(self, function: str, given) -> torch.Tensor:
+        """Calls a submodule with its argument and the extra ones."""
+        module = self.block.get_submodule(function)
+        return module(given, *self.args, **self.kwargs)
+
+    def _given(self, function, streams):
+        if not getattr(
+            self.block.get_submodule(function), "takes_streams", False
+        ):
+            return self.format.leave(*streams)
+        if len(streams) == 1:
+            streams = self.format.enter(*streams)
+        return tuple(s.to(self.format.inner_dtype) for s in streams)
+
+    def _full_name(self, function):
+        return ".".join(part for part in (self.name, function) if part)
+
+    def _check_tensor(self, function, value, place):
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(
+                f"{self._full_name(function)} returned "
+                f"{type(value).__name__}; inside {place} it must return one "
+                f"tensor."
+            )
+
+    def _check_increment(self, function, value, stream):
+        self._check_tensor(function, value, "a coupling")
+        if value.shape != stream.shape:
+            raise ValueError(
+                f"{self._full_name(function)} changed the shape of its stream "
+                f"from {tuple(stream.shape)} to {tuple(value.shape)}; inside a "
+                f"coupling it must keep it (same padding, stride 1)."
+            )
+
+
+class RecordingEvaluator(Evaluator):
+    """Evaluates without gradients and records what a replay needs.
+
+    Arguments
+    ---------
+    recorder : Recorder
+        Of this forward pass.
+    *args : tuple
+        As Evaluator's.
+    """
+
+    def __init__(self, recorder: Recorder, *args):
+        super().__init__(*args)
+        self.recorder = recorder
+        self.recordings: dict[str, Recording] = {}
+
+    def call(self, function, given):
+        """Calls a submodule and records the call."""
+        module = self.block.get_submodule(function)
+        # torch.compile builds other code for a call without gradients, which
+        # rounds differently. The graph is dropped at once.
+        compiled = is_compiled(module)
+        if compiled:
+            given = tree_map_only(
+                torch.Tensor, lambda x: x.detach().requires_grad_(), given
+            )
+        with (
+            self.recorder.recording(module) as recording,
+            torch.set_grad_enabled(compiled),
+        ):
+            result = module(given, *self.args, **self.kwargs)
+        self.recordings[function] = recording
+        return tree_map_only(torch.Tensor, torch.Tensor.detach, result)
+
+
+class ReplayingEvaluator(Evaluator):
+    """Evaluates once more, with gradients.
+
+    Modules see leaves that share memory with their parameters: with the
+    parameters themselves autograd would call their hooks here, and again when
+    the node of the block returns the gradient.
+
+    Arguments
+    ---------
+    recorder : Recorder
+        Of the forward pass.
+    recordings : dict
+        What ``RecordingEvaluator`` recorded for this block.
+    weights : dict
+        Name of each parameter of the block that needs a gradient to a leaf.
+    extras : list of torch.Tensor
+        Those of the extra arguments that need a gradient.
+    *args : tuple
+        As Evaluator's.
+    """
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        recordings: dict[str, Recording],
+        weights: dict[str, torch.Tensor],
+        extras: list[torch.Tensor],
+        *args,
+    ):
+        super().__init__(*args)
+        self.recorder = recorder
+        self.recordings = recordings
+        self.weights = weights
+        self.extras = extras
+        # By identity: a weight may have several names.
+        self._gradients: dict[int, torch.Tensor] = {}
+
+    def call(self, function, given):
+        """Calls a submodule as it was called in forward."""
+        module = self.block.get_submodule(function)
+        with self.recorder.replay(module, self.recordings[function]):
+            return functional_call(
+                module,
+                self._weights_of(function),
+                (given, *self.args),
+                self.kwargs,
+            )
+
+    def vjp(
+        self, function: str, stream: torch.Tensor
+    ) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+        """The increment, and the pullback of its gradient.
+
+        Arguments
+        ---------
+        function : str
+            As for ``value``.
+        stream : torch.Tensor
+            As for ``value``.
+
+        Returns
+        -------
+        tuple
+            The increment, as ``value`` returns it; and a function from the
+            gradient of the increment to that of the stream, which collects the
+            gradients of weights and extra arguments. Call it once.
+        """
+        stream = stream.detach().requires_grad_()
+        with torch.enable_grad():
+            value = self.call(function, stream.to(self.format.inner_dtype))
+        increment = self.format.on_grid(value.detach())
+        # The pullback needs the graph of the value, not its storage.
+        graph = _edge(value)
+
+        def pullback(gradient):
+            return self._pull(function, graph, gradient, [stream])[0]
+
+        return increment, pullback
+
+    def read_gradient(
+        self,
+        function: str,
+        gradient: torch.Tensor,
+        *streams: torch.Tensor,
+    ) -> list[torch.Tensor]:
+        """Gradients of the streams from that of what ``read`` returned.
+
+        Arguments
+        ---------
+        function : str
+            As for ``read``.
+        gradient : torch.Tensor
+            Gradient of the value.
+        *streams : torch.Tensor
+            As for ``read``.
+
+        Returns
+        -------
+        list of torch.Tensor
+            One for each stream.
+        """
+        streams = [s.detach().requires_grad_() for s in streams]
+        with torch.enable_grad():
+            graph = _edge(self.read(function, *streams))
+        return self._pull(function, graph, gradient, streams)
+
+    def gradients(self) -> list[torch.Tensor | None]:
+        """Gradients of the extra arguments and the weights, in that order."""
+        wanted = (*self.extras, *self.weights.values())
+        return [self._gradients.get(id(tensor)) for tensor in wanted]
+
+    def _weights_of(self, function):
+        prefix = f"{function}."
+        return {
+            name.removeprefix(prefix): weight
+            for name, weight in self.weights.items()
+            if name.startswith(prefix)
+        }
+
+    def _pull(self, function, graph, gradient, streams):
+        edge, dtype = graph
+        if edge is None:
+            return [torch.zeros_like(s) for s in streams]
+        leaves = {
+            id(x): x
+            for x in (*self.extras, *self._weights_of(function).values())
+        }
+        found = torch.autograd.grad(
+            [edge],
+            [*streams, *leaves.values()],
+            [gradient.to(dtype)],
+            allow_unused=True,
+        )
+        count = len(streams)
+        for key, value in zip(leaves, found[count:], strict=True):
+            if value is not None:
+                known = self._gradients.get(key)
+                # Out of place: autograd may hand out one tensor twice.
+                self._gradients[key] = value if known is None else known + value
+        return [
+            torch.zeros_like(s) if value is None else value
+            for s, value in zip(streams, found[:count], strict=True)
+        ]
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile has compiled a module or a part of it."""
+    return any(
+        isinstance(part, torch._dynamo.OptimizedModule)
+        or part._compiled_call_impl is not None
+        for part in module.modules()
+    )
+
+
+def _edge(value):
+    edge = get_gradient_edge(value) if value.requires_grad else None
+    return edge, value.dtype

@@ -1,0 +1,444 @@
+"""The memory of a reversible chain: autograd nodes that rebuild their inputs.
+
+A run of invertible blocks makes one autograd node for each block. The nodes
+save nothing. In forward the streams travel beside the graph, in a ``Walk``
+that the nodes share, while an empty token passes from node to node and fixes
+their order. The last node saves the output of the run. In backward it puts the
+output into the walk, and each node rebuilds the streams before its block, forms
+the gradients, and leaves both for the node before it. Autograd's own loop walks
+back through the chain, and the gradients of each block are ready (and on their
+way through DistributedDataParallel) while the next one is computed.
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from sb_memeff.nnet.replay import (
+    Recorder,
+    Recording,
+    check_fingerprint,
+    fingerprint,
+)
+from sb_memeff.nnet.reversible.coupling import Invertible, Tap, halves
+from sb_memeff.nnet.reversible.evaluator import (
+    RecordingEvaluator,
+    ReplayingEvaluator,
+)
+from sb_memeff.nnet.reversible.grid import StreamFormat
+
+__all__ = ["Observer", "run_without_storing"]
+
+
+class Observer:
+    """Sees the streams of one forward pass and of its backward passes."""
+
+    def entered(self, names: list[str], streams: list[torch.Tensor]) -> None:
+        """Called in forward before the first block; names lists all blocks."""
+
+    def computed(self, name: str, streams: list[torch.Tensor]) -> None:
+        """Called in forward after each block."""
+
+    def backward_begins(self) -> None:
+        """Called before the first block is undone; may raise an error."""
+
+    def rebuilt(self, name: str, streams: list[torch.Tensor]) -> None:
+        """Called in backward with the streams before each block."""
+
+    def backward_ends(self) -> None:
+        """Called after the last block that had to be undone."""
+
+
+@dataclasses.dataclass
+class _Step:
+    """One block of a run and what its node needs in backward."""
+
+    name: str
+    block: nn.Module
+    weights: list[str]
+    shape: torch.Size | None = None
+    strides: list[tuple[int, ...]] = dataclasses.field(default_factory=list)
+    recordings: dict[str, Recording] = dataclasses.field(default_factory=dict)
+    fingerprint: tuple = ()
+
+
+class Walk:
+    """What the nodes of one run in one forward pass share.
+
+    Arguments
+    ---------
+    blocks : list of tuple
+        Names and blocks.
+    stream_format : StreamFormat
+        Dtypes and grid.
+    recorder : Recorder
+        Of this forward pass.
+    observers : list of Observer
+        For this forward pass.
+    args : tuple
+        Extra arguments of the functions inside the blocks.
+    kwargs : dict
+        The same, by name.
+    """
+
+    def __init__(
+        self, blocks, stream_format, recorder, observers, args, kwargs
+    ):
+        self.format: StreamFormat = stream_format
+        self.recorder: Recorder = recorder
+        self.observers: list[Observer] = observers
+        self.steps = [
+            _Step(
+                name,
+                block,
+                [n for n, p in block.named_parameters() if p.requires_grad],
+            )
+            for name, block in blocks
+        ]
+        flat, self._structure = tree_flatten((args, kwargs))
+        self.extras = [x for x in flat if isinstance(x, torch.Tensor)]
+        # Tensors are saved by the last node, as autograd saves them.
+        self._others = [
+            None if isinstance(x, torch.Tensor) else x for x in flat
+        ]
+        self._places = [
+            i for i, x in enumerate(flat) if isinstance(x, torch.Tensor)
+        ]
+        self._wanted = [i for i, x in enumerate(self.extras) if x.requires_grad]
+        self.streams: list[torch.Tensor] = []
+        self.gradients: list[torch.Tensor] = []
+
+    def tensors(self, step: _Step) -> list[torch.Tensor]:
+        """Tensors for which a block's node returns gradients."""
+        parameters = dict(step.block.named_parameters())
+        return [self.extras[i] for i in self._wanted] + [
+            parameters[name] for name in step.weights
+        ]
+
+    def forget_extras(self):
+        """Leaves them to autograd, see ``begin_backward``."""
+        self.extras = None
+
+    def begin_backward(self, extras, streams, gradients):
+        """Starts from the end of the run."""
+        # Before any gradient is formed; each block looks again at its own.
+        for step in self.steps:
+            self.check(step)
+        for observer in self.observers:
+            observer.backward_begins()
+        self.extras = extras
+        self.streams, self.gradients = streams, gradients
+
+    def end_backward(self):
+        """Frees what only this backward pass needed."""
+        self.streams, self.gradients, self.extras = [], [], None
+        for observer in self.observers:
+            observer.backward_ends()
+
+    @staticmethod
+    def check(step: _Step):
+        """Raises if weights or mode of a block changed since forward."""
+        check_fingerprint(
+            step.fingerprint, step.block, "ReversibleSequence", f"{step.name}."
+        )
+
+    def evaluator(self, step: _Step) -> ReplayingEvaluator:
+        """For a block, in backward."""
+        self.check(step)
+        flat = list(self._others)
+        for number, (place, x) in enumerate(zip(self._places, self.extras)):
+            needs_gradient = number in self._wanted
+            flat[place] = x.detach().requires_grad_(needs_gradient)
+        parameters = dict(step.block.named_parameters())
+        return ReplayingEvaluator(
+            self.recorder,
+            step.recordings,
+            {n: parameters[n].detach().requires_grad_() for n in step.weights},
+            [flat[self._places[i]] for i in self._wanted],
+            step.block,
+            step.name,
+            self.format,
+            *tree_unflatten(flat, self._structure),
+        )
+
+    def record(self, step: _Step, function):
+        """Runs a block in forward and records what its node needs."""
+        evaluator = RecordingEvaluator(
+            self.recorder,
+            step.block,
+            step.name,
+            self.format,
+            *tree_unflatten(self._flat(), self._structure),
+        )
+        step.fingerprint = fingerprint(step.block)
+        step.shape = self.streams[0].shape
+        step.strides = [x.stride() for x in self.streams]
+        step.recordings = evaluator.recordings
+        with self.recorder.autocast():
+            return function(*self.streams, evaluator)
+
+    def _flat(self):
+        flat = list(self._others)
+        for place, x in zip(self._places, self.extras):
+            flat[place] = x
+        return flat
+
+
+class _Enter(torch.autograd.Function):
+    """From tensors to streams in the walk."""
+
+    @staticmethod
+    def forward(ctx, walk, *tensors):
+        ctx.walk = walk
+        ctx.dtypes = [x.dtype for x in tensors]
+        walk.streams = walk.format.enter(*tensors)
+        names = [s.name for s in walk.steps if not isinstance(s.block, Tap)]
+        for observer in walk.observers:
+            observer.entered(names, walk.streams)
+        return walk.streams[0].new_empty(0)
+
+    @staticmethod
+    def backward(ctx, token):
+        gradients = ctx.walk.gradients
+        ctx.walk.end_backward()
+        if len(ctx.dtypes) == 1:
+            gradients = [torch.cat(gradients, dim=1)]
+        return None, *(
+            g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)
+        )
+
+
+class _Undo(torch.autograd.Function):
+    """An invertible block."""
+
+    @staticmethod
+    def forward(ctx, walk, step, token, *tensors):
+        ctx.walk, ctx.step = walk, step
+        walk.streams = list(walk.record(step, step.block.forward_streams))
+        for observer in walk.observers:
+            observer.computed(step.name, walk.streams)
+        return token.new_empty(0)
+
+    @staticmethod
+    def backward(ctx, token):
+        _refuse_double_backward()
+        walk, step = ctx.walk, ctx.step
+        evaluator = walk.evaluator(step)
+        # The block empties the lists, so that memory is freed on the way.
+        streams, walk.streams = walk.streams, []
+        gradients, walk.gradients = walk.gradients, []
+        streams, gradients = step.block.backward_streams(
+            streams, gradients, evaluator, step.shape
+        )
+        # The functions of the block before must see the layout of forward:
+        # algorithms differ between layouts, and round differently.
+        walk.streams = list(map(_laid_out, streams, step.strides))
+        walk.gradients = list(gradients)
+        del streams, gradients
+        for observer in walk.observers:
+            observer.rebuilt(step.name, walk.streams)
+        if not ctx.needs_input_grad[2]:
+            walk.end_backward()
+        return None, None, token, *evaluator.gradients()
+
+
+class _Read(torch.autograd.Function):
+    """A tap: what it reads is an output, the streams pass."""
+
+    @staticmethod
+    def forward(ctx, walk, step, token, *tensors):
+        ctx.walk, ctx.step = walk, step
+        ctx.set_materialize_grads(False)
+
+        def read(x1, x2, evaluator):
+            return evaluator.read("read", x1, x2)
+
+        return token.new_empty(0), walk.record(step, read)
+
+    @staticmethod
+    def backward(ctx, token, gradient):
+        _refuse_double_backward()
+        walk, step = ctx.walk, ctx.step
+        found = [None] * (len(ctx.needs_input_grad) - 3)
+        if gradient is not None:
+            evaluator = walk.evaluator(step)
+            more = evaluator.read_gradient("read", gradient, *walk.streams)
+            walk.gradients = [
+                a + b for a, b in zip(walk.gradients, more, strict=True)
+            ]
+            found = evaluator.gradients()
+        if not ctx.needs_input_grad[2]:
+            walk.end_backward()
+        return None, None, token, *found
+
+
+class _Leave(torch.autograd.Function):
+    """From the walk to tensors: one of both streams, or two.
+
+    A sum of what taps have read passes through, so that backward begins here
+    whichever output was used.
+    """
+
+    @staticmethod
+    def forward(ctx, walk, as_one, token, total, *extras):
+        ctx.walk = walk
+        ctx.set_materialize_grads(False)
+        streams, walk.streams = walk.streams, []
+        outputs = [walk.format.leave(*streams)] if as_one else streams
+        # The output serves, unless its dtype has lost the exact stream.
+        exact = outputs[0].dtype == walk.format.stream_dtype
+        ctx.save_for_backward(*extras, *(outputs if exact else streams))
+        ctx.extras = len(extras)
+        ctx.strides = [x.stride() for x in streams]
+        walk.forget_extras()
+        if total is not None:
+            total = total.detach()
+        return (*outputs, total)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        _refuse_double_backward()
+        walk = ctx.walk
+        *gradients, total = gradients
+        saved = ctx.saved_tensors
+        extras, saved = saved[: ctx.extras], saved[ctx.extras :]
+        streams = list(saved if len(saved) == 2 else halves(*saved))
+        if len(gradients) == 1 and gradients[0] is not None:
+            gradients = halves(*gradients)
+        elif len(gradients) == 1:
+            gradients = (None, None)
+        gradients = [
+            torch.zeros_like(s) if g is None else _alone(g.to(s.dtype))
+            for g, s in zip(gradients, streams, strict=True)
+        ]
+        streams = [
+            _alone(_laid_out(s, stride))
+            for s, stride in zip(streams, ctx.strides, strict=True)
+        ]
+        walk.begin_backward(extras, streams, gradients)
+        return (
+            None,
+            None,
+            walk.streams[0].new_empty(0),
+            total,
+            *[None for _ in extras],
+        )
+
+
+def run_without_storing(
+    blocks: list[tuple[str, Invertible]],
+    tensors: tuple[torch.Tensor, ...],
+    as_one: bool,
+    stream_format: StreamFormat,
+    total: TapSum,
+    recorder: Recorder,
+    observers: list[Observer],
+    args: tuple,
+    kwargs: dict,
+) -> tuple[torch.Tensor, ...]:
+    """Runs invertible blocks and stores their last output only.
+
+    Arguments
+    ---------
+    blocks : list of tuple
+        Names and blocks.
+    tensors : tuple of torch.Tensor
+        Both streams, or one tensor [N, C, ...] of both.
+    as_one : bool
+        Return one tensor in inner_dtype instead of two streams.
+    stream_format : StreamFormat
+        Dtypes and grid.
+    total : TapSum
+        What taps read is added to it.
+    recorder : Recorder
+        Of this forward pass.
+    observers : list of Observer
+        For this forward pass.
+    args : tuple
+        Extra arguments of the functions inside the blocks.
+    kwargs : dict
+        The same, by name.
+
+    Returns
+    -------
+    tuple of torch.Tensor
+        One tensor, or two streams.
+    """
+    walk = Walk(blocks, stream_format, recorder, observers, args, kwargs)
+    extras = walk.extras
+    token = _Enter.apply(walk, *tensors)
+    for step in walk.steps:
+        node = _Read if isinstance(step.block, Tap) else _Undo
+        token = node.apply(walk, step, token, *walk.tensors(step))
+        if node is _Read:
+            token, value = token
+            total.add(value, f"{step.name}.read")
+    *outputs, total.value = _Leave.apply(
+        walk, as_one, token, total.value, *extras
+    )
+    return tuple(outputs)
+
+
+class TapSum:
+    """Sum of what the taps of a chain read, in the dtype of its streams.
+
+    Arguments
+    ---------
+    stream_format : StreamFormat
+        Dtypes.
+    """
+
+    def __init__(self, stream_format: StreamFormat):
+        self.format = stream_format
+        self.value: torch.Tensor | None = None
+        self._dtype: torch.dtype | None = None
+
+    def add(self, value: torch.Tensor, name: str) -> None:
+        """Adds one more; name is the module's, for errors."""
+        if self.value is None:
+            self._dtype = value.dtype
+            # A copy: what is added to from here on has no other owner.
+            self.value = value.to(self.format.stream_dtype, copy=True)
+        elif value.shape == self.value.shape:
+            self.value = self.value.add_(value)
+        else:
+            raise ValueError(
+                f"{name} reads a tensor of shape {tuple(value.shape)}; the "
+                f"taps before it gave {tuple(self.value.shape)}. All are added "
+                f"up and must have the same shape."
+            )
+
+    def result(self) -> torch.Tensor:
+        """The sum in the dtype that the first tap read."""
+        return self.value.to(self._dtype)
+
+
+def _laid_out(x, stride):
+    """A tensor with these strides."""
+    if x.stride() == stride:
+        return x
+    return torch.empty_strided(
+        x.shape, stride, dtype=x.dtype, device=x.device
+    ).copy_(x)
+
+
+def _alone(x):
+    """A tensor whose storage holds nothing else that would live as long."""
+    if x.untyped_storage().nbytes() > x.numel() * x.element_size():
+        return x.clone()
+    return x
+
+
+def _refuse_double_backward():
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "ReversibleSequence: double backward (create_graph=True) is not "
+            "supported while saving memory; set save_memory=False."
+        )
