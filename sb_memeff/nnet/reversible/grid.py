@@ -42,8 +42,9 @@ def round_to_grid(x: torch.Tensor, bits: int) -> torch.Tensor:
 class _RoundToGrid(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, bits):
-        # Scaling by a power of two is exact; only round() rounds.
-        return (x * 2.0**bits).round_().mul_(2.0**-bits)
+        # Scaling by a power of two is exact; only round() rounds. It makes -0
+        # of small negative numbers, which no subtraction would give back.
+        return (x * 2.0**bits).round_().mul_(2.0**-bits).add_(0.0)
 
     @staticmethod
     def backward(ctx, gradient):
