@@ -11,13 +11,16 @@ Authors
  * The sb_memeff authors 2026
 """
 
+from __future__ import annotations
+
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from speechbrain.utils.logger import get_logger
 
 __all__ = [
+    "Summary",
     "checksum",
     "mismatch_action",
     "next_forward",
@@ -28,6 +31,9 @@ __all__ = [
 ]
 
 logger = get_logger(__name__)
+
+# Values of a tensor that are kept to tell how large a difference is.
+SAMPLE = 1024
 
 _INTEGER_OF_SIZE = {
     1: torch.int8,
@@ -70,6 +76,107 @@ def checksum(tensor: torch.Tensor) -> torch.Tensor:
     # A sum in the dtype of the elements is 20 times as fast as one in int64.
     wide = torch.int64 if bits.dtype == torch.int64 else torch.int32
     return bits.sum(dtype=wide)
+
+
+class Summary:
+    """What is kept of tensors in forward, to be compared in backward.
+
+    A checksum of each. Where a difference is not an error, or is to be
+    expected, some of the values as well, which tell its size.
+
+    Arguments
+    ---------
+    leaves : iterable
+        Tensors; anything else is passed over.
+    sampled : bool, optional
+        Keep values too. By default if the action is "warn".
+
+    Example
+    -------
+    >>> x = torch.ones(3)
+    >>> before = Summary([x])
+    >>> before.differs(before.again([x + 1]))
+    tensor(True)
+    """
+
+    def __init__(self, leaves: Iterable, sampled: bool | None = None):
+        if sampled is None:
+            sampled = mismatch_action() == "warn"
+        tensors = [x for x in leaves if _is_plain(x)]
+        self.sampled = sampled
+        self.sums = [checksum(x) for x in tensors]
+        self.samples = [sample(x) for x in tensors] if sampled else []
+
+    def again(self, leaves: Iterable) -> Summary:
+        """The same summary of what was computed again."""
+        return Summary(leaves, self.sampled)
+
+    def differs(self, other: Summary) -> torch.Tensor:
+        """Whether a bit differs: a scalar of bool on the tensors' device."""
+        if not self.sums:
+            return torch.tensor(False)
+        device = self.sums[0].device
+        if len(self.sums) != len(other.sums):
+            return torch.tensor(True, device=device)
+        return torch.stack(
+            [(a != b).to(device) for a, b in zip(self.sums, other.sums)]
+        ).any()
+
+    def relative_error(self, other: Summary) -> torch.Tensor:
+        """Largest difference of a sampled value over the largest value."""
+        pairs = list(zip(self.samples, other.samples))
+        return torch.stack(
+            [
+                (a - b).abs().amax() / a.abs().amax().clamp(min=1e-30)
+                for a, b in pairs
+                if a.numel()
+            ]
+            or [torch.zeros(())]
+        ).amax()
+
+    def size_of_difference(self, other: Summary) -> str:
+        """The size in words, for a message; empty without samples."""
+        if not self.samples:
+            return ""
+        error = self.relative_error(other).item()
+        return f" by {error:.2g} of the largest value (in a sample)"
+
+
+def _is_plain(x):
+    return type(x) in (torch.Tensor, torch.nn.Parameter) and (
+        x.layout == torch.strided
+    )
+
+
+def sample(tensor: torch.Tensor) -> torch.Tensor:
+    """Some values of a tensor, without a copy of the others.
+
+    Arguments
+    ---------
+    tensor : torch.Tensor
+        Any shape and strides.
+
+    Returns
+    -------
+    torch.Tensor
+        At most 1,024 values, spread over all axes, in float32 or float64.
+
+    Example
+    -------
+    >>> sample(torch.rand(100, 100, 100)).numel() <= 1024
+    True
+    """
+    tensor, room = tensor.detach(), SAMPLE
+    for axis in range(tensor.dim()):
+        most = max(1, int(room ** (1 / (tensor.dim() - axis)) + 1e-9))
+        step = max(1, -(-tensor.shape[axis] // most))
+        tensor = tensor[(slice(None),) * axis + (slice(None, None, step),)]
+        room //= max(1, tensor.shape[axis])
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    # A copy: a view would keep all of the tensor alive.
+    return tensor.flatten().to(wide, copy=True)
 
 
 def set_mismatch_action(action: str) -> None:

@@ -1,10 +1,10 @@
 """Run a function a second time, in backward, exactly as it ran in forward.
 
-Whoever recomputes activations instead of storing them has to repeat more than
-the arithmetic: the random numbers that dropout drew, the autocast state, and
-the batch statistics, which a training step must count once and not twice.
-``torch.utils.checkpoint`` repeats the first two and gets the third wrong;
-this module does all three.
+Recomputing activations instead of storing them takes more than repeating the
+arithmetic: the random numbers that dropout drew, the autocast state, the
+algorithms that cuDNN chose, and the batch statistics, which a training step
+must count once and not twice. ``torch.utils.checkpoint`` repeats the first two;
+this module repeats all four.
 
 Authors
  * The sb_memeff authors 2026
@@ -16,11 +16,16 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
+
+from sb_memeff.nnet.backends import BackendFlags
+from sb_memeff.nnet.generators import RandomStates, generators_of
 
 __all__ = [
     "Recorder",
     "Recording",
     "check_fingerprint",
+    "check_weights",
     "fingerprint",
     "without_trace",
 ]
@@ -32,30 +37,29 @@ class Recording:
 
     Arguments
     ---------
-    random_states : tuple of torch.Tensor, optional
-        States of the CPU's and the accelerator's generator before the call;
-        None when the call drew no random numbers.
+    random_states : RandomStates
+        States before the call of the generators from which it drew.
     buffers : dict
         Buffers that the call changed, as they were before it: {(module,
         name): torch.Tensor}.
     """
 
-    random_states: tuple | None
+    random_states: RandomStates
     buffers: dict
 
 
 class Recorder:
     """Calls functions in forward and calls them again, the same, in backward.
 
-    It holds what all calls of one forward pass share (device and autocast
-    state) and, call by call, what differs (``Recording``).
+    It holds what all calls of one forward pass share (device, autocast state,
+    flags of torch's backends) and, call by call, what differs (``Recording``).
 
     Arguments
     ---------
     device : torch.device
-        Where the tensors live. The CPU's generator is looked after too.
+        Where the tensors live.
     follow_random : bool
-        False leaves the generators alone (fake tensors draw nothing).
+        False leaves all generators alone (fake tensors draw nothing).
 
     Example
     -------
@@ -71,6 +75,7 @@ class Recorder:
     def __init__(self, device, follow_random=True):
         self.device = device
         self.follow_random = follow_random
+        self.flags = BackendFlags()
         kind = device.type
         self.autocast_on = torch.is_autocast_enabled(kind)
         self.autocast_dtype = torch.get_autocast_dtype(kind)
@@ -129,18 +134,20 @@ class Recorder:
         Recording
             Complete when the context is left.
         """
-        recording = Recording(None, {})
+        generators = []
+        if self.follow_random:
+            generators = generators_of(function, self.device)
+        before = RandomStates(generators)
+        recording = Recording(RandomStates([]), {})
         buffers = {
             key: (buffer, buffer._version, buffer.clone())
             for key, buffer in _buffers(function).items()
             # Those of a batch norm make no difference to a training call.
             if not isinstance(key[0], _BatchNorm)
         }
-        before = self._random_states()
-        yield recording
-        now = self._random_states()
-        if any(not torch.equal(a, b) for a, b in zip(before, now, strict=True)):
-            recording.random_states = before
+        with self.flags.applied(), _no_parametrization_cache():
+            yield recording
+        recording.random_states = before.changed()
         for (module, name), (buffer, version, clone) in buffers.items():
             same = module._buffers[name] is buffer
             if not same or buffer._version != version:
@@ -164,34 +171,32 @@ class Recorder:
         ------
         None
         """
-        now = None
-        if recording.random_states is not None:
-            now = self._random_states()
-            self._set_random_states(recording.random_states)
+        now = recording.random_states.again()
+        recording.random_states.restore()
         try:
             with (
                 self.autocast(),
+                self.flags.applied(),
+                _no_parametrization_cache(),
                 without_trace(function, recording.buffers),
             ):
                 yield
         finally:
-            if now is not None:
-                self._set_random_states(now)
+            now.restore()
 
-    def _random_states(self):
-        if not self.follow_random:
-            return ()
-        states = (torch.get_rng_state(),)
-        if self.device.type != "cpu":
-            module = torch.get_device_module(self.device)
-            states += (module.get_rng_state(self.device),)
-        return states
 
-    def _set_random_states(self, states):
-        torch.set_rng_state(states[0])
-        if self.device.type != "cpu":
-            module = torch.get_device_module(self.device)
-            module.set_rng_state(states[1], self.device)
+@contextlib.contextmanager
+def _no_parametrization_cache():
+    """Weights are computed in each call, also in ``parametrize.cached()``.
+
+    What the cache holds belongs to another graph, or to none.
+    """
+    before = parametrize._cache_enabled
+    parametrize._cache_enabled = 0
+    try:
+        yield
+    finally:
+        parametrize._cache_enabled = before
 
 
 @contextlib.contextmanager
@@ -298,3 +303,31 @@ def check_fingerprint(before, module, owner, prefix=""):
             f"backward. Backward computes the activations again and needs the "
             f"mode of the forward pass; call backward first."
         )
+
+
+def check_weights(before, module, owner):
+    """Raises if a module changed its own weights in forward.
+
+    Arguments
+    ---------
+    before : tuple
+        What ``fingerprint`` returned before the call.
+    module : torch.nn.Module
+        The module, after it.
+    owner : str
+        Its name, for the message.
+
+    Raises
+    ------
+    RuntimeError
+        If a weight changed; it names the parameter.
+    """
+    weights, _ = fingerprint(module)
+    for (name, _), a, b in zip(module.named_parameters(), before[0], weights):
+        if a != b:
+            raise RuntimeError(
+                f"{owner} changes its weight {name} in forward, as "
+                f"Embedding(max_norm=...) does, so backward cannot compute it "
+                f"again. Keep it out of recomputed and reversible blocks, or "
+                f"limit the norm after the optimizer's step."
+            )

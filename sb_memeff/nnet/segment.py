@@ -30,10 +30,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from sb_memeff.nnet.mismatch import Summary, next_forward, report_mismatches
 from sb_memeff.nnet.replay import (
     Recorder,
     Recording,
     check_fingerprint,
+    check_weights,
     fingerprint,
 )
 
@@ -131,6 +133,7 @@ class Segment:
                 torch.empty(0, requires_grad=True), *stored.values()
             ),
         )
+        next_forward()
         number = len(self._calls)
 
         def pack(tensor):
@@ -149,7 +152,12 @@ class Segment:
                 f"place, and the input is all that would be stored. Set "
                 f"inplace=False in it, or do not name it."
             )
-        call.outputs = [_reference(leaf) for leaf in tree_leaves(result)]
+        check_weights(call.fingerprint, block, name)
+        leaves = tree_leaves(result)
+        call.outputs = [_reference(leaf) for leaf in leaves]
+        # Before the code around the block can change them in place.
+        if call.recorder.follow_random:
+            call.summary = Summary(leaves)
         self._calls.append(call)
         return result
 
@@ -188,13 +196,34 @@ class Segment:
             check_fingerprint(
                 call.fingerprint, call.block, "recompute", f"{call.name}."
             )
-        results = []
+        results, comparisons = [], []
         with torch.enable_grad():
             for number, call in enumerate(calls):
-                values, result = call.again(results, number == last)
+                values, result = call.again(results)
                 results.append(tree_leaves(result))
+                if call.summary is not None:
+                    again = call.summary.again(results[-1])
+                    comparisons.append((call.name, call.summary, again))
                 for index, value in values.items():
                     self._values[number, index] = value
+        if comparisons:
+            report_mismatches(
+                torch.stack([a.differs(b) for _, a, b in comparisons]),
+                lambda number: _message(*comparisons[number]),
+            )
+
+
+def _message(name, before, now):
+    return (
+        f"{name} cannot be computed again: its output differs"
+        f"{before.size_of_difference(now)} from that of forward, and gradients "
+        f"would be wrong. It must do the same when called again with the same "
+        f"input: no state but buffers, and no random numbers but those of "
+        f"torch, Python, numpy and the block's own generators; if a library "
+        f"chose another algorithm, torch.use_deterministic_algorithms or more "
+        f"free GPU memory help. Do not name it, or train on with "
+        f"sb_memeff.nnet.mismatch.set_mismatch_action('warn')."
+    )
 
 
 class _Slot:
@@ -243,6 +272,7 @@ class _Call:
     storage: torch.Tensor
     recording: Recording | None = None
     outputs: list = ()
+    summary: Summary | None = None
 
     def __post_init__(self):
         # (weak reference, shape, dtype) of all that autograd wanted to save.
@@ -265,19 +295,20 @@ class _Call:
             leaves.append(what)
         return tree_unflatten(leaves, self.structure)
 
-    def again(self, results, is_last):
+    def again(self, results):
         """Repeats the call.
+
+        The block runs to its end: the last operation may fill a tensor that
+        backward needs (the noise of RReLU) after it was saved.
 
         Returns
         -------
         tuple
             {index: (tensor, version)} for all slots that are wanted, and the
-            result; None if the call could be left early, since no later call
-            needs it.
+            result.
         """
         wanted = self.wanted()
-        final = max(wanted) if is_last else len(self.slots)
-        values = {}
+        kept = {}
         count = 0
 
         def keep(tensor):
@@ -285,23 +316,18 @@ class _Call:
             self._check_repetition(count, tensor)
             if count in wanted:
                 # Without its history: that graph is not the one in use.
-                values[count] = (tensor.detach(), tensor._version)
+                kept[count] = tensor.detach(), tensor._version
             count += 1
-            if count > final:
-                raise _Enough
 
         args, kwargs = self.arguments(results)
-        try:
-            with (
-                self.recorder.replay(self.block, self.recording),
-                saved_tensors_hooks(keep, _open),
-            ):
-                result = self.function(*args, **kwargs)
-        except _Enough:
-            result = None
-        if wanted - values.keys():
-            self._does_not_repeat(f"saved {len(values)} tensors")
-        return values, result
+        with (
+            self.recorder.replay(self.block, self.recording),
+            saved_tensors_hooks(keep, _open),
+        ):
+            result = self.function(*args, **kwargs)
+        if wanted - kept.keys():
+            self._does_not_repeat(f"saved {len(kept)} tensors")
+        return kept, result
 
     def _check_repetition(self, index, tensor):
         shape, dtype = torch.Size(), None
@@ -316,13 +342,8 @@ class _Call:
         raise RuntimeError(
             f"{self.name} cannot be computed again: the second time it {what}, "
             f"unlike the first. It must do the same when called again with "
-            f"the same input: no random numbers but torch's, no state but "
-            f"buffers. Do not name it."
+            f"the same input: no state but buffers. Do not name it."
         )
-
-
-class _Enough(BaseException):
-    """All that is wanted is there. Nobody's ``except Exception`` stops it."""
 
 
 def _sources(leaves, origins, stored):

@@ -9,8 +9,7 @@ import math
 import torch
 
 from sb_memeff.nnet.mismatch import (
-    checksum,
-    mismatch_action,
+    Summary,
     next_forward,
     read_arrived,
     report_mismatches,
@@ -19,8 +18,6 @@ from sb_memeff.nnet.reversible.walk import Observer
 
 __all__ = ["StreamGuard"]
 
-# Values of a stream that are kept to tell how large a difference is.
-SAMPLE = 1024
 # Of the largest value: inversion in float64 is off by rounding alone.
 FLOAT64_TOLERANCE = 1e-6
 
@@ -43,7 +40,6 @@ class StreamGuard(Observer):
     def __init__(self, bits, compare=True):
         self.bits = bits
         self.compare = compare
-        self.sampled = bits is None or mismatch_action() == "warn"
         self._extremes = []
         self._before = {}
         self._reports = []
@@ -54,14 +50,14 @@ class StreamGuard(Observer):
         self._names = names
         if names:
             self._look(names[0], streams)
-            self._before[names[0]] = self._describe(streams)
+            self._before[names[0]] = self._summary(streams)
 
     def computed(self, name, streams):
         """Describes the streams before the next block."""
         self._look(name, streams)
         number = self._names.index(name) + 1
         if number < len(self._names):
-            self._before[self._names[number]] = self._describe(streams)
+            self._before[self._names[number]] = self._summary(streams)
 
     def backward_begins(self):
         """Raises if |x| reached 2**(24 - bits), or for an earlier step."""
@@ -90,16 +86,15 @@ class StreamGuard(Observer):
         """Compares; on the CPU a difference is an error at once."""
         if not self.compare:
             return
-        sums, samples = self._before[name]
-        sums_now, samples_now = self._describe(streams)
-        if self.bits is not None:
-            if not self._finite:
-                return
-            differs = (sums != sums_now).any()
+        before = self._before[name]
+        now = before.again(streams)
+        if self.bits is None:
+            differs = before.relative_error(now) > FLOAT64_TOLERANCE
+        elif self._finite:
+            differs = before.differs(now)
         else:
-            error = (samples - samples_now).abs().amax()
-            differs = error > FLOAT64_TOLERANCE * samples.abs().amax()
-        self._reports.append((name, differs, samples, samples_now))
+            return
+        self._reports.append((name, differs, before, now))
         if differs.device.type == "cpu":
             self.backward_ends()
 
@@ -125,41 +120,21 @@ class StreamGuard(Observer):
                 )
                 self._extremes.append((name, torch.stack(tuple(extremes))))
 
-    def _describe(self, streams):
-        sums = samples = None
+    def _summary(self, streams):
         if not self.compare:
-            return sums, samples
-        if self.bits is not None:
-            sums = torch.stack([checksum(s) for s in streams])
-        if self.sampled:
-            samples = torch.cat([_sample(s) for s in streams])
-        return sums, samples
-
-
-def _sample(stream):
-    """Some values, whatever the strides, without a copy of the rest."""
-    room = SAMPLE
-    for axis in range(stream.dim()):
-        most = max(1, round(room ** (1 / (stream.dim() - axis))))
-        step = -(-stream.shape[axis] // most) if stream.shape[axis] else 1
-        stream = stream[(slice(None),) * axis + (slice(None, None, step),)]
-        room //= max(1, stream.shape[axis])
-    return stream.flatten()
+            return None
+        return Summary(streams, sampled=True if self.bits is None else None)
 
 
 def _message(name, before, now):
-    size = ""
-    if before is not None:
-        error = (before - now).abs().max() / before.abs().max()
-        size = f" by {error.item():.2g} of the largest value (in a sample)"
     return (
         f"ReversibleSequence: backward did not reconstruct the input of {name}: "
-        f"it differs{size} from that of forward, and gradients would be "
-        f"wrong. A function in {name} or after it computed something else the "
-        f"second time: it must be deterministic, with no state but buffers and "
-        f"no other random numbers than those of torch, Python and numpy; or a "
-        f"library chose another algorithm (torch.use_deterministic_algorithms, "
-        f"more free GPU memory). check_invertible(net, x) says where. "
-        f"save_memory=False stores the activations instead; "
-        f"sb_memeff.nnet.mismatch.set_mismatch_action('warn') trains on."
+        f"it differs{before.size_of_difference(now)} from that of forward, and "
+        f"gradients would be wrong. The functions in {name} must compute the "
+        f"same when called again: no state but buffers, and no random numbers "
+        f"but those of torch, Python, numpy and their own generators; if a "
+        f"library chose another algorithm, torch.use_deterministic_algorithms "
+        f"or more free GPU memory help. Set save_memory=False to store "
+        f"activations, or train on with "
+        f"sb_memeff.nnet.mismatch.set_mismatch_action('warn')."
     )

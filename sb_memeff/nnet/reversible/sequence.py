@@ -186,7 +186,7 @@ class ReversibleSequence(nn.Module):
                 (y1, y2), recording = recorder.record(
                     block.inverse_streams, y1, y2, evaluator, shape
                 )
-                if recording.random_states is not None:
+                if recording.random_states:
                     raise RuntimeError(
                         f"ReversibleSequence.inverse: {name} drew random "
                         f"numbers (dropout in training mode?), which cannot "

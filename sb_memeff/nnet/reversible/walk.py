@@ -25,6 +25,7 @@ from sb_memeff.nnet.replay import (
     Recorder,
     Recording,
     check_fingerprint,
+    check_weights,
     fingerprint,
 )
 from sb_memeff.nnet.reversible.coupling import Invertible, Tap, halves
@@ -182,7 +183,9 @@ class Walk:
         step.strides = [x.stride() for x in self.streams]
         step.recordings = evaluator.recordings
         with self.recorder.autocast():
-            return function(*self.streams, evaluator)
+            result = function(*self.streams, evaluator)
+        check_weights(step.fingerprint, step.block, step.name)
+        return result
 
     def _flat(self):
         flat = list(self._others)
