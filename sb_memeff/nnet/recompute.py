@@ -26,6 +26,7 @@ import torch
 from speechbrain.utils.autocast import AMPConfig
 from speechbrain.utils.logger import get_logger
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
@@ -146,10 +147,11 @@ def store_blocks(module):
     """
     names = []
     for name, part in module.named_modules():
-        original = vars(type(part)).get("_stores_as")
-        if original is not None:
-            part.__class__ = original
+        if "_recompute_place" in vars(part):
             del part._recompute_place
+            # The class of a parametrized module is left as it is: a copy of
+            # the module may share it. Without a place it stores.
+            part.__class__ = vars(type(part)).get("_stores_as", type(part))
             names.append(name)
     return names
 
@@ -439,8 +441,15 @@ class _Place:
 
 
 def _make_recompute(block, place):
-    if "_stores_as" not in vars(type(block)):
-        block.__class__ = _recomputing(type(block))
+    kind = type(block)
+    if not hasattr(kind, "_stores_as"):
+        if parametrize.is_parametrized(block):
+            # Below the class that torch has made for this very module, which
+            # remove_parametrizations takes off again.
+            (original,) = kind.__bases__
+            kind.__bases__ = (_recomputing(original),)
+        else:
+            block.__class__ = _recomputing(kind)
     block._recompute_place = place
 
 
@@ -455,7 +464,10 @@ def _recomputing(original):
 
     @functools.wraps(original.forward)
     def forward(self, *args, **kwargs):
-        return self._recompute_place.call(self, original.forward, args, kwargs)
+        place = vars(self).get("_recompute_place")
+        if place is None:
+            return original.forward(self, *args, **kwargs)
+        return place.call(self, original.forward, args, kwargs)
 
     # SpeechBrain asks whether forward takes lengths, and does not unwrap.
     forward.__signature__ = inspect.signature(original.forward)
@@ -466,6 +478,14 @@ def _recomputing(original):
             return reduced
         return (_new, (original,), *reduced[2:])
 
+    def __prepare_scriptable__(self):
+        # TorchScript runs without us: it compiles the plain block.
+        plain = original.__new__(original)
+        plain.__dict__ = {
+            k: v for k, v in vars(self).items() if k != "_recompute_place"
+        }
+        return plain
+
     return type(original)(
         original.__name__,
         (original,),
@@ -473,6 +493,7 @@ def _recomputing(original):
             "__doc__": original.__doc__,
             "__module__": original.__module__,
             "__qualname__": original.__qualname__,
+            "__prepare_scriptable__": __prepare_scriptable__,
             "__reduce_ex__": __reduce_ex__,
             "_stores_as": original,
             "forward": forward,

@@ -52,11 +52,13 @@ class InvertibilityReport:
 
 
 def check_invertible(module, x, *args, **kwargs):
-    """Does backward see the activations that forward saw?
+    """Compares backward's activations and gradients with stored ones.
 
-    Works on a copy: weights, statistics, gradients and the random state stay
-    as they are. Call it inside the autocast context of the training to check
-    that precision.
+    It works on a copy: weights, statistics, gradients and the random state
+    stay as they are. In the copy, parameters that are all zero are drawn at
+    random: the last layer of a residual function often begins as zero, and
+    then every inversion is exact. Call it inside the autocast context of the
+    training to check that precision.
 
     Arguments
     ---------
@@ -96,8 +98,9 @@ def check_invertible(module, x, *args, **kwargs):
         )
     devices = [] if x.device.type == "cpu" else [x.device]
     found, blocks = [], {}
+    awake = _without_zeros(copy.deepcopy(module))
     for save_memory in (True, False):
-        copied = copy.deepcopy(module)
+        copied = copy.deepcopy(awake)
         with (
             torch.random.fork_rng(devices, device_type=x.device.type),
             inversion_errors(copied) as errors,
@@ -116,6 +119,17 @@ def check_invertible(module, x, *args, **kwargs):
         blocks,
         {name: _norm([d]) / scale for name, d in differences.items()},
     )
+
+
+def _without_zeros(module):
+    generator = torch.Generator().manual_seed(0)
+    for parameter in module.parameters():
+        if not parameter.any():
+            # Gains of norms and scales of layers have one axis.
+            fan_in = parameter[0].numel() if parameter.dim() > 1 else 10
+            values = torch.randn(parameter.shape, generator=generator)
+            parameter.data.copy_(values / math.sqrt(fan_in))
+    return module
 
 
 def _norm(tensors):

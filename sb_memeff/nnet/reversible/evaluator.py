@@ -177,7 +177,8 @@ class ReplayingEvaluator(Evaluator):
     recordings : dict
         What ``RecordingEvaluator`` recorded for this block.
     weights : dict
-        Name of each parameter of the block that needs a gradient to a leaf.
+        Name of each parameter of the block that needs a gradient to a leaf;
+        a shared one has several names.
     extras : list of torch.Tensor
         Those of the extra arguments that need a gradient.
     *args : tuple
@@ -197,7 +198,7 @@ class ReplayingEvaluator(Evaluator):
         self.recordings = recordings
         self.weights = weights
         self.extras = extras
-        # By identity: a weight may have several names.
+        # By identity, since a weight may have several names.
         self._gradients: dict[int, torch.Tensor] = {}
 
     def call(self, function, given):
@@ -270,9 +271,12 @@ class ReplayingEvaluator(Evaluator):
         return self._pull(function, graph, gradient, streams)
 
     def gradients(self) -> list[torch.Tensor | None]:
-        """Gradients of the extra arguments and the weights, in that order."""
+        """Gradients of the extra arguments and the weights, in that order.
+
+        One for each weight, also if it has several names.
+        """
         wanted = (*self.extras, *self.weights.values())
-        return [self._gradients.get(id(tensor)) for tensor in wanted]
+        return [self._gradients.get(key) for key in {id(x): 0 for x in wanted}]
 
     def _weights_of(self, function):
         prefix = f"{function}."

@@ -36,15 +36,21 @@ def round_to_grid(x: torch.Tensor, bits: int) -> torch.Tensor:
     >>> round_to_grid(torch.tensor([0.3, 0.4]), bits=1)
     tensor([0.5000, 0.5000])
     """
-    return _RoundToGrid.apply(x, bits)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _RoundToGrid.apply(x, bits)
+    return _rounded(x, bits)
+
+
+def _rounded(x, bits):
+    # Scaling by a power of two is exact; only round() rounds. It makes -0 of
+    # small negative numbers, which no subtraction would give back.
+    return (x * 2.0**bits).round_().mul_(2.0**-bits).add_(0.0)
 
 
 class _RoundToGrid(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, bits):
-        # Scaling by a power of two is exact; only round() rounds. It makes -0
-        # of small negative numbers, which no subtraction would give back.
-        return (x * 2.0**bits).round_().mul_(2.0**-bits).add_(0.0)
+        return _rounded(x, bits)
 
     @staticmethod
     def backward(ctx, gradient):

@@ -157,11 +157,19 @@ class Walk:
         for number, (place, x) in enumerate(zip(self._places, self.extras)):
             needs_gradient = number in self._wanted
             flat[place] = x.detach().requires_grad_(needs_gradient)
-        parameters = dict(step.block.named_parameters())
+        parameters = dict(step.block.named_parameters(remove_duplicate=False))
+        leaves = {
+            id(parameters[name]): parameters[name].detach().requires_grad_()
+            for name in step.weights
+        }
         return ReplayingEvaluator(
             self.recorder,
             step.recordings,
-            {n: parameters[n].detach().requires_grad_() for n in step.weights},
+            {
+                name: leaves[id(parameter)]
+                for name, parameter in parameters.items()
+                if id(parameter) in leaves
+            },
             [flat[self._places[i]] for i in self._wanted],
             step.block,
             step.name,

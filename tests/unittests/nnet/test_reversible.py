@@ -2,8 +2,11 @@
 
 import copy
 import math
+import random
+import re
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from chains import (
@@ -16,13 +19,16 @@ from chains import (
     stored,
 )
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize
 
+from sb_memeff.nnet import mismatch
 from sb_memeff.nnet.reversible import (
     AdditiveCoupling,
     ReversibleSequence,
     SpaceToDepth,
     Tap,
     check_invertible,
+    guards,
     inversion_errors,
 )
 from sb_memeff.utils.memory import training_step_memory
@@ -1082,3 +1088,429 @@ def test_check_invertible_of_a_chain_without_invertible_blocks():
     )
     assert (report.inversion_error, report.blocks) == (0.0, {})
     assert "no block" in str(report)
+
+
+# --- whose memory is written -------------------------------------------------
+
+
+class Positional(nn.Module):
+    """Adds parameters of the stream's full shape last.
+
+    autograd then hands out one tensor for the gradients of both, and that of
+    the stream itself.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(4, 4, 3, padding=1)
+        self.position = nn.Parameter(torch.randn(1, 4, 9))
+        self.offset = nn.Parameter(torch.randn(1, 4, 9))
+
+    def forward(self, x, condition=0):
+        return self.conv(x).tanh() + self.position + self.offset + condition
+
+
+def positional_chain(shared):
+    torch.manual_seed(0)
+    couplings = []
+    for _ in range(3):
+        f, g = Positional(), Positional()
+        if shared:
+            g.position = f.position
+        couplings.append(AdditiveCoupling(f, g))
+    return ReversibleSequence(couplings).double()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_gradients_that_are_the_stream_s_own(shared):
+    net = positional_chain(shared)
+    x = torch.randn(1, 8, 9, dtype=torch.float64)
+    found = []
+    for module in (net, stored(net)):
+        condition = torch.ones(1, 4, 9, dtype=torch.float64)
+        condition.requires_grad_()
+        _, grads, _ = gradients(module, x, condition=condition)
+        found.append([*grads, condition.grad])
+    for ours, reference in zip(*found, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-9, atol=1e-12)
+
+
+class Identity(nn.Module):
+    """Hands its input on: whoever adds to the result changes the input."""
+
+    def forward(self, x):
+        return x
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("function", [nn.Tanh, Identity])
+def test_what_hooks_have_kept_does_not_change(function, exact):
+    net = ReversibleSequence(
+        [AdditiveCoupling(function(), function()) for _ in range(3)],
+        exact=exact,
+    )
+    kept = []
+
+    def keep(module, inputs, output):
+        for x in (*inputs, output):
+            kept.append((x, x.detach().clone()))
+
+    def keep_gradients(module, inputs, outputs):
+        for x in (*inputs, *outputs):
+            kept.append((x, x.clone()))
+
+    for part in net.modules():
+        if isinstance(part, function):
+            part.register_forward_hook(keep)
+            part.register_full_backward_hook(keep_gradients)
+    net(images().requires_grad_()).square().sum().backward()
+    assert len(kept) == 6 * 2 * 2 + 6 * 2  # f, g: twice, then backward
+    for now, before in kept:
+        assert torch.equal(now, before)
+
+
+# --- layouts -----------------------------------------------------------------
+
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "transposed": lambda x: x.transpose(1, -1).contiguous().transpose(1, -1),
+    "batch last": lambda x: x.movedim(0, -1).contiguous().movedim(-1, 0),
+    "sliced": lambda x: torch.cat([x, x], 2)[:, :, : x.shape[2]],
+    "step 2": lambda x: torch.stack([x, x], -1).flatten(-2)[..., ::2],
+    "expanded": lambda x: x[:1].expand(x.shape),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_any_strides_of_input_extras_and_output_gradient(layout, dtype):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = body(4)
+
+        def forward(self, x, gain):
+            return self.body(x) * gain
+
+    torch.manual_seed(2)
+    net = ReversibleSequence(
+        [
+            AdditiveCoupling(Scaled(), Scaled()),
+            SpaceToDepth(1),
+            AdditiveCoupling(Scaled(), Scaled()),
+        ]
+    ).to(dtype)
+    lay = LAYOUTS[layout]
+    x, gain, weight = (images(dtype=dtype) for _ in range(3))
+    found = []
+    for module, change in ((net, lay), (stored(net), lambda x: lay(x).clone())):
+        torch.manual_seed(1)
+        xs = change(x).detach().requires_grad_()
+        gains = change(gain)[:, :4].detach().requires_grad_()
+        y = module(xs, gain=gains)
+        y.backward(change(weight))
+        found.append([xs.grad, gains.grad, *(p.grad for p in net.parameters())])
+        net = module
+    found[1][2:] = [p.grad for p in module.parameters()]
+    bound = 1e-5 if dtype == torch.float32 else 1e-12
+    assert relative_error(*found) < bound
+
+
+@pytest.mark.parametrize("amp", [None, torch.bfloat16])
+@pytest.mark.parametrize("dims", [2, 3])
+def test_channels_last_is_as_exact_as_contiguous(dims, amp):
+    conv = {2: nn.Conv2d, 3: nn.Conv3d}[dims]
+    norm = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}[dims]
+    form = {2: torch.channels_last, 3: torch.channels_last_3d}[dims]
+    seen = []
+
+    class Body(nn.Sequential):
+        def __init__(self, channels):
+            super().__init__(
+                norm(channels),
+                nn.ReLU(),
+                conv(channels, channels, 3, padding=1),
+            )
+
+        def forward(self, x):
+            seen.append(x.stride())
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    blocks = [conv(1, 8, 3, padding=1)]
+    for channels in (4, 4 * 2**dims):
+        blocks += [
+            AdditiveCoupling(Body(channels), Body(channels)) for _ in range(4)
+        ]
+        blocks.append(SpaceToDepth(2))
+    net = ReversibleSequence(blocks[:-1]).to(memory_format=form)
+    x = torch.randn(2, 1, *(12, 7, 5)[:dims]).to(memory_format=form)
+    with inversion_errors(net) as errors:
+        with torch.autocast("cpu", amp, enabled=amp is not None):
+            y = net(x)
+        y.float().square().sum().backward()
+    assert set(errors.values()) == {0.0} and len(errors) == 9
+    # Every function sees in backward the strides that it saw in forward.
+    assert sorted(seen[: len(seen) // 2]) == sorted(seen[len(seen) // 2 :])
+    assert all(s[1] == 1 for s in seen)
+
+
+def test_an_empty_batch():
+    net = chain(2, dropout=0.0).eval()
+    x = torch.randn(0, 8, 7, 6, requires_grad=True)
+    net(x).sum().backward()
+    assert x.grad.shape == x.shape
+    assert all(not p.grad.any() for p in net.parameters())
+
+
+# --- backward that computes something else -----------------------------------
+
+
+class OtherOrder(nn.Module):
+    """Sums in another order when called again, as another algorithm would."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.linear = nn.Linear(size, size, bias=False)
+
+    def forward(self, x):
+        weight = self.linear.weight
+        if torch.is_grad_enabled():
+            return x.flip(-1) @ weight.flip(1).t()
+        return x @ weight.t()
+
+
+def other_order(depth=4, size=64):
+    torch.manual_seed(0)
+    return ReversibleSequence(
+        [
+            AdditiveCoupling(
+                OtherOrder(size) if i == 1 else nn.Linear(size, size),
+                nn.Linear(size, size),
+            )
+            for i in range(depth)
+        ]
+    )
+
+
+def test_another_order_of_summation_is_an_error_that_names_the_block():
+    net = other_order()
+    x = 100 * torch.randn(50, 128)
+    with pytest.raises(RuntimeError, match=r"input of blocks\.1: it differs"):
+        net(x).square().sum().backward()
+    # Neither that block nor those before it have gradients.
+    assert net.blocks[1].f.linear.weight.grad is None
+    assert net.blocks[0].g.weight.grad is None
+
+
+def test_another_order_of_summation_may_be_a_warning(monkeypatch, caplog):
+    monkeypatch.setattr(mismatch._pending, "action", "warn")
+    monkeypatch.setattr(mismatch._pending, "_warned", set())
+    net = other_order()
+    x = 100 * torch.randn(50, 128)
+    for _ in range(2):
+        net(x).square().sum().backward()
+    (text,) = [r.message for r in caplog.records if "blocks.1:" in r.message]
+    size = float(re.search(r"differs by (\S+) of the largest", text)[1])
+    assert 1e-7 < size < 1e-3
+    assert all(p.grad is not None for p in net.parameters())
+
+
+def test_a_float64_stream_is_compared_with_a_tolerance():
+    net = other_order().double()
+    x = 100 * torch.randn(50, 128, dtype=torch.float64)
+    net(x).square().sum().backward()
+    net.blocks[1].f = Nondeterministic()
+    with pytest.raises(RuntimeError, match=r"blocks\.1: it differs by 0"):
+        net(x).square().sum().backward()
+
+
+def test_a_stream_without_a_grid_is_not_compared():
+    net = other_order()
+    net.exact = False
+    net(100 * torch.randn(50, 128)).square().sum().backward()
+
+
+def test_comparisons_wait_for_the_device_no_more_than_the_range_does(
+    monkeypatch,
+):
+    """The host reads once in backward: how far the streams reach."""
+    waits = []
+
+    class Copied:
+        def query(self):
+            return False
+
+        def synchronize(self):
+            waits.append(1)
+
+    copies = []
+
+    def copy_to_host(tensor):
+        copies.append(len(tensor))
+        return tensor, Copied()
+
+    monkeypatch.setattr(mismatch, "_pending", mismatch._Pending(copy_to_host))
+    monkeypatch.setattr(guards, "_read_at_once", lambda device: False)
+    net = chain(3, dropout=0.0)
+    net(images()).sum().backward()
+    assert copies == [3]  # all blocks in one copy
+    assert waits == []
+    net(images()).sum().backward()
+    assert waits == [1]  # of the step before
+
+
+def test_random_numbers_of_python_numpy_and_own_generators():
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+            self.own = [torch.Generator().manual_seed(3)]
+            self.rng = np.random.default_rng(3)
+
+        def forward(self, x):
+            noise = torch.rand(4, generator=self.own[0])
+            scale = random.random() + np.random.rand() + self.rng.random()
+            return self.linear(x) * noise * scale
+
+    torch.manual_seed(0)
+    net = ReversibleSequence(
+        [AdditiveCoupling(Noisy(), Noisy()) for _ in range(2)]
+    ).double()
+    twin = stored(net)
+    x = torch.randn(3, 8, dtype=torch.float64)
+    found, after = [], []
+    for module in (net, twin):
+        random.seed(1)
+        np.random.seed(1)
+        found.append(gradients(module, x)[1])
+        after.append(
+            (
+                random.random(),
+                np.random.rand(),
+                module.blocks[0].f.rng.random(),
+                torch.rand(1, generator=module.blocks[0].f.own[0]).item(),
+            )
+        )
+    assert relative_error(*found) < 1e-12
+    assert after[0] == after[1]
+
+
+# --- torch.compile -----------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("what", ["network", "functions", "in place"])
+def test_compiled_networks_and_functions_are_exact(what, backend):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    net = ReversibleSequence(
+        [
+            nn.Conv2d(3, 16, 3, padding=1),
+            *(
+                AdditiveCoupling(body(8, dropout=0.0), body(8, dropout=0.0))
+                for _ in range(3)
+            ),
+        ]
+    )
+    called = net
+    if what == "network":
+        called = torch.compile(net, backend=backend)
+    for block in net.blocks[1:]:
+        for name in "fg" if what != "network" else "":
+            function = getattr(block, name)
+            if what == "functions":
+                setattr(block, name, torch.compile(function, backend=backend))
+            else:
+                function.compile(backend=backend)
+    x = torch.randn(2, 3, 20, 14)
+    with inversion_errors(net) as errors:
+        ours = called(x)
+        ours.square().sum().backward()
+    assert set(errors.values()) == {0.0} and len(errors) == 3
+    grads = [p.grad.clone() for p in net.parameters()]
+    net.zero_grad()
+    net.save_memory = False
+    called(x).square().sum().backward()
+    # The compiler rounds as it likes; its two versions differ by that.
+    assert relative_error(grads, [p.grad for p in net.parameters()]) < 1e-4
+
+
+# --- further orders of calls -------------------------------------------------
+
+
+def test_parameter_gradients_are_ready_while_the_chain_is_walked_back():
+    net = chain(4, dropout=0.0)
+    order = []
+    for index, block in enumerate(net.blocks):
+        weight = block.f[0].weight
+        weight.register_hook(lambda _, i=index: order.append(("ready", i)))
+        block.f[0].register_forward_pre_hook(
+            lambda m, a, i=index: (
+                order.append(("replay", i)) if torch.is_grad_enabled() else None
+            )
+        )
+    net(images()).sum().backward()
+    assert order == [
+        (what, i) for i in (3, 2, 1, 0) for what in ("replay", "ready")
+    ]
+
+
+def test_a_negative_stream_beyond_the_grid_is_reported():
+    net = ReversibleSequence([AdditiveCoupling(nn.Identity(), nn.Identity())])
+    x = torch.zeros(2, 8, 3)
+    x[0, 1, 2] = -5000.0
+    with pytest.raises(RuntimeError, match="reached 5000, beyond 4096"):
+        net(x.requires_grad_()).sum().backward()
+
+
+def test_changes_of_one_submodule_and_by_data_are_found():
+    net = chain(2)
+    y = net(images())
+    net.blocks[0].g[1].eval()
+    with pytest.raises(RuntimeError, match="mode of the forward pass"):
+        y.sum().backward()
+    net.train()
+    y = net(images())
+    weight = net.blocks[1].f[0].weight
+    weight.data = weight.data + 1
+    with pytest.raises(RuntimeError, match=r"blocks\.1\.f\.0\.weight was"):
+        y.sum().backward()
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_weights_that_change_in_forward_are_named():
+    class Table(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(3, 4, max_norm=0.5)
+
+        def forward(self, x):
+            return x + self.table(torch.tensor([1]))
+
+    net = ReversibleSequence([AdditiveCoupling(nn.Tanh(), Table())])
+    message = r"blocks\.0 changes its weight g\.table\.weight .*max_norm"
+    with pytest.raises(RuntimeError, match=message):
+        net(torch.randn(2, 8))
+
+
+def test_cached_parametrizations_get_gradients():
+    def conv():
+        return parametrizations.weight_norm(nn.Conv1d(4, 4, 3, padding=1))
+
+    torch.manual_seed(0)
+    net = ReversibleSequence([AdditiveCoupling(conv(), conv())]).double()
+    x = torch.randn(2, 8, 6, dtype=torch.float64)
+    with parametrize.cached():
+        _, ours, _ = gradients(net, x)
+    _, reference, _ = gradients(stored(net), x)
+    assert relative_error(ours, reference) < 1e-12
+
+
+def test_check_invertible_wakes_functions_that_begin_as_zero():
+    net = ReversibleSequence([AdditiveCoupling(OtherOrder(64), nn.Tanh())])
+    nn.init.zeros_(net.blocks[0].f.linear.weight)
+    report = check_invertible(net, 100 * torch.randn(50, 128))
+    assert report.inversion_error > 0
+    assert not net.blocks[0].f.linear.weight.any()

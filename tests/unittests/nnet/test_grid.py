@@ -1,0 +1,70 @@
+"""The grid of the exact stream."""
+
+import pytest
+import torch
+from torch import nn
+
+from sb_memeff.nnet.reversible import AdditiveCoupling, ReversibleSequence
+from sb_memeff.nnet.reversible.grid import StreamFormat, round_to_grid
+
+
+@pytest.mark.parametrize("bits, reach", [(12, 4096.0), (7, 131072.0)])
+def test_sums_on_the_grid_are_exact(bits, reach):
+    torch.manual_seed(0)
+    # Magnitudes from far below a grid step to the edge of the range.
+    scale = torch.logspace(-6, torch.tensor(reach / 2).log10().item(), 4000)
+    values = (torch.rand(2, 4000) * 2 - 1) * scale
+    x, h = round_to_grid(values, bits)
+    assert torch.equal((x + h) - h, x)
+    # Rounded correctly, which plain float64 arithmetic can tell.
+    exact = (values.double() * 2**bits).round() / 2**bits
+    assert torch.equal(torch.stack((x, h)).double(), exact)
+    assert not torch.equal(torch.stack((x, h)), values)
+    # Beside the grid sums are not exact: that is why there is one.
+    x, h = torch.rand(4000), 100 * torch.rand(4000)
+    assert not torch.equal((x + h) - h, x)
+
+
+def test_zeros_are_positive():
+    """Else y - h would give 0 where x was -0: equal, but other bits."""
+    small = torch.tensor([-1e-5, -0.0, 0.0, 1e-5])
+    for x in (small, small.clone().requires_grad_()):
+        assert not round_to_grid(x, 12).signbit().any()
+
+
+def test_rounding_passes_the_gradient():
+    x = torch.randn(5, requires_grad=True)
+    (dx,) = torch.autograd.grad(round_to_grid(x, 12), x, torch.arange(5.0))
+    assert torch.equal(dx, torch.arange(5.0))
+
+
+def test_float64_is_left_alone():
+    net = ReversibleSequence([AdditiveCoupling(nn.Tanh(), nn.Tanh())])
+    x = torch.randn(2, 4, dtype=torch.float64)
+    y1 = x[:, :2] + x[:, 2:].tanh()
+    assert torch.equal(net(x), torch.cat((y1, x[:, 2:] + y1.tanh()), 1))
+
+
+@pytest.mark.parametrize("bits", [12, None])
+def test_streams_are_copies(bits):
+    x = torch.zeros(1, 4, 3)
+    for stream in StreamFormat(torch.float32, bits).enter(x):
+        stream.add_(1)
+    assert not x.any()
+
+
+@pytest.mark.parametrize("bits", [12, None])
+@pytest.mark.parametrize(
+    "inner, outer",
+    [
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)
+def test_dtypes(inner, outer, bits):
+    stream_format = StreamFormat(inner, bits)
+    streams = stream_format.enter(torch.ones(1, 4, 3, dtype=inner))
+    assert [s.dtype for s in streams] == [outer, outer]
+    assert stream_format.leave(*streams).dtype == inner
