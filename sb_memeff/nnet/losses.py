@@ -92,12 +92,13 @@ def transducer_loss(
     """
     check_settings(reduction, fastemit_lambda, clamp)
     _check_shapes(logits, targets, input_lens, target_lens)
+    targets = targets.long()
     frames = count(input_lens, logits.shape[1], "frames")
     counts = count(target_lens, targets.shape[1], "targets")
     check_targets(targets, counts, frames, blank_index, logits.shape[3])
     nll = _TransducerLoss.apply(
         logits,
-        targets.long(),
+        targets,
         frames,
         counts,
         blank_index,
@@ -174,13 +175,15 @@ class _TransducerLoss(torch.autograd.Function):
         logits, normaliser, cells, symbols, blank, emission = ctx.saved_tensors
         cells_per_sample = logits.shape[1] * logits.shape[2]
         flat = logits.detach().reshape(-1, logits.shape[3])
-        if ctx.overwrite_logits:
+        if ctx.overwrite_logits and flat.is_contiguous():
             gradient = flat
             outside = torch.ones(len(flat), dtype=torch.bool).to(flat.device)
             outside[cells] = False
             gradient[outside] = 0
         else:
-            gradient = torch.zeros_like(flat)
+            gradient = torch.zeros_like(
+                flat, memory_format=torch.contiguous_format
+            )
         for some in _chunks(cells, flat.shape[1]):
             rows = row_gradient(
                 flat[some],

@@ -68,8 +68,9 @@ def check_tensors(batch, lengths, targets, others):
     ValueError
         If they are not.
     """
-    if targets.is_floating_point():
-        raise ValueError(f"targets must be integers, not {targets.dtype}.")
+    kind = targets.dtype
+    if kind == torch.bool or kind.is_floating_point or kind.is_complex:
+        raise ValueError(f"targets must be integers, not {kind}.")
     for name, lens in lengths.items():
         if lens.shape != (batch,):
             raise ValueError(
@@ -123,21 +124,21 @@ def count(lengths, size, what):
     return counts
 
 
-def check_targets(targets, counts, frames, blank_index, vocabulary):
+def check_targets(targets, counts, frames, blank_index, vocabulary=None):
     """Checks lengths and targets of a batch.
 
     Arguments
     ---------
     targets : torch.Tensor
-        [B, U].
+        [B, U], int64.
     counts : torch.Tensor
         [B], targets of each sample.
     frames : torch.Tensor
         [B], frames of each sample.
     blank_index : int
         The blank.
-    vocabulary : int
-        Symbols, blank included.
+    vocabulary : int, optional
+        Symbols, blank included; None if that is not known yet.
 
     Raises
     ------
@@ -145,10 +146,12 @@ def check_targets(targets, counts, frames, blank_index, vocabulary):
         If the blank or a target is not in the vocabulary, a target is the
         blank, or a sample has no frame.
     """
-    if not 0 <= blank_index < vocabulary:
+    if blank_index < 0 or (
+        vocabulary is not None and blank_index >= vocabulary
+    ):
+        known = "" if vocabulary is None else f" of {vocabulary} symbols"
         raise ValueError(
-            f"blank_index={blank_index} is not in the vocabulary of "
-            f"{vocabulary} symbols."
+            f"blank_index={blank_index} is not in the vocabulary{known}."
         )
     empty = (frames < 1).nonzero()
     if len(empty):
@@ -158,17 +161,21 @@ def check_targets(targets, counts, frames, blank_index, vocabulary):
         )
     u = torch.arange(targets.shape[1], device=targets.device)
     real = u < counts[:, None]
+    unknown = targets < 0
+    if vocabulary is not None:
+        unknown = unknown | (targets >= vocabulary)
     for wrong, why in (
-        ((targets < 0) | (targets >= vocabulary), "not in the vocabulary"),
+        (unknown, "not in the vocabulary"),
         (targets == blank_index, "the blank"),
     ):
         found = (wrong & real).nonzero()
         if len(found):
             sample, place = found[0].tolist()
+            known = "" if vocabulary is None else f"{vocabulary} symbols, "
             raise ValueError(
                 f"Sample {sample}: target {place} is "
                 f"{int(targets[sample, place])}, which is {why} "
-                f"({vocabulary} symbols, blank_index={blank_index})."
+                f"({known}blank_index={blank_index})."
             )
 
 

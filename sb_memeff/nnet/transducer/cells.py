@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from sb_memeff.nnet.transducer.batch import check_targets
 from sb_memeff.nnet.transducer.rows import row_gradient, row_scores, wide_dtype
 
 __all__ = ["CellLogits", "Cells", "Gradients", "cells_inside", "following"]
@@ -142,11 +143,16 @@ class Cells:
         self, logits, enc, pred, targets, frames, counts, blank_index, clamp
     ):
         self.logits = logits
-        self.enc, self.pred = enc.detach(), pred.detach()
+        # Rows are picked by number, in whatever layout enc and pred came.
+        self.enc = enc.detach().contiguous()
+        self.pred = pred.detach().contiguous()
         self.blank_index, self.clamp = blank_index, clamp
         self.rows, self.columns = enc.shape[1], pred.shape[1]
         self.samples = range(len(enc))
         self.frames, self.counts = frames, counts
+        self._batch = targets, counts, frames
+        # Filled by the first tile of the batch, for all groups.
+        self._vocabulary = []
         self.following = following(targets, counts).flatten()
 
     @property
@@ -236,7 +242,17 @@ class Cells:
         return self.logits(*self.inputs(places))
 
     def scores(self, places, logits):
-        """Normaliser, blank and target of cells; see rows.row_scores."""
+        """Normaliser, blank and target of cells; see rows.row_scores.
+
+        Raises
+        ------
+        ValueError
+            From the first tile, if targets or blank are not in the vocabulary.
+        """
+        if not self._vocabulary:
+            vocabulary = logits.shape[1]
+            check_targets(*self._batch, self.blank_index, vocabulary)
+            self._vocabulary.append(vocabulary)
         _, _, label = self.locate(places)
         return row_scores(logits, self.following[label], self.blank_index)
 
@@ -254,18 +270,16 @@ class Gradients:
         Name to parameter, those that need a gradient.
     """
 
-    # What a gradient in float16 is multiplied by meanwhile, when GradScaler's
-    # factor is not known yet.
-    HALF_SCALE = 1024.0
-
     def __init__(self, enc, pred, weights):
         # Not the parameters themselves: their hooks are for the sum.
         self.weights = {
             name: p.detach().requires_grad_() for name, p in weights.items()
         }
         self.likes = [enc, pred, *weights.values()]
+        # Contiguous, since rows are added by number.
         self.sums = [
-            torch.zeros_like(x, dtype=wide_dtype(x.dtype)) for x in self.likes
+            torch.zeros(x.shape, dtype=wide_dtype(x.dtype), device=x.device)
+            for x in self.likes
         ]
 
     def run(self, cells, places):
@@ -315,11 +329,11 @@ class Gradients:
             cells.blank_index,
             cells.clamp,
         )
-        scale = 1.0
         if upstream is not None:
             gradient *= upstream.to(gradient.dtype)[sample, None]
-        elif logits.dtype == torch.float16:
-            scale = self.HALF_SCALE
+        scale = None
+        if logits.dtype == torch.float16:
+            scale = _scale_for_half(gradient)
             gradient *= scale
         found = torch.autograd.grad(
             logits,
@@ -333,10 +347,12 @@ class Gradients:
             if value is None:
                 continue
             value = value.to(total.dtype)
+            if scale is not None:
+                value = value / scale
             if row is None:
-                total.add_(value, alpha=1 / scale)
+                total.add_(value)
             else:
-                total.flatten(0, 1).index_add_(0, row, value, alpha=1 / scale)
+                total.flatten(0, 1).index_add_(0, row, value)
 
     def totals(self, scale=None):
         """The sums, in the dtypes of what they belong to. Call it once.
@@ -355,3 +371,17 @@ class Gradients:
             for total in self.sums:
                 total *= scale.to(total.dtype)
         return [total.to(x.dtype) for total, x in zip(self.sums, self.likes)]
+
+
+def _scale_for_half(gradient):
+    """A power of two that brings the gradient of a tile into float16's range.
+
+    A gradient of the classifier's weight is a sum over rows of products with
+    the joint's output; their largest sum over rows becomes 2**9 to 2**10, which
+    leaves six bits of headroom for the joint's output. It depends on the tile
+    and is computed on its device.
+    """
+    largest = gradient.abs().sum(0).amax()
+    scale = torch.exp2(torch.floor(10 - torch.log2(largest)))
+    # Nothing to scale, or NaN, which must stay where it is.
+    return torch.where(scale.isfinite() & (scale > 0), scale, 1.0)

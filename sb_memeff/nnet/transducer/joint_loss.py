@@ -14,6 +14,7 @@ import torch
 from speechbrain.utils.logger import get_logger
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules.batchnorm import _NormBase
 
 from sb_memeff.nnet.losses import transducer_loss
 from sb_memeff.nnet.replay import Recorder
@@ -49,7 +50,8 @@ class TransducerJointLoss(nn.Module):
         speechbrain.nnet.transducer.transducer_joint.Transducer_joint, or any
         module of [N, T, 1, H] and [N, 1, U, H].
     classifier : torch.nn.Module
-        From rows [N, H] to logits [N, V].
+        From rows [N, H] to logits [N, V]. Neither may mix cells (a
+        convolution over frames, for example): they see rows in no order.
     blank_index : int
         The blank.
     reduction : str
@@ -168,8 +170,11 @@ class TransducerJointLoss(nn.Module):
                 self.fastemit_lambda,
                 self.clamp,
             )
+        _refuse_batch_statistics(self.joint, self.classifier, self.method)
+        targets = targets.long()
         frames = count(enc_lens, enc.shape[1], "frames")
         counts = count(target_lens, targets.shape[1], "targets")
+        check_targets(targets, counts, frames, self.blank_index)
         cell_logits = CellLogits(self.joint, self.classifier)
         cells = Cells(
             cell_logits,
@@ -181,10 +186,6 @@ class TransducerJointLoss(nn.Module):
             self.blank_index,
             self.clamp,
         )
-        with torch.no_grad():
-            # The first cell of the first sample.
-            vocabulary = cells.run(targets.new_zeros(1)).shape[1]
-        check_targets(targets, counts, frames, self.blank_index, vocabulary)
         weights = {
             name: p
             for name, p in cell_logits.named_parameters()
@@ -239,6 +240,21 @@ class _Loss(torch.autograd.Function):
             for run in ctx.passes:
                 run.backward(gradients, upstream)
         return None, None, None, *gradients.totals(scale)
+
+
+def _refuse_batch_statistics(joint, classifier, method):
+    """A tile is not a batch: its mean and variance would be others."""
+    for owner, module in (("joint", joint), ("classifier", classifier)):
+        for name, part in module.named_modules():
+            if isinstance(part, _NormBase) and part.training:
+                full_name = f"{owner}.{name}" if name else owner
+                raise ValueError(
+                    f"{full_name} ({type(part).__name__}) is in training mode "
+                    f"and takes its statistics from all cells of a batch, "
+                    f"which method={method!r} never has at once. Take "
+                    f"method='batched', a norm of single rows such as "
+                    f"LayerNorm, or call eval() of it."
+                )
 
 
 def _name_samples(nll):

@@ -64,7 +64,7 @@ class TiledPass:
                     _Call(cells.logits), cells.run, tile
                 )
                 self.recordings.append(recording)
-            flat[:, tile] = torch.stack(cells.scores(tile, logits))
+            flat[:, tile] = torch.stack(_scores(cells, tile, logits, recording))
             del logits
         nll, blank, emission = loss_and_occupancies(
             *planes[1:], cells.frames, cells.counts, self.fastemit_lambda
@@ -174,7 +174,9 @@ class WholePass:
 
     def _lattice(self, places, logits):
         cells = self.cells
-        normaliser, *scores = cells.scores(places, logits.detach())
+        normaliser, *scores = _scores(
+            cells, places, logits.detach(), self.recording
+        )
         shape = 1, int(cells.frames), int(cells.counts) + 1
         nll, blank, emission = loss_and_occupancies(
             *(s.view(shape) for s in scores),
@@ -183,6 +185,24 @@ class WholePass:
             self.fastemit_lambda,
         )
         return nll, normaliser, blank, emission
+
+
+def _scores(cells, places, logits, recording):
+    """Scores of cells; if that is an error, as if nothing had been called."""
+    try:
+        for module, name in recording.buffers:
+            raise ValueError(
+                f"The buffer {name} of {type(module).__name__} in the joint or "
+                f"the classifier changes at each call: once a tile, where "
+                f"method='batched' calls it once a batch. Take that method, or "
+                f"call eval() of it."
+            )
+        return cells.scores(places, logits)
+    except ValueError:
+        recording.random_states.restore()
+        for (module, name), before in recording.buffers.items():
+            module._buffers[name] = before
+        raise
 
 
 class _Call(nn.Module):
