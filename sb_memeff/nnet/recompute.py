@@ -479,12 +479,11 @@ def _recomputing(original):
         return (_new, (original,), *reduced[2:])
 
     def __prepare_scriptable__(self):
-        # TorchScript runs without us: it compiles the plain block.
-        plain = original.__new__(original)
-        plain.__dict__ = {
-            k: v for k, v in vars(self).items() if k != "_recompute_place"
-        }
-        return plain
+        raise RuntimeError(
+            f"torch.jit.script cannot compile {original.__name__} while it "
+            f"recomputes. Call sb_memeff.nnet.recompute.store_blocks(network) "
+            f"first, on a copy.deepcopy of it if training goes on."
+        )
 
     return type(original)(
         original.__name__,

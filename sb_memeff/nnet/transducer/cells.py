@@ -4,6 +4,7 @@ Authors
  * The sb_memeff authors 2026
 """
 
+import contextlib
 import copy
 
 import torch
@@ -12,6 +13,7 @@ from torch.func import functional_call
 
 from sb_memeff.nnet.transducer.batch import check_targets
 from sb_memeff.nnet.transducer.rows import row_gradient, row_scores, wide_dtype
+from sb_memeff.nnet.transducer.wide_linear import WideLinear
 
 __all__ = ["CellLogits", "Cells", "Gradients", "cells_inside", "following"]
 
@@ -281,6 +283,8 @@ class Gradients:
             torch.zeros(x.shape, dtype=wide_dtype(x.dtype), device=x.device)
             for x in self.likes
         ]
+        leaves = zip(self.weights.values(), self.sums[2:], strict=True)
+        self._wide = WideLinear({id(leaf): total for leaf, total in leaves})
 
     def run(self, cells, places):
         """Logits of some cells, to be given to ``add``.
@@ -298,7 +302,8 @@ class Gradients:
             What ``add`` takes; the logits first.
         """
         rows = tuple(x.requires_grad_() for x in cells.inputs(places))
-        with torch.enable_grad():
+        wide = self._wide if _is_half(rows[0]) else contextlib.nullcontext()
+        with torch.enable_grad(), wide:
             logits = functional_call(cells.logits, self.weights, rows)
         return logits, rows, cells, places
 
@@ -331,10 +336,11 @@ class Gradients:
         )
         if upstream is not None:
             gradient *= upstream.to(gradient.dtype)[sample, None]
-        scale = None
+        scale = 1
         if logits.dtype == torch.float16:
             scale = _scale_for_half(gradient)
             gradient *= scale
+        self._wide.scale = scale
         found = torch.autograd.grad(
             logits,
             (*rows, *self.weights.values()),
@@ -346,9 +352,7 @@ class Gradients:
         ):
             if value is None:
                 continue
-            value = value.to(total.dtype)
-            if scale is not None:
-                value = value / scale
+            value = value.to(total.dtype) / scale
             if row is None:
                 total.add_(value)
             else:
@@ -373,15 +377,24 @@ class Gradients:
         return [total.to(x.dtype) for total, x in zip(self.sums, self.likes)]
 
 
+def _is_half(rows):
+    """Whether the products of rows and weights are in half precision."""
+    device = rows.device.type
+    dtype = rows.dtype
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    return dtype in (torch.float16, torch.bfloat16)
+
+
 def _scale_for_half(gradient):
     """A power of two that brings the gradient of a tile into float16's range.
 
-    A gradient of the classifier's weight is a sum over rows of products with
-    the joint's output; their largest sum over rows becomes 2**9 to 2**10, which
-    leaves six bits of headroom for the joint's output. It depends on the tile
-    and is computed on its device.
+    The largest element becomes 1 to 2. Gradients of the joint's output, sums
+    of such elements over the vocabulary, are far from overflow, and small
+    elements far from what float16 takes for zero. It is computed on the tile's
+    device.
     """
-    largest = gradient.abs().sum(0).amax()
-    scale = torch.exp2(torch.floor(10 - torch.log2(largest)))
+    largest = gradient.abs().amax()
+    scale = torch.exp2(-torch.floor(torch.log2(largest)))
     # Nothing to scale, or NaN, which must stay where it is.
     return torch.where(scale.isfinite() & (scale > 0), scale, 1.0)

@@ -192,7 +192,13 @@ class TransducerJointLoss(nn.Module):
             if p.requires_grad
         }
         nll = _Loss.apply(
-            self, cells, list(weights), enc, pred, *weights.values()
+            self,
+            cells,
+            list(weights),
+            torch.is_grad_enabled(),
+            enc,
+            pred,
+            *weights.values(),
         )
         _name_samples(nll)
         return reduce(nll, frames, self.reduction)
@@ -207,13 +213,16 @@ class _Loss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, module, cells, names, enc, pred, *weights):
+    def forward(
+        ctx, module, cells, names, backward_follows, enc, pred, *weights
+    ):
         recorder = Recorder(enc.device)
         tiled = module.method == "tiled"
         kind = TiledPass if tiled else WholePass
         size = GROUP_TILES * module.max_rows if tiled else 1
         gradients = None
-        if module.reduction != "none" and any(ctx.needs_input_grad):
+        wanted = backward_follows and any(ctx.needs_input_grad)
+        if module.reduction != "none" and wanted:
             gradients = Gradients(enc, pred, dict(zip(names, weights)))
         nll, ctx.passes = [], []
         with recorder.autocast():
@@ -239,7 +248,7 @@ class _Loss(torch.autograd.Function):
             gradients = Gradients(enc, pred, dict(zip(ctx.names, weights)))
             for run in ctx.passes:
                 run.backward(gradients, upstream)
-        return None, None, None, *gradients.totals(scale)
+        return None, None, None, None, *gradients.totals(scale)
 
 
 def _refuse_batch_statistics(joint, classifier, method):

@@ -324,3 +324,43 @@ def call(**changes):
 def test_clear_errors(changes, message):
     with pytest.raises(ValueError, match=message):
         call(**changes)
+
+
+LAYOUTS = {
+    "vocabulary first": lambda x: x.movedim(-1, 0).contiguous().movedim(0, -1),
+    "labels first": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "step 2": lambda x: torch.stack([x, x], -1).flatten(-2)[..., ::2],
+    "sliced": lambda x: torch.cat([x, x], 2)[:, :, : x.shape[2]],
+    "expanded batch": lambda x: x[:1].expand(x.shape),
+    "expanded time": lambda x: x[:, :1].expand(x.shape),
+    "expanded vocabulary": lambda x: x[..., :1].expand(x.shape),
+}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_strides(layout, overwrite):
+    lay = LAYOUTS[layout]
+    x, targets = batch()
+    found = []
+    for change, option in ((lay, overwrite), (lambda x: lay(x).clone(), False)):
+        logits = change(x.detach()).requires_grad_()
+        loss = ours(logits, targets, overwrite_logits=option)
+        (loss * torch.arange(1, 6)).sum().backward()
+        found.append((loss.detach(), logits.grad))
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, torch.int16, torch.int32, torch.uint8, torch.uint16]
+)
+def test_targets_of_any_integer_dtype(dtype):
+    logits, targets = batch()
+    assert torch.equal(ours(logits, targets.to(dtype)), ours(logits, targets))
+
+
+def test_targets_that_are_no_numbers():
+    logits, targets = batch()
+    with pytest.raises(ValueError, match="integers, not torch.bool"):
+        ours(logits, targets > 0)

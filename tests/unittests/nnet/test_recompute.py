@@ -1,11 +1,14 @@
 """Networks that recompute named blocks train as if they did not."""
 
+import contextlib
 import copy
 import functools
 import inspect
 import pickle
+import random
 import weakref
 
+import numpy as np
 import pytest
 import speechbrain as sb
 import torch
@@ -25,9 +28,11 @@ from speechbrain.nnet.containers import LengthsCapableSequential
 from speechbrain.utils.checkpoints import Checkpointer
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
+from sb_memeff.nnet import mismatch
 from sb_memeff.nnet.recompute import (
     fit_recompute,
     recompute_blocks,
@@ -868,3 +873,275 @@ def test_fp16_with_grad_scaler_on_cuda(name):
         scaler.scale(loss).backward()
         found.append([p.grad for p in net.parameters()])
     assert relative_error(*found) < 1e-3
+
+
+# --- whatever the block does besides -----------------------------------------
+
+
+def two_blocks(kind):
+    torch.manual_seed(0)
+    return nn.Sequential(kind(), kind()).double()
+
+
+def step(net, x):
+    """Output and gradients, and the next random numbers."""
+    random.seed(1)
+    np.random.seed(1)
+    torch.manual_seed(1)
+    y = net(x)
+    names, parameters = zip(*net.named_parameters())
+    found = torch.autograd.grad(y.square().sum(), parameters)
+    after = random.random(), np.random.rand(), torch.rand(1).item()
+    return y.detach(), dict(zip(names, found)), after
+
+
+def assert_recomputed_like_stored(kind, x=None):
+    net, twin = two_blocks(kind), two_blocks(kind)
+    recompute_blocks(net, "*")
+    x = torch.randn(3, 8, dtype=torch.float64) if x is None else x
+    for _ in range(2):
+        ours, theirs = step(net, x), step(twin, x)
+        assert torch.equal(ours[0], theirs[0])
+        for name, gradient in theirs[1].items():
+            assert torch.equal(ours[1][name], gradient), name
+        assert ours[2] == theirs[2]
+    for key, value in twin.state_dict().items():
+        assert torch.equal(net.state_dict()[key], value)
+
+
+class Drawing(nn.Module):
+    """Scales by a random number."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.setup()
+
+    def setup(self):
+        pass
+
+    def forward(self, x):
+        return torch.tanh(self.linear(x * self.draw()))
+
+
+class Python(Drawing):
+    def draw(self):
+        return random.random() + random.gauss(0, 1)
+
+
+class Numpy(Drawing):
+    def draw(self):
+        return np.random.rand() + np.random.randn()
+
+
+class Own(Drawing):
+    def setup(self):
+        self.generator = torch.Generator().manual_seed(1)
+        self.others = {"a": random.Random(1), "b": np.random.RandomState(1)}
+        self.listed = [np.random.default_rng(1)]
+
+    def draw(self):
+        return (
+            torch.rand((), generator=self.generator).item()
+            + self.others["a"].random()
+            + self.others["b"].rand()
+            + self.listed[0].random()
+        )
+
+
+class LayerDrop(Drawing):
+    """As BEATs and wav2vec: the layer is left out now and then."""
+
+    def draw(self):
+        return 1.0
+
+    def forward(self, x):
+        return x + 0 * x if np.random.rand() < 0.5 else super().forward(x)
+
+
+class Reassigning(Drawing):
+    def setup(self):
+        self.register_buffer("mean", torch.ones(8))
+        self.register_buffer("steps", torch.zeros(1))
+
+    def draw(self):
+        self.mean = 0.9 * self.mean + 0.1
+        self.steps += 1
+        self.mean = self.mean * self.steps
+        return self.mean
+
+
+@pytest.mark.parametrize("kind", [Python, Numpy, Own, Reassigning])
+def test_random_numbers_and_buffers_of_any_kind(kind):
+    assert_recomputed_like_stored(kind)
+
+
+def test_layer_drop_with_numpy():
+    net, twin = two_blocks(LayerDrop), two_blocks(LayerDrop)
+    recompute_blocks(net, "*")
+    x = torch.randn(3, 8, dtype=torch.float64)
+    for seed in range(8):
+        for module in (net, twin):
+            np.random.seed(seed)
+            module.zero_grad()
+            module(x).square().sum().add(
+                sum(p.sum() for p in module.parameters())
+            ).backward()
+        for p, q in zip(net.parameters(), twin.parameters()):
+            assert torch.equal(p.grad, q.grad)
+
+
+class CountingCalls(Drawing):
+    def setup(self):
+        self.calls = 0
+
+    def draw(self):
+        self.calls += 1
+        return self.calls
+
+
+def test_a_block_that_counts_is_an_error_that_names_it():
+    net = two_blocks(CountingCalls)
+    recompute_blocks(net, "*")
+    with pytest.raises(RuntimeError, match="1 cannot be computed again: its o"):
+        net(torch.randn(3, 8, dtype=torch.float64)).sum().backward()
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_an_output_that_is_changed_afterwards_is_not_a_difference():
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    recompute_blocks(net, "*")
+    x = torch.randn(3, 8)
+    y = net[0](x)
+    y += 1
+    net[1](y).sum().backward()
+    assert net[0].weight.grad is not None
+
+
+def test_comparisons_never_wait_within_a_step(monkeypatch):
+    waits, copies = [], []
+
+    class Copied:
+        def query(self):
+            return False
+
+        def synchronize(self):
+            waits.append(1)
+
+    def copy_to_host(tensor):
+        copies.append(tensor)
+        return tensor, Copied()
+
+    pending = mismatch._Pending(copy_to_host)
+    monkeypatch.setattr(mismatch, "_pending", pending)
+    net = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    recompute_blocks(net, "*")
+    net(torch.randn(3, 8)).sum().backward()
+    assert len(copies) == 3 and not waits
+    net(torch.randn(3, 8)).sum().backward()
+    assert len(waits) == 3  # those of the step before
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize(
+    "norm",
+    [
+        parametrizations.weight_norm,
+        parametrizations.spectral_norm,
+        parametrizations.orthogonal,
+    ],
+)
+def test_parametrizations(norm, order, cached):
+    def build():
+        torch.manual_seed(0)
+        return nn.Sequential(
+            *(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(2))
+        )
+
+    net, twin = build(), build()
+    norm(twin[0][0])
+    if order == "before":
+        norm(net[0][0])
+    recompute_blocks(net, ["*", "*.0"])
+    if order == "after":
+        norm(net[0][0])
+    net.load_state_dict(twin.state_dict())
+    x = torch.randn(3, 8)
+
+    def assert_same_gradients():
+        for module in (net, twin):
+            module.zero_grad()
+            module(x).square().sum().backward()
+        for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+            assert torch.equal(p.grad, q.grad)
+
+    with parametrize.cached() if cached else contextlib.nullcontext():
+        assert_same_gradients()
+    other = copy.deepcopy(net)
+    for module in (net, twin):
+        parametrize.remove_parametrizations(module[0][0], "weight")
+    assert_same_gradients()
+    assert store_blocks(net) == ["0", "0.0", "1", "1.0"]
+    assert type(net[0][0]) is nn.Linear
+    # A copy goes on by itself.
+    assert store_blocks(other) == ["0", "0.0", "1", "1.0"]
+
+
+def test_torch_script_says_what_to_do():
+    net = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.Tanh()))
+    recompute_blocks(net, "*")
+    with pytest.raises(RuntimeError, match="Sequential .*store_blocks"):
+        torch.jit.script(net)
+    plain = copy.deepcopy(net)
+    store_blocks(plain)
+    x = torch.randn(3, 8)
+    assert torch.equal(torch.jit.script(plain)(x), net(x))
+    assert store_blocks(net) == ["0"]
+
+
+def test_weights_that_change_in_forward_are_named():
+    net = nn.Sequential(nn.Embedding(3, 4, max_norm=0.5), nn.Linear(4, 4))
+    recompute_blocks(net, "*")
+    with pytest.raises(RuntimeError, match="0 changes its weight .*max_norm"):
+        net(torch.tensor([1]))
+
+
+def test_changes_of_one_submodule_and_by_data_are_found():
+    net = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)))
+    recompute_blocks(net, "*")
+    y = net(torch.ones(2, 4))
+    net[0][1].eval()
+    with pytest.raises(RuntimeError, match="mode of the forward pass"):
+        y.sum().backward()
+    net.train()
+    y = net(torch.ones(2, 4))
+    net[0][0].weight.data = net[0][0].weight.data + 1
+    with pytest.raises(RuntimeError, match=r"0\.0\.weight was"):
+        y.sum().backward()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_networks(backend):
+    torch._dynamo.reset()
+
+    def build():
+        torch.manual_seed(0)
+        return nn.Sequential(
+            *(
+                nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Tanh())
+                for _ in range(2)
+            )
+        )
+
+    net, twin = build(), build()
+    recompute_blocks(net, "*")
+    compiled = torch.compile(net, backend=backend)
+    x = torch.randn(30, 8)
+    for module in (compiled, twin):
+        module(x).square().sum().backward()
+    for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-4)
+    for key, value in twin.state_dict().items():
+        torch.testing.assert_close(net.state_dict()[key], value)

@@ -9,6 +9,7 @@ import torch
 from speechbrain.nnet.transducer.transducer_joint import Transducer_joint
 from torch import nn
 
+from sb_memeff.nnet.transducer import cells as cells_module
 from sb_memeff.nnet.transducer.cells import CellLogits, Cells, Gradients
 
 H, V = 6, 9
@@ -43,14 +44,16 @@ def test_groups_hold_the_cells_of_the_batch(size):
 
 
 @pytest.mark.parametrize("scaled", [True, False])
-def test_float16_keeps_small_gradients(scaled):
+def test_float16_keeps_small_gradients(scaled, monkeypatch):
     """In early gradients GradScaler's factor is not known yet."""
+    if not scaled:
+        monkeypatch.setattr(
+            cells_module, "_scale_for_half", lambda gradient: torch.ones(())
+        )
     found = []
     for dtype in (torch.float16, torch.float64):
         some = cells(dtype)
         sums = Gradients(some.enc, some.pred, {})
-        if not scaled:
-            sums.HALF_SCALE = 1.0
         places = some.places()
         made = sums.run(some, places)
         normaliser, *_ = some.scores(places, made[0].detach())
@@ -59,3 +62,17 @@ def test_float16_keeps_small_gradients(scaled):
         found.append(sums.sums[0].double())
     error = (found[0] - found[1]).norm() / found[1].norm()
     assert (error < 0.01) == scaled
+
+
+@pytest.mark.parametrize("size", [1e-12, 1e-6, 1.0, 1e4, 1e9])
+def test_the_scale_for_half_is_a_power_of_two_that_fits(size):
+    gradient = size * torch.randn(30, 7)
+    scale = cells_module._scale_for_half(gradient)
+    assert scale.log2() == scale.log2().round()
+    assert 1 <= (scale * gradient).abs().max() < 2
+
+
+def test_the_scale_of_nothing_is_one():
+    for value in (0.0, torch.nan, torch.inf):
+        gradient = torch.full((3, 2), value)
+        assert cells_module._scale_for_half(gradient) == 1

@@ -11,10 +11,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from speechbrain.nnet import RNN
 from speechbrain.nnet.linear import Linear
 from speechbrain.nnet.transducer.transducer_joint import Transducer_joint
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrizations
 
 from sb_memeff.nnet.transducer.joint_loss import TransducerJointLoss
 from sb_memeff.utils.memory import StorageTracker
@@ -148,10 +150,9 @@ def test_bfloat16_is_as_close_as_the_batched_path(options):
                 for a, b in zip(found, truth)
             ]
         )
+    print(errors)
     for ours, theirs in zip(*errors):
-        # A part's weight gradient is rounded before parts are added: two
-        # units of the last place at most.
-        assert ours < max(1.2 * theirs, 2 * torch.finfo(torch.bfloat16).eps)
+        assert ours < 1.2 * theirs
 
 
 @every_method
@@ -375,6 +376,8 @@ def worker(rank, folder):
             wrapped(enc, pred, targets, FRAMES, COUNTS).backward()
             found[name, unused] = [p.grad for p in loss.parameters()]
     torch.save(found, f"{folder}/{rank}.pt")
+    # Gloo aborts where a process leaves while another still talks to it.
+    dist.barrier()
     dist.destroy_process_group()
 
 
@@ -448,3 +451,259 @@ def test_clear_errors_of_the_yaml(options, message):
 def test_blank_outside_the_vocabulary():
     with pytest.raises(ValueError, match="blank_index=11"):
         call(TransducerJointLoss(*modules(), blank_index=11))
+
+
+LAYOUTS = {
+    "time first": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "channels first": lambda x: x.mT.contiguous().mT,
+    "step 2": lambda x: torch.stack([x, x], -1).flatten(-2)[..., ::2],
+    "sliced": lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
+    "expanded batch": lambda x: x[:1].expand(x.shape),
+    "expanded time": lambda x: x[:, :1].expand(x.shape),
+    "expanded channels": lambda x: x[..., :1].expand(x.shape),
+}
+
+
+@pytest.mark.parametrize("reduction", ["speechbrain", "none"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@every_method
+def test_any_strides(options, layout, reduction):
+    """What torch's LSTM, conformers and views return."""
+    lay = LAYOUTS[layout]
+    found = []
+    for choice, change in (
+        (options, lay),
+        ({"method": "batched"}, lambda x: lay(x).clone()),
+    ):
+        joint, classifier = modules("concat")
+        classifier.weight.data = change(classifier.weight.data[None])[0]
+        loss = TransducerJointLoss(
+            joint, classifier, reduction=reduction, **choice
+        )
+        enc, pred, targets = inputs()
+        enc, pred = (
+            change(x.detach()).detach().requires_grad_() for x in (enc, pred)
+        )
+        targets = change(targets[..., None])[..., 0].clamp(min=1)
+        found.append(gradients(loss, loss, enc, pred, targets))
+    check(found, 1e-9, 1e-9)
+
+
+@every_method
+@pytest.mark.parametrize("predictor", ["LSTM", "GRU", "LiGRU", "torch"])
+def test_recurrent_predictors_learn(options, predictor):
+    found = []
+    for choice in (options, {"method": "batched"}):
+        torch.manual_seed(0)
+        if predictor == "torch":
+            net = nn.LSTM(H, H, batch_first=True)
+        else:
+            net = getattr(RNN, predictor)(H, input_shape=[None, None, H])
+        net = net.double()
+        loss = TransducerJointLoss(*modules(), **choice)
+        enc, pred, targets = inputs()
+        value = loss(enc, net(pred)[0], targets, FRAMES, COUNTS)
+        grads = torch.autograd.grad(value, list(net.parameters()))
+        found.append((value, grads))
+    check(found, 1e-9, 1e-9)
+    assert all(g.any() for g in found[0][1])
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, torch.int16, torch.int32, torch.uint8, torch.uint16]
+)
+def test_targets_of_any_integer_dtype(dtype):
+    targets = inputs()[2]
+    assert torch.equal(call(targets=targets.to(dtype)), call(targets=targets))
+
+
+def test_targets_that_are_no_numbers():
+    with pytest.raises(ValueError, match="integers, not torch.bool"):
+        call(targets=torch.ones(5, 8, dtype=torch.bool))
+
+
+# --- half precision ----------------------------------------------------------
+
+
+def half_precision(dtype, reduction, options, shape=(3, 60, 15)):
+    """A batch, and a function from the loss module to a step's gradients."""
+    batch, rows, labels = shape
+    generator = torch.Generator().manual_seed(0)
+    enc, pred = (
+        torch.randn(batch, n, 32, generator=generator)
+        for n in (rows, labels + 1)
+    )
+    targets = torch.randint(1, 50, (batch, labels), generator=generator)
+    torch.manual_seed(0)
+    loss = TransducerJointLoss(
+        Transducer_joint(), nn.Linear(32, 50), reduction=reduction, **options
+    )
+    scale = 1.0 if dtype == torch.float64 else 64.0
+    if dtype == torch.float64:
+        loss, enc, pred = loss.double(), enc.double(), pred.double()
+    enc, pred = enc.requires_grad_(), pred.requires_grad_()
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float64):
+        value = loss(enc, pred, targets, torch.ones(batch), torch.ones(batch))
+    wanted = [enc, pred, *loss.parameters()]
+    found = torch.autograd.grad(scale * value.sum(), wanted)
+    return [g.double() / scale for g in found]
+
+
+@pytest.mark.parametrize("reduction", ["speechbrain", "none"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("method", ["tiled", "samplewise"])
+def test_gradients_in_half_precision_are_no_worse_than_batched(
+    method, dtype, reduction
+):
+    tiles = {"method": method, "max_rows": 100, "occupancy_floor": 0.0}
+    truth, ours, theirs = (
+        half_precision(kind, reduction, options)
+        for kind, options in (
+            (torch.float64, {"method": "batched"}),
+            (dtype, tiles),
+            (dtype, {"method": "batched"}),
+        )
+    )
+    for a, b, exact in zip(ours, theirs, truth, strict=True):
+        error, other = ((x - exact).norm() / exact.norm() for x in (a, b))
+        assert error < 1.1 * other + 1e-5
+
+
+@pytest.mark.parametrize("reduction", ["speechbrain", "sum", "none"])
+@pytest.mark.parametrize("method", ["tiled", "samplewise", "batched"])
+def test_grad_scaler_takes_its_steps(method, reduction):
+    torch.manual_seed(0)
+    encoder, classifier = nn.Linear(32, 32), nn.Linear(32, 50)
+    loss = TransducerJointLoss(
+        Transducer_joint(), classifier, reduction=reduction, method=method
+    )
+    parameters = [*encoder.parameters(), *classifier.parameters()]
+    optimizer = torch.optim.SGD(parameters, lr=1e-5)
+    scaler = torch.amp.GradScaler("cpu")
+    feats, pred = torch.randn(2, 100, 32), torch.randn(2, 21, 32)
+    targets = torch.randint(1, 50, (2, 20))
+    skipped = []
+    for _ in range(40):
+        before = classifier.weight.detach().clone()
+        with torch.autocast("cpu", torch.float16):
+            enc = encoder(feats)
+            value = loss(
+                enc, pred.to(enc.dtype), targets, torch.ones(2), torch.ones(2)
+            )
+        scaler.scale(value.sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        skipped.append(torch.equal(before, classifier.weight))
+        assert classifier.weight.isfinite().all()
+    # While the scale falls from 65536.
+    assert sum(skipped) <= 12, skipped
+
+
+# --- the modules are called for the cells alone ------------------------------
+
+
+class Counting(nn.Linear):
+    rows = 0
+
+    def forward(self, x):
+        self.rows += len(x)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("method", ["tiled", "samplewise"])
+def test_no_row_is_computed_but_those_of_the_cells(method):
+    classifier = Counting(H, V).double()
+    options = {"method": method, "max_rows": 13, "occupancy_floor": 0.0}
+    loss = TransducerJointLoss(Transducer_joint(), classifier, **options)
+    with torch.no_grad():
+        call(loss)
+    cells = (FRAMES * 20).round() * ((COUNTS * 8).round() + 1)
+    assert classifier.rows == cells.sum()
+
+
+@every_method
+def test_an_error_leaves_everything_as_it_was(options):
+    joint, classifier = modules("dropout")
+    loss = TransducerJointLoss(joint, classifier, **options)
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match="target 0 is 11"):
+        call(loss, targets=torch.full((5, 8), V))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@every_method
+@pytest.mark.parametrize(
+    "norm", [nn.BatchNorm1d(H), nn.SyncBatchNorm(H), nn.InstanceNorm1d(H)]
+)
+def test_norms_over_the_batch_are_refused_in_training(norm, options):
+    norm = copy.deepcopy(norm).double()
+    before = copy.deepcopy(norm.state_dict())
+    classifier = nn.Sequential(norm, nn.Linear(H, V)).double()
+    loss = TransducerJointLoss(Transducer_joint(), classifier, **options)
+    message = rf"classifier.0 \({type(norm).__name__}\).*'batched'.*eval"
+    with pytest.raises(ValueError, match=message):
+        call(loss)
+    for key, value in norm.state_dict().items():
+        assert torch.equal(value, before[key])
+
+
+@every_method
+def test_batch_norm_in_eval_mode(options):
+    found = []
+    for choice in (options, {"method": "batched"}):
+        torch.manual_seed(0)
+
+        class Joint(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.norm = nn.BatchNorm2d(H)
+
+            def forward(self, enc, pred):
+                x = (enc + pred).movedim(-1, 1)
+                return self.norm(x).movedim(1, -1).tanh()
+
+        joint = Joint().double()
+        nn.init.uniform_(joint.norm.running_mean)
+        classifier = nn.Linear(H, V).double()
+        loss = TransducerJointLoss(joint, classifier, **choice).eval()
+        found.append(gradients(loss, loss, *inputs()))
+    check(found, 1e-9, 1e-9)
+
+
+@every_method
+def test_buffers_that_change_at_each_call_are_refused(options):
+    classifier = parametrizations.spectral_norm(nn.Linear(H, V).double())
+    before = copy.deepcopy(classifier.state_dict())
+    loss = TransducerJointLoss(Transducer_joint(), classifier, **options)
+    with pytest.raises(ValueError, match="buffer _u of _SpectralNorm"):
+        call(loss)
+    for key, value in classifier.state_dict().items():
+        assert torch.equal(value, before[key])
+    call(loss.eval())
+
+
+@every_method
+def test_a_sample_that_is_kept_though_not_finite_gives_nan(options):
+    loss = TransducerJointLoss(*modules(), reduction="sum", **options)
+    enc, pred, targets = inputs()
+    bad = enc.detach().clone()
+    bad[2, 3] = torch.nan
+    bad.requires_grad_()
+    value = loss(bad, pred, targets, FRAMES, COUNTS)
+    assert value.isnan()
+    found = torch.autograd.grad(value, [bad, *loss.parameters()])
+    assert found[0][2].isnan().any()
+    assert found[0][[0, 1, 3, 4]].isfinite().all()
+    assert all(g.isnan().any() for g in found[1:])
+
+
+@every_method
+def test_an_input_that_changes_before_backward_is_found(options):
+    loss = TransducerJointLoss(*modules(), **options)
+    enc, pred, targets = inputs()
+    hidden = enc * 1
+    value = loss(hidden, pred, targets, FRAMES, COUNTS)
+    hidden.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace"):
+        value.backward()
