@@ -1,21 +1,37 @@
 """Run a function a second time, in backward, exactly as it ran in forward.
 
 Whoever recomputes activations instead of storing them has to repeat more than
-the arithmetic: the random numbers that dropout drew, the autocast state, and
-the batch statistics, which a training step must count once and not twice.
-``torch.utils.checkpoint`` repeats the first two and gets the third wrong;
-this module does all three.
+the arithmetic: the random numbers that were drawn (dropout's and those of
+Python and numpy), the autocast state, state that modules keep, and the batch
+statistics, which a training step must count once and not twice.
+``torch.utils.checkpoint`` repeats torch's random numbers and the autocast
+state only.
 
 Authors
  * The sb_memeff authors 2026
 """
 
 import contextlib
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.utils import parametrize
+
+from sb_memeff.nnet.module_state import (
+    Changes,
+    ModuleState,
+    attributes,
+    without_trace,
+)
+from sb_memeff.nnet.random_states import (
+    equal_states,
+    generators_among,
+    global_sources,
+    own_source,
+)
 
 __all__ = [
     "Recorder",
@@ -28,20 +44,19 @@ __all__ = [
 
 @dataclass
 class Recording:
-    """What one call of one function found, as far as a replay needs it.
+    """State that one call of one function found, as far as a replay needs it.
 
     Arguments
     ---------
-    random_states : tuple of torch.Tensor, optional
-        States of the CPU's and the accelerator's generator before the call;
-        None when the call drew no random numbers.
-    buffers : dict
-        Buffers that the call changed, as they were before it: {(module,
-        name): torch.Tensor}.
+    random_states : list, optional
+        Pairs of Source and state before the call, of all generators that the
+        call drew from; None if it drew no random numbers.
+    changes : Changes
+        Buffers and attributes of modules that the call changed.
     """
 
-    random_states: tuple | None
-    buffers: dict
+    random_states: list | None = None
+    changes: Changes = field(default_factory=Changes)
 
 
 class Recorder:
@@ -55,7 +70,7 @@ class Recorder:
     device : torch.device
         Where the tensors live. The CPU's generator is looked after too.
     follow_random : bool
-        False leaves the generators alone (fake tensors draw nothing).
+        False leaves torch's generators alone (fake tensors draw nothing).
 
     Example
     -------
@@ -116,42 +131,42 @@ class Recorder:
         return result, recording
 
     @contextlib.contextmanager
-    def recording(self, function):
+    def recording(self, function, arguments: Iterable[object] = ()):
         """Notes what a replay will need of the one call inside this context.
 
         Arguments
         ---------
         function : callable
-            Whose buffers the call may change, see ``record``.
+            Whose modules the call may change, see ``record``.
+        arguments : iterable
+            Of the call: generators among them are replayed too.
 
         Yields
         ------
         Recording
             Complete when the context is left.
         """
-        recording = Recording(None, {})
-        buffers = {
-            key: (buffer, buffer._version, buffer.clone())
-            for key, buffer in _buffers(function).items()
-            # Those of a batch norm make no difference to a training call.
-            if not isinstance(key[0], _BatchNorm)
-        }
-        before = self._random_states()
-        yield recording
-        now = self._random_states()
-        if any(not torch.equal(a, b) for a, b in zip(before, now, strict=True)):
-            recording.random_states = before
-        for (module, name), (buffer, version, clone) in buffers.items():
-            same = module._buffers[name] is buffer
-            if not same or buffer._version != version:
-                recording.buffers[module, name] = clone
+        recording = Recording()
+        before = ModuleState(function)
+        sources = self._sources(function, arguments)
+        states = [source.read() for source in sources]
+        with _without_cached_weights():
+            yield recording
+        drawn = [
+            (source, state)
+            for source, state in zip(sources, states, strict=True)
+            if not equal_states(state, source.read())
+        ]
+        if drawn:
+            recording.random_states = drawn
+        recording.changes = before.changes()
 
     @contextlib.contextmanager
     def replay(self, function, recording):
         """Inside this context ``function`` repeats the call that was recorded.
 
-        Afterwards generators, buffers and batch statistics are as if nothing
-        had been called.
+        Afterwards generators, buffers, attributes and batch statistics are as
+        if nothing had been called.
 
         Arguments
         ---------
@@ -164,88 +179,59 @@ class Recorder:
         ------
         None
         """
-        now = None
-        if recording.random_states is not None:
-            now = self._random_states()
-            self._set_random_states(recording.random_states)
+        drawn = recording.random_states or []
+        now = [source.read() for source, _ in drawn]
         try:
+            for source, state in drawn:
+                source.write(state)
             with (
                 self.autocast(),
-                without_trace(function, recording.buffers),
+                _without_cached_weights(),
+                without_trace(function, recording.changes),
             ):
                 yield
         finally:
-            if now is not None:
-                self._set_random_states(now)
+            for (source, _), state in zip(drawn, now, strict=True):
+                source.write(state)
 
-    def _random_states(self):
-        if not self.follow_random:
-            return ()
-        states = (torch.get_rng_state(),)
-        if self.device.type != "cpu":
-            module = torch.get_device_module(self.device)
-            states += (module.get_rng_state(self.device),)
-        return states
-
-    def _set_random_states(self, states):
-        torch.set_rng_state(states[0])
-        if self.device.type != "cpu":
-            module = torch.get_device_module(self.device)
-            module.set_rng_state(states[1], self.device)
+    def _sources(self, function, arguments):
+        """All generators that a call may draw from."""
+        modules = function.modules() if isinstance(function, nn.Module) else ()
+        own = generators_among(
+            [value for m in modules for _, value in attributes(m)]
+        )
+        own += generators_among(arguments)
+        found = {id(generator): generator for generator in own}
+        sources = (own_source(g, self.follow_random) for g in found.values())
+        return global_sources(self.device, self.follow_random) + [
+            source for source in sources if source is not None
+        ]
 
 
 @contextlib.contextmanager
-def without_trace(function, buffers=None):
-    """Calls inside change no running statistics and no other buffer.
+def _without_cached_weights():
+    """Inside, ``parametrize.cached()`` of the caller is not in force.
 
-    Modules in training mode get copies of their buffers to work on. What a
-    batch norm finds in them makes no difference to what it returns.
-
-    Arguments
-    ---------
-    function : callable
-        A torch.nn.Module; anything else is left alone.
-    buffers : dict, optional
-        Buffers that shall have other values than now, see ``Recording``.
-
-    Yields
-    ------
-    None
+    A weight that was computed before a call, or in another one, has a graph
+    that a replay cannot build again.
     """
-    originals = _buffers(function)
-    for (module, name), buffer in originals.items():
-        if buffers is not None:
-            buffer = buffers.get((module, name), buffer)
-        # A copy, so that a second backward starts from the same values.
-        module._buffers[name] = buffer.clone()
+    saved = parametrize._cache_enabled, parametrize._cache
+    parametrize._cache_enabled, parametrize._cache = 0, {}
     try:
         yield
     finally:
-        for (module, name), buffer in originals.items():
-            module._buffers[name] = buffer
+        parametrize._cache_enabled, parametrize._cache = saved
 
 
-def _buffers(function):
-    """The buffers that a training call of ``function`` might change."""
-    # Looked up at every call: SpeechBrain replaces BatchNorm by SyncBatchNorm
-    # after the network was built.
-    modules = function.modules() if isinstance(function, nn.Module) else ()
-    return {
-        (module, name): buffer
-        for module in modules
-        if module.training
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    }
-
-
-def fingerprint(module):
-    """What must be the same when a module is called again.
+def fingerprint(module, ignore=frozenset()):
+    """Notes weights and modes, which a second call must find unchanged.
 
     Arguments
     ---------
     module : torch.nn.Module
         The module, in forward.
+    ignore : set of int
+        The id of each parameter whose values may change.
 
     Returns
     -------
@@ -254,10 +240,20 @@ def fingerprint(module):
     """
     return (
         [
-            (p.untyped_storage()._cdata, p._version, p.requires_grad)
+            None
+            if id(p) in ignore
+            else (
+                # Not its address: that may be given to another storage, when
+                # ``p.data = ...`` has freed this one.
+                StorageWeakRef(p.untyped_storage()),
+                p.storage_offset(),
+                p._version,
+                p.requires_grad,
+            )
             for p in module.parameters()
         ],
         [m.training for m in module.modules()],
+        ignore,
     )
 
 
@@ -267,20 +263,20 @@ def check_fingerprint(before, module, owner, prefix=""):
     Arguments
     ---------
     before : tuple
-        What ``fingerprint`` returned in forward.
+        The result of ``fingerprint`` in forward.
     module : torch.nn.Module
         The module, in backward.
     owner : str
-        Who speaks, for the message.
+        Begins the message.
     prefix : str
-        Put before the names of the module's parameters.
+        Put before the names of the module's parameters and submodules.
 
     Raises
     ------
     RuntimeError
-        If something changed; it names the parameter.
+        If something changed; it names the parameter or the submodule.
     """
-    weights, modes = fingerprint(module)
+    weights, modes, _ = fingerprint(module, before[2])
     if weights != before[0]:
         names = [prefix + n for n, _ in module.named_parameters()]
         changed = [
@@ -293,8 +289,13 @@ def check_fingerprint(before, module, owner, prefix=""):
             f"call backward first."
         )
     if modes != before[1]:
+        names = [prefix + n for n, _ in module.named_modules()]
+        changed = [
+            n.rstrip(".") for n, a, b in zip(names, before[1], modes) if a != b
+        ] or ["a module"]
         raise RuntimeError(
-            f"{owner}: train() or eval() was called between forward and "
-            f"backward. Backward computes the activations again and needs the "
-            f"mode of the forward pass; call backward first."
+            f"{owner}: train() or eval() of {changed[0] or 'it'} was called "
+            f"between forward and backward. Backward computes the activations "
+            f"again and needs the mode of the forward pass; call backward "
+            f"first."
         )
