@@ -2,7 +2,7 @@
 
 Whoever recomputes activations instead of storing them has to repeat more than
 the arithmetic: the random numbers that were drawn (dropout's and those of
-Python and numpy), the autocast state, state that modules keep, and the batch
+Python and numpy), the autocast state, the backends' flags, state that modules keep, and the batch
 statistics, which a training step must count once and not twice.
 ``torch.utils.checkpoint`` repeats torch's random numbers and the autocast
 state only.
@@ -16,14 +16,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils import parametrize
 
+from sb_memeff.nnet.backends import BackendFlags
 from sb_memeff.nnet.module_state import (
     Changes,
     ModuleState,
-    attributes,
+    modules_of,
     without_trace,
 )
 from sb_memeff.nnet.random_states import (
@@ -62,8 +61,9 @@ class Recording:
 class Recorder:
     """Calls functions in forward and calls them again, the same, in backward.
 
-    It holds what all calls of one forward pass share (device and autocast
-    state) and, call by call, what differs (``Recording``).
+    It holds what all calls of one forward pass share (device, autocast state
+    and flags of torch's backends) and, call by call, what differs
+    (``Recording``).
 
     Arguments
     ---------
@@ -89,6 +89,7 @@ class Recorder:
         kind = device.type
         self.autocast_on = torch.is_autocast_enabled(kind)
         self.autocast_dtype = torch.get_autocast_dtype(kind)
+        self.flags = BackendFlags()
 
     def autocast(self):
         """The autocast state of the forward pass, as a context.
@@ -148,9 +149,9 @@ class Recorder:
         """
         recording = Recording()
         before = ModuleState(function)
-        sources = self._sources(function, arguments)
+        sources = self._sources(before.attribute_values(), arguments)
         states = [source.read() for source in sources]
-        with _without_cached_weights():
+        with self.flags.applied(), _without_cached_weights():
             yield recording
         drawn = [
             (source, state)
@@ -186,6 +187,7 @@ class Recorder:
                 source.write(state)
             with (
                 self.autocast(),
+                self.flags.applied(),
                 _without_cached_weights(),
                 without_trace(function, recording.changes),
             ):
@@ -194,13 +196,9 @@ class Recorder:
             for (source, _), state in zip(drawn, now, strict=True):
                 source.write(state)
 
-    def _sources(self, function, arguments):
+    def _sources(self, attributes, arguments):
         """All generators that a call may draw from."""
-        modules = function.modules() if isinstance(function, nn.Module) else ()
-        own = generators_among(
-            [value for m in modules for _, value in attributes(m)]
-        )
-        own += generators_among(arguments)
+        own = generators_among(attributes) + generators_among(arguments)
         found = {id(generator): generator for generator in own}
         sources = (own_source(g, self.follow_random) for g in found.values())
         return global_sources(self.device, self.follow_random) + [
@@ -238,23 +236,41 @@ def fingerprint(module, ignore=frozenset()):
     tuple
         For ``check_fingerprint``.
     """
+    modules = modules_of(module)
+    parameters = {
+        id(p): p
+        for m in modules
+        for p in m._parameters.values()
+        if p is not None
+    }
     return (
         [
-            None
-            if id(p) in ignore
-            else (
-                # Not its address: that may be given to another storage, when
-                # ``p.data = ...`` has freed this one.
-                StorageWeakRef(p.untyped_storage()),
-                p.storage_offset(),
-                p._version,
-                p.requires_grad,
-            )
-            for p in module.parameters()
+            _Weight(p) if key not in ignore else None
+            for key, p in parameters.items()
         ],
-        [m.training for m in module.modules()],
+        [m.training for m in modules],
         ignore,
     )
+
+
+class _Weight:
+    """Tells whether a parameter is as it was."""
+
+    __slots__ = ("storage", "key")
+
+    def __init__(self, parameter):
+        # Held: when ``p.data = ...`` has freed it, another may get its
+        # address.
+        self.storage = parameter.untyped_storage()
+        self.key = (
+            self.storage._cdata,
+            parameter.storage_offset(),
+            parameter._version,
+            parameter.requires_grad,
+        )
+
+    def __eq__(self, other):
+        return self.key == other.key
 
 
 def check_fingerprint(before, module, owner, prefix=""):
