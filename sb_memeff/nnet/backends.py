@@ -18,9 +18,19 @@ import torch
 __all__ = ["BackendFlags"]
 
 
-# Names within torch.backends. The switches for TF32 have two interfaces, and
-# torch raises an error if the older one is read after the newer one was used;
-# torch 2.8 has the older one alone.
+# Names within torch.backends.
+_FLAGS = [
+    "cudnn.enabled",
+    "cudnn.benchmark",
+    "cudnn.deterministic",
+    "mkldnn.enabled",
+    "mkldnn.deterministic",
+    "cuda.matmul.allow_fp16_reduced_precision_reduction",
+    "cuda.matmul.allow_bf16_reduced_precision_reduction",
+]
+# The switches for TF32 have two interfaces, of which torch 2.8 has the older
+# alone. Reading the older one raises an error where the newer one was used.
+_OLDER_TF32 = ["cudnn.allow_tf32"]
 _TF32 = [
     "cuda.matmul.fp32_precision",
     "cudnn.conv.fp32_precision",
@@ -29,15 +39,7 @@ _TF32 = [
     "mkldnn.conv.fp32_precision",
     "mkldnn.rnn.fp32_precision",
 ]
-_OLDER_TF32 = ["cuda.matmul.allow_tf32", "cudnn.allow_tf32"]
-_FLAGS = [
-    "cudnn.enabled",
-    "cudnn.benchmark",
-    "cudnn.deterministic",
-    "mkldnn.enabled",
-    "cuda.matmul.allow_fp16_reduced_precision_reduction",
-    "cuda.matmul.allow_bf16_reduced_precision_reduction",
-]
+_MATMUL = "float32_matmul_precision"
 
 
 class BackendFlags:
@@ -58,33 +60,49 @@ class BackendFlags:
     """
 
     def __init__(self):
-        self._wanted = {**_read(), "cudnn.benchmark": False}
+        self._wanted = {**_read_all(), "cudnn.benchmark": False}
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
         """Sets the flags of forward, with cuDNN's benchmark off."""
-        before = _read()
-        _write(self._wanted, before)
+        before = _read_all()
+        _write(self._wanted)
         try:
             yield
         finally:
-            _write(before, self._wanted)
+            _write(before)
 
 
-def _read():
-    return {name: getattr(*_locate(name)) for name in _known_flags()}
+def _read_all():
+    values = {name: _read(name) for name in _known_flags()}
+    return {name: value for name, value in values.items() if value is not None}
 
 
-def _write(wanted, present):
+def _read(name):
+    try:
+        if name == _MATMUL:
+            return torch.get_float32_matmul_precision()
+        return getattr(*_locate(name))
+    except RuntimeError:
+        return None
+
+
+def _write(wanted):
     for name, value in wanted.items():
-        if value != present[name]:
+        # Not without need: writing to one interface may spoil the other.
+        if _read(name) == value:
+            continue
+        if name == _MATMUL:
+            torch.set_float32_matmul_precision(value)
+        else:
             setattr(*_locate(name), value)
 
 
 @functools.cache
 def _known_flags():
-    newer = all(hasattr(*_locate(name)) for name in _TF32)
-    return [*_FLAGS, *(_TF32 if newer else _OLDER_TF32)]
+    # The older interface first: it changes what the newer one says.
+    others = [name for name in _FLAGS + _TF32 if hasattr(*_locate(name))]
+    return [_MATMUL, *_OLDER_TF32, *others]
 
 
 @functools.cache

@@ -19,6 +19,7 @@ import copyreg
 import functools
 import inspect
 import math
+import types
 import weakref
 from fnmatch import fnmatchcase
 
@@ -148,10 +149,10 @@ def store_blocks(module):
     names = []
     for name, part in module.named_modules():
         if "_recompute_place" in vars(part):
+            # Without a place it stores, also where another library has put a
+            # class of its own on top of ours.
             del part._recompute_place
-            # The class of a parametrized module is left as it is: a copy of
-            # the module may share it. Without a place it stores.
-            part.__class__ = vars(type(part)).get("_stores_as", type(part))
+            _change_class(part, _storing)
             names.append(name)
     return names
 
@@ -418,7 +419,7 @@ class _Queue:
 
 
 class _Place:
-    """What a block knows of its recomputation."""
+    """Where a block stands among those that recompute."""
 
     def __init__(self, name, queue, position):
         self.name = name
@@ -430,27 +431,70 @@ class _Place:
         function = functools.partial(forward, block)
         if not torch.is_grad_enabled() or torch.jit.is_tracing():
             return function(*args, **kwargs)
-        if torch.compiler.is_compiling():
-            # The compiler has its own way to compute again, and counts batch
-            # statistics once.
-            return checkpoint(function, *args, use_reentrant=False, **kwargs)
-        segment = self.queue.segment(self.position, tree_leaves((args, kwargs)))
-        result = segment.call(self.name, block, function, args, kwargs)
-        segment.position = self.position
-        return result
+        return _recompute(self, block, function, args, kwargs)
+
+
+def _recompute(place, block, function, args, kwargs):
+    """Calls the function in the segment to which its block belongs."""
+    segment = place.queue.segment(place.position, tree_leaves((args, kwargs)))
+    result = segment.call(place.name, block, function, args, kwargs)
+    segment.position = place.position
+    return result
+
+
+def _recompute_in_graph(place, block, function, args, kwargs):
+    """Takes the place of ``_recompute`` in a graph of torch.compile.
+
+    The compiler has its own way to compute again, and counts batch statistics
+    once.
+    """
+    return checkpoint(function, *args, use_reentrant=False, **kwargs)
+
+
+@functools.cache
+def _prepare_compiler():
+    """Says how torch.compile treats the call of a block.
+
+    A block that it cannot trace as a whole is not compiled at all: torch's
+    checkpoint would count its batch statistics twice. Not done on import,
+    since it imports the compiler; so does every optimizer of torch.
+    """
+    global _recompute
+    _recompute = torch.compiler.disable(_recompute)
+    torch.compiler.substitute_in_graph(_recompute)(_recompute_in_graph)
 
 
 def _make_recompute(block, place):
-    kind = type(block)
-    if not hasattr(kind, "_stores_as"):
-        if parametrize.is_parametrized(block):
-            # Below the class that torch has made for this very module, which
-            # remove_parametrizations takes off again.
-            (original,) = kind.__bases__
-            kind.__bases__ = (_recomputing(original),)
-        else:
-            block.__class__ = _recomputing(kind)
+    if not _recomputes(type(block)):
+        _change_class(block, _recomputing)
     block._recompute_place = place
+
+
+def _recomputes(cls):
+    return any("_stores_as" in vars(c) for c in cls.__mro__)
+
+
+def _change_class(block, change):
+    """Changes the class of a block, below its parametrizations.
+
+    torch.nn.utils.parametrize derives a class for each module that it
+    changes, and goes back to the base of that class when the last
+    parametrization is removed.
+    """
+    cls = type(block)
+    if not parametrize.is_parametrized(block) or not any(
+        name in vars(cls) for name in block.parametrizations
+    ):
+        block.__class__ = change(cls)
+        return
+    # A new class, since copies of the module share the old one.
+    namespace = {
+        k: v
+        for k, v in vars(cls).items()
+        if k not in ("__dict__", "__weakref__")
+    }
+    base = change(cls.__bases__[0])
+    block.__class__ = type(cls)(cls.__name__, (base,), namespace)
 
 
 @functools.cache
@@ -461,29 +505,30 @@ def _recomputing(original):
     replicas. An attribute ``forward`` would call the module that it was made
     for, and forward hooks of others would come in between.
     """
+    _prepare_compiler()
 
-    @functools.wraps(original.forward)
     def forward(self, *args, **kwargs):
-        place = vars(self).get("_recompute_place")
-        if place is None:
+        if self._recompute_place is None:
             return original.forward(self, *args, **kwargs)
-        return place.call(self, original.forward, args, kwargs)
+        return self._recompute_place.call(self, original.forward, args, kwargs)
 
+    # torch.jit.script compiles the function that this one wraps, and looks up
+    # its names here.
+    scope = getattr(inspect.unwrap(original.forward), "__globals__", globals())
+    forward = types.FunctionType(
+        forward.__code__, scope, closure=forward.__closure__
+    )
+    functools.update_wrapper(forward, original.forward)
     # SpeechBrain asks whether forward takes lengths, and does not unwrap.
     forward.__signature__ = inspect.signature(original.forward)
 
     def __reduce_ex__(self, protocol):
         reduced = original.__reduce_ex__(self, protocol)
-        if reduced[0] is not copyreg.__newobj__:
+        if reduced[0] is not copyreg.__newobj__ or "_stores_as" not in vars(
+            type(self)
+        ):
             return reduced
         return (_new, (original,), *reduced[2:])
-
-    def __prepare_scriptable__(self):
-        raise RuntimeError(
-            f"torch.jit.script cannot compile {original.__name__} while it "
-            f"recomputes. Call sb_memeff.nnet.recompute.store_blocks(network) "
-            f"first, on a copy.deepcopy of it if training goes on."
-        )
 
     return type(original)(
         original.__name__,
@@ -492,12 +537,16 @@ def _recomputing(original):
             "__doc__": original.__doc__,
             "__module__": original.__module__,
             "__qualname__": original.__qualname__,
-            "__prepare_scriptable__": __prepare_scriptable__,
             "__reduce_ex__": __reduce_ex__,
+            "_recompute_place": None,
             "_stores_as": original,
             "forward": forward,
         },
     )
+
+
+def _storing(cls):
+    return vars(cls).get("_stores_as", cls)
 
 
 def _new(original):

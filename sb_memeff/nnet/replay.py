@@ -1,31 +1,41 @@
 """Run a function a second time, in backward, exactly as it ran in forward.
 
 Recomputing activations instead of storing them takes more than repeating the
-arithmetic: the random numbers that dropout drew, the autocast state, the
-algorithms that cuDNN chose, and the batch statistics, which a training step
-must count once and not twice. ``torch.utils.checkpoint`` repeats the first two;
-this module repeats all four.
+arithmetic: the random numbers that were drawn (those of torch, Python, numpy
+and of the modules' own generators), the autocast state, the flags of torch's
+backends, state that modules keep, and the batch statistics, which a training
+step must count once and not twice. ``torch.utils.checkpoint`` repeats torch's
+random numbers and the autocast state only.
 
 Authors
  * The sb_memeff authors 2026
 """
 
 import contextlib
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 import torch
-from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from sb_memeff.nnet.backends import BackendFlags
-from sb_memeff.nnet.generators import RandomStates, generators_of
+from sb_memeff.nnet.module_state import (
+    Changes,
+    ModuleState,
+    modules_of,
+    without_trace,
+)
+from sb_memeff.nnet.random_states import (
+    equal_states,
+    generators_among,
+    global_sources,
+    own_source,
+)
 
 __all__ = [
     "Recorder",
     "Recording",
     "check_fingerprint",
-    "check_weights",
     "fingerprint",
     "without_trace",
 ]
@@ -33,33 +43,41 @@ __all__ = [
 
 @dataclass
 class Recording:
-    """What one call of one function found, as far as a replay needs it.
+    """State that one call of one function found, as far as a replay needs it.
 
     Arguments
     ---------
-    random_states : RandomStates
-        States before the call of the generators from which it drew.
-    buffers : dict
-        Buffers that the call changed, as they were before it: {(module,
-        name): torch.Tensor}.
+    random_states : list, optional
+        Pairs of Source and state before the call, of all generators that the
+        call drew from; None if it drew no random numbers.
+    changes : Changes
+        Buffers and attributes of modules that the call changed.
     """
 
-    random_states: RandomStates
-    buffers: dict
+    random_states: list | None = None
+    changes: Changes = field(default_factory=Changes)
+
+    def undo(self) -> None:
+        """Puts generators and buffers back to where the call found them."""
+        for source, state in self.random_states or ():
+            source.write(state)
+        for (module, name), before in self.changes.buffers.items():
+            module._buffers[name] = before
 
 
 class Recorder:
     """Calls functions in forward and calls them again, the same, in backward.
 
-    It holds what all calls of one forward pass share (device, autocast state,
-    flags of torch's backends) and, call by call, what differs (``Recording``).
+    It holds what all calls of one forward pass share (device, autocast state
+    and flags of torch's backends) and, call by call, what differs
+    (``Recording``).
 
     Arguments
     ---------
     device : torch.device
-        Where the tensors live.
+        Where the tensors live. The CPU's generator is looked after too.
     follow_random : bool
-        False leaves all generators alone (fake tensors draw nothing).
+        False leaves torch's generators alone (fake tensors draw nothing).
 
     Example
     -------
@@ -75,10 +93,10 @@ class Recorder:
     def __init__(self, device, follow_random=True):
         self.device = device
         self.follow_random = follow_random
-        self.flags = BackendFlags()
         kind = device.type
         self.autocast_on = torch.is_autocast_enabled(kind)
         self.autocast_dtype = torch.get_autocast_dtype(kind)
+        self.flags = BackendFlags()
 
     def autocast(self):
         """The autocast state of the forward pass, as a context.
@@ -121,44 +139,42 @@ class Recorder:
         return result, recording
 
     @contextlib.contextmanager
-    def recording(self, function):
+    def recording(self, function, arguments: Iterable[object] = ()):
         """Notes what a replay will need of the one call inside this context.
 
         Arguments
         ---------
         function : callable
-            Whose buffers the call may change, see ``record``.
+            Whose modules the call may change, see ``record``.
+        arguments : iterable
+            Of the call: generators among them are replayed too.
 
         Yields
         ------
         Recording
             Complete when the context is left.
         """
-        generators = []
-        if self.follow_random:
-            generators = generators_of(function, self.device)
-        before = RandomStates(generators)
-        recording = Recording(RandomStates([]), {})
-        buffers = {
-            key: (buffer, buffer._version, buffer.clone())
-            for key, buffer in _buffers(function).items()
-            # Those of a batch norm make no difference to a training call.
-            if not isinstance(key[0], _BatchNorm)
-        }
-        with self.flags.applied(), _no_parametrization_cache():
+        recording = Recording()
+        before = ModuleState(function)
+        sources = self._sources(before.attribute_values(), arguments)
+        states = [source.read() for source in sources]
+        with self.flags.applied(), _without_cached_weights():
             yield recording
-        recording.random_states = before.changed()
-        for (module, name), (buffer, version, clone) in buffers.items():
-            same = module._buffers[name] is buffer
-            if not same or buffer._version != version:
-                recording.buffers[module, name] = clone
+        drawn = [
+            (source, state)
+            for source, state in zip(sources, states, strict=True)
+            if not equal_states(state, source.read())
+        ]
+        if drawn:
+            recording.random_states = drawn
+        recording.changes = before.changes()
 
     @contextlib.contextmanager
     def replay(self, function, recording):
         """Inside this context ``function`` repeats the call that was recorded.
 
-        Afterwards generators, buffers and batch statistics are as if nothing
-        had been called.
+        Afterwards generators, buffers, attributes and batch statistics are as
+        if nothing had been called.
 
         Arguments
         ---------
@@ -171,99 +187,97 @@ class Recorder:
         ------
         None
         """
-        now = recording.random_states.again()
-        recording.random_states.restore()
+        drawn = recording.random_states or []
+        now = [source.read() for source, _ in drawn]
         try:
+            for source, state in drawn:
+                source.write(state)
             with (
                 self.autocast(),
                 self.flags.applied(),
-                _no_parametrization_cache(),
-                without_trace(function, recording.buffers),
+                _without_cached_weights(),
+                without_trace(function, recording.changes),
             ):
                 yield
         finally:
-            now.restore()
+            for (source, _), state in zip(drawn, now, strict=True):
+                source.write(state)
+
+    def _sources(self, attributes, arguments):
+        """All generators that a call may draw from."""
+        own = generators_among(attributes) + generators_among(arguments)
+        found = {id(generator): generator for generator in own}
+        sources = (own_source(g, self.follow_random) for g in found.values())
+        return global_sources(self.device, self.follow_random) + [
+            source for source in sources if source is not None
+        ]
 
 
 @contextlib.contextmanager
-def _no_parametrization_cache():
-    """Weights are computed in each call, also in ``parametrize.cached()``.
+def _without_cached_weights():
+    """Inside, ``parametrize.cached()`` of the caller is not in force.
 
-    What the cache holds belongs to another graph, or to none.
+    A weight that was computed before a call, or in another one, has a graph
+    that a replay cannot build again.
     """
-    before = parametrize._cache_enabled
-    parametrize._cache_enabled = 0
+    saved = parametrize._cache_enabled, parametrize._cache
+    parametrize._cache_enabled, parametrize._cache = 0, {}
     try:
         yield
     finally:
-        parametrize._cache_enabled = before
+        parametrize._cache_enabled, parametrize._cache = saved
 
 
-@contextlib.contextmanager
-def without_trace(function, buffers=None):
-    """Calls inside change no running statistics and no other buffer.
-
-    Modules in training mode get copies of their buffers to work on. What a
-    batch norm finds in them makes no difference to what it returns.
-
-    Arguments
-    ---------
-    function : callable
-        A torch.nn.Module; anything else is left alone.
-    buffers : dict, optional
-        Buffers that shall have other values than now, see ``Recording``.
-
-    Yields
-    ------
-    None
-    """
-    originals = _buffers(function)
-    for (module, name), buffer in originals.items():
-        if buffers is not None:
-            buffer = buffers.get((module, name), buffer)
-        # A copy, so that a second backward starts from the same values.
-        module._buffers[name] = buffer.clone()
-    try:
-        yield
-    finally:
-        for (module, name), buffer in originals.items():
-            module._buffers[name] = buffer
-
-
-def _buffers(function):
-    """The buffers that a training call of ``function`` might change."""
-    # Looked up at every call: SpeechBrain replaces BatchNorm by SyncBatchNorm
-    # after the network was built.
-    modules = function.modules() if isinstance(function, nn.Module) else ()
-    return {
-        (module, name): buffer
-        for module in modules
-        if module.training
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    }
-
-
-def fingerprint(module):
-    """What must be the same when a module is called again.
+def fingerprint(module, ignore=frozenset()):
+    """Notes weights and modes, which a second call must find unchanged.
 
     Arguments
     ---------
     module : torch.nn.Module
         The module, in forward.
+    ignore : set of int
+        The id of each parameter whose values may change.
 
     Returns
     -------
     tuple
         For ``check_fingerprint``.
     """
+    modules = modules_of(module)
+    parameters = {
+        id(p): p
+        for m in modules
+        for p in m._parameters.values()
+        if p is not None
+    }
     return (
         [
-            (p.untyped_storage()._cdata, p._version, p.requires_grad)
-            for p in module.parameters()
+            _Weight(p) if key not in ignore else None
+            for key, p in parameters.items()
         ],
-        [m.training for m in module.modules()],
+        [m.training for m in modules],
+        ignore,
     )
+
+
+class _Weight:
+    """Tells whether a parameter is as it was."""
+
+    __slots__ = ("storage", "key")
+
+    def __init__(self, parameter):
+        # Held: when ``p.data = ...`` has freed it, another may get its
+        # address.
+        self.storage = parameter.untyped_storage()
+        self.key = (
+            self.storage._cdata,
+            parameter.storage_offset(),
+            parameter._version,
+            parameter.requires_grad,
+        )
+
+    def __eq__(self, other):
+        return self.key == other.key
 
 
 def check_fingerprint(before, module, owner, prefix=""):
@@ -272,20 +286,20 @@ def check_fingerprint(before, module, owner, prefix=""):
     Arguments
     ---------
     before : tuple
-        What ``fingerprint`` returned in forward.
+        The result of ``fingerprint`` in forward.
     module : torch.nn.Module
         The module, in backward.
     owner : str
-        Who speaks, for the message.
+        Begins the message.
     prefix : str
-        Put before the names of the module's parameters.
+        Put before the names of the module's parameters and submodules.
 
     Raises
     ------
     RuntimeError
-        If something changed; it names the parameter.
+        If something changed; it names the parameter or the submodule.
     """
-    weights, modes = fingerprint(module)
+    weights, modes, _ = fingerprint(module, before[2])
     if weights != before[0]:
         names = [prefix + n for n, _ in module.named_parameters()]
         changed = [
@@ -298,36 +312,13 @@ def check_fingerprint(before, module, owner, prefix=""):
             f"call backward first."
         )
     if modes != before[1]:
+        names = [prefix + n for n, _ in module.named_modules()]
+        changed = [
+            n.rstrip(".") for n, a, b in zip(names, before[1], modes) if a != b
+        ] or ["a module"]
         raise RuntimeError(
-            f"{owner}: train() or eval() was called between forward and "
-            f"backward. Backward computes the activations again and needs the "
-            f"mode of the forward pass; call backward first."
+            f"{owner}: train() or eval() of {changed[0] or 'it'} was called "
+            f"between forward and backward. Backward computes the activations "
+            f"again and needs the mode of the forward pass; call backward "
+            f"first."
         )
-
-
-def check_weights(before, module, owner):
-    """Raises if a module changed its own weights in forward.
-
-    Arguments
-    ---------
-    before : tuple
-        What ``fingerprint`` returned before the call.
-    module : torch.nn.Module
-        The module, after it.
-    owner : str
-        Its name, for the message.
-
-    Raises
-    ------
-    RuntimeError
-        If a weight changed; it names the parameter.
-    """
-    weights, _ = fingerprint(module)
-    for (name, _), a, b in zip(module.named_parameters(), before[0], weights):
-        if a != b:
-            raise RuntimeError(
-                f"{owner} changes its weight {name} in forward, as "
-                f"Embedding(max_norm=...) does, so backward cannot compute it "
-                f"again. Keep it out of recomputed and reversible blocks, or "
-                f"limit the norm after the optimizer's step."
-            )

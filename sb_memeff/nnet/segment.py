@@ -6,6 +6,12 @@ hand autograd a numbered slot instead of the tensor; when backward opens the
 first slot, the block runs once more and fills all that are still wanted. Only
 what enters from outside is stored.
 
+The block runs to its end, and its outputs are compared with those of forward
+by a checksum: code that does something else at each call is noticed, whatever
+the reason. Leaving after the last tensor that is saved would save nothing
+worth having (backward needs more memory than the rest of forward), and would
+be wrong: RReLU fills a tensor after autograd has saved it.
+
 The graph stays autograd's own. All that hangs on it is therefore as without:
 parameters, their hooks and DistributedDataParallel's, several outputs and
 those that nobody uses, tensors that a block finds elsewhere than among its
@@ -13,14 +19,15 @@ arguments, partial and double backward.
 
 A segment may span several calls (Chen et al., "Training Deep Nets with
 Sublinear Memory Cost", 2016, section 4): an argument that is an output of an
-earlier call of the segment is not stored, but computed again with it. That
-the code between the blocks is somebody else's does no harm: what it changed
-is no longer that output, and is stored.
+earlier call of the segment is not stored, but computed again with it. Code
+between the blocks does no harm: a tensor that it has changed is no longer
+that output, and is stored.
 
 Authors
  * The sb_memeff authors 2026
 """
 
+import contextlib
 import weakref
 from dataclasses import dataclass
 from itertools import chain
@@ -30,12 +37,15 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from sb_memeff.nnet.mismatch import Summary, next_forward, report_mismatches
+from sb_memeff.nnet.mismatch import (
+    checksum,
+    next_forward,
+    report_mismatches,
+)
 from sb_memeff.nnet.replay import (
     Recorder,
     Recording,
     check_fingerprint,
-    check_weights,
     fingerprint,
 )
 
@@ -89,8 +99,8 @@ class Segment:
             Whose parameters and buffers the function uses.
         function : callable
             What to call. It must do the same when it is called again with
-            the same arguments; random numbers, autocast and buffers are
-            looked after.
+            the same arguments; random numbers, autocast and the state of
+            modules are looked after.
         args : tuple
             Its arguments; tensors may be nested in tuples, lists and dicts.
         kwargs : dict
@@ -105,8 +115,11 @@ class Segment:
         ------
         RuntimeError
             If the function changes an argument in place that would have to
-            be stored.
+            be stored. In backward, if it cannot be repeated.
         """
+        if not _in_backward():
+            # A segment within another one is called again in backward.
+            next_forward()
         leaves, structure = tree_flatten((args, kwargs))
         tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
         origins = [self._origin(leaf) for leaf in leaves]
@@ -126,15 +139,17 @@ class Segment:
                 # Fake tensors draw no random numbers.
                 not any(isinstance(x, FakeTensor) for x in everything),
             ),
-            fingerprint=fingerprint(block),
             structure=structure,
             sources=_sources(leaves, origins, list(stored)),
+            requires_grad=[_requires_grad(leaf) for leaf in leaves],
             storage=_Storage.apply(
                 torch.empty(0, requires_grad=True), *stored.values()
             ),
         )
-        next_forward()
+        if _saved_elsewhere():
+            call.input_checksums = _checksums(list(stored.values()))
         number = len(self._calls)
+        weights = [(p, p._version) for p in block.parameters()]
 
         def pack(tensor):
             slot = _Slot(self, number, len(call.slots))
@@ -142,7 +157,7 @@ class Segment:
             return slot
 
         with (
-            call.recorder.recording(block) as call.recording,
+            call.recorder.recording(block, leaves) as call.recording,
             saved_tensors_hooks(pack, _open),
         ):
             result = function(*args, **kwargs)
@@ -152,12 +167,14 @@ class Segment:
                 f"place, and the input is all that would be stored. Set "
                 f"inplace=False in it, or do not name it."
             )
-        check_weights(call.fingerprint, block, name)
-        leaves = tree_leaves(result)
-        call.outputs = [_reference(leaf) for leaf in leaves]
-        # Before the code around the block can change them in place.
-        if call.recorder.follow_random:
-            call.summary = Summary(leaves)
+        # Embedding(max_norm) shortens rows of its weight, for example.
+        call.written = {
+            id(p) for p, version in weights if p._version != version
+        }
+        call.fingerprint = fingerprint(block, call.written)
+        call.outputs = [_reference(leaf) for leaf in tree_leaves(result)]
+        # Now: the caller may go on in place.
+        call.checksums = _checksums(result)
         self._calls.append(call)
         return result
 
@@ -196,34 +213,13 @@ class Segment:
             check_fingerprint(
                 call.fingerprint, call.block, "recompute", f"{call.name}."
             )
-        results, comparisons = [], []
+        results = []
         with torch.enable_grad():
             for number, call in enumerate(calls):
                 values, result = call.again(results)
                 results.append(tree_leaves(result))
-                if call.summary is not None:
-                    again = call.summary.again(results[-1])
-                    comparisons.append((call.name, call.summary, again))
                 for index, value in values.items():
                     self._values[number, index] = value
-        if comparisons:
-            report_mismatches(
-                torch.stack([a.differs(b) for _, a, b in comparisons]),
-                lambda number: _message(*comparisons[number]),
-            )
-
-
-def _message(name, before, now):
-    return (
-        f"{name} cannot be computed again: its output differs"
-        f"{before.size_of_difference(now)} from that of forward, and gradients "
-        f"would be wrong. It must do the same when called again with the same "
-        f"input: no state but buffers, and no random numbers but those of "
-        f"torch, Python, numpy and the block's own generators; if a library "
-        f"chose another algorithm, torch.use_deterministic_algorithms or more "
-        f"free GPU memory help. Do not name it, or train on with "
-        f"sb_memeff.nnet.mismatch.set_mismatch_action('warn')."
-    )
 
 
 class _Slot:
@@ -266,17 +262,22 @@ class _Call:
     block: torch.nn.Module
     function: object
     recorder: Recorder
-    fingerprint: tuple
     structure: object
     sources: list
+    requires_grad: list
     storage: torch.Tensor
     recording: Recording | None = None
+    # Parameters that the call changed in place, by id.
+    written: set | frozenset = frozenset()
+    fingerprint: tuple = ()
     outputs: list = ()
-    summary: Summary | None = None
+    checksums: list = ()
+    input_checksums: list = ()
 
     def __post_init__(self):
         # (weak reference, shape, dtype) of all that autograd wanted to save.
         self.slots = []
+        self.input_differs = []
 
     def wanted(self):
         """Indices of the slots that the graph still holds."""
@@ -285,21 +286,29 @@ class _Call:
     def arguments(self, results):
         """The arguments, given the outputs of the segment's earlier calls."""
         stored = self.storage.grad_fn.saved_tensors
+        if self.input_checksums:
+            # The caller's hooks may store less than the whole tensor, and
+            # then the outputs may differ.
+            self.input_differs = list(
+                map(torch.ne, _checksums(stored), self.input_checksums)
+            )
         leaves = []
-        for kind, what in self.sources:
+        for (kind, what), needed in zip(
+            self.sources, self.requires_grad, strict=True
+        ):
             if kind == "stored":
                 what = stored[what]
             elif kind == "computed":
                 number, place = what
                 what = results[number][place]
+                if what.requires_grad != needed:
+                    # The caller said so, between the calls.
+                    what = what.detach().requires_grad_(needed)
             leaves.append(what)
         return tree_unflatten(leaves, self.structure)
 
     def again(self, results):
         """Repeats the call.
-
-        The block runs to its end: the last operation may fill a tensor that
-        backward needs (the noise of RReLU) after it was saved.
 
         Returns
         -------
@@ -308,7 +317,7 @@ class _Call:
             result.
         """
         wanted = self.wanted()
-        kept = {}
+        values = {}
         count = 0
 
         def keep(tensor):
@@ -316,18 +325,38 @@ class _Call:
             self._check_repetition(count, tensor)
             if count in wanted:
                 # Without its history: that graph is not the one in use.
-                kept[count] = tensor.detach(), tensor._version
+                values[count] = (tensor.detach(), tensor._version)
             count += 1
 
         args, kwargs = self.arguments(results)
         with (
             self.recorder.replay(self.block, self.recording),
+            _parameters_copied(self.block, self.written),
             saved_tensors_hooks(keep, _open),
         ):
             result = self.function(*args, **kwargs)
-        if wanted - kept.keys():
-            self._does_not_repeat(f"saved {len(kept)} tensors")
-        return kept, result
+        if count != len(self.slots):
+            self._does_not_repeat(f"saved {count} tensors")
+        self._compare(_checksums(result))
+        return values, result
+
+    def _compare(self, checksums):
+        """Reports outputs that are not those of forward, bit for bit."""
+        if len(checksums) != len(self.checksums):
+            self._does_not_repeat(f"returned {len(checksums)} tensors")
+        message = _REPEAT.format(
+            name=self.name, what="its output differs from that of forward"
+        )
+        by_device = {}
+        for a, b in zip(self.checksums, checksums, strict=True):
+            if a.device != b.device or a.dtype != b.dtype:
+                self._does_not_repeat("returned another dtype or device")
+            by_device.setdefault(a.device, []).append(a != b)
+        for device, differs in by_device.items():
+            differs = torch.stack(differs)
+            for flag in self.input_differs:
+                differs &= ~flag.to(device)
+            report_mismatches(differs, lambda number: message)
 
     def _check_repetition(self, index, tensor):
         shape, dtype = torch.Size(), None
@@ -340,10 +369,74 @@ class _Call:
 
     def _does_not_repeat(self, what):
         raise RuntimeError(
-            f"{self.name} cannot be computed again: the second time it {what}, "
-            f"unlike the first. It must do the same when called again with "
-            f"the same input: no state but buffers. Do not name it."
+            _REPEAT.format(
+                name=self.name,
+                what=f"the second time it {what}, unlike the first",
+            )
         )
+
+
+_REPEAT = (
+    "{name} cannot be computed again: {what}. It must do the same when called "
+    "again with the same input. Random numbers of torch, Python and numpy are "
+    "repeated, and so are buffers, attributes of its modules, and generators "
+    "among those; nothing that lies elsewhere (in globals, closures, other "
+    "objects, files, the clock) is, nor a kernel that is not deterministic "
+    "(see torch.use_deterministic_algorithms). Do not name this block, or "
+    "move its state to where it is repeated. To train on nevertheless: "
+    "sb_memeff.nnet.mismatch.set_mismatch_action('warn')."
+)
+
+
+def _checksums(result):
+    """A checksum of each tensor that has bits to look at."""
+    return [
+        checksum(leaf.detach().resolve_conj().resolve_neg())
+        for leaf in tree_leaves(result)
+        # Others are analysed, not computed, or hold their values elsewhere.
+        if type(leaf) in (torch.Tensor, torch.nn.Parameter)
+        and leaf.layout == torch.strided
+        and leaf.device.type != "meta"
+        and not leaf.is_quantized
+    ]
+
+
+@contextlib.contextmanager
+def _parameters_copied(block, written):
+    """Modules work on copies of the parameters whose ids are given.
+
+    A second call must not write them again: other graphs may need them as
+    they are now.
+    """
+    replaced = []
+    copies = {}
+    for part in block.modules() if written else ():
+        for name, parameter in part._parameters.items():
+            if id(parameter) in written:
+                replaced.append((part._parameters, name, parameter))
+                copy = parameter.detach().clone()
+                copy.requires_grad_(parameter.requires_grad)
+                copies.setdefault(id(parameter), copy)
+    for place, name, parameter in replaced:
+        place[name] = copies[id(parameter)]
+    try:
+        yield
+    finally:
+        for place, name, parameter in replaced:
+            place[name] = parameter
+
+
+def _in_backward():
+    return torch._C._current_graph_task_id() != -1
+
+
+def _saved_elsewhere():
+    """Whether hooks of the caller decide how saved tensors are stored."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def _requires_grad(leaf):
+    return isinstance(leaf, torch.Tensor) and leaf.requires_grad
 
 
 def _sources(leaves, origins, stored):

@@ -25,7 +25,6 @@ from sb_memeff.nnet.replay import (
     Recorder,
     Recording,
     check_fingerprint,
-    check_weights,
     fingerprint,
 )
 from sb_memeff.nnet.reversible.coupling import Invertible, Tap, halves
@@ -192,7 +191,7 @@ class Walk:
         step.recordings = evaluator.recordings
         with self.recorder.autocast():
             result = function(*self.streams, evaluator)
-        check_weights(step.fingerprint, step.block, step.name)
+        _check_weights(step)
         return result
 
     def _flat(self):
@@ -445,6 +444,21 @@ def _alone(x):
     if x.untyped_storage().nbytes() > x.numel() * x.element_size():
         return x.clone()
     return x
+
+
+def _check_weights(step):
+    """Raises if a block changed its own weights in forward."""
+    weights, *_ = fingerprint(step.block)
+    for (name, _), before, after in zip(
+        step.block.named_parameters(), step.fingerprint[0], weights
+    ):
+        if before != after:
+            raise RuntimeError(
+                f"{step.name} changes its weight {name} in forward, as "
+                f"Embedding(max_norm=...) does, so backward cannot compute it "
+                f"again. Keep it out of reversible blocks, or limit the norm "
+                f"after the optimizer's step."
+            )
 
 
 def _refuse_double_backward():

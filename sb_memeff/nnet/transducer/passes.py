@@ -190,7 +190,7 @@ class WholePass:
 def _scores(cells, places, logits, recording):
     """Scores of cells; if that is an error, as if nothing had been called."""
     try:
-        for module, name in recording.buffers:
+        for module, name in recording.changes.buffers:
             raise ValueError(
                 f"The buffer {name} of {type(module).__name__} in the joint or "
                 f"the classifier changes at each call: once a tile, where "
@@ -199,9 +199,7 @@ def _scores(cells, places, logits, recording):
             )
         return cells.scores(places, logits)
     except ValueError:
-        recording.random_states.restore()
-        for (module, name), before in recording.buffers.items():
-            module._buffers[name] = before
+        recording.undo()
         raise
 
 

