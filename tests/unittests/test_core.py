@@ -373,17 +373,17 @@ class Rotated:
         return iter((n + self.epoch) % ITEMS for n in range(ITEMS))
 
 
-class Counting(Rotated):
-    """Rotates further each time; nobody can know how often it did."""
+class Counting:
+    """Rotates further each time; nobody else can tell how often it did."""
+
+    count = 0
+
+    def __len__(self):
+        return ITEMS
 
     def __iter__(self):
-        self.epoch += 3
-        return super().__iter__()
-
-    set_epoch = None
-
-
-del Counting.set_epoch
+        self.count += 1
+        return iter((n + self.count) % ITEMS for n in range(ITEMS))
 
 
 def seeded_generator():

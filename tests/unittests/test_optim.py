@@ -396,8 +396,12 @@ def test_states_of_another_kind_with_the_same_settings():
     _, optimizer = trained(Adam8bit)
     saved = through_a_file(optimizer.state_dict())
     for state in saved["state"].values():
-        state["sum"] = state.pop("exp_avg_sq")
+        state["sum"] = state["exp_avg_sq"]
     refused(optimizer, saved, "holds the states.*'sum'.*of parameter 0")
+    saved = through_a_file(optimizer.state_dict())
+    for state in saved["state"].values():
+        del state["exp_avg_sq"]
+    refused(optimizer, saved, "holds the states.*of parameter 0, not")
     saved = through_a_file(optimizer.state_dict())
     for name in ("amsgrad", "foreach"):
         del saved["param_groups"][0][name]
@@ -452,6 +456,14 @@ def test_states_that_are_not_used_do_not_wear_off():
     optimizer.param_groups[0]["momentum"] = 0.0
     train(net, optimizer, 20)
     assert_same_saved(optimizer.state_dict()["state"], before)
+    net, optimizer = trained(Adam8bit, amsgrad=True)
+    before = optimizer.state_dict()["state"]
+    optimizer.param_groups[0]["amsgrad"] = False
+    train(net, optimizer, 20)
+    after = optimizer.state_dict()["state"]
+    for a, b in zip(before.values(), after.values()):
+        assert torch.equal(a["max_exp_avg_sq"], b["max_exp_avg_sq"])
+        assert not torch.equal(a["exp_avg_sq"], b["exp_avg_sq"])
 
 
 def test_amsgrad_switched_on():
@@ -562,6 +574,10 @@ def observed(kind, options, prepend):
         handle.remove()
     resumed.load_state_dict(optimizer.state_dict())
     assert len(seen) == 5
+    for o in (optimizer, resumed):
+        for what in ("state_dict", "load_state_dict"):
+            assert not getattr(o, f"_optimizer_{what}_pre_hooks")
+            assert not getattr(o, f"_optimizer_{what}_post_hooks")
     return seen
 
 
