@@ -11,14 +11,25 @@ import speechbrain as sb
 import torch
 from speechbrain.augment.time_domain import AddNoise, AddReverb
 from speechbrain.dataio.batch import PaddedBatch
+from speechbrain.dataio.dataloader import SaveableDataLoader
 from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain.utils.logger import get_logger
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
-from sb_memeff.dataio.reproducible import NumberedSampler, SeededDataset
+from sb_memeff.dataio.reproducible import (
+    NumberedSampler,
+    SeededDataset,
+    SeededSampler,
+    set_epoch,
+)
+from sb_memeff.nnet.mismatch import read_mismatches
 from sb_memeff.optim import keep_32bit_states
-from sb_memeff.utils.checkpoints import NoisePosition, RandomState
+from sb_memeff.utils.checkpoints import (
+    NoisePosition,
+    RandomState,
+    SamplerPosition,
+)
 
 __all__ = ["MemEffBrain"]
 
@@ -41,17 +52,21 @@ class MemEffBrain(sb.core.Brain):
       gradient round);
     * on the CPU, distributed training leaves BatchNorm alone (SyncBatchNorm
       needs a GPU);
-    * a batch sampler learns which epoch it is, on one GPU too (there
-      DynamicBatchSampler makes the same batches in every epoch);
+    * a sampler or batch sampler is told which epoch it is, on one GPU too
+      (there DynamicBatchSampler makes the same batches in every epoch, and
+      ReproducibleRandomSampler gives the same order); one that draws from
+      the global generators is the same on all processes;
+    * a difference between forward and its recomputation, which a GPU reports
+      late, stops the training in the step in which it happens;
     * skip_nonfinite_grads looks before clipping, which would spread one NaN
       to all gradients, and names the parameter;
     * --optimizer_step_limit works on the command line;
     * 8-bit optimizers keep 32-bit states for embeddings.
 
     Use AtomicCheckpointer (sb_memeff.utils.checkpoints) with it, whose
-    checkpoints cannot be half-written. An IterableDataset, a DataLoader not
-    made by ``make_dataloader`` and shuffled validation data keep random
-    numbers of their own.
+    checkpoints cannot be half-written. An IterableDataset, a LoopedLoader, a
+    DataLoader not made by ``make_dataloader`` and shuffled validation data
+    keep random numbers of their own.
 
     Arguments
     ---------
@@ -94,26 +109,26 @@ class MemEffBrain(sb.core.Brain):
         if self.optimizer_step_limit is not None:
             # The command line gives a string.
             self.optimizer_step_limit = int(self.optimizer_step_limit)
-        self._noise_positions = [
-            NoisePosition(noise, self.device) for noise in self._noises()
-        ]
+        # What is loaded with a checkpoint but used only if training goes on.
+        self._positions = {}
         if self.checkpointer is not None:
-            add = self.checkpointer.add_recoverable
-            add("random_state", RandomState(), optional_load=True)
-            for number, position in enumerate(self._noise_positions):
-                add(f"noise_position_{number}", position, optional_load=True)
+            self.checkpointer.add_recoverable(
+                "random_state", RandomState(), optional_load=True
+            )
+            for number, noise in enumerate(self._noises()):
+                position = NoisePosition(noise, self.device)
+                self._add_position(f"noise_position_{number}", position)
+
+    def _add_position(self, name, position):
+        self._positions[name] = position
+        self.checkpointer.add_recoverable(name, position, optional_load=True)
 
     def _noises(self):
         """The augmentations that go through a list of files."""
-        hparams = vars(getattr(self, "hparams", SimpleNamespace())).values()
-        owners = torch.nn.ModuleList(
-            value
-            for value in (*hparams, self.modules)
-            if isinstance(value, torch.nn.Module)
-        )
+        hparams = vars(getattr(self, "hparams", SimpleNamespace()))
         return [
             module
-            for module in owners.modules()
+            for module in _modules_in([hparams, self.modules], set())
             if isinstance(module, (AddNoise, AddReverb)) and module.csv_file
         ]
 
@@ -125,7 +140,7 @@ class MemEffBrain(sb.core.Brain):
     def on_fit_start(self):
         """Prepares the modules, loads a checkpoint and logs where it stands."""
         super().on_fit_start()
-        for position in self._noise_positions:
+        for position in self._positions.values():
             position.resume()
         if self.optimizer_step:
             logger.info(
@@ -139,7 +154,8 @@ class MemEffBrain(sb.core.Brain):
         """Makes a DataLoader; arguments as Brain's.
 
         The random numbers that an item draws depend on the seed, the epoch
-        (in training) and the item's place in it.
+        (in training) and the item's place in it. In training, the order
+        depends on the seed and the epoch, whatever the sampler.
         """
         shuffled = stage != sb.Stage.TRAIN and loader_kwargs.get("shuffle")
         if not isinstance(dataset, IterableDataset) and not shuffled:
@@ -148,17 +164,28 @@ class MemEffBrain(sb.core.Brain):
             rank = int(os.environ.get("RANK", 0))
             dataset = SeededDataset(dataset, _run_seed(), rank)
             if stage != sb.Stage.TRAIN:
-                loader_kwargs = _numbered(dataset, loader_kwargs)
-        return super().make_dataloader(
+                loader_kwargs = _numbered(loader_kwargs, dataset)
+        loader = super().make_dataloader(
             dataset, stage, ckpt_prefix, **loader_kwargs
         )
+        if (
+            self.checkpointer is not None
+            and ckpt_prefix is not None
+            and stage == sb.Stage.TRAIN
+            # A LoopedLoader's epochs begin anywhere in an order.
+            and isinstance(loader, SaveableDataLoader)
+            and isinstance(dataset, SeededDataset)
+        ):
+            self._add_position(
+                f"{ckpt_prefix}{stage.name}-sampler",
+                SamplerPosition(_sampler_of(loader)),
+            )
+        return loader
 
     def _train_loader_specifics(self, dataset, loader_kwargs):
         loader_kwargs = super()._train_loader_specifics(dataset, loader_kwargs)
-        if not self.distributed_launch and "batch_sampler" in loader_kwargs:
-            self.train_sampler = loader_kwargs["batch_sampler"]
         if isinstance(dataset, SeededDataset):
-            loader_kwargs = _numbered(dataset, loader_kwargs)
+            loader_kwargs = _numbered(loader_kwargs, dataset, _run_seed())
         return loader_kwargs
 
     def _fit_train(self, train_set, epoch, enable):
@@ -166,11 +193,39 @@ class MemEffBrain(sb.core.Brain):
         if isinstance(loader, DataLoader):
             if isinstance(loader.dataset, SeededDataset):
                 loader.dataset.set_epoch(epoch)
+            # Brain tells some samplers only, and not those within others.
+            if loader.batch_sampler is None:
+                set_epoch(loader.sampler, epoch)
+            else:
+                set_epoch(loader.batch_sampler, epoch)
             if loader.generator is None:
                 # Beginning to iterate draws a number. From the global
                 # generator, a resumed run would draw one more.
                 loader.generator = torch.Generator().manual_seed(_run_seed())
         super()._fit_train(train_set, epoch, enable)
+
+    def fit_batch(self, batch):
+        """Fits one batch, as Brain does.
+
+        Arguments
+        ---------
+        batch : object
+            As the train loader gives it.
+
+        Returns
+        -------
+        torch.Tensor
+            The loss, detached, on the CPU.
+
+        Raises
+        ------
+        RuntimeError
+            If backward has recomputed something else than forward.
+        """
+        loss = super().fit_batch(batch)
+        # The loss is here, so there is nothing left to wait for.
+        read_mismatches()
+        return loss
 
     def _should_save_intra_epoch_ckpt(self, last_ckpt_time, steps_since_ckpt):
         accumulating = self.step % self.grad_accumulation_factor != 0
@@ -223,14 +278,53 @@ class MemEffBrain(sb.core.Brain):
         self.optimizer_step += 1
 
 
-def _numbered(dataset, loader_kwargs):
-    """The arguments of a DataLoader, with a numbered sampler."""
+def _modules_in(value, found):
+    """Yields the modules of a value: its own, its children, and so on.
+
+    SpeechBrain's Augmenter keeps its augmentations in a dict, which is why
+    ``modules()`` does not find them.
+    """
+    if id(value) in found:
+        return
+    if isinstance(value, torch.nn.Module):
+        yield value
+        children = vars(value).values()
+    elif isinstance(value, dict):
+        children = value.values()
+    elif isinstance(value, (list, tuple)):
+        children = value
+    else:
+        return
+    found.add(id(value))
+    for child in children:
+        yield from _modules_in(child, found)
+
+
+def _numbered(loader_kwargs, dataset, seed=None):
+    """The arguments of a DataLoader, with a numbered sampler.
+
+    With a seed, its order depends on the seed and the epoch.
+    """
     kind = "batch_sampler"
     sampler = loader_kwargs.get(kind)
     if sampler is None:
         kind = "sampler"
-        sampler = loader_kwargs.get(kind) or SequentialSampler(dataset)
+        sampler = loader_kwargs.get(kind)
+    if sampler is None:
+        sampler = SequentialSampler(dataset)
+    if seed is not None:
+        size = loader_kwargs.get("batch_size", 1)
+        ahead = 1 if kind == "batch_sampler" or size is None else size
+        sampler = SeededSampler(sampler, seed, ahead)
     return {**loader_kwargs, kind: NumberedSampler(sampler)}
+
+
+def _sampler_of(loader):
+    """The SeededSampler of a loader that was made with ``_numbered``."""
+    numbered = loader.batch_sampler
+    if not isinstance(numbered, NumberedSampler):
+        numbered = loader.sampler
+    return numbered.sampler
 
 
 def _run_seed():

@@ -20,6 +20,7 @@ Authors
  * The sb_memeff authors 2026
 """
 
+import copy
 import logging
 
 import torch
@@ -112,11 +113,20 @@ def keep_32bit_states(modules):
 class _States8bit(torch.optim.Optimizer):
     """What the 8-bit optimizers share; goes before torch's class.
 
-    A subclass names its states, in the order of bitsandbytes' numbers, with
-    the codebook of each, and updates some parameters in ``_update``.
+    A subclass names its states and settings, and updates some parameters in
+    ``_update``.
     """
 
+    # All states, those without which a checkpoint is of another kind, and
+    # those that can be in 8 bits with the codebook of each.
+    states = ()
+    needed = frozenset()
     signed = {}
+    # What bitsandbytes calls state1, state2.
+    bitsandbytes = ()
+    # Settings without which a checkpoint is of another kind. (torch adds
+    # those that its older versions did not have.)
+    settings = frozenset()
 
     def __init__(self, params, *args, min_8bit_size=4096, **kwargs):
         super().__init__(params, *args, **kwargs)
@@ -150,15 +160,30 @@ class _States8bit(torch.optim.Optimizer):
         ------
         TypeError
             If a parameter is not of floating point.
+        ValueError
+            If values of a parameter share memory, as those of an expanded
+            tensor do.
         """
         super().add_param_group(param_group)
         for p in self.param_groups[-1]["params"]:
+            error = None
             if not p.is_floating_point():
-                self.param_groups.pop()
-                raise TypeError(
+                error = TypeError(
                     f"{type(self).__name__} updates parameters of floating "
                     f"point, not {p.dtype}."
                 )
+            elif any(
+                stride == 0 and size > 1
+                for stride, size in zip(p.stride(), p.shape)
+            ):
+                error = ValueError(
+                    f"{type(self).__name__} cannot update a parameter of "
+                    f"shape {tuple(p.shape)} and strides {p.stride()}: its "
+                    "values share memory. Make it of a clone()."
+                )
+            if error is not None:
+                self.param_groups.pop()
+                raise error
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -198,16 +223,18 @@ class _States8bit(torch.optim.Optimizer):
         return loss
 
     def _step_some(self, group, params):
-        weights = [p.to(_state_dtype(p)) for p in params]
-        grads = [_laid_out_like(p, p.grad) for p in params]
-        states = [self._unpack(p) for p in params]
+        weights = [_dense(p) for p in params]
+        pairs = list(zip(params, weights))
+        grads = [_laid_out_like(weight, p.grad) for p, weight in pairs]
+        states = [self._unpack(group, p, weight) for p, weight in pairs]
         self._update(group, weights, grads, states)
-        for p, weight, state in zip(params, weights, states):
+        for (p, weight), state in zip(pairs, states):
             if weight is not p:
                 p.copy_(weight)
-            self.state[p] = self._pack(group, p, state)
-            if not self.state[p]:
-                del self.state[p]
+            # States that these settings do not use stay as they are.
+            state = {**self.state.get(p, {}), **self._pack(group, p, state)}
+            if state:
+                self.state[p] = state
 
     def _names(self, group):
         """States that a parameter has with these settings."""
@@ -223,12 +250,18 @@ class _States8bit(torch.optim.Optimizer):
             self._codebooks[key] = Codebook(*key)
         return self._codebooks[key]
 
-    def _unpack(self, p):
-        state = dict(self.state.get(p, {}))
-        for name, value in state.items():
+    def _unpack(self, group, p, weight):
+        state = {}
+        for name in self._names(group):
+            value = self.state.get(p, {}).get(name)
             if isinstance(value, Quantized8bit):
-                value = self._codebook(name, p.device).dequantize(value)
-                state[name] = _laid_out_like(p, value)
+                codebook = self._codebook(name, value.codes.device)
+                value = codebook.dequantize(value)
+            if value is not None:
+                # The layout of the parameter may have changed since.
+                state[name] = (
+                    value if name == "step" else _laid_out_like(weight, value)
+                )
         return state
 
     def _pack(self, group, p, state):
@@ -257,20 +290,29 @@ class _States8bit(torch.optim.Optimizer):
     def state_dict(self):
         """The state as torch's class of the same name would save it.
 
-        The states are float32 tensors on the CPU, which that class can load.
-        Besides, the maxima of the blocks are there, so that this class finds
-        its 8 bits again exactly.
+        The states are tensors on the CPU, which that class can load. Besides,
+        the maxima of the blocks are there, so that this class finds its 8
+        bits again exactly. Nothing in it changes when the training goes on.
 
         Returns
         -------
         dict
             ``state`` and ``param_groups``.
         """
-        saved = super().state_dict()
-        saved["state"] = {
-            key: self._saved(value) for key, value in saved["state"].items()
-        }
-        return saved
+
+        def unpack(_, saved):
+            saved["state"] = {
+                key: self._saved(value) if isinstance(value, dict) else value
+                for key, value in saved["state"].items()
+            }
+            saved["param_groups"] = copy.deepcopy(saved["param_groups"])
+
+        # Before the user's hooks, which then see what torch's class shows.
+        hook = self.register_state_dict_post_hook(unpack, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
 
     def _saved(self, state):
         cpu = torch.device("cpu")
@@ -278,9 +320,13 @@ class _States8bit(torch.optim.Optimizer):
         for name, value in state.items():
             if isinstance(value, Quantized8bit):
                 # On the CPU, for they are four times as large there.
-                packed = Quantized8bit(value.codes.cpu(), value.absmax.cpu())
+                packed = Quantized8bit(
+                    value.codes.cpu(), value.absmax.to(cpu, copy=True)
+                )
                 value = self._codebook(name, cpu).dequantize(packed)
                 result[_maxima(name)] = packed.absmax
+            elif isinstance(value, torch.Tensor):
+                value = value.to(cpu, copy=True)
             result[name] = value
         return result
 
@@ -302,44 +348,88 @@ class _States8bit(torch.optim.Optimizer):
             If it is of another optimizer or of other parameters. Nothing has
             been changed then.
         """
-        groups = self.param_groups
-        saved = state_dict["param_groups"]
-        if [len(g["params"]) for g in groups] != [
+        states = {}
+
+        def restore(_, loaded):
+            groups = self._restored_groups(loaded)
+            if groups is None:
+                # torch's class says what is wrong.
+                return None
+            others = self._restored_states(loaded["state"], groups, states)
+            _log_differences(type(self).__name__, self.param_groups, groups)
+            return {**loaded, "state": others, "param_groups": groups}
+
+        # After the user's hooks, which may change what is loaded, and before
+        # those that look at what has been loaded.
+        hooks = [
+            self.register_load_state_dict_pre_hook(restore),
+            self.register_load_state_dict_post_hook(
+                lambda _: self.state.update(states), prepend=True
+            ),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _restored_groups(self, loaded):
+        """Settings and numbers of the parameters; None if they do not fit."""
+        given, saved = self.param_groups, loaded["param_groups"]
+        if [len(g["params"]) for g in given] != [
             len(g["params"]) for g in saved
         ]:
-            # torch's message.
-            super().load_state_dict(state_dict)
-        # What torch's class does not save stays as it was given.
-        saved = [
-            {**{k: v for k, v in group.items() if k != "params"}, **old}
-            for group, old in zip(groups, saved)
-        ]
-        states = {
-            p: self._restored(old, p, key, state_dict["state"][key])
-            for group, old in zip(groups, saved)
-            for p, key in zip(group["params"], old["params"])
-            if state_dict["state"].get(key)
-        }
-        _log_differences(type(self).__name__, groups, saved)
-        super().load_state_dict({"state": {}, "param_groups": saved})
-        self.state.update(states)
+            return None
+        groups = []
+        for number, (new, old) in enumerate(zip(given, saved)):
+            if _is_bitsandbytes(old, loaded["state"]):
+                old = self._settings_from_bitsandbytes(old)
+            elif missing := self.settings - set(old):
+                raise self._other_kind(
+                    f"lacks the settings {sorted(missing)} in parameter "
+                    f"group {number}"
+                )
+            # What torch's class does not save stays as it was given.
+            kept = {k: v for k, v in new.items() if k != "params"}
+            groups.append({**kept, **old})
+        return groups
+
+    def _restored_states(self, saved, groups, states):
+        """Fills in the states of all parameters; gives what is left."""
+        numbers = set()
+        for new, old in zip(self.param_groups, groups):
+            for p, number in zip(new["params"], old["params"]):
+                numbers.add(number)
+                state = saved.get(number)
+                state = state and self._restored(old, p, number, state)
+                if state:
+                    states[p] = state
+        return {k: v for k, v in saved.items() if k not in numbers}
+
+    def _other_kind(self, what):
+        return ValueError(
+            f"The checkpoint {what}: it was written by another kind of "
+            f"optimizer than {type(self).__name__}. Name that one in "
+            "opt_class, or begin in a new output_folder."
+        )
 
     def _restored(self, group, p, number, saved):
+        names = list(saved)
         saved = self._from_bitsandbytes(saved)
-        names = self._names(group)
-        if not set(names) <= set(saved) <= {*names, *map(_maxima, names)}:
-            raise ValueError(
-                f"The checkpoint holds the states {sorted(saved)} of parameter "
-                f"{number}, but {type(self).__name__} needs {sorted(names)}: "
-                "it was written by another kind of optimizer. Name that one "
-                "in opt_class, or begin in a new output_folder."
+        known = {*self.states, *map(_maxima, self.signed)}
+        if saved is None or not self.needed <= set(saved) <= known:
+            raise self._other_kind(
+                f"holds the states {sorted(names)} of parameter {number}, not "
+                f"{sorted(self.states)}"
             )
         state = {}
-        for name in names:
-            value = saved[name]
+        for name in self.states:
+            value = saved.get(name)
+            if value is None:
+                continue
             if name == "step":
                 value = _step_tensor(value, group, p)
-            elif value is not None:
+            else:
                 if value.shape != p.shape:
                     raise ValueError(
                         f"The checkpoint's {name} of parameter {number} has "
@@ -362,24 +452,35 @@ class _States8bit(torch.optim.Optimizer):
                 return packed
         return codebook.quantize(value)
 
+    def _settings_from_bitsandbytes(self, group):
+        """Settings by torch's names; what it does not say is left out."""
+        raise NotImplementedError
+
     def _from_bitsandbytes(self, saved):
-        saved = {**saved, **saved.get(BITSANDBYTES, {})}
-        if "state1" not in saved:
+        """States by torch's names; None if they are of another kind."""
+        if not _has_bitsandbytes_states(saved):
             return saved
-        result = {"step": saved["step"]} if "exp_avg" in self.signed else {}
-        for number, name in enumerate(self.signed, 1):
-            if f"state{number}" not in saved:
-                break
-            value = saved[f"state{number}"]
+        saved = {**saved, **saved.get(BITSANDBYTES, {})}
+        saved.pop(BITSANDBYTES, None)
+        result = {"step": saved.pop("step")}
+        if "step" not in self.states:
+            result.clear()
+        for number, name in enumerate(self.bitsandbytes, 1):
+            value = saved.pop(f"state{number}", None)
+            maxima = saved.pop(f"absmax{number}", None)
+            values = saved.pop(f"qmap{number}", None)
+            if value is None:
+                return None
             if value.dtype == torch.uint8:
                 codes = value.cpu().reshape(-1).to(torch.int32)
-                maxima = saved[f"absmax{number}"].cpu()
-                values = saved[f"qmap{number}"].cpu().index_select(0, codes)
+                maxima = maxima.cpu()
+                values = values.cpu().index_select(0, codes)
                 values *= maxima.repeat_interleave(BLOCK)[: len(values)]
                 result[_maxima(name)] = maxima
                 value = values.reshape(value.shape)
             result[name] = value
-        return result
+        # A second state, for example, or the norm that LARS and LAMB keep.
+        return None if saved else result
 
 
 class SGD8bit(_States8bit, torch.optim.SGD):
@@ -416,10 +517,26 @@ class SGD8bit(_States8bit, torch.optim.SGD):
     10560
     """
 
+    states = ("momentum_buffer",)
     signed = {"momentum_buffer": True}
+    bitsandbytes = ("momentum_buffer",)
+    settings = frozenset(
+        ("lr", "momentum", "dampening", "weight_decay", "nesterov")
+    )
 
     def _names(self, group):
-        return list(self.signed) if group["momentum"] else []
+        return list(self.states) if group["momentum"] else []
+
+    def _settings_from_bitsandbytes(self, group):
+        # RMSprop, Adagrad and Lion call their only state by the same name.
+        momentum, *others = group["betas"]
+        if group["eps"] or any(others):
+            raise self._other_kind(
+                f"has betas={group['betas']} and eps={group['eps']}, while "
+                "bitsandbytes' SGD8bit saves its momentum and 0, and eps=0"
+            )
+        names = ("lr", "weight_decay", "params")
+        return {name: group[name] for name in names} | {"momentum": momentum}
 
     def _update(self, group, params, grads, states):
         momenta = [state.get("momentum_buffer") for state in states]
@@ -442,17 +559,28 @@ class SGD8bit(_States8bit, torch.optim.SGD):
 
 
 class _Adam8bit(_States8bit):
+    states = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    needed = frozenset(states[:3])
     signed = {
         "exp_avg": True,
         "exp_avg_sq": False,
         "max_exp_avg_sq": False,
     }
+    bitsandbytes = ("exp_avg", "exp_avg_sq")
+    settings = frozenset(("lr", "betas", "eps", "weight_decay", "amsgrad"))
 
     def _names(self, group):
-        moments = ["exp_avg", "exp_avg_sq"]
-        if group["amsgrad"]:
-            moments.append("max_exp_avg_sq")
-        return ["step", *moments]
+        return list(self.states[: 4 if group["amsgrad"] else 3])
+
+    def _settings_from_bitsandbytes(self, group):
+        # AdEMAMix has a third beta; its alpha is 0 in the other classes.
+        if len(group["betas"]) != 2 or group.get("alpha"):
+            raise self._other_kind(
+                f"has betas={group['betas']} and alpha={group.get('alpha')}, "
+                "while bitsandbytes' Adam8bit saves two betas and alpha=0"
+            )
+        names = ("lr", "betas", "eps", "weight_decay", "params")
+        return {name: group[name] for name in names}
 
     def _update(self, group, params, grads, states):
         for p, state in zip(params, states):
@@ -549,9 +677,36 @@ class AdamW8bit(_Adam8bit, torch.optim.AdamW):
     """
 
 
+def _has_bitsandbytes_states(state):
+    return "state1" in {**state, **state.get(BITSANDBYTES, {})}
+
+
+def _is_bitsandbytes(group, states):
+    # torch's classes with betas have these two, or one of them.
+    if not {"betas", "eps"} <= set(group) or {"amsgrad", "foreach"} & set(
+        group
+    ):
+        return False
+    of_group = [states[n] for n in group["params"] if states.get(n)]
+    return all(map(_has_bitsandbytes_states, of_group))
+
+
 def _state_dtype(p):
     # Half precision would lose small updates of a momentum.
     return p.dtype if p.dtype == torch.float64 else torch.float32
+
+
+def _dense(p):
+    """The values of a parameter in the precision of its states.
+
+    It is the parameter itself where it can be. torch's fused functions take
+    the values at the first address and those behind it: of a slice others.
+    """
+    if not p.is_contiguous() and (
+        torch.empty_like(p, device="meta").stride() != p.stride()
+    ):
+        return torch.empty_like(p, dtype=_state_dtype(p)).copy_(p)
+    return p.to(_state_dtype(p))
 
 
 def _laid_out_like(p, value):
@@ -584,12 +739,18 @@ def _chunks(params):
         yield chunk
 
 
+def _same(a, b):
+    if torch.is_tensor(a) and torch.is_tensor(b):
+        return torch.equal(a.cpu(), b.cpu())
+    return a is b or bool(a == b)
+
+
 def _log_differences(name, given, saved):
     for number, (new, old) in enumerate(zip(given, saved)):
         differences = {
             key: f"{key}={old[key]} (given: {new[key]})"
             for key in new
-            if key != "params" and old[key] != new[key]
+            if key != "params" and not _same(old[key], new[key])
         }
         if differences:
             # The learning rate is a scheduler's business.

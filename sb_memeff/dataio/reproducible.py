@@ -4,20 +4,38 @@ A DataLoader's random numbers (crops, for example) come from its worker
 processes, whose generators nobody can save. Here every item gets random
 numbers of its own, which depend on the seed, the epoch and the item's place in
 the epoch, and on nothing else: not on the number of workers, not on what the
-network draws, and not on whether the run was interrupted.
+network draws, and not on whether the run was interrupted. The order of the
+items is another one in each epoch and the same after an interruption, too,
+whatever the sampler.
 
 Authors
  * The sb_memeff authors 2026
 """
 
 import contextlib
+import hashlib
+import itertools
 import random
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
+from speechbrain.utils.logger import get_logger
 from torch.utils.data import Dataset, Sampler
 
-__all__ = ["NumberedSampler", "SeededDataset", "seeded"]
+__all__ = [
+    "NumberedSampler",
+    "SeededDataset",
+    "SeededSampler",
+    "seeded",
+    "set_epoch",
+]
+
+logger = get_logger(__name__)
+
+# So many indices are compared to see whether an epoch goes on in its order.
+COMPARED = 64
 
 
 @contextlib.contextmanager
@@ -44,18 +62,257 @@ def seeded(*numbers):
     ...     print(torch.equal(first, torch.rand(3)))
     True
     """
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
-    random.seed(seed)
-    np.random.seed(seed)
-    # torch.manual_seed would seed the accelerators too.
-    torch.default_generator.manual_seed(seed)
+    with _global_states_kept():
+        seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+        random.seed(seed)
+        np.random.seed(seed)
+        # torch.manual_seed would seed the accelerators too.
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+def _global_states():
+    return random.getstate(), np.random.get_state(), torch.get_rng_state()
+
+
+def _set_global_states(states):
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    torch.set_rng_state(states[2])
+
+
+@contextlib.contextmanager
+def _global_states_kept():
+    before = _global_states()
     try:
         yield
     finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
-        torch.set_rng_state(before[2])
+        _set_global_states(before)
+
+
+def set_epoch(sampler: Iterable, epoch: int) -> None:
+    """Tells a sampler, and all samplers within it, which epoch begins.
+
+    Arguments
+    ---------
+    sampler : torch.utils.data.Sampler or iterable
+        Of indices, or of batches of indices. What has no ``set_epoch`` is
+        left alone.
+    epoch : int
+        Its number.
+
+    Example
+    -------
+    >>> from speechbrain.dataio.sampler import ReproducibleRandomSampler
+    >>> sampler = ReproducibleRandomSampler([0, 1, 2, 3])
+    >>> batches = torch.utils.data.BatchSampler(sampler, 2, drop_last=False)
+    >>> set_epoch(batches, 5)
+    >>> sampler.epoch
+    5
+    """
+    for part in _parts(sampler):
+        if hasattr(part, "set_epoch"):
+            part.set_epoch(epoch)
+
+
+def _parts(sampler):
+    """Yields a sampler and the samplers that it holds, each once."""
+    found = []
+    waiting = [sampler]
+    while waiting:
+        part = waiting.pop()
+        if any(part is other for other in found):
+            continue
+        found.append(part)
+        yield part
+        for name, value in getattr(part, "__dict__", {}).items():
+            values = value if isinstance(value, (list, tuple)) else [value]
+            waiting.extend(
+                v
+                for v in values
+                # Anything that can be iterated may serve as a sampler.
+                if isinstance(v, Sampler)
+                or ("sampler" in name and hasattr(v, "__dict__"))
+            )
+
+
+def _generators(sampler):
+    """The random generators that a sampler and its parts own."""
+    kinds = (
+        torch.Generator,
+        random.Random,
+        np.random.Generator,
+        np.random.RandomState,
+    )
+    return [
+        value
+        for part in _parts(sampler)
+        for value in getattr(part, "__dict__", {}).values()
+        if isinstance(value, kinds)
+    ]
+
+
+def _get_state(generator):
+    # Of types that torch.load reads with weights_only.
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    if isinstance(generator, np.random.Generator):
+        return _without_arrays(generator.bit_generator.state)
+    return _without_arrays(generator.get_state(legacy=False))
+
+
+def _without_arrays(value):
+    if isinstance(value, dict):
+        return {k: _without_arrays(v) for k, v in value.items()}
+    return value.tolist() if isinstance(value, np.ndarray) else value
+
+
+def _set_state(generator, state):
+    if isinstance(generator, torch.Generator):
+        generator.set_state(state)
+    elif isinstance(generator, random.Random):
+        generator.setstate(state)
+    elif isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    else:
+        generator.set_state(state)
+
+
+class SeededSampler(Sampler):
+    """A sampler whose order depends on the seed and the epoch alone.
+
+    What the sampler draws from Python's, numpy's and torch's generators is
+    seeded for each epoch, and the generators stay where they are. A generator
+    of its own goes on from epoch to epoch; its state is part of ``position``.
+    Any other state (a counter, for example) is the sampler's own affair: if
+    an epoch goes on in another order than it began, a warning says so.
+
+    Arguments
+    ---------
+    sampler : torch.utils.data.Sampler or iterable
+        Of indices, or of batches of indices.
+    seed : int
+        Seed of the run, the same on all processes.
+    ahead : int
+        So many indices are asked for at a time: the size of a batch, if the
+        sampler gives single indices.
+
+    Example
+    -------
+    >>> data = torch.utils.data.RandomSampler(range(100))
+    >>> sampler = SeededSampler(data, seed=1)
+    >>> first = list(sampler)
+    >>> first == list(sampler), sorted(first) == list(range(100))
+    (True, True)
+    >>> sampler.set_epoch(2)
+    >>> first == list(sampler)
+    False
+    """
+
+    def __init__(self, sampler: Iterable, seed: int, ahead: int = 1):
+        self.sampler = sampler
+        self.seed = seed
+        self.ahead = ahead
+        self.epoch = 0
+        self._start = None
+        self._first = []
+        self._resumed = None
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begins an epoch.
+
+        Arguments
+        ---------
+        epoch : int
+            Its number.
+        """
+        self.epoch = epoch
+
+    def __len__(self):
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator:
+        resumed, self._resumed = self._resumed, None
+        if resumed is not None:
+            self._set_generators(resumed["start"])
+        self._start = [_get_state(g) for g in _generators(self.sampler)]
+        self._first = first = []
+        compared = 0 if resumed is None else resumed["compared"]
+        # Five numbers: an item's seed is made of four.
+        with seeded(self.seed, self.epoch, 0, 0, 1):
+            iterator = iter(self.sampler)
+            states = _global_states()
+        while True:
+            with _global_states_kept():
+                _set_global_states(states)
+                indices = list(itertools.islice(iterator, self.ahead))
+                states = _global_states()
+            for index in indices:
+                if len(first) < COMPARED:
+                    first.append(repr(index))
+                    if len(first) == compared:
+                        self._compare(resumed)
+                yield index
+            if not indices:
+                break
+        if len(first) < compared:
+            self._compare(resumed)
+
+    def position(self) -> dict[str, Any]:
+        """Where the sampler stands, for ``resume``.
+
+        Returns
+        -------
+        dict
+            States of its generators when the epoch began and now, and what
+            tells the order of the epoch.
+        """
+        if self._resumed is not None:
+            return self._resumed
+        now = [_get_state(g) for g in _generators(self.sampler)]
+        return {
+            "start": now if self._start is None else self._start,
+            "now": now,
+            "compared": len(self._first),
+            "order": _digest(self._first),
+        }
+
+    def resume(self, position: dict[str, Any], end_of_epoch: bool) -> None:
+        """Goes to where another sampler stood.
+
+        Arguments
+        ---------
+        position : dict
+            What ``position`` returned there.
+        end_of_epoch : bool
+            Whether a new epoch begins. Otherwise the next one iterated is the
+            one that was interrupted.
+        """
+        if end_of_epoch:
+            self._set_generators(position["now"])
+        else:
+            self._resumed = position
+
+    def _set_generators(self, states):
+        for generator, state in zip(_generators(self.sampler), states):
+            _set_state(generator, state)
+
+    def _compare(self, resumed):
+        if _digest(self._first) == resumed["order"]:
+            return
+        logger.warning(
+            f"{type(self.sampler).__name__} gives epoch {self.epoch} another "
+            "order than before the interruption: some items will come twice "
+            "in this epoch and others not at all. If neither the data nor the "
+            "sampler's settings have changed, let it depend on set_epoch, or "
+            "on random generators alone."
+        )
+
+
+def _digest(indices):
+    return hashlib.sha256("\n".join(indices).encode()).hexdigest()
 
 
 class NumberedSampler(Sampler):

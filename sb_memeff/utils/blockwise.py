@@ -122,7 +122,7 @@ class Codebook:
                 "the limit is 2^31. Keep its states in 32 bits."
             )
         flat = x.detach().to(torch.float32).reshape(-1)
-        if flat.is_cuda:
+        if flat.is_cuda and flat.numel():
             codes, absmax = torch.ops.bitsandbytes.quantize_blockwise(
                 flat, self.values, BLOCK
             )
@@ -151,7 +151,8 @@ class Codebook:
             What had been given to ``dequantize``, bit for bit.
         """
         flat = x.detach().to(torch.float32).reshape(-1)
-        absmax = absmax.to(device=flat.device, dtype=torch.float32)
+        # Nobody who changes the one given shall change this one.
+        absmax = absmax.to(flat.device, torch.float32, copy=True)
         return Quantized8bit(self._nearest(flat, absmax).view(x.shape), absmax)
 
     def dequantize(self, packed):
@@ -190,6 +191,8 @@ class Codebook:
 
 
 def _block_maxima(flat):
+    if not flat.numel():
+        return flat
     whole = flat.numel() // BLOCK * BLOCK
     maxima = flat[:whole].view(-1, BLOCK).abs().amax(1)
     if whole < flat.numel():

@@ -23,7 +23,12 @@ from speechbrain.utils.checkpoints import (
 from speechbrain.utils.distributed import ddp_barrier, if_main_process
 from speechbrain.utils.logger import get_logger
 
-__all__ = ["AtomicCheckpointer", "NoisePosition", "RandomState"]
+__all__ = [
+    "AtomicCheckpointer",
+    "NoisePosition",
+    "RandomState",
+    "SamplerPosition",
+]
 
 logger = get_logger(__name__)
 on_every_process = functools.partial(
@@ -38,6 +43,10 @@ class AtomicCheckpointer(Checkpointer):
     run killed while it saves leaves one that cannot be loaded, and never
     starts again. Here the folder gets its name when everything is in it.
 
+    A checkpoint of a name that exists replaces the other one. The old one is
+    put aside first, under a name that any Checkpointer takes for that of a
+    checkpoint, so that a run killed at that moment finds it.
+
     Example
     -------
     >>> tmpdir = getfixture("tmpdir")
@@ -49,6 +58,7 @@ class AtomicCheckpointer(Checkpointer):
     """
 
     PARTIAL = "partial-"
+    REPLACED = ".replaced"
 
     def _new_checkpoint_dirpath(self):
         return self._partial(super()._new_checkpoint_dirpath())
@@ -59,7 +69,37 @@ class AtomicCheckpointer(Checkpointer):
     def _partial(self, path):
         for left in self.checkpoints_dir.glob(self.PARTIAL + "*"):
             shutil.rmtree(left)
+        # Of runs that were killed between giving the name and removing.
+        for old in self.checkpoints_dir.glob("*" + self.REPLACED):
+            if self._is_replaced(old):
+                self._remove(old)
         return path.with_name(self.PARTIAL + path.name)
+
+    def _list_checkpoint_dirs(self):
+        return [
+            path
+            for path in super()._list_checkpoint_dirs()
+            if not self._is_replaced(path)
+        ]
+
+    def _is_replaced(self, path):
+        name = path.name.removesuffix(self.REPLACED)
+        return name != path.name and path.with_name(name).exists()
+
+    def _put_in_place(self, partial, path):
+        """Gives a complete checkpoint its name, in place of another one."""
+        old = path.with_name(path.name + self.REPLACED)
+        if path.exists():
+            os.replace(path, old)
+        os.replace(partial, path)
+        if old.exists():
+            self._remove(old)
+
+    def _remove(self, path):
+        # Killed within rmtree, it must not be taken for a checkpoint.
+        removed = path.with_name(self.PARTIAL + path.name)
+        os.replace(path, removed)
+        shutil.rmtree(removed)
 
     def save_checkpoint(
         self, meta={}, end_of_epoch=True, name=None, verbosity=logging.INFO
@@ -74,12 +114,38 @@ class AtomicCheckpointer(Checkpointer):
             path = saved.path.with_name(
                 saved.path.name.removeprefix(self.PARTIAL)
             )
-            os.replace(saved.path, path)
+            self._put_in_place(saved.path, path)
             files = {k: path / f.name for k, f in saved.paramfiles.items()}
             saved = Checkpoint(path, saved.meta, files)
             logger.log(verbosity, f"Saved a checkpoint in {path}")
         ddp_barrier()
         return saved
+
+    def save_and_keep_only(
+        self,
+        meta={},
+        end_of_epoch=True,
+        name=None,
+        num_to_keep=1,
+        keep_recent=True,
+        importance_keys=(),
+        **kwargs,
+    ):
+        """Saves a checkpoint, then deletes; arguments as in Checkpointer.
+
+        Checkpointer adds to the list that it is given, the one of its default
+        too: each call then takes longer than the one before, and keeps recent
+        checkpoints for ever once it has been asked to.
+        """
+        super().save_and_keep_only(
+            meta,
+            end_of_epoch,
+            name,
+            num_to_keep,
+            keep_recent,
+            list(importance_keys),
+            **kwargs,
+        )
 
 
 @on_every_process
@@ -153,8 +219,8 @@ class NoisePosition:
             Where to.
         """
         loader = getattr(self.augmentation, "data_loader", None)
-        position = None
-        if loader is not None:
+        position = self._loaded
+        if position is None and loader is not None:
             iterator = loader._speechbrain_iterator
             position = [loader.batch_size, iterator._num_yielded]
         _save_of_all(position, path)
@@ -197,6 +263,57 @@ class NoisePosition:
         loader._speechbrain_recovery_skip_to = batches
         setattr(self.augmentation, iterator, iter(loader))
         _set_states(states)
+
+
+@on_every_process
+class SamplerPosition:
+    """Where a sampler stands in its random numbers.
+
+    How many batches it has given is saved with the loader.
+
+    Arguments
+    ---------
+    sampler : sb_memeff.dataio.reproducible.SeededSampler
+        That of the training data.
+    """
+
+    def __init__(self, sampler):
+        self.sampler = sampler
+        self._loaded = None
+
+    @mark_as_saver
+    def save(self, path):
+        """Saves the position.
+
+        Arguments
+        ---------
+        path : str or Path
+            Where to.
+        """
+        position, _ = self._loaded or (None, None)
+        if position is None:
+            position = self.sampler.position()
+        _save_of_all(position, path)
+
+    @mark_as_loader
+    def load(self, path, end_of_epoch):
+        """Loads the position, for ``resume``.
+
+        Arguments
+        ---------
+        path : str or Path
+            Where from.
+        end_of_epoch : bool
+            Whether the next epoch begins at its start.
+        """
+        self._loaded = _load_own(path), end_of_epoch
+
+    def resume(self):
+        """Goes to the position that was loaded, if one was."""
+        position, end_of_epoch = self._loaded or (None, None)
+        self._loaded = None
+        if position is not None:
+            self.sampler.resume(position, end_of_epoch)
 
 
 def _distributed():

@@ -9,17 +9,38 @@ import os
 import random
 import signal
 
+import numpy as np
 import pytest
+import soundfile
 import speechbrain as sb
 import torch
 import torch.multiprocessing as mp
+from speechbrain.augment.augmenter import Augmenter
+from speechbrain.augment.time_domain import AddNoise, AddReverb
 from speechbrain.dataio.dataset import DynamicItemDataset
-from speechbrain.dataio.sampler import DynamicBatchSampler
+from speechbrain.dataio.sampler import (
+    BalancingDataSampler,
+    ConcatDatasetBatchSampler,
+    DistributedSamplerWrapper,
+    DynamicBatchSampler,
+    ReproducibleRandomSampler,
+    ReproducibleWeightedRandomSampler,
+)
 from speechbrain.nnet.schedulers import NoamScheduler
 from speechbrain.utils.epoch_loop import EpochCounter
 from torch import nn
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    RandomSampler,
+    Sampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from sb_memeff.core import MemEffBrain
+from sb_memeff.nnet import mismatch
 from sb_memeff.optim import Adam8bit, AdamW8bit, SGD8bit
 from sb_memeff.utils.blockwise import Quantized8bit
 from sb_memeff.utils.checkpoints import AtomicCheckpointer
@@ -184,9 +205,6 @@ def fit_and_resume(base, folder, accumulation=1, every=3, **options):
     The interruption is an exception in the middle of the second epoch.
     """
 
-    class Interrupted(Exception):
-        pass
-
     def stop(batch, outputs, loss, should_step):
         if made.step == 7 and made.hparams.counter.current == 2:
             raise Interrupted
@@ -223,6 +241,82 @@ def test_brain_does_not_recover_random_numbers(tmp_path):
     assert fit_and_resume(sb.Brain, tmp_path / "theirs") > 1e-3
 
 
+@pytest.fixture(scope="module")
+def sounds(tmp_path_factory):
+    """A list of seven sounds in csv."""
+    folder = tmp_path_factory.mktemp("sounds")
+    rng = np.random.default_rng(0)
+    lines = ["ID,duration,wav,wav_format,wav_opts"]
+    for n in range(7):
+        path = folder / f"{n}.wav"
+        soundfile.write(path, 0.3 * rng.standard_normal(64), 16000)
+        lines.append(f"{n},{64 / 16000},{path},wav,")
+    (folder / "sounds.csv").write_text("\n".join(lines) + "\n")
+    return str(folder / "sounds.csv")
+
+
+@pytest.mark.parametrize("kind", [AddNoise, AddReverb])
+@pytest.mark.parametrize("place", ["augmenter", "list", "modules", "key"])
+def test_noises_and_echoes_go_on_where_they_were(kind, place, sounds, tmp_path):
+    """Wherever the augmentation is kept: a run that was interrupted."""
+
+    def build(folder):
+        sb.utils.seed.seed_everything(7, verbose=False)
+        augmentation = kind(sounds)
+        made = brain(folder=folder, ckpt_interval_steps=3)
+        hparams, modules = vars(made.hparams), {"net": made.modules.net}
+        if place == "augmenter":
+            hparams["augment"] = Augmenter(augmentations=[augmentation])
+        elif place == "list":
+            hparams["augment"] = {"all": [augmentation]}
+        elif place == "modules":
+            modules["augment"] = augmentation
+        else:
+            hparams["augment"] = augmentation
+        used = []
+
+        def forward(batch, stage):
+            x = batch.x.data
+            if stage == sb.Stage.TRAIN:
+                lengths = [torch.ones(len(x))] if kind is AddNoise else []
+                x = augmentation(x, *lengths)
+                used.append(x.detach().clone())
+            return made.modules.net(x)
+
+        # The network is the same: only its companions have changed.
+        made = type(made)(
+            modules,
+            made.opt_class,
+            hparams,
+            {
+                "device": "cpu",
+                "noprogressbar": True,
+                "ckpt_interval_steps": 3,
+            },
+            made.checkpointer,
+        )
+        made.schedule = made.hparams.schedule
+        made.compute_forward = forward
+        return made, used
+
+    straight, expected = build(tmp_path / "straight")
+    fit(straight)
+    made, _ = build(tmp_path / "run")
+
+    def stop(batch, outputs, loss, should_step):
+        if made.step == 5 and made.hparams.counter.current == 2:
+            raise Interrupted
+
+    made.on_fit_batch_end = stop
+    with pytest.raises(Interrupted):
+        fit(made)
+    resumed, used = build(tmp_path / "run")
+    fit(resumed)
+    assert len(used) == 17
+    for a, b in zip(used, expected[13:], strict=True):
+        assert torch.equal(a, b)
+
+
 def test_no_checkpoint_within_an_accumulation(tmp_path):
     """_should_save_intra_epoch_ckpt can go when Brain gets it right."""
     ours = fit_and_resume(MemEffBrain, tmp_path / "ours", 2, every=3)
@@ -242,6 +336,291 @@ def test_no_checkpoint_within_an_accumulation(tmp_path):
         fit(made)
     # Brain's come after three batches: the third is not in the weights yet.
     assert saved == [[4, 8] * 3, [3, 6, 9] * 3]
+
+
+class Interrupted(Exception):
+    """Ends a run where a test wants it."""
+
+
+class Lazy(Sampler):
+    """Draws each index only when it is asked for it."""
+
+    def __init__(self, draw, **generators):
+        self.draw = draw
+        vars(self).update(generators)
+
+    def __len__(self):
+        return ITEMS
+
+    def __iter__(self):
+        for _ in range(ITEMS):
+            yield self.draw(self) % ITEMS
+
+
+class Rotated:
+    """No torch Sampler; its order depends on set_epoch alone."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch):
+        """Begins an epoch."""
+        self.epoch = epoch
+
+    def __len__(self):
+        return ITEMS
+
+    def __iter__(self):
+        return iter((n + self.epoch) % ITEMS for n in range(ITEMS))
+
+
+class Counting:
+    """Rotates further each time; nobody else can tell how often it did."""
+
+    count = 0
+
+    def __len__(self):
+        return ITEMS
+
+    def __iter__(self):
+        self.count += 1
+        return iter((n + self.count) % ITEMS for n in range(ITEMS))
+
+
+def seeded_generator():
+    return torch.Generator().manual_seed(5)
+
+
+def dynamic(data):
+    return DynamicBatchSampler(
+        data, 8, num_buckets=2, length_func=lambda x: x["duration"]
+    )
+
+
+def wrapped(sampler):
+    return DistributedSamplerWrapper(sampler, num_replicas=2, rank=1)
+
+
+WEIGHTS = [1.0] * ITEMS
+# Each gives another order in each epoch.
+SAMPLERS = {
+    "random": lambda d: RandomSampler(d),
+    "random_own": lambda d: RandomSampler(d, generator=seeded_generator()),
+    "replacement": lambda d: RandomSampler(d, replacement=True),
+    "weighted": lambda d: WeightedRandomSampler(WEIGHTS, ITEMS),
+    "weighted_own": lambda d: WeightedRandomSampler(
+        WEIGHTS, ITEMS, generator=seeded_generator()
+    ),
+    "subset": lambda d: SubsetRandomSampler(range(ITEMS)),
+    "subset_own": lambda d: SubsetRandomSampler(
+        range(ITEMS), generator=seeded_generator()
+    ),
+    "reproducible": lambda d: ReproducibleRandomSampler(d),
+    "reproducible_weighted": lambda d: ReproducibleWeightedRandomSampler(
+        WEIGHTS, ITEMS, True
+    ),
+    "balancing": lambda d: BalancingDataSampler(d, "duration"),
+    "distributed": lambda d: DistributedSampler(d, num_replicas=2, rank=1),
+    "wrapped_random": lambda d: wrapped(RandomSampler(d)),
+    "wrapped_own": lambda d: wrapped(
+        RandomSampler(d, generator=seeded_generator())
+    ),
+    "wrapped_reproducible": lambda d: wrapped(ReproducibleRandomSampler(d)),
+    "set_epoch": lambda d: Rotated(),
+    "python": lambda d: Lazy(lambda s: random.randrange(ITEMS)),
+    "numpy": lambda d: Lazy(lambda s: np.random.randint(ITEMS)),
+    "torch": lambda d: Lazy(lambda s: int(torch.randint(ITEMS, ()))),
+    "python_own": lambda d: Lazy(
+        lambda s: s.rng.randrange(ITEMS), rng=random.Random(5)
+    ),
+    "numpy_own": lambda d: Lazy(
+        lambda s: s.rng.integers(ITEMS), rng=np.random.default_rng(5)
+    ),
+    "numpy_mt19937": lambda d: Lazy(
+        lambda s: s.rng.integers(ITEMS),
+        rng=np.random.Generator(np.random.MT19937(5)),
+    ),
+    "numpy_old": lambda d: Lazy(
+        lambda s: s.rng.randint(ITEMS), rng=np.random.RandomState(5)
+    ),
+}
+BATCH_SAMPLERS = {
+    "batches_of_random": lambda d: BatchSampler(RandomSampler(d), 4, False),
+    "batches_of_own": lambda d: BatchSampler(
+        RandomSampler(d, generator=seeded_generator()), 4, False
+    ),
+    "batches_of_reproducible": lambda d: BatchSampler(
+        ReproducibleRandomSampler(d), 4, False
+    ),
+    "batches_of_set_epoch": lambda d: BatchSampler(Rotated(), 4, False),
+    "wrapped_batches": lambda d: wrapped(
+        BatchSampler(ReproducibleRandomSampler(d), 2, False)
+    ),
+    "dynamic": dynamic,
+    "wrapped_dynamic": lambda d: wrapped(dynamic(d)),
+    "concatenated": lambda d: ConcatDatasetBatchSampler(
+        [RandomSampler(range(20)), ReproducibleRandomSampler(range(20))],
+        [2, 2],
+    ),
+}
+
+
+def epochs_of(folder, options, stop=None):
+    """Items of each batch by epoch and step, until a batch to stop at."""
+    sb.utils.seed.seed_everything(7, verbose=False)
+    made = brain(folder=folder, ckpt_interval_steps=3)
+    data = dataset()
+    seen = {}
+
+    def look(batch, should_step):
+        place = made.hparams.counter.current, made.step
+        if place == stop:
+            raise Interrupted
+        seen[place] = batch.id
+
+    made.on_fit_batch_start = look
+    options = {
+        kind: value(data) if callable(value) else value
+        for kind, value in options.items()
+    }
+    try:
+        made.fit(made.hparams.counter, data, data, train_loader_kwargs=options)
+    except Interrupted:
+        pass
+    return seen
+
+
+ALL_SAMPLERS = {
+    **{n: {"sampler": s, "batch_size": 4} for n, s in SAMPLERS.items()},
+    **{n: {"batch_sampler": s} for n, s in BATCH_SAMPLERS.items()},
+    "random_dropped": {
+        "sampler": RandomSampler,
+        "batch_size": 3,
+        "drop_last": True,
+    },
+}
+
+
+@pytest.mark.parametrize("options", ALL_SAMPLERS.values(), ids=ALL_SAMPLERS)
+def test_order_of_any_sampler(options, tmp_path, caplog):
+    """Another one in each epoch, and the same after an interruption.
+
+    Interrupted within an epoch, where a checkpoint was one batch ago, and at
+    the beginning of one.
+    """
+    straight = epochs_of(tmp_path / "straight", options)
+    epochs = [
+        [ids for place, ids in straight.items() if place[0] == n]
+        for n in (1, 2, 3)
+    ]
+    assert all(len(e) > 4 for e in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    for stop, first in (((2, 5), (2, 4)), ((3, 1), (3, 1))):
+        folder = tmp_path / str(stop)
+        begun = epochs_of(folder, options, stop)
+        resumed = epochs_of(folder, options)
+        assert min(resumed) == first
+        assert {**begun, **resumed} == straight
+    assert "another order" not in caplog.text
+
+
+def test_order_twice_interrupted_and_with_workers(tmp_path):
+    """The second time before the epoch of the first is over."""
+    options = ALL_SAMPLERS["random_own"]
+    straight = epochs_of(tmp_path / "straight", options)
+    workers = {"num_workers": 2, "multiprocessing_context": "fork"}
+    options = {**options, **workers}
+    seen = epochs_of(tmp_path / "run", options, (2, 5))
+    for stop in ((2, 8), (3, 1), (3, 6), None):
+        seen.update(epochs_of(tmp_path / "run", options, stop))
+    assert seen == straight
+
+
+def test_a_list_is_a_sampler(tmp_path):
+    options = {"sampler": lambda d: [*range(7, 27)], "batch_size": 5}
+    seen = epochs_of(tmp_path, options)
+    ids = [i for (epoch, _), batch in seen.items() if epoch == 3 for i in batch]
+    assert ids == [str(n) for n in range(7, 27)]
+
+
+def test_an_empty_sampler_gives_nothing():
+    made = brain()
+    for stage in (sb.Stage.TRAIN, sb.Stage.VALID):
+        loader = made.make_dataloader(dataset(), stage, sampler=[])
+        assert list(loader) == []
+
+
+def test_an_order_that_cannot_be_recovered_is_said(tmp_path, caplog):
+    options = {"sampler": lambda d: Counting(), "batch_size": 4}
+    straight = epochs_of(tmp_path / "straight", options)
+    begun = epochs_of(tmp_path / "run", options, (2, 5))
+    assert "another order" not in caplog.text
+    resumed = epochs_of(tmp_path / "run", options)
+    assert {**begun, **resumed} != straight
+    assert "Counting gives epoch 2 another order" in caplog.text
+
+
+def test_sampler_of_a_loader_that_the_user_made():
+    """It is told the epoch too."""
+    made, data, seen = brain(), dataset(), [[]]
+    loader = DataLoader(
+        data,
+        sampler=ReproducibleRandomSampler(data),
+        batch_size=4,
+        collate_fn=sb.dataio.batch.PaddedBatch,
+    )
+    made.on_fit_batch_start = lambda batch, _: seen[-1].extend(batch.id)
+    made.on_stage_end = lambda *_: seen.append([])
+    made.fit(range(1, 4), loader)
+    assert seen[0] != seen[1] != seen[2] != seen[0]
+
+
+def test_validation_with_a_random_sampler_is_another_one_each_time():
+    """As with Brain, whose order is drawn from the global generator."""
+    made, data = brain(), dataset()
+    loader = made.make_dataloader(
+        data, sb.Stage.VALID, batch_size=4, sampler=RandomSampler(data)
+    )
+    first, second = ([b.id for b in loader] for _ in range(2))
+    assert first != second
+
+
+@BOTH
+def test_a_difference_on_a_device_stops_that_step(base, monkeypatch):
+    """read_mismatches in fit_batch: Brain trains on."""
+
+    class Event:
+        def query(self):
+            return False
+
+        def synchronize(self):
+            pass
+
+    pending = mismatch._Pending(lambda differs: (differs, Event()))
+    monkeypatch.setattr(mismatch, "_pending", pending)
+    made = brain(base)
+    steps = []
+
+    def objectives(predictions, batch, stage):
+        loss = nn.functional.mse_loss(predictions, batch.y.data)
+        if stage == sb.Stage.TRAIN:
+            steps.append(made.step)
+            differs = torch.tensor([False, len(steps) == 3])
+            if len(steps) <= 3:
+                loss.register_hook(
+                    lambda _: mismatch.report_mismatches(
+                        differs, "block {}".format
+                    )
+                )
+        return loss
+
+    made.compute_objectives = objectives
+    if base is MemEffBrain:
+        with pytest.raises(RuntimeError, match="^block 1$"):
+            fit(made)
+        assert steps == [1, 2, 3]
+    else:
+        fit(made)
+        assert len(steps) == 3 * ITEMS / 4
 
 
 def groups_of(norm):
@@ -451,11 +830,19 @@ def worker(rank, folder):
         except ValueError as error:
             found[base.__name__] = str(error)
         if base is MemEffBrain:
-            found["random"] = torch.rand(3)
+            torch.manual_seed(100 + rank)
+            made.checkpointer.save_checkpoint()
+            found["expected"] = torch.rand(3)
+            torch.manual_seed(0)
             made.checkpointer.recover_if_possible()
             found["recovered"] = torch.rand(3)
-            made.checkpointer.recover_if_possible()
-            found["again"] = torch.rand(3)
+            loader = made.make_dataloader(
+                dataset(),
+                sb.Stage.TRAIN,
+                batch_size=4,
+                sampler=RandomSampler(range(ITEMS)),
+            )
+            found["items"] = [i for batch in loader for i in batch.id]
     torch.save(found, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -472,4 +859,9 @@ def test_two_processes_on_the_cpu(tmp_path):
     for found in ours:
         assert "SyncBatchNorm" in found["Brain"]
         # Each process has its own random state back.
-        assert torch.equal(found["recovered"], found["again"])
+        assert torch.equal(found["recovered"], found["expected"])
+    assert not torch.equal(ours[0]["expected"], ours[1]["expected"])
+    # Each gets its half of one order, though their generators differ.
+    items = [set(found["items"]) for found in ours]
+    assert len(items[0]) == len(items[1]) == ITEMS / 2
+    assert not items[0] & items[1]

@@ -17,6 +17,7 @@ from speechbrain.utils.checkpoints import Checkpointer
 from speechbrain.utils.optimizers import rm_vector_weight_decay
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_flatten
 
 from sb_memeff.lobes.models.RevResNet import RevResNet
 from sb_memeff.optim import (
@@ -39,7 +40,7 @@ SETTINGS = {
     "nesterov": (SGD8bit, {"lr": 0.03, "momentum": 0.9, "nesterov": True}),
     "sgd_decay": (SGD8bit, {"lr": 0.03, "momentum": 0.9, "weight_decay": 0.1}),
     "dampening": (SGD8bit, {"lr": 0.1, "momentum": 0.9, "dampening": 0.7}),
-    "sgd_maximize": (SGD8bit, {"lr": -0.0, "momentum": 0.9, "maximize": True}),
+    "sgd_maximize": (SGD8bit, {"lr": 0.03, "momentum": 0.9, "maximize": True}),
     "adam": (Adam8bit, {"lr": 0.003}),
     "adam_decay": (Adam8bit, {"lr": 0.003, "weight_decay": 0.1}),
     "adam_maximize": (Adam8bit, {"lr": 0.003, "maximize": True}),
@@ -81,11 +82,13 @@ def loss(net, step=0):
 
 
 def train(net, optimizer, steps, first=0):
+    # What is maximized is the negative loss, so that all go downhill.
+    sign = -1 if optimizer.defaults.get("maximize") else 1
     losses = []
     for step in range(first, first + steps):
         optimizer.zero_grad()
         value = loss(net, step)
-        value.backward()
+        (sign * value).backward()
         optimizer.step()
         losses.append(value.item())
     return losses
@@ -120,11 +123,9 @@ def test_trajectory_of_a_network(kind, options):
     optimizer = kind(net.parameters(), **options)
     twin = TWINS[kind](other.parameters(), **options)
     ours, theirs = train(net, optimizer, 40), train(other, twin, 40)
-    if options["lr"]:
-        assert distance(net, other, start) < 0.06
-        assert ours[-1] == pytest.approx(theirs[-1], rel=0.05, abs=2e-3)
-    else:
-        assert ours == theirs
+    assert theirs[-1] < 0.5 * theirs[0]
+    assert distance(net, other, start) < 0.06
+    assert ours[-1] == pytest.approx(theirs[-1], rel=0.05, abs=2e-3)
     assert state_bytes(optimizer) < 0.3 * state_bytes(twin)
     assert optimizer.state_bytes() == state_bytes(optimizer)
 
@@ -311,19 +312,328 @@ def test_settings_of_the_checkpoint_win_and_are_named(caplog):
     assert record.levelno == logging.INFO
 
 
+def assert_same_saved(saved, other):
+    """Two state_dicts hold the same, bit for bit."""
+    (a, form), (b, other_form) = tree_flatten(saved), tree_flatten(other)
+    assert form == other_form
+    for x, y in zip(a, b, strict=True):
+        assert torch.equal(x, y) if torch.is_tensor(x) else x == y
+
+
+def refused(optimizer, saved, message):
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(saved)
+    assert_same_saved(optimizer.state_dict(), before)
+
+
 def test_checkpoint_of_another_optimizer():
-    net, optimizer = trained(Adam8bit)
+    _, optimizer = trained(Adam8bit)
     _, other = trained(SGD8bit)
-    before = copy.deepcopy(other.state_dict())
-    with pytest.raises(ValueError, match="exp_avg.*SGD8bit needs"):
-        other.load_state_dict(optimizer.state_dict())
-    with pytest.raises(ValueError, match="momentum_buffer.*Adam8bit needs"):
-        optimizer.load_state_dict(before)
-    after = other.state_dict()
-    assert after["param_groups"] == before["param_groups"]
-    for key, state in after["state"].items():
-        for name, value in state.items():
-            assert torch.equal(value, before["state"][key][name])
+    refused(
+        other,
+        optimizer.state_dict(),
+        r"lacks the settings \['dampening', 'momentum', 'nesterov'\].*SGD8bit",
+    )
+    refused(
+        optimizer,
+        other.state_dict(),
+        r"lacks the settings \['amsgrad', 'betas', 'eps'\].*than Adam8bit",
+    )
+
+
+@pytest.mark.parametrize("stepped", [True, False])
+@pytest.mark.parametrize(
+    "other",
+    [
+        torch.optim.RMSprop,
+        torch.optim.Adagrad,
+        torch.optim.RAdam,
+        torch.optim.NAdam,
+        torch.optim.Adamax,
+        torch.optim.Muon,
+        bitsandbytes.optim.Lion8bit,
+        bitsandbytes.optim.RMSprop8bit,
+        bitsandbytes.optim.Adagrad8bit,
+        bitsandbytes.optim.LAMB8bit,
+        bitsandbytes.optim.LARS8bit,
+        bitsandbytes.optim.AdEMAMix8bit,
+        bitsandbytes.optim.Adam8bit,
+        bitsandbytes.optim.SGD8bit,
+        bitsandbytes.optim.Lion,
+    ],
+)
+def test_other_kinds_are_refused(other, stepped):
+    """With and without states, unless nothing tells them apart."""
+    bnb = bitsandbytes.optim
+    weight = nn.Parameter(torch.randn(80, 80))
+    weight.grad = torch.randn(80, 80)
+    options = {}
+    if other in (bnb.SGD8bit, bnb.LARS8bit):
+        options["momentum"] = 0.9
+    theirs = other([weight], lr=0.1, **options)
+    if stepped:
+        theirs.step()
+    saved = through_a_file(theirs.state_dict())
+    same = {SGD8bit: {bnb.SGD8bit}, Adam8bit: {bnb.Adam8bit}}
+    if not stepped:
+        # Before the first step these have the same settings.
+        same[SGD8bit].add(bnb.LARS8bit)
+        same[Adam8bit].add(bnb.LAMB8bit)
+        same[Adam8bit] |= {bnb.SGD8bit, bnb.LARS8bit, bnb.Lion8bit, bnb.Lion}
+        same[Adam8bit] |= {bnb.RMSprop8bit, bnb.Adagrad8bit}
+    for ours in (SGD8bit, Adam8bit):
+        optimizer = ours([weight], **CLASSES[ours])
+        optimizer.step()
+        if other in same[ours]:
+            optimizer.load_state_dict(saved)
+        else:
+            refused(optimizer, saved, "another kind of optimizer")
+
+
+def test_states_of_another_kind_with_the_same_settings():
+    """Lamb classes of other libraries have bitsandbytes' settings."""
+    _, optimizer = trained(Adam8bit)
+    saved = through_a_file(optimizer.state_dict())
+    for state in saved["state"].values():
+        state["sum"] = state["exp_avg_sq"]
+    refused(optimizer, saved, "holds the states.*'sum'.*of parameter 0")
+    saved = through_a_file(optimizer.state_dict())
+    for state in saved["state"].values():
+        del state["exp_avg_sq"]
+    refused(optimizer, saved, "holds the states.*of parameter 0, not")
+    saved = through_a_file(optimizer.state_dict())
+    for name in ("amsgrad", "foreach"):
+        del saved["param_groups"][0][name]
+    refused(optimizer, saved, "lacks the settings.*amsgrad")
+
+
+def test_momentum_of_bitsandbytes_checkpoint_wins():
+    net, theirs = trained(bitsandbytes.optim.SGD8bit, lr=0.01, momentum=0.8)
+    ours = SGD8bit(net.parameters(), lr=0.1, momentum=0.9, nesterov=True)
+    ours.load_state_dict(theirs.state_dict())
+    (group,) = ours.param_groups
+    assert group["momentum"] == 0.8 and group["lr"] == 0.01
+    assert group["nesterov"] and "betas" not in group
+
+
+OWN = {
+    "momentum_0": (SGD8bit, {"momentum": 0.0, "nesterov": False}),
+    "other_momentum": (SGD8bit, {"momentum": 0.5}),
+    "amsgrad_off": (Adam8bit, {"amsgrad": False}),
+    "adamw_amsgrad_off": (AdamW8bit, {"amsgrad": False}),
+}
+
+
+@pytest.mark.parametrize("kind, changed", OWN.values(), ids=OWN)
+def test_what_torch_loads_from_itself(kind, changed):
+    """Settings that were changed in training, there and back."""
+    extra = {} if kind is SGD8bit else {"amsgrad": True}
+    networks, optimizers = [], []
+    for some in (kind, TWINS[kind]):
+        net, optimizer = trained(some, **{**CLASSES[kind], **extra})
+        usual = {k: optimizer.param_groups[0][k] for k in changed}
+        optimizer.param_groups[0].update(changed)
+        other = copy.deepcopy(net)
+        resumed = some(other.parameters(), **{**CLASSES[kind], **extra})
+        resumed.load_state_dict(through_a_file(optimizer.state_dict()))
+        assert {k: resumed.param_groups[0][k] for k in changed} == changed
+        for n, o in ((net, optimizer), (other, resumed)):
+            train(n, o, 3, first=5)
+            o.param_groups[0].update(usual)
+            train(n, o, 3, first=8)
+        for p, q in zip(net.parameters(), other.parameters()):
+            assert torch.equal(p, q)
+        networks.append(net)
+        optimizers.append(optimizer)
+    assert distance(*networks, network()) < 0.03
+
+
+def test_states_that_are_not_used_do_not_wear_off():
+    """Packing what was unpacked makes a negative extreme smaller."""
+    net, optimizer = trained(SGD8bit, nesterov=False)
+    before = optimizer.state_dict()["state"]
+    optimizer.param_groups[0]["momentum"] = 0.0
+    train(net, optimizer, 20)
+    assert_same_saved(optimizer.state_dict()["state"], before)
+    net, optimizer = trained(Adam8bit, amsgrad=True)
+    before = optimizer.state_dict()["state"]
+    optimizer.param_groups[0]["amsgrad"] = False
+    train(net, optimizer, 20)
+    after = optimizer.state_dict()["state"]
+    for a, b in zip(before.values(), after.values()):
+        assert torch.equal(a["max_exp_avg_sq"], b["max_exp_avg_sq"])
+        assert not torch.equal(a["exp_avg_sq"], b["exp_avg_sq"])
+
+
+def test_amsgrad_switched_on():
+    """torch's class fails in step(); the maxima begin with 0 here."""
+    net, optimizer = trained(Adam8bit)
+    optimizer.param_groups[0]["amsgrad"] = True
+    resumed = Adam8bit(net.parameters())
+    resumed.load_state_dict(through_a_file(optimizer.state_dict()))
+    train(net, resumed, 1)
+    state = resumed.state_dict()["state"][0]
+    assert torch.equal(state["exp_avg_sq"], state["max_exp_avg_sq"])
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_momentum_that_is_none(momentum):
+    """Older versions of torch save it."""
+    net, optimizer = trained(torch.optim.SGD, momentum=0)
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["momentum"] = momentum
+    saved["state"] = {
+        n: {"momentum_buffer": None} for n in range(len([*net.parameters()]))
+    }
+    found = []
+    for kind in SGDS:
+        other = copy.deepcopy(net)
+        resumed = kind(other.parameters(), lr=0.01, momentum=0.5)
+        resumed.load_state_dict(copy.deepcopy(saved))
+        train(other, resumed, 1)
+        resumed.state_dict()
+        found.append(other)
+    for p, q in zip(*(n.parameters() for n in found)):
+        assert torch.equal(p, q)
+
+
+@every_class
+def test_training_does_not_change_what_was_saved_or_loaded(kind):
+    net, optimizer = trained(kind, lr=torch.tensor(0.01))
+    saved = optimizer.state_dict()
+    before = copy.deepcopy(saved)
+    other = copy.deepcopy(net)
+    resumed = kind(other.parameters(), **CLASSES[kind])
+    resumed.load_state_dict(saved)
+    for n, o in ((net, optimizer), (other, resumed)):
+        train(n, o, 3)
+        o.param_groups[0]["lr"].fill_(0.5)
+        train(n, o, 3)
+    assert_same_saved(saved, before)
+    # Nor does the user change an optimizer with what it has loaded.
+    resumed.load_state_dict(saved)
+    before = copy.deepcopy(resumed.state_dict())
+    for leaf in tree_flatten(saved)[0]:
+        if torch.is_tensor(leaf):
+            leaf.zero_()
+    assert_same_saved(resumed.state_dict(), before)
+
+
+def types_of(states):
+    """Kinds of the states that torch's class has too."""
+    return {
+        (number, name): (type(value), getattr(value, "dtype", None))
+        for number, state in states.items()
+        for name, value in state.items()
+        if not name.endswith("_absmax")
+    }
+
+
+def observed(kind, options, prepend):
+    """Arguments of all hooks in saving and loading."""
+    net, optimizer = trained(kind, **options)
+    resumed = kind(net.parameters(), **options)
+    seen = []
+
+    def see(what, o, states):
+        seen.append((what, o is optimizer, len(o.state), types_of(states)))
+
+    def saved(o, state_dict):
+        see("saved", o, state_dict["state"])
+        return {**state_dict, "note": 1}
+
+    def load(o, state_dict):
+        see("load", o, state_dict["state"])
+        seen.append(state_dict.pop("note"))
+        groups = [{**group} for group in state_dict["param_groups"]]
+        return {**state_dict, "param_groups": groups}
+
+    def loaded(o):
+        see("loaded", o, {})
+        assert all(o.state[p] for p in o.param_groups[0]["params"])
+
+    handles = [
+        register(hook, prepend=prepend)
+        for register, hook in (
+            (
+                optimizer.register_state_dict_pre_hook,
+                lambda o: see("save", o, {}),
+            ),
+            (optimizer.register_state_dict_post_hook, saved),
+            (resumed.register_load_state_dict_pre_hook, load),
+            (resumed.register_load_state_dict_post_hook, loaded),
+        )
+    ]
+    state_dict = optimizer.state_dict()
+    resumed.load_state_dict(state_dict)
+    # The user's is not touched.
+    assert state_dict["note"] == 1
+    assert len(seen) == 5
+    for handle in handles:
+        handle.remove()
+    resumed.load_state_dict(optimizer.state_dict())
+    assert len(seen) == 5
+    for o in (optimizer, resumed):
+        for what in ("state_dict", "load_state_dict"):
+            assert not getattr(o, f"_optimizer_{what}_pre_hooks")
+            assert not getattr(o, f"_optimizer_{what}_post_hooks")
+    return seen
+
+
+@pytest.mark.parametrize("prepend", [False, True])
+@every_class
+def test_hooks_see_what_torch_shows(kind, prepend):
+    options = CLASSES[kind]
+    expected = observed(TWINS[kind], options, prepend)
+    assert observed(kind, options, prepend) == expected
+
+
+@every_class
+def test_step_hooks(kind):
+    """They may change the arguments and see the updated parameters."""
+    net, optimizer = trained(kind)
+    closures, seen = [lambda: 1.0, lambda: 2.0], []
+    optimizer.register_step_pre_hook(lambda o, *_: ((o, closures[1]), {}))
+    optimizer.register_step_post_hook(
+        lambda o, args, kwargs: seen.append((o, args[1], net[0].weight.clone()))
+    )
+    before = net[0].weight.clone()
+    assert optimizer.step(closures[0]) == 2.0
+    ((o, closure, weight),) = seen
+    assert o is optimizer and closure is closures[1]
+    assert torch.equal(weight, net[0].weight)
+    assert not torch.equal(weight, before)
+
+
+def test_hooks_may_change_what_is_loaded():
+    net, optimizer = trained(SGD8bit)
+    resumed = SGD8bit(net.parameters(), lr=0.5, momentum=0.9)
+
+    def double(_, saved):
+        saved["state"] = {
+            n: {"momentum_buffer": 2 * s["momentum_buffer"]}
+            for n, s in saved["state"].items()
+        }
+
+    resumed.register_load_state_dict_pre_hook(double)
+    resumed.load_state_dict(optimizer.state_dict())
+    for a, b in zip(
+        optimizer.state_dict()["state"].values(),
+        resumed.state_dict()["state"].values(),
+    ):
+        expected = 2 * a["momentum_buffer"]
+        error = (b["momentum_buffer"] - expected).abs().max()
+        assert error <= 0.008 * expected.abs().max()
+    # A hook that raises leaves everything as it was.
+    before = copy.deepcopy(resumed.state_dict())
+    resumed.register_load_state_dict_pre_hook(lambda *_: 1 / 0)
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            resumed.load_state_dict(optimizer.state_dict())
+    assert_same_saved(resumed.state_dict(), before)
+    assert len(resumed._optimizer_load_state_dict_pre_hooks) == 2
+    assert not resumed._optimizer_load_state_dict_post_hooks
 
 
 def test_checkpoint_of_another_network():
@@ -470,6 +780,118 @@ def test_layout_does_not_change_the_update(fused):
     # Checkpoints too: one goes on where the other was.
     optimizers[1].load_state_dict(optimizers[0].state_dict())
     assert optimizers[1].state_bytes() == optimizers[0].state_bytes()
+
+
+LAYOUTS = {
+    "contiguous": lambda: torch.randn(80, 64),
+    "transposed": lambda: torch.randn(64, 80).t(),
+    "permuted": lambda: torch.randn(20, 16, 20).permute(2, 0, 1),
+    "channels_last": lambda: torch.randn(32, 16, 3, 3).to(
+        memory_format=torch.channels_last
+    ),
+    "slice": lambda: torch.randn(64, 100)[:, 10:90],
+    "slice_of_rows": lambda: torch.randn(100, 64)[10:90],
+    "step_2": lambda: torch.randn(64, 160)[:, ::2],
+    "small_step_2": lambda: torch.randn(8, 16)[:, ::2],
+    "vector_step_3": lambda: torch.randn(15000)[::3],
+}
+GRADIENTS = {
+    "contiguous": lambda p: torch.randn(p.shape),
+    "of_the_parameter": lambda p: torch.empty_strided(
+        p.shape, p.stride()
+    ).normal_(),
+    "reversed": lambda p: torch.randn(p.shape[::-1]).permute(
+        *reversed(range(p.dim()))
+    ),
+    "step_2": lambda p: torch.randn(*p.shape, 2)[..., 0],
+    "expanded": lambda p: torch.randn(p.shape[-1]).expand(p.shape),
+    "one_number": lambda p: torch.randn(()).expand(p.shape),
+}
+
+
+@pytest.mark.parametrize("fused", [None, True])
+@pytest.mark.parametrize("gradient", GRADIENTS.values(), ids=GRADIENTS)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@every_class
+def test_any_strides(kind, layout, gradient, fused):
+    """The first step is torch's, the next ones those of contiguous tensors.
+
+    Nothing outside of a slice changes.
+    """
+    torch.manual_seed(0)
+    odd = nn.Parameter(layout())
+    plain, exact = (
+        nn.Parameter(odd.detach().clone(memory_format=torch.contiguous_format))
+        for _ in range(2)
+    )
+    exact.data = exact.data.double()
+    memory = odd.detach().as_strided(
+        (odd.untyped_storage().nbytes() // 4,), (1,), 0
+    )
+    outside = torch.ones(len(memory), dtype=torch.bool)
+    outside.as_strided(odd.shape, odd.stride(), odd.storage_offset()).fill_(0)
+    before = memory[outside].clone()
+    strides = odd.stride()
+    options = {**CLASSES[kind], "fused": fused}
+    ours = [kind([odd], **options), kind([plain], **options)]
+    twin = TWINS[kind]([exact], **CLASSES[kind])
+    for step in range(3):
+        odd.grad = gradient(odd)
+        plain.grad = odd.grad.clone(memory_format=torch.contiguous_format)
+        for optimizer in ours:
+            optimizer.step()
+        assert torch.equal(odd, plain)
+        if step == 0:
+            exact.grad = plain.grad.double()
+            twin.step()
+            torch.testing.assert_close(
+                odd.double(), exact, rtol=1e-5, atol=1e-6
+            )
+    assert torch.equal(memory[outside], before)
+    assert odd.stride() == strides
+    # A checkpoint goes from one layout to the other.
+    saved = [o.state_dict()["state"] for o in ours]
+    assert_same_saved(*saved)
+    ours[0].load_state_dict(ours[1].state_dict())
+    odd.grad, plain.grad = gradient(odd), None
+    plain.grad = odd.grad.contiguous()
+    for optimizer in ours:
+        optimizer.step()
+    assert torch.equal(odd, plain)
+
+
+@pytest.mark.parametrize("channels", [4, 64])
+@pytest.mark.parametrize("fused", [None, True])
+@every_class
+def test_layout_that_changes_between_two_steps(kind, fused, channels):
+    """module.to(memory_format=...) replaces the memory of a parameter."""
+    torch.manual_seed(0)
+    odd = nn.Parameter(torch.randn(channels, 8, 3, 3))
+    plain = nn.Parameter(odd.detach().clone())
+    ours = [kind([p], **CLASSES[kind], fused=fused) for p in (odd, plain)]
+    for _ in range(3):
+        odd.grad = torch.randn_like(odd)
+        plain.grad = odd.grad.contiguous()
+        for optimizer in ours:
+            optimizer.step()
+        assert torch.equal(odd, plain)
+        odd.data = odd.data.to(memory_format=torch.channels_last)
+
+
+def test_expanded_parameter():
+    weight = nn.Parameter(torch.zeros(80, 1).expand(80, 80))
+    with pytest.raises(ValueError, match=r"\(80, 80\).*\(1, 0\).*clone"):
+        SGD8bit([weight], lr=0.1)
+    SGD8bit([nn.Parameter(torch.zeros(1).expand(1, 1))], lr=0.1)
+
+
+def test_parameter_without_values():
+    weight = nn.Parameter(torch.zeros(0, 4))
+    weight.grad = torch.zeros(0, 4)
+    optimizer = Adam8bit([weight], min_8bit_size=0)
+    for _ in range(2):
+        optimizer.step()
+    Adam8bit([weight], min_8bit_size=0).load_state_dict(optimizer.state_dict())
 
 
 def test_small_tensors_and_embeddings_keep_32_bits():
