@@ -74,7 +74,10 @@ def attentive_statistics_pooling(
         if lengths is None:
             lengths = torch.ones(x.shape[0], device=x.device)
         mask = length_to_mask(lengths * frames, max_len=frames, device=x.device)
-        mask = mask.unsqueeze(1)
+        # In half precision 1 / frames is off by a thousandth.
+        mask = mask.unsqueeze(1).to(
+            torch.promote_types(mask.dtype, torch.float32)
+        )
     known = {"mask": mask, "eps": pooling.eps}
 
     tdnn = pooling.tdnn
