@@ -33,7 +33,9 @@ __all__ = ["attentive_statistics_pooling"]
 WIDTH = 128
 
 
-def attentive_statistics_pooling(pooling, x, lengths=None, save_memory=True):
+def attentive_statistics_pooling(
+    pooling, x, lengths=None, save_memory=True, padding=None
+):
     """What SpeechBrain's AttentiveStatisticsPooling computes, in less memory.
 
     Arguments
@@ -47,6 +49,9 @@ def attentive_statistics_pooling(pooling, x, lengths=None, save_memory=True):
         in the statistics.
     save_memory : bool
         False stores what backward needs instead of computing it again.
+    padding : torch.Tensor, optional
+        Instead of lengths: padded frames [N, 1, T]. SpeechBrain's mask may
+        count one more frame, where the product of length and T is rounded up.
 
     Returns
     -------
@@ -63,10 +68,17 @@ def attentive_statistics_pooling(pooling, x, lengths=None, save_memory=True):
     torch.Size([8, 128, 1])
     """
     frames = x.shape[-1]
-    if lengths is None:
-        lengths = torch.ones(x.shape[0], device=x.device)
-    mask = length_to_mask(lengths * frames, max_len=frames, device=x.device)
-    known = {"mask": mask.unsqueeze(1), "eps": pooling.eps}
+    if padding is not None:
+        mask = (~padding).float()
+    else:
+        if lengths is None:
+            lengths = torch.ones(x.shape[0], device=x.device)
+        mask = length_to_mask(lengths * frames, max_len=frames, device=x.device)
+        # In half precision 1 / frames is off by a thousandth.
+        mask = mask.unsqueeze(1).to(
+            torch.promote_types(mask.dtype, torch.float32)
+        )
+    known = {"mask": mask, "eps": pooling.eps}
 
     tdnn = pooling.tdnn
     conv = tdnn.conv.conv

@@ -5,33 +5,122 @@ Authors
 """
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["check_lengths", "padding_masks"]
+from sb_memeff.nnet.mismatch import next_forward, report_mismatches
+
+__all__ = ["check_lengths", "mask", "padding_masks"]
 
 
-def check_lengths(lengths, x):
-    """There must be one length for each utterance.
+def mask(x: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
+    """Sets padded frames to zero, in place: backward needs no copy of x.
+
+    Arguments
+    ---------
+    x : torch.Tensor
+        A tensor that nobody else needs.
+    padding : torch.Tensor, optional
+        True where padded; broadcasts to x.
+
+    Returns
+    -------
+    torch.Tensor
+        x.
+
+    Example
+    -------
+    >>> mask(torch.ones(1, 3), torch.tensor([[False, False, True]]))
+    tensor([[1., 1., 0.]])
+    """
+    return x if padding is None else x.masked_fill_(padding, 0.0)
+
+
+def check_lengths(lengths: torch.Tensor | None, x: torch.Tensor) -> None:
+    """There must be one relative length for each utterance.
+
+    On the CPU the values are checked at once. On an accelerator the check
+    runs on the device, and the host reads it when that costs no wait (see
+    ``sb_memeff.nnet.mismatch``).
 
     Arguments
     ---------
     lengths : torch.Tensor
-        Relative lengths [N], or None.
+        Relative lengths [N] in (0, 1], or None.
     x : torch.Tensor
-        Features [N, ...].
+        Features [N, T, ...].
 
     Raises
     ------
+    TypeError
+        If they are not a tensor, or one of a dtype that cannot tell the
+        frames apart.
     ValueError
-        If there are others.
+        If they are not as many as the utterances, or not relative.
+
+    Example
+    -------
+    >>> check_lengths(torch.tensor([1.0, 0.5]), torch.rand(2, 50, 80))
     """
-    if lengths is not None and lengths.shape != x.shape[:1]:
+    if lengths is None:
+        return
+    if not isinstance(lengths, torch.Tensor):
+        raise TypeError(
+            f"lengths must be a tensor of relative lengths, got "
+            f"{type(lengths).__name__}; use torch.tensor(lengths)."
+        )
+    if lengths.shape != x.shape[:1]:
         raise ValueError(
             f"lengths must hold one relative length for each of the "
             f"{x.shape[0]} utterances, got shape {tuple(lengths.shape)}."
         )
+    if _symbolic(lengths):
+        return
+    size = x.shape[1]
+    # Below 1 neighbours are eps / 2 apart; rounding moves a length by half of
+    # that, which must be less than half a frame.
+    if (
+        lengths.is_floating_point()
+        and size * torch.finfo(lengths.dtype).eps >= 2
+    ):
+        raise TypeError(
+            f"lengths of {lengths.dtype} cannot tell {size} frames apart; "
+            f"keep lengths in torch.float32."
+        )
+    # Not "outside": NaN is outside of any range. A sum of frames that was
+    # divided in float32 may be a little more than 1.
+    inside = (lengths > 0) & (lengths <= 1 + 0.5 / max(size, 1))
+    if inside.device.type == "cpu" or not lengths.is_floating_point():
+        if not inside.all():
+            wrong = lengths[~inside][0].item()
+            raise ValueError(_not_relative(f"got {wrong}"))
+        return
+    next_forward()
+    report_mismatches(
+        ~inside, lambda row: _not_relative(f"that of utterance {row} was not")
+    )
 
 
-def padding_masks(lengths, x, strides):
+def _not_relative(finding):
+    return (
+        f"lengths must be relative, in (0, 1]; {finding}. Divide the number "
+        f"of frames of each utterance by that of the batch."
+    )
+
+
+def _symbolic(tensor):
+    """Whether the values are not there to be looked at."""
+    return (
+        isinstance(tensor, FakeTensor)
+        or tensor.device.type == "meta"
+        or torch.jit.is_tracing()
+        or torch.compiler.is_compiling()
+        or torch.compiler.is_exporting()
+    )
+
+
+def padding_masks(
+    lengths: torch.Tensor | None, x: torch.Tensor, strides: list[int]
+) -> list[torch.Tensor] | None:
     """Masks of the padded frames of [N, C, T, F] maps, one for each stage.
 
     A strided convolution with padding, and space-to-depth with zeros at the
@@ -56,8 +145,10 @@ def padding_masks(lengths, x, strides):
 
     Raises
     ------
+    TypeError
+        See ``check_lengths``.
     ValueError
-        If there is not one length for each utterance.
+        See ``check_lengths``.
 
     Example
     -------
@@ -72,6 +163,8 @@ def padding_masks(lengths, x, strides):
         return None
     check_lengths(lengths, x)
     size = x.shape[1]
+    # A product in half precision would be off by frames.
+    lengths = lengths.to(torch.promote_types(lengths.dtype, torch.float32))
     frames = (lengths * size).round().long().clamp(min=1)
     masks = []
     for stride in strides:

@@ -7,13 +7,15 @@ Authors
 import torch
 from torch import nn
 
+from sb_memeff.nnet.padding import mask
+
 __all__ = ["TemporalStatisticsPooling"]
 
 
 class TemporalStatisticsPooling(nn.Module):
     """Mean and standard deviation over time of every channel and band.
 
-    WeSpeaker calls it TSTP. Padded frames do not count.
+    WeSpeaker calls it TSTP. Padded frames do not count, whatever they hold.
 
     Arguments
     ---------
@@ -51,10 +53,10 @@ class TemporalStatisticsPooling(nn.Module):
         if padding is None:
             var, mean = torch.var_mean(x, dim=2, correction=0)
         else:
-            kept = ~padding
-            count = kept.sum(dim=2)
-            mean = (x * kept).sum(dim=2) / count
-            centred = (x - mean.unsqueeze(2)) * kept
+            # Filled, not multiplied: 0 * NaN is NaN.
+            count = (~padding).sum(dim=2)
+            mean = x.masked_fill(padding, 0.0).sum(dim=2) / count
+            centred = mask(x - mean.unsqueeze(2), padding)
             var = centred.square().sum(dim=2) / count
         std = (var + self.eps).sqrt()
         return torch.cat((mean.flatten(1), std.flatten(1)), dim=1)

@@ -11,7 +11,6 @@ Authors
 """
 
 import csv
-import doctest
 import itertools
 import json
 import re
@@ -28,7 +27,6 @@ import speechbrain as sb
 import torch
 import yaml
 from hyperpyyaml import load_hyperpyyaml
-from speechbrain.utils.metric_stats import EER, minDCF
 
 from tests.integration.runs import (
     Recipe,
@@ -440,63 +438,6 @@ def test_verification_errors(place, change, error, sentence):
     verification.check_params(params)
     with pytest.raises(error, match=sentence):
         verification.check_params({**params, **change})
-
-
-def test_weights_of_another_network(tmp_path):
-    path = tmp_path / "embedding_model.ckpt"
-    torch.save(torch.nn.Linear(2, 3).state_dict(), path)
-    assert verification.find_weights(tmp_path) == path
-    verification.load_weights(torch.nn.Linear(2, 3), path)
-    with pytest.raises(ValueError, match="does not fit the network"):
-        verification.load_weights(torch.nn.Linear(2, 4), path)
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_error_rates_are_speechbrain_s(seed):
-    torch.manual_seed(seed)
-    positive, negative = torch.randn(60) + 1, torch.randn(300)
-    if seed % 2:  # ties
-        positive, negative = (
-            positive.round(decimals=1),
-            negative.round(decimals=1),
-        )
-    eer, min_dcf = verification.error_rates(positive, negative)
-    assert eer == pytest.approx(EER(positive, negative)[0], abs=1e-6)
-    assert min_dcf == pytest.approx(minDCF(positive, negative)[0], abs=1e-7)
-
-
-def test_score_norm_is_that_of_a_loop():
-    torch.manual_seed(0)
-    normalize = torch.nn.functional.normalize
-    embeddings = normalize(torch.randn(6, 8), dim=1)
-    cohort = normalize(torch.randn(20, 8), dim=1)
-    enrol, test = torch.tensor([0, 1, 2]), torch.tensor([3, 4, 5])
-    statistics = verification.cohort_statistics(embeddings, cohort, 7)
-    cosine = torch.nn.CosineSimilarity(dim=-1)
-    for norm in (None, *verification.SCORE_NORMS):
-        scores = verification.score_trials(
-            embeddings, enrol, test, norm, statistics
-        )
-        for n in range(3):
-            a, b = embeddings[enrol[n]], embeddings[test[n]]
-            score = cosine(a, b)
-            parts = {}
-            for key, x in (("z", a), ("t", b)):
-                best = cosine(x[None], cohort).sort().values[-7:]
-                parts[key] = (score - best.mean()) / best.std()
-            expected = {
-                None: score,
-                "z-norm": parts["z"],
-                "t-norm": parts["t"],
-                "s-norm": (parts["z"] + parts["t"]) / 2,
-            }[norm]
-            assert scores[n] == pytest.approx(expected.item(), rel=1e-4)
-
-
-def test_examples():
-    """The recipe's files lie outside what pytest collects doctests from."""
-    result = doctest.testmod(verification, optionflags=doctest.ELLIPSIS)
-    assert result.attempted and not result.failed
 
 
 if __name__ == "__main__":

@@ -240,6 +240,8 @@ def error_rates(positive, negative):
 
     Those two compare every score with every threshold: the 580 818 trials of
     VoxCeleb1-E would take days and hundreds of GB. Sorting gives the same.
+    Where miss and false alarm differ as little at two thresholds, the lower
+    one counts; in SpeechBrain the rounding of float32 decides.
 
     Arguments
     ---------
@@ -253,20 +255,42 @@ def error_rates(positive, negative):
     tuple of float
         EER and minDCF (c_miss=1, c_fa=1, p_target=0.01).
 
+    Raises
+    ------
+    ValueError
+        If there are no trials of one kind, or scores that are not finite.
+
     Example
     -------
     >>> error_rates(torch.tensor([0.6, 0.7, 0.1]), torch.tensor([0.2, 0.3]))
     (0.4166..., 0.0033...)
     """
+    if not len(positive) or not len(negative):
+        raise ValueError(
+            f"EER needs trials of both kinds, got {len(positive)} trials with "
+            f"one speaker and {len(negative)} with two."
+        )
+    scores = torch.cat([positive, negative])
+    broken = int((~scores.isfinite()).sum())
+    if broken:
+        raise ValueError(
+            f"{broken} of {len(scores)} scores are not finite: the embeddings "
+            f"or the statistics of the cohort hold NaN. Did the training "
+            f"diverge, or is cohort_size 1?"
+        )
     positive, negative = positive.sort().values, negative.sort().values
-    levels = torch.cat([positive, negative]).unique()
+    levels = scores.unique()
     thresholds = torch.cat([levels, (levels[:-1] + levels[1:]) / 2])
     thresholds = thresholds.sort().values
     missed = torch.searchsorted(positive, thresholds, right=True)
-    rejected = torch.searchsorted(negative, thresholds, right=True)
+    accepted = len(negative) - torch.searchsorted(
+        negative, thresholds, right=True
+    )
+    # Whole numbers: rounding must not decide between two thresholds.
+    gap = (accepted * len(positive) - missed * len(negative)).abs()
+    best = (gap == gap.min()).nonzero()[0]
     miss = missed.double() / len(positive)
-    alarm = 1 - rejected.double() / len(negative)
-    best = (alarm - miss).abs().argmin()
+    alarm = accepted.double() / len(negative)
     cost = miss * P_TARGET + alarm * (1 - P_TARGET)
     return float((alarm + miss)[best] / 2), float(cost.min())
 

@@ -16,8 +16,8 @@ from sb_memeff.lobes.models.ResNet import (
     StagedNetwork,
     check_stages,
     conv3x3,
-    mask,
 )
+from sb_memeff.nnet.padding import mask
 
 __all__ = ["DFResNet", "DownSampling", "InvertedBottleneck"]
 

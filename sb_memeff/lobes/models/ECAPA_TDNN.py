@@ -23,8 +23,9 @@ from speechbrain.lobes.models.ECAPA_TDNN import (
 )
 from torch import nn
 
+from sb_memeff.lobes.features import check_features
 from sb_memeff.nnet.attentive_pooling import attentive_statistics_pooling
-from sb_memeff.nnet.padding import check_lengths
+from sb_memeff.nnet.padding import check_lengths, mask
 from sb_memeff.nnet.reversible import ReversibleSequence, Tap
 
 __all__ = ["ECAPA_TDNN"]
@@ -36,6 +37,13 @@ class ECAPA_TDNN(SpeechBrainECAPA_TDNN):
     The same function, arguments and state_dict, so that pretrained weights
     load in either. What is kept for backward are the input of each block and
     two tensors of the aggregation; all else is computed twice.
+
+    Padding matters here as it does in SpeechBrain's network, for whose
+    function the weights were trained: the convolutions read padded frames
+    behind the end of an utterance (alone it would be reflected there), and
+    the masks of its statistics may count one padded frame. So an embedding
+    depends a little on what the utterance is padded to, and NaN in a padded
+    frame makes it NaN. ``RevECAPA_TDNN`` has neither.
 
     Arguments
     ---------
@@ -88,7 +96,7 @@ class ECAPA_TDNN(SpeechBrainECAPA_TDNN):
         return embed(self, trunk, x, lengths)
 
 
-def tdnn(block, x):
+def tdnn(block, x, padding=None):
     """A TDNNBlock, without the copy that SpeechBrain makes to pad by 0.
 
     Arguments
@@ -97,6 +105,8 @@ def tdnn(block, x):
         The block.
     x : torch.Tensor
         [N, C, T].
+    padding : torch.Tensor, optional
+        Frames [N, 1, T] that shall be zero in the result.
 
     Returns
     -------
@@ -104,10 +114,11 @@ def tdnn(block, x):
         [N, C', T].
     """
     conv = block.conv.conv if block.conv.kernel_size == 1 else block.conv
-    return block.dropout(block.norm(block.activation(conv(x))))
+    x = block.dropout(block.norm(block.activation(conv(x))))
+    return mask(x, padding)
 
 
-def res2net(block, x, save_memory=True):
+def res2net(block, x, save_memory=True, padding=None):
     """A Res2NetBlock that holds the intermediates of one chunk at a time.
 
     Arguments
@@ -118,6 +129,8 @@ def res2net(block, x, save_memory=True):
         [N, C, T].
     save_memory : bool
         False stores the intermediates of all chunks.
+    padding : torch.Tensor, optional
+        Frames [N, 1, T] that are zero in x and shall be zero in the result.
 
     Returns
     -------
@@ -129,12 +142,12 @@ def res2net(block, x, save_memory=True):
     for chunk, layer in zip(chunks, block.blocks, strict=True):
         # Stored as a view, the first chunk would keep all of x.
         chunk = chunk.clone() if len(results) == 1 else chunk + results[-1]
-        layer = ReversibleSequence([layer], save_memory=save_memory)
-        results.append(layer(chunk))
+        layer = ReversibleSequence([Layer(layer)], save_memory=save_memory)
+        results.append(layer(chunk, padding))
     return torch.cat(results, dim=1)
 
 
-def se_res2net(block, x, lengths=None, save_memory=True):
+def se_res2net(block, x, lengths=None, save_memory=True, padding=None):
     """TDNN, Res2Net, TDNN, squeeze and excitation: a block less its shortcut.
 
     Arguments
@@ -144,22 +157,53 @@ def se_res2net(block, x, lengths=None, save_memory=True):
     x : torch.Tensor
         [N, C, T].
     lengths : torch.Tensor, optional
-        Relative lengths [N].
+        Relative lengths [N], to squeeze as SpeechBrain does.
     save_memory : bool
         See ``res2net``.
+    padding : torch.Tensor, optional
+        Instead of lengths: frames [N, 1, T] that count nowhere and are zero
+        in the result.
 
     Returns
     -------
     torch.Tensor
         [N, C', T].
     """
-    x = tdnn(block.tdnn1, x)
-    x = res2net(block.res2net_block, x, save_memory)
-    x = tdnn(block.tdnn2, x)
-    return block.se_block(x, lengths)
+    x = tdnn(block.tdnn1, x, padding)
+    x = res2net(block.res2net_block, x, save_memory, padding)
+    x = tdnn(block.tdnn2, x, padding)
+    if padding is None:
+        return block.se_block(x, lengths)
+    return squeeze_excite(block.se_block, x, padding)
 
 
-def embed(net, trunk, x, lengths):
+def squeeze_excite(block, x, padding):
+    """An SEBlock that counts the frames of each utterance exactly.
+
+    Arguments
+    ---------
+    block : speechbrain.lobes.models.ECAPA_TDNN.SEBlock
+        The block.
+    x : torch.Tensor
+        [N, C, T], zero in padded frames.
+    padding : torch.Tensor
+        Padded frames, [N, 1, T].
+
+    Returns
+    -------
+    torch.Tensor
+        [N, C, T], zero in padded frames.
+    """
+    # A sum of hundreds of frames may be too large for float16.
+    total = x.sum(
+        2, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)
+    )
+    mean = (total / (~padding).sum(2, keepdim=True)).to(x.dtype)
+    scale = block.sigmoid(block.conv2(block.relu(block.conv1(mean))))
+    return scale * x
+
+
+def embed(net, trunk, x, lengths, padding=None):
     """From features to embeddings, with the head of an ECAPA-TDNN.
 
     Arguments
@@ -172,7 +216,9 @@ def embed(net, trunk, x, lengths):
     x : torch.Tensor
         Features [N, T, input_size].
     lengths : torch.Tensor, optional
-        Relative lengths [N].
+        Relative lengths [N], to count frames as SpeechBrain does.
+    padding : torch.Tensor, optional
+        Instead of lengths: frames [N, 1, T] that count nowhere.
 
     Returns
     -------
@@ -181,9 +227,13 @@ def embed(net, trunk, x, lengths):
 
     Raises
     ------
+    TypeError
+        If the dtype of x or of lengths does not fit.
     ValueError
-        If there is not one length for each utterance.
+        If the shape of x does not fit, or lengths are not relative.
     """
+    first = trunk.blocks[0].block.conv.conv
+    check_features(x, first.in_channels, first.weight.dtype)
     check_lengths(lengths, x)
     save_memory = trunk.save_memory
     conv = net.mfa.conv.conv
@@ -193,14 +243,35 @@ def embed(net, trunk, x, lengths):
         trunk(
             x,
             lengths=lengths,
+            padding=padding,
             weights=conv.weight.chunk(taps, dim=1),
             bias=conv.bias,
             save_memory=save_memory,
         )[1]
     )
     x = net.mfa.dropout(net.mfa.norm(x))
-    x = attentive_statistics_pooling(net.asp, x, lengths, save_memory)
-    return net.fc(net.asp_bn(x)).transpose(1, 2)
+    x = attentive_statistics_pooling(net.asp, x, lengths, save_memory, padding)
+    # Statistics are float32 at least; a network in half precision is not.
+    x = net.asp_bn(x.to(net.fc.conv.weight.dtype))
+    return net.fc(x).transpose(1, 2)
+
+
+class Layer(nn.Module):
+    """A TDNNBlock that is called with padding, in a chain.
+
+    Arguments
+    ---------
+    block : speechbrain.lobes.models.ECAPA_TDNN.TDNNBlock
+        The block.
+    """
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x, padding=None):
+        """Runs the block, see ``tdnn``."""
+        return tdnn(self.block, x, padding)
 
 
 class Stem(nn.Module):
@@ -219,13 +290,15 @@ class Stem(nn.Module):
         self.block = block
         self.shortcut = shortcut
 
-    def forward(self, x, **_):
+    def forward(self, x, padding=None, **_):
         """Runs the block.
 
         Arguments
         ---------
         x : torch.Tensor
             Features [N, T, F].
+        padding : torch.Tensor, optional
+            Frames [N, 1, T] that count as zero and are zero in the result.
         **_ : dict
             Arguments of the chain for other modules.
 
@@ -234,8 +307,11 @@ class Stem(nn.Module):
         torch.Tensor
             [N, C, T].
         """
-        x = tdnn(self.block, x.transpose(1, 2))
-        return x if self.shortcut is None else self.shortcut(x)
+        x = x.transpose(1, 2)
+        if padding is not None:
+            x = x.masked_fill(padding, 0.0)
+        x = tdnn(self.block, x, padding)
+        return x if self.shortcut is None else mask(self.shortcut(x), padding)
 
 
 class Residual(nn.Module):

@@ -14,8 +14,9 @@ from functools import partial
 
 from torch import nn
 
+from sb_memeff.lobes.features import check_features
 from sb_memeff.lobes.presets import Presets
-from sb_memeff.nnet.padding import padding_masks
+from sb_memeff.nnet.padding import mask, padding_masks
 from sb_memeff.nnet.pooling import TemporalStatisticsPooling
 
 __all__ = ["BasicBlock", "Bottleneck", "Embedding", "ResNet", "StagedNetwork"]
@@ -61,11 +62,6 @@ def stride_pairs(strides):
         tuple(stride) if isinstance(stride, (list, tuple)) else (stride, stride)
         for stride in strides
     ]
-
-
-def mask(x, padding):
-    """Sets padded frames to zero, in place: backward needs no copy of x."""
-    return x if padding is None else x.masked_fill_(padding, 0.0)
 
 
 def make_activation(kind):
@@ -268,7 +264,9 @@ class Embedding(nn.Module):
         torch.Tensor
             Embeddings [N, lin_neurons].
         """
-        return self.norm_embed(self.fc_embed(self.norm_stats(x)))
+        # Statistics are float32 at least; a network in half precision is not.
+        x = self.norm_stats(x.to(self.fc_embed.weight.dtype))
+        return self.norm_embed(self.fc_embed(x))
 
 
 class StagedNetwork(Presets, nn.Module):
@@ -310,6 +308,7 @@ class StagedNetwork(Presets, nn.Module):
     ):
         super().__init__()
         strides = stride_pairs(strides)
+        self.input_size = input_size
         self.strides = strides
         self.conv1 = conv3x3(1, stem_channels)
         self.bn1 = nn.BatchNorm2d(stem_channels)
@@ -345,7 +344,15 @@ class StagedNetwork(Presets, nn.Module):
         -------
         torch.Tensor
             Embeddings [N, lin_neurons].
+
+        Raises
+        ------
+        TypeError
+            If the dtype of x or of lengths does not fit.
+        ValueError
+            If the shape of x does not fit, or lengths are not relative.
         """
+        check_features(x, self.input_size, self.conv1.weight.dtype)
         masks = padding_masks(lengths, x, [1, *(t for t, _ in self.strides)])
         masks = masks or [None] * 5
         x = x.unsqueeze(1)
@@ -396,8 +403,10 @@ class ResNet(StagedNetwork):
     """Residual network with temporal statistics pooling.
 
     Called like ``speechbrain.lobes.models.ResNet.ResNet``. Unlike that class
-    it respects ``lengths``: an utterance gives the same embedding in eval
-    mode whatever it is padded to.
+    it respects ``lengths``: what padded frames hold, NaN included, reaches
+    neither the embeddings nor a gradient, and in eval mode an utterance gives
+    the same embedding whatever it is padded to. In training mode padded
+    frames count as zeros in the statistics of batch norm.
 
     ========= =============== ================== ==========
     preset    block           block_sizes        parameters

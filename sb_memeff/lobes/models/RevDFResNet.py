@@ -30,12 +30,13 @@ from functools import partial
 from torch import nn
 
 from sb_memeff.lobes.models.DFResNet import BLOCK_SIZES, GOLDEN_GEMINI
-from sb_memeff.lobes.models.ResNet import check_stages, conv3x3, mask
+from sb_memeff.lobes.models.ResNet import check_stages, conv3x3
 from sb_memeff.lobes.models.RevResNet import (
     NormActConv,
     ResidualBody,
     ReversibleNetwork,
 )
+from sb_memeff.nnet.padding import mask
 
 __all__ = ["RevDFResNet", "StridedConvolution"]
 

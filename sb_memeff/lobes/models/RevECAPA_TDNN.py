@@ -30,6 +30,7 @@ from sb_memeff.lobes.models.ECAPA_TDNN import (
     embed,
     se_res2net,
 )
+from sb_memeff.nnet.padding import padding_masks
 from sb_memeff.nnet.reversible import (
     AdditiveCoupling,
     ReversibleSequence,
@@ -96,15 +97,16 @@ class SERes2NetBody(nn.Module):
         self.tdnn2 = TDNNBlock(inner_channels, channels, 1, 1, **options)
         self.se_block = SEBlock(channels, se_channels, channels)
 
-    def forward(self, x, lengths=None, save_memory=True, **_):
+    def forward(self, x, padding=None, save_memory=True, **_):
         """Runs the function.
 
         Arguments
         ---------
         x : torch.Tensor
             A stream [N, C, T].
-        lengths : torch.Tensor, optional
-            Relative lengths [N].
+        padding : torch.Tensor, optional
+            Padded frames [N, 1, T]: zero in the result, and of no influence
+            on the others.
         save_memory : bool
             Whether to compute the chunks of Res2Net again in backward.
         **_ : dict
@@ -115,7 +117,7 @@ class SERes2NetBody(nn.Module):
         torch.Tensor
             [N, C, T].
         """
-        return se_res2net(self, x, lengths, save_memory)
+        return se_res2net(self, x, None, save_memory, padding)
 
 
 class RevECAPA_TDNN(nn.Module):
@@ -127,6 +129,12 @@ class RevECAPA_TDNN(nn.Module):
     there is ``sb_memeff.lobes.models.ECAPA_TDNN``, which is also the smaller
     one under bf16 autocast as long as blocks or batches are few: here the
     streams are float32.
+
+    Its convolutions continue an utterance with zeros, where SpeechBrain's
+    reflect it. So ``lengths`` cut all padding off: what padded frames hold,
+    NaN included, reaches neither the embeddings nor a gradient, and in eval
+    mode an utterance gives the same embedding whatever it is padded to. In
+    training mode padded frames count in the statistics of batch norm.
 
     Arguments
     ---------
@@ -206,6 +214,7 @@ class RevECAPA_TDNN(nn.Module):
                     f"{list(channels)}, got {list(values)}."
                 )
         check_aggregation(channels, kernel_sizes[-1], groups[-1])
+        check_kernels(kernel_sizes, dilations)
         width = channels[1]
         if width % 2:
             raise ValueError(
@@ -247,6 +256,9 @@ class RevECAPA_TDNN(nn.Module):
             )
             chain += [AdditiveCoupling(f, g), Tap(Aggregated(i - 1))]
         self.trunk = ReversibleSequence(chain, save_memory=save_memory)
+        for part in self.trunk.modules():
+            if isinstance(part, Conv1d):
+                part.padding_mode = "constant"
         # From here on named and shaped as in SpeechBrain's network.
         self.mfa = TDNNBlock(
             width * (len(channels) - 2),
@@ -292,7 +304,33 @@ class RevECAPA_TDNN(nn.Module):
         torch.Tensor
             Embeddings [N, 1, lin_neurons].
         """
-        return embed(self, self.trunk, x, lengths)
+        masks = padding_masks(lengths, x, [1])
+        padding = None if masks is None else masks[0].squeeze(3)
+        return embed(self, self.trunk, x, None, padding)
+
+
+def check_kernels(kernel_sizes, dilations):
+    """Each convolution must keep the number of frames.
+
+    Arguments
+    ---------
+    kernel_sizes : list of int
+        Kernel of each block.
+    dilations : list of int
+        Dilation of each block.
+
+    Raises
+    ------
+    ValueError
+        If one does not.
+    """
+    for kernel, dilation in zip(kernel_sizes, dilations, strict=True):
+        if (kernel - 1) * dilation % 2:
+            raise ValueError(
+                f"A kernel of {kernel} with a dilation of {dilation} would "
+                f"lose a frame; use odd kernel_sizes, got "
+                f"{list(kernel_sizes)}."
+            )
 
 
 def matching_width(channels, res2net_scale, se_channels, kernel_size, groups):

@@ -23,6 +23,7 @@ from functools import partial
 
 from torch import nn
 
+from sb_memeff.lobes.features import check_features
 from sb_memeff.lobes.models.ResNet import (
     BLOCKS,
     Embedding,
@@ -33,11 +34,10 @@ from sb_memeff.lobes.models.ResNet import (
     conv3x3,
     initialise,
     make_activation,
-    mask,
     stride_pairs,
 )
 from sb_memeff.lobes.presets import Presets
-from sb_memeff.nnet.padding import padding_masks
+from sb_memeff.nnet.padding import mask, padding_masks
 from sb_memeff.nnet.pooling import TemporalStatisticsPooling
 from sb_memeff.nnet.reversible import (
     AdditiveCoupling,
@@ -502,6 +502,7 @@ class ReversibleNetwork(Presets, nn.Module):
         invertible = downsampling == "invertible"
         if invertible:
             check_volume(channels, strides)
+        self.input_size = input_size
         self.strides = strides
         blocks = [Stem(channels[0], strides[0])]
         width = channels[0] // 2
@@ -562,7 +563,16 @@ class ReversibleNetwork(Presets, nn.Module):
         -------
         torch.Tensor
             Embeddings [N, lin_neurons].
+
+        Raises
+        ------
+        TypeError
+            If the dtype of x or of lengths does not fit.
+        ValueError
+            If the shape of x does not fit, or lengths are not relative.
         """
+        stem = self.trunk.blocks[0]
+        check_features(x, self.input_size, stem.conv.weight.dtype)
         masks = padding_masks(lengths, x, [1, *(t for t, _ in self.strides)])
         return self.embedding(self.trunk(x, masks))
 

@@ -11,19 +11,12 @@ from speechbrain.lobes.models.ECAPA_TDNN import (
 )
 
 from sb_memeff.lobes.models.ECAPA_TDNN import ECAPA_TDNN
+from tests.unittests.lobes.networks import ECAPA as SMALL
 
 sys.path.insert(0, str(Path(__file__).parents[4] / "benchmarks"))
 
 import ecapa  # noqa: E402
 
-SMALL = {
-    "input_size": 20,
-    "lin_neurons": 6,
-    "channels": [16, 16, 16, 16, 140],  # two slices in the pooling
-    "attention_channels": 8,
-    "res2net_scale": 4,
-    "se_channels": 8,
-}
 VARIANTS = [
     {},
     {"channels": [24, 16, 16, 16, 140]},  # a shortcut convolution
@@ -80,6 +73,21 @@ def test_is_speechbrains_network(variant, save_memory, with_lengths):
         torch.testing.assert_close(ours.state_dict()[key], value, msg=key)
     ours.eval(), theirs.eval()
     torch.testing.assert_close(ours(x, lengths), theirs(x, lengths))
+
+
+def test_padding_reaches_the_embedding_as_in_speechbrains():
+    """Its weights were trained so; RevECAPA_TDNN cuts padding off."""
+    torch.manual_seed(0)
+    theirs = SpeechBrainECAPA_TDNN(**SMALL).double().eval()
+    ours = ECAPA_TDNN(**SMALL).double().eval()
+    ours.load_state_dict(theirs.state_dict())
+    x, lengths = batch()
+    alone = ours(x[2:3, :20])
+    assert not torch.allclose(ours(x, lengths)[2:3], alone, rtol=1e-3)
+    x[2, 20:] = float("nan")
+    y = ours(x, lengths)
+    assert y[2].isnan().all()
+    torch.testing.assert_close(y, theirs(x, lengths), equal_nan=True)
 
 
 def test_bf16_autocast():

@@ -1,0 +1,52 @@
+"""What a network for features [N, T, F] may be called with.
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+import torch
+
+__all__ = ["check_features"]
+
+
+def check_features(
+    x: torch.Tensor, input_size: int, dtype: torch.dtype
+) -> None:
+    """Features must fit the network, in shape and dtype.
+
+    Arguments
+    ---------
+    x : torch.Tensor
+        Features that a network was called with.
+    input_size : int
+        Features per frame that it was made for.
+    dtype : torch.dtype
+        Of its weights.
+
+    Raises
+    ------
+    ValueError
+        If the shape does not fit.
+    TypeError
+        If the dtype does not fit, and autocast does not see to it.
+
+    Example
+    -------
+    >>> check_features(torch.rand(2, 50, 80), 80, torch.float32)
+    """
+    if x.dim() != 3 or x.shape[2] != input_size:
+        raise ValueError(
+            f"Features must have the shape [N, T, {input_size}], got "
+            f"{tuple(x.shape)}; the last number is the network's input_size."
+        )
+    # Autocast converts neither whole numbers nor float64.
+    casts = (
+        torch.is_autocast_enabled(x.device.type)
+        and x.is_floating_point()
+        and torch.float64 not in (x.dtype, dtype)
+    )
+    if x.dtype != dtype and not casts:
+        raise TypeError(
+            f"Features are {x.dtype} and the network's weights {dtype}; call "
+            f"feats.to({dtype}) or net.to({x.dtype})."
+        )
