@@ -127,7 +127,8 @@ def profile(
             f"nothing."
         )
     length = {} if tokens is None else {"tokens": tokens}
-    given = {}
+    # Objects of the analysis, which are gone after it, and what they say.
+    given, found = {}, {"tokens": None}
 
     def measure(**where):
         def build():
@@ -140,11 +141,15 @@ def profile(
                 step.logits_loss = _speechbrain_loss
             given["batch"] = step.batch(batch, seconds, **length)
             given["step"] = step
+            found["rows"] = batch * step.copies
+            if recipe.family == "transducer":
+                found["tokens"] = given["batch"][3].shape[1]
             return step
 
         def optimizer(parameters):
-            given["optimizer"] = given["step"].optimizer()
-            return given["optimizer"]
+            made = given["step"].optimizer()
+            found["optimizer"] = type(made).__name__
+            return made
 
         return training_step_memory(
             build,
@@ -161,26 +166,21 @@ def profile(
             real = measure(fake=False, device=device)
             measured = real.allocator_bytes or real.peak_bytes
     except Exception as error:
-        if "step" not in given and isinstance(error, ValueError):
+        if "rows" not in found and isinstance(error, ValueError):
             # Of the yaml file or the arguments, and says so.
             raise
         raise ValueError(
             f"{recipe.path}: a batch of {batch} x {seconds:g} s cannot be "
             f"analysed: {_reason(error)}"
         ) from error
-    step = given["step"]
-    if recipe.family == "transducer":
-        tokens = given["batch"][3].shape[1]
     return Profile(
         variant.label,
         batch,
-        batch * step.copies,
-        seconds,
-        tokens,
-        precision,
-        type(given["optimizer"]).__name__,
-        memory,
-        measured,
+        seconds=seconds,
+        precision=precision,
+        memory=memory,
+        measured_bytes=measured,
+        **found,
     )
 
 
