@@ -4,6 +4,7 @@ Authors
  * The sb_memeff authors 2026
 """
 
+import weakref
 from dataclasses import dataclass
 
 import torch
@@ -127,8 +128,9 @@ def profile(
             f"nothing."
         )
     length = {} if tokens is None else {"tokens": tokens}
-    # Objects of the analysis, which are gone after it, and what they say.
-    given, found = {}, {"tokens": None}
+    found = {"tokens": None}
+    # Weak: what a step is made of must not outlive its analysis.
+    made = weakref.WeakValueDictionary()
 
     def measure(**where):
         def build():
@@ -139,21 +141,21 @@ def profile(
                 step.to(where["device"])
             elif recipe.family == "transducer":
                 step.logits_loss = _speechbrain_loss
-            given["batch"] = step.batch(batch, seconds, **length)
-            given["step"] = step
+            made["step"] = step
+            step.inputs = step.batch(batch, seconds, **length)
             found["rows"] = batch * step.copies
             if recipe.family == "transducer":
-                found["tokens"] = given["batch"][3].shape[1]
+                found["tokens"] = step.inputs[3].shape[1]
             return step
 
         def optimizer(parameters):
-            made = given["step"].optimizer()
-            found["optimizer"] = type(made).__name__
-            return made
+            updater = made["step"].optimizer()
+            found["optimizer"] = type(updater).__name__
+            return updater
 
         return training_step_memory(
             build,
-            lambda step: step(*given["batch"]),
+            lambda step: step(*step.inputs),
             optimizer,
             autocast,
             **where,

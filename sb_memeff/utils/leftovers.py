@@ -38,6 +38,9 @@ _FIXED = (
     types.FrameType,
 )
 _SEQUENCES = (list, set, deque)
+_CONTAINERS = (dict, *_SEQUENCES)
+# To look for what holds more takes seconds; most of them are garbage.
+MOST_CACHED = 100
 
 
 @contextlib.contextmanager
@@ -80,7 +83,6 @@ def no_leftovers() -> Iterator[None]:
     finally:
         _before.clear()
         before.restore()
-        # It is among its own objects.
         before.forget()
 
 
@@ -149,64 +151,58 @@ class _Before:
 
     def forget(self):
         """Lets go of all objects."""
-        vars(self).clear()
+        # They hold one another.
+        for known in (self._objects, self._held, self._slots):
+            known.clear()
 
     def restore(self):
         """Takes the fakes made since then out of the objects of then."""
-        leftovers = self._leftovers()
-        if not leftovers:
-            return
-        if len(leftovers) > 100:
-            # More than caches hold: garbage, which makes the search slow.
-            gc.collect()
-            leftovers = self._leftovers()
-        new, holders = self._holders(leftovers)
-        for holder in holders:
-            if not self._clean(holder, new):
-                logger.warning(
-                    f"After an analysis {_name(holder)} holds a fake tensor, "
-                    f"which nothing but an analysis can use, and which cannot "
-                    f"be taken out of it: make it anew."
-                )
+        with _without_collector():
+            leftovers = list(filter(self._is_leftover, gc.get_objects()))
+            if len(leftovers) > MOST_CACHED:
+                gc.collect()
+                leftovers = list(filter(self._is_leftover, gc.get_objects()))
+            if not leftovers:
+                return
+            leading, holders = self._holders(leftovers)
+            for holder in holders:
+                if not self._clean(holder, leading):
+                    logger.warning(
+                        f"After an analysis {_name(holder)} holds a fake "
+                        f"tensor, which nothing but an analysis can use, and "
+                        f"which cannot be taken out of it: make it anew."
+                    )
 
-    def _leftovers(self):
-        return [
-            one
-            for one in gc.get_objects()
-            if type(one) is FakeTensor and id(one) not in self._fakes
-        ]
+    def _is_leftover(self, one):
+        return type(one) is FakeTensor and id(one) not in self._fakes
 
-    def _holders(self, leftovers):
-        """New objects that lead to leftovers, and what holds those."""
+    def _holders(self, level):
+        """New objects that lead to leftovers, by id; and what holds those."""
         old = {id(one) for objects in self._objects for one in objects}
         old.update(self._held)
-        new = {id(one): one for one in leftovers}
+        leading = {id(one): one for one in level}
         holders = {}
-        level = leftovers
         while level:
             found = gc.get_referrers(*level)
-            own = {id(level), id(new), id(holders)}
-            held, above = set(), []
+            ours = {id(level), id(leading), id(holders)}
+            found = [one for one in found if id(one) not in ours]
+            held = set(map(id, gc.get_referents(*found)))
+            for one in level:
+                # The collector does not see what holds it: threading.local.
+                if id(one) not in held and isinstance(one, _CONTAINERS):
+                    holders[id(one)] = one
+            level = []
             for one in found:
-                if id(one) in own:
-                    continue
-                held.update(map(id, gc.get_referents(one)))
-                if isinstance(one, types.FrameType) or id(one) in new:
-                    continue
                 if id(one) in old:
                     holders[id(one)] = one
-                else:
-                    new[id(one)] = one
-                    above.append(one)
-            for one in level:
-                # Held by something that the collector does not see, such as
-                # a threading.local.
-                if id(one) not in held and isinstance(one, (dict, list)):
-                    holders[id(one)] = one
-            level = above
-            # They are lists of what is asked for next.
-            del found, above
-        return new, list(holders.values())
+                elif id(one) not in leading and not isinstance(
+                    one, types.FrameType
+                ):
+                    leading[id(one)] = one
+                    level.append(one)
+            # It would be found next time.
+            del found
+        return leading, list(holders.values())
 
     def _clean(self, holder, new):
         """Whether all could be taken out that leads to leftovers."""
