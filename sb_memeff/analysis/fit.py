@@ -13,6 +13,7 @@ from sb_memeff.analysis.profile import Profile, profile
 from sb_memeff.analysis.recipe import read_recipe
 from sb_memeff.analysis.steps import require_positive
 from sb_memeff.utils.fake import fake_tensors
+from sb_memeff.utils.leftovers import no_leftovers
 from sb_memeff.utils.sizes import format_bytes, parse_bytes
 
 __all__ = ["Fit", "fit", "usable"]
@@ -237,15 +238,20 @@ def _presets(recipe):
             f"{recipe.path} has no preset to choose, and batch and seconds are "
             f"given: leave out one of them to find its largest."
         )
-    with fake_tensors():
-        # Says so if there is no such network or preset.
-        recipe.build()
+    # Says so if there is no such network or preset.
+    _build_without_memory(recipe)
     network = pydoc.locate(network)
     family = recipe.settings["preset"].rstrip("0123456789")
     return sorted(
         (n for n in network.PRESETS if n.rstrip("0123456789") == family),
         key=lambda name: int(name.removeprefix(family)),
     )
+
+
+@no_leftovers()
+def _build_without_memory(recipe):
+    with fake_tensors():
+        recipe.build()
 
 
 def _length(recipe, seconds):

@@ -4,6 +4,7 @@ Authors
  * The sb_memeff authors 2026
 """
 
+import weakref
 from dataclasses import dataclass
 
 import torch
@@ -127,7 +128,9 @@ def profile(
             f"nothing."
         )
     length = {} if tokens is None else {"tokens": tokens}
-    given = {}
+    found = {"tokens": None}
+    # Weak: what a step is made of must not outlive its analysis.
+    made = weakref.WeakValueDictionary()
 
     def measure(**where):
         def build():
@@ -138,17 +141,21 @@ def profile(
                 step.to(where["device"])
             elif recipe.family == "transducer":
                 step.logits_loss = _speechbrain_loss
-            given["batch"] = step.batch(batch, seconds, **length)
-            given["step"] = step
+            made["step"] = step
+            step.inputs = step.batch(batch, seconds, **length)
+            found["rows"] = batch * step.copies
+            if recipe.family == "transducer":
+                found["tokens"] = step.inputs[3].shape[1]
             return step
 
         def optimizer(parameters):
-            given["optimizer"] = given["step"].optimizer()
-            return given["optimizer"]
+            updater = made["step"].optimizer()
+            found["optimizer"] = type(updater).__name__
+            return updater
 
         return training_step_memory(
             build,
-            lambda step: step(*given["batch"]),
+            lambda step: step(*step.inputs),
             optimizer,
             autocast,
             **where,
@@ -161,26 +168,21 @@ def profile(
             real = measure(fake=False, device=device)
             measured = real.allocator_bytes or real.peak_bytes
     except Exception as error:
-        if "step" not in given and isinstance(error, ValueError):
+        if "rows" not in found and isinstance(error, ValueError):
             # Of the yaml file or the arguments, and says so.
             raise
         raise ValueError(
             f"{recipe.path}: a batch of {batch} x {seconds:g} s cannot be "
             f"analysed: {_reason(error)}"
         ) from error
-    step = given["step"]
-    if recipe.family == "transducer":
-        tokens = given["batch"][3].shape[1]
     return Profile(
         variant.label,
         batch,
-        batch * step.copies,
-        seconds,
-        tokens,
-        precision,
-        type(given["optimizer"]).__name__,
-        memory,
-        measured,
+        seconds=seconds,
+        precision=precision,
+        memory=memory,
+        measured_bytes=measured,
+        **found,
     )
 
 

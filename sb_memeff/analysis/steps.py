@@ -79,6 +79,8 @@ class TrainingStep(torch.nn.Module):
         # Brain.fit_batch holds what compute_forward gave until the batch is
         # done, through backward: the logits of a transducer, for one.
         self.outputs = None
+        # The data loader's batch, for callers that want it to live as long.
+        self.inputs = None
         self._trained = list(modules)
         self._functions = functions
         self._opt_class = opt_class

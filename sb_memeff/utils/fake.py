@@ -17,8 +17,13 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+)
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+from sb_memeff.utils.imports import around_imports
 
 __all__ = ["fake_tensors", "without_data"]
 
@@ -36,11 +41,15 @@ def fake_tensors():
     a length stops it. Here whatever follows from small tensors alone
     (lengths, masks, labels; not weights or activations) is computed as well.
 
+    Real tensors that were there before (what caches hold) may be used; they
+    are read, never written. What modules that are imported meanwhile make is
+    real, too.
+
     Raises
     ------
     ValueError
         In the code that runs meanwhile, if it asks for a value that is not
-        known.
+        known, or computes gradients of a tensor that was there before.
 
     Example
     -------
@@ -53,7 +62,14 @@ def fake_tensors():
     """
     fake = FakeTensorMode()
     # Small random tensors are drawn: not at the expense of others.
-    with torch.random.fork_rng([]), _quiet(), fake, _KnownValues(fake):
+    with (
+        torch.random.fork_rng([]),
+        _quiet(),
+        fake,
+        _KnownValues(fake),
+        # Constants of modules outlive this.
+        around_imports(_disable_current_modes),
+    ):
         yield
 
 
@@ -76,6 +92,10 @@ class _KnownValues(TorchDispatchMode):
         self.fake = fake
         # Storages that were changed by something unknown.
         self.spoilt = weakref.WeakSet()
+        # Real storages that an operator was to change, and copies of real
+        # storages, which take the changes.
+        self.changed = weakref.WeakSet()
+        self.copies = weakref.WeakKeyDictionary()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         """Runs the operator on fakes and, if all is known, on values."""
@@ -85,10 +105,22 @@ class _KnownValues(TorchDispatchMode):
             for x in tree_leaves((args, kwargs))
             if isinstance(x, torch.Tensor)
         ]
-        real = not any(isinstance(x, FakeTensor) for x in tensors)
-        if tensors and real and func is not torch.ops.aten.lift_fresh.default:
-            # The state of a random generator, or what else was there before.
-            return self.on_values(func, args, kwargs)
+        self.refuse_others(tensors)
+        real = [x for x in tensors if not isinstance(x, FakeTensor)]
+        if real and func is not torch.ops.aten.lift_fresh.default:
+            for x in self.overwritten(func, args, kwargs):
+                if not isinstance(x, FakeTensor):
+                    self.changed.add(x.untyped_storage())
+            unchanged = not any(
+                x.untyped_storage() in self.changed for x in real
+            )
+            if len(real) == len(tensors) and unchanged:
+                # The state of a random generator, or a part of a cache.
+                return self.on_values(func, args, kwargs)
+            args, kwargs = tree_map_only(
+                torch.Tensor, self.converted, (args, kwargs)
+            )
+            tensors = [self.converted(x) for x in tensors]
         known = all(self.value(x) is not None for x in tensors)
         if func is torch.ops.aten.index.Tensor:
             args = args[0], self.positions(args[1])
@@ -112,6 +144,46 @@ class _KnownValues(TorchDispatchMode):
         else:
             self.spoil(func, args, kwargs)
         return result
+
+    def refuse_others(self, tensors):
+        """Raises for fakes that are not of this mode."""
+        for x in tensors:
+            if isinstance(x, FakeTensor) and x.fake_mode is not self.fake:
+                raise ValueError(
+                    f"This step uses a fake tensor of another analysis, of "
+                    f"shape {list(x.shape)}: make it anew."
+                )
+
+    def converted(self, tensor):
+        """The fake of a real tensor, always the same one."""
+        if isinstance(tensor, FakeTensor):
+            return tensor
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"This step computes gradients of a tensor of shape "
+                f"{list(tensor.shape)} that was made before the analysis: make "
+                f"it in build_model or in the step."
+            )
+        fake = self.fake.from_tensor(tensor)
+        if self.value(fake) is None:
+            with torch._C._DisableTorchDispatch():
+                self.remember(fake, self.copy(tensor))
+        return fake
+
+    def copy(self, tensor):
+        """A real tensor of the same values, that may be changed; or None."""
+        storage = tensor.untyped_storage()
+        if storage.nbytes() > _most(tensor) * tensor.element_size():
+            return None
+        if storage not in self.copies:
+            self.copies[storage] = storage.clone()
+        copy = tensor.new_empty(0).set_(
+            self.copies[storage],
+            tensor.storage_offset(),
+            tensor.size(),
+            tensor.stride(),
+        )
+        return copy
 
     def value(self, tensor):
         """What a tensor holds, or None."""
@@ -162,13 +234,18 @@ class _KnownValues(TorchDispatchMode):
 
     def spoil(self, func, args, kwargs):
         """Forgets what the operator overwrites."""
+        for tensor in self.overwritten(func, args, kwargs):
+            value = self.value(tensor)
+            if value is not None:
+                self.spoilt.add(value.untyped_storage())
+
+    def overwritten(self, func, args, kwargs):
+        """The tensors that the operator writes into."""
         for number, name in _overwritten(func):
             given = args[number] if number < len(args) else kwargs.get(name)
             for tensor in tree_leaves(given):
                 if isinstance(tensor, torch.Tensor):
-                    value = self.value(tensor)
-                    if value is not None:
-                        self.spoilt.add(value.untyped_storage())
+                    yield tensor
 
 
 def _ctc_loss(mode, log_probs, targets, frames, counts, *options):

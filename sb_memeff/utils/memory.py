@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sb_memeff.utils.fake import fake_tensors
+from sb_memeff.utils.leftovers import no_leftovers
 
 __all__ = ["KINDS", "StepMemory", "StorageTracker", "training_step_memory"]
 
@@ -66,9 +67,9 @@ class Block:
 class StorageTracker(TorchDispatchMode):
     """Adds up the storages that are alive, and remembers the most.
 
-    Every tensor that an operator returns while the mode is on is counted
-    until its storage is freed; views and in-place results share a storage and
-    count once. What an operator uses inside itself (a convolution's
+    Every tensor that an operator takes or returns while the mode is on is
+    counted until its storage is freed; views and in-place results share a
+    storage and count once. What an operator uses inside itself (a convolution's
     workspace) is not seen.
 
     Arguments
@@ -106,9 +107,13 @@ class StorageTracker(TorchDispatchMode):
         self.peak_phase, self.peak_module = self.phase, ""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        """Runs the operator and counts what it returns."""
+        """Runs the operator and counts what it takes and returns."""
         result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
+        tensors = [result]
+        if func is not torch.ops.aten.lift_fresh.default:
+            # What a cache holds was not made here.
+            tensors += [args, kwargs]
+        for leaf in tree_leaves(tensors):
             if isinstance(leaf, torch.Tensor):
                 self._count(leaf.untyped_storage())
         return result
@@ -342,7 +347,9 @@ def training_step_memory(
     autocast : torch.dtype, optional
         Run forward under autocast with this dtype.
     fake : bool
-        Fake tensors: no arithmetic, no memory. False runs the step.
+        Fake tensors: no arithmetic, no memory. False runs the step. None of
+        them stays behind: see ``no_leftovers`` for objects outside the model
+        that build_model, step or the network itself keep some in.
     device : str
         Where. On "cuda", with fake=False, the allocator's figure is taken
         too.
@@ -374,6 +381,11 @@ def training_step_memory(
     >>> memory.by_kind["optimizer states"]
     8008008
     """
+    measure = _measure if not fake else no_leftovers()(_measure)
+    return measure(build_model, step, optimizer, autocast, fake, device)
+
+
+def _measure(build_model, step, optimizer, autocast, fake, device):
     kind = torch.device(device).type
     on_gpu = kind == "cuda" and not fake
     if on_gpu:
