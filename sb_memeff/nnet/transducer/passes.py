@@ -96,12 +96,12 @@ class TiledPass:
             visited = torch.ones_like(places, dtype=torch.bool)
         if upstream is not None:
             visited &= (upstream != 0)[cells.locate(places)[0]]
-        if any(r.random_states is not None for r in self.recordings):
+        if any(r.random_states for r in self.recordings):
             # Dropout: the same rows as in forward have the same masks.
             tiles, seen = self._tiles(places), self._tiles(visited)
             recordings = self.recordings
         else:
-            tiles = self._tiles(places[visited])
+            tiles = [x for x in self._tiles(places[visited]) if len(x)]
             seen = [None] * len(tiles)
             recordings = self.recordings[:1] * len(tiles)
         for tile, mask, recording in zip(tiles, seen, recordings):
