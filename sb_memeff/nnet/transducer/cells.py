@@ -291,7 +291,8 @@ class Gradients:
                 for weight, total in zip(self.weights.values(), self.sums[2:])
             }
         )
-        self.deviation = enc.new_zeros((), dtype=torch.float32)
+        # By how much the rows of each tile miss what they must sum to.
+        self.deviations = []
 
     def run(self, cells, places):
         """Logits of some cells, to be given to ``add``.
@@ -380,12 +381,11 @@ class Gradients:
         if isinstance(gradient, FakeTensor):
             return
         # A row's gradient sums to 0, unless it is not finite anyway.
-        largest = gradient.sum(1).abs_().nan_to_num_(0, 0).amax()
+        sums = gradient.sum(1).nan_to_num_(0, 0, 0)
+        largest = torch.linalg.vector_norm(sums, torch.inf)
         # Other products of matrices round in another order.
         allowed = max(1e-3, 64 * torch.finfo(dtype).eps)
-        self.deviation = torch.maximum(
-            self.deviation, (largest / allowed).float()
-        )
+        self.deviations.append(largest / allowed)
 
     def totals(self, scale=None):
         """The sums, in the dtypes of what they belong to. Call it once.
@@ -405,8 +405,9 @@ class Gradients:
         RuntimeError
             If the logits of backward were others than those of forward.
         """
-        if not isinstance(self.deviation, FakeTensor):
-            report_mismatches(self.deviation[None] > 1, _describe_mismatch)
+        if self.deviations:
+            differs = torch.stack(self.deviations).amax() > 1
+            report_mismatches(differs[None], _describe_mismatch)
         if scale is not None:
             for total in self.sums:
                 total *= scale.to(total.dtype)
@@ -434,8 +435,8 @@ def _fit_into_float16(gradient):
         A scalar that undoes it.
     """
     largest = torch.linalg.vector_norm(gradient, torch.inf)
-    # 0 for 0, infinity and NaN.
-    exponent = (torch.frexp(largest).exponent - 4).clamp_(-100, 100)
-    one = torch.ones_like(largest)
-    gradient *= torch.ldexp(one, -exponent)
-    return torch.ldexp(one, exponent)
+    largest = largest.nan_to_num_(1, 1).clamp_(min=1e-30)
+    # largest = mantissa 2^n, so the quotient is a power of two.
+    scale = 16 * torch.frexp(largest).mantissa / largest
+    gradient *= scale
+    return scale.reciprocal()

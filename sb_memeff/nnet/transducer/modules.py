@@ -18,7 +18,7 @@ __all__ = ["check_modules", "declared_vocabulary", "unchanged"]
 
 
 def check_modules(joint: nn.Module, classifier: nn.Module) -> None:
-    """Checks that no cell's logits depend on other cells.
+    """Checks that cells can be computed a few at a time.
 
     Arguments
     ---------
@@ -30,8 +30,9 @@ def check_modules(joint: nn.Module, classifier: nn.Module) -> None:
     Raises
     ------
     ValueError
-        If a module in them is known to mix cells: with all cells of a batch
-        it computes something else than with a tile of them.
+        If a module in them is known to mix cells, so that it computes
+        something else of all cells of a batch than of a tile of them; or if
+        each call changes its weights.
 
     Example
     -------
@@ -70,6 +71,11 @@ def _mixes(module, rows):
         return (
             "reaches over several frames or targets, but cells are computed "
             'one by one. Take method="batched".'
+        )
+    if getattr(module, "max_norm", None) is not None:
+        return (
+            "changes its weights in every call (max_norm), and a batch takes "
+            'many calls. Take method="batched".'
         )
     return None
 
@@ -133,14 +139,17 @@ def unchanged(modules: nn.Module, device: torch.device) -> Iterator[None]:
         yield
         for prefix, module in modules.named_modules():
             for name, buffer in module._buffers.items():
-                was = before.get((module, name), (None, None))
-                if buffer is not was[0] or buffer._version != was[1]:
-                    raise ValueError(
-                        f"{prefix} ({type(module).__name__}) changes its "
-                        f"buffer {name} in every call, and a batch takes many "
-                        'calls. Take method="batched", or call eval() of this '
-                        "module before."
-                    )
+                was, version, clone = before.get((module, name), [None] * 3)
+                same = buffer is was and buffer._version == version
+                # A table that is made in the first call is no change.
+                if was is None or same or torch.equal(buffer, clone):
+                    continue
+                raise ValueError(
+                    f"{prefix} ({type(module).__name__}) changes its buffer "
+                    f"{name} in every call, and a batch takes many calls. "
+                    'Take method="batched", or call eval() of this module '
+                    "before."
+                )
     except BaseException:
         for (module, name), (buffer, version, clone) in before.items():
             if buffer._version != version:
