@@ -7,8 +7,8 @@ Authors
 import torch
 
 from sb_memeff.nnet.transducer.batch import (
+    check_counts,
     check_settings,
-    check_targets,
     check_tensors,
     count,
     reduce,
@@ -63,7 +63,8 @@ def transducer_loss(
         to the logits, as in NeMo; before reduction and loss scale.
     overwrite_logits : bool
         Let backward write the gradient over the logits. They must not be used
-        after it, and whoever made them must not need them.
+        after it, and whoever made them must not need them. Logits that are
+        not contiguous get a tensor of their own for it.
 
     Returns
     -------
@@ -92,10 +93,17 @@ def transducer_loss(
     """
     check_settings(reduction, fastemit_lambda, clamp)
     _check_shapes(logits, targets, input_lens, target_lens)
-    targets = targets.long()
     frames = count(input_lens, logits.shape[1], "frames")
+    targets = targets.long()
     counts = count(target_lens, targets.shape[1], "targets")
-    check_targets(targets, counts, frames, blank_index, logits.shape[3])
+    check_counts(
+        (input_lens, target_lens),
+        frames,
+        counts,
+        targets,
+        blank_index,
+        logits.shape[3],
+    )
     nll = _TransducerLoss.apply(
         logits,
         targets,
@@ -143,15 +151,18 @@ class _TransducerLoss(torch.autograd.Function):
         clamp,
         overwrite_logits,
     ):
-        batch, rows, columns, _ = logits.shape
+        batch, rows, columns, vocabulary = logits.shape
         cells = cells_inside(frames, counts, rows, columns)
-        symbols = following(targets, counts)[:, None].expand(-1, rows, -1)
-        symbols = symbols.flatten()
-        flat = logits.reshape(-1, logits.shape[3])
-        planes = flat.new_zeros(3, len(flat), dtype=wide_dtype(logits.dtype))
-        for some in _chunks(cells, flat.shape[1]):
+        symbols = following(targets, counts)
+        planes = logits.new_zeros(
+            3, batch * rows * columns, dtype=wide_dtype(logits.dtype)
+        )
+        for some in _chunks(cells, vocabulary):
+            sample, t, u = _locate(some, rows, columns)
             planes[:, some] = torch.stack(
-                row_scores(flat[some], symbols[some], blank_index)
+                row_scores(
+                    logits[sample, t, u], symbols[sample, u], blank_index
+                )
             )
         normaliser, blank, target = planes.view(3, batch, rows, columns)
         nll, blank, emission = loss_and_occupancies(
@@ -173,30 +184,39 @@ class _TransducerLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream):
         logits, normaliser, cells, symbols, blank, emission = ctx.saved_tensors
-        cells_per_sample = logits.shape[1] * logits.shape[2]
-        flat = logits.detach().reshape(-1, logits.shape[3])
-        if ctx.overwrite_logits and flat.is_contiguous():
-            gradient = flat
-            outside = torch.ones(len(flat), dtype=torch.bool).to(flat.device)
-            outside[cells] = False
-            gradient[outside] = 0
-        else:
-            gradient = torch.zeros_like(
-                flat, memory_format=torch.contiguous_format
+        logits = logits.detach()
+        _, rows, columns, vocabulary = logits.shape
+        # Elements of other strides may share memory.
+        if ctx.overwrite_logits and logits.is_contiguous():
+            gradient = logits
+            inside = torch.zeros(
+                logits.shape[:3], dtype=torch.bool, device=logits.device
             )
-        for some in _chunks(cells, flat.shape[1]):
-            rows = row_gradient(
-                flat[some],
+            inside.view(-1)[cells] = True
+            gradient.masked_fill_(~inside[..., None], 0)
+        else:
+            gradient = logits.new_zeros(logits.shape)
+        for some in _chunks(cells, vocabulary):
+            sample, t, u = _locate(some, rows, columns)
+            found = row_gradient(
+                logits[sample, t, u],
                 normaliser[some],
-                symbols[some],
+                symbols[sample, u],
                 blank[some],
                 emission[some],
                 ctx.blank_index,
-                ctx.clamp,
             )
-            rows *= upstream[some // cells_per_sample, None]
-            gradient[some] = rows.to(gradient.dtype)
-        return gradient.view(logits.shape), *[None] * 7
+            if ctx.clamp is not None:
+                found.clamp_(-ctx.clamp, ctx.clamp)
+            found *= upstream[sample, None]
+            gradient[sample, t, u] = found.to(gradient.dtype)
+        return gradient, *[None] * 7
+
+
+def _locate(cells, rows, columns):
+    """Sample, frame and number of targets of flat places in [B, T, U+1]."""
+    frame = cells // columns
+    return frame // rows, frame % rows, cells % columns
 
 
 def _chunks(cells, vocabulary):

@@ -57,13 +57,6 @@ class Recording:
     random_states: list | None = None
     changes: Changes = field(default_factory=Changes)
 
-    def undo(self) -> None:
-        """Puts generators and buffers back to where the call found them."""
-        for source, state in self.random_states or ():
-            source.write(state)
-        for (module, name), before in self.changes.buffers.items():
-            module._buffers[name] = before
-
 
 class Recorder:
     """Calls functions in forward and calls them again, the same, in backward.

@@ -8,14 +8,24 @@ import torch
 
 __all__ = [
     "REDUCTIONS",
+    "check_counts",
     "check_settings",
     "check_tensors",
-    "check_targets",
     "count",
     "reduce",
 ]
 
 REDUCTIONS = ("speechbrain", "mean", "sum", "none")
+INTEGERS = (
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.uint8,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+)
 
 
 def check_settings(reduction, fastemit_lambda, clamp):
@@ -68,9 +78,8 @@ def check_tensors(batch, lengths, targets, others):
     ValueError
         If they are not.
     """
-    kind = targets.dtype
-    if kind == torch.bool or kind.is_floating_point or kind.is_complex:
-        raise ValueError(f"targets must be integers, not {kind}.")
+    if targets.dtype not in INTEGERS:
+        raise ValueError(f"targets must be integers, not {targets.dtype}.")
     for name, lens in lengths.items():
         if lens.shape != (batch,):
             raise ValueError(
@@ -87,6 +96,8 @@ def check_tensors(batch, lengths, targets, others):
 
 def count(lengths, size, what):
     """Relative lengths as SpeechBrain has them, in frames or targets.
+
+    ``check_counts`` finds those that mean nothing.
 
     Arguments
     ---------
@@ -105,78 +116,91 @@ def count(lengths, size, what):
     Raises
     ------
     ValueError
-        If a length is not between 0 and 1.
+        If lengths of this dtype cannot tell that many frames apart.
 
     Example
     -------
     >>> count(torch.tensor([1.0, 0.5]), 7, "frames")
     tensor([7, 4])
     """
-    counts = (lengths * size).round().long()
-    bad = ((counts < 0) | (counts > size) | ~lengths.isfinite()).nonzero()
-    if len(bad):
-        sample = int(bad[0])
-        raise ValueError(
-            f"Sample {sample}: its length in {what}, {float(lengths[sample]):.4g}, "
-            f"is not between 0 and 1 (of {size}). Lengths are relative, as in "
-            "SpeechBrain."
-        )
-    return counts
+    if lengths.is_complex():
+        raise ValueError(f"Lengths in {what} must be real: {lengths.dtype}.")
+    if lengths.is_floating_point():
+        # A length n / size is rounded by half of eps at most.
+        if torch.finfo(lengths.dtype).eps * size >= 1:
+            raise ValueError(
+                f"Lengths in {what} are {lengths.dtype}, which cannot tell "
+                f"{size} {what} apart. Give them in float32."
+            )
+    return (lengths.double() * size).round().long()
 
 
-def check_targets(targets, counts, frames, blank_index, vocabulary=None):
-    """Checks lengths and targets of a batch.
+def check_counts(lengths, frames, counts, targets, blank_index, vocabulary):
+    """Checks lengths and targets of a batch. The host waits once.
 
     Arguments
     ---------
-    targets : torch.Tensor
-        [B, U], int64.
-    counts : torch.Tensor
-        [B], targets of each sample.
+    lengths : tuple of torch.Tensor
+        [B] each, relative: of frames and of targets.
     frames : torch.Tensor
         [B], frames of each sample.
+    counts : torch.Tensor
+        [B], targets of each sample.
+    targets : torch.Tensor
+        [B, U], int64.
     blank_index : int
         The blank.
     vocabulary : int, optional
-        Symbols, blank included; None if that is not known yet.
+        Symbols, blank included; None if it is not known yet.
 
     Raises
     ------
     ValueError
-        If the blank or a target is not in the vocabulary, a target is the
-        blank, or a sample has no frame.
+        If a length is not between 0 and 1, the blank or a target is not in
+        the vocabulary, a target is the blank, or a sample has no frame.
     """
-    if blank_index < 0 or (
-        vocabulary is not None and blank_index >= vocabulary
-    ):
-        known = "" if vocabulary is None else f" of {vocabulary} symbols"
+    known = vocabulary is not None
+    if blank_index < 0 or (known and blank_index >= vocabulary):
+        symbols = f"of {vocabulary} symbols" if known else "of any classifier"
         raise ValueError(
-            f"blank_index={blank_index} is not in the vocabulary{known}."
+            f"blank_index={blank_index} is not in the vocabulary {symbols}."
         )
-    empty = (frames < 1).nonzero()
-    if len(empty):
-        raise ValueError(
-            f"Sample {int(empty[0])} has no frame: a transducer needs one to "
-            "end with a blank. Leave it out."
-        )
+    bad = [~((x >= 0) & (x <= 1)) for x in lengths]
+    empty = frames < 1
     u = torch.arange(targets.shape[1], device=targets.device)
     real = u < counts[:, None]
-    unknown = targets < 0
-    if vocabulary is not None:
-        unknown = unknown | (targets >= vocabulary)
-    for wrong, why in (
-        (unknown, "not in the vocabulary"),
-        (targets == blank_index, "the blank"),
-    ):
-        found = (wrong & real).nonzero()
-        if len(found):
-            sample, place = found[0].tolist()
-            known = "" if vocabulary is None else f"{vocabulary} symbols, "
+    outside = targets < 0
+    if known:
+        outside |= targets >= vocabulary
+    blank = targets == blank_index
+    wrong = torch.stack(
+        [x.any() for x in (*bad, empty, outside & real, blank & real)]
+    ).tolist()
+    if not any(wrong):
+        return
+    for mask, found, what in zip(bad, wrong[:2], ("frames", "targets")):
+        if found:
+            lens = lengths[what == "targets"]
+            sample = int(mask.nonzero()[0])
             raise ValueError(
-                f"Sample {sample}: target {place} is "
-                f"{int(targets[sample, place])}, which is {why} "
-                f"({known}blank_index={blank_index})."
+                f"Sample {sample}: its length in {what}, "
+                f"{float(lens[sample]):.4g}, is not between 0 and 1. Lengths "
+                "are relative, as in SpeechBrain."
             )
+    if wrong[2]:
+        raise ValueError(
+            f"Sample {int(empty.nonzero()[0])} has no frame: a transducer "
+            "needs one to end with a blank. Leave it out."
+        )
+    mask, why = (
+        (outside, "not in the vocabulary") if wrong[3] else (blank, "the blank")
+    )
+    sample, place = (mask & real).nonzero()[0].tolist()
+    symbols = f"{vocabulary} symbols, " if known else ""
+    raise ValueError(
+        f"Sample {sample}: target {place} is {int(targets[sample, place])}, "
+        f"which is {why} ({symbols}blank_index={blank_index})."
+    )
 
 
 def reduce(nll, frames, reduction):

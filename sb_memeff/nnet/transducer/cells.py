@@ -9,11 +9,12 @@ import copy
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.func import functional_call
 
-from sb_memeff.nnet.transducer.batch import check_targets
+from sb_memeff.nnet.mismatch import report_mismatches
+from sb_memeff.nnet.transducer.half_linear import HALF, Float32WeightGradients
 from sb_memeff.nnet.transducer.rows import row_gradient, row_scores, wide_dtype
-from sb_memeff.nnet.transducer.wide_linear import WideLinear
 
 __all__ = ["CellLogits", "Cells", "Gradients", "cells_inside", "following"]
 
@@ -139,23 +140,32 @@ class Cells:
         The blank.
     clamp : float, optional
         Limit of the elements of a logit's gradient.
+    check_vocabulary : callable, optional
+        Called with the number of symbols when logits have been computed, and
+        before they are looked at.
     """
 
     def __init__(
-        self, logits, enc, pred, targets, frames, counts, blank_index, clamp
+        self,
+        logits,
+        enc,
+        pred,
+        targets,
+        frames,
+        counts,
+        blank_index,
+        clamp=None,
+        check_vocabulary=None,
     ):
         self.logits = logits
-        # Rows are picked by number, in whatever layout enc and pred came.
-        self.enc = enc.detach().contiguous()
-        self.pred = pred.detach().contiguous()
+        # Any strides: rows are gathered from where they are.
+        self.enc, self.pred = enc.detach(), pred.detach()
+        self.check_vocabulary = check_vocabulary
         self.blank_index, self.clamp = blank_index, clamp
         self.rows, self.columns = enc.shape[1], pred.shape[1]
         self.samples = range(len(enc))
         self.frames, self.counts = frames, counts
-        self._batch = targets, counts, frames
-        # Filled by the first tile of the batch, for all groups.
-        self._vocabulary = []
-        self.following = following(targets, counts).flatten()
+        self.following = following(targets, counts)
 
     @property
     def shape(self):
@@ -196,7 +206,7 @@ class Cells:
             yield group
 
     def locate(self, places):
-        """Sample, row of the encoder and row of the predictor of cells.
+        """Sample, frame and number of targets before it, of each cell.
 
         Arguments
         ---------
@@ -206,11 +216,11 @@ class Cells:
         Returns
         -------
         tuple of torch.Tensor
-            [N] each: b, b T + t, b (U+1) + u, in the whole batch.
+            [N] each: b, t, u; b in the whole batch.
         """
-        frame = places // self.columns + self.samples.start * self.rows
-        sample = frame // self.rows
-        return sample, frame, sample * self.columns + places % self.columns
+        frame = places // self.columns
+        sample = frame // self.rows + self.samples.start
+        return sample, frame % self.rows, places % self.columns
 
     def inputs(self, places):
         """Rows of encoder and predictor of some cells.
@@ -225,8 +235,8 @@ class Cells:
         tuple of torch.Tensor
             [N, H] each.
         """
-        _, frame, label = self.locate(places)
-        return self.enc.flatten(0, 1)[frame], self.pred.flatten(0, 1)[label]
+        sample, t, u = self.locate(places)
+        return self.enc[sample, t], self.pred[sample, u]
 
     def run(self, places):
         """Logits of some cells.
@@ -244,19 +254,12 @@ class Cells:
         return self.logits(*self.inputs(places))
 
     def scores(self, places, logits):
-        """Normaliser, blank and target of cells; see rows.row_scores.
-
-        Raises
-        ------
-        ValueError
-            From the first tile, if targets or blank are not in the vocabulary.
-        """
-        if not self._vocabulary:
-            vocabulary = logits.shape[1]
-            check_targets(*self._batch, self.blank_index, vocabulary)
-            self._vocabulary.append(vocabulary)
-        _, _, label = self.locate(places)
-        return row_scores(logits, self.following[label], self.blank_index)
+        """Normaliser, blank and target of cells; see rows.row_scores."""
+        if self.check_vocabulary is not None:
+            self.check_vocabulary(logits.shape[1])
+        sample, _, u = self.locate(places)
+        target = self.following[sample, u]
+        return row_scores(logits, target, self.blank_index)
 
 
 class Gradients:
@@ -278,13 +281,18 @@ class Gradients:
             name: p.detach().requires_grad_() for name, p in weights.items()
         }
         self.likes = [enc, pred, *weights.values()]
-        # Contiguous, since rows are added by number.
+        # Contiguous, whatever the strides of what they belong to.
         self.sums = [
-            torch.zeros(x.shape, dtype=wide_dtype(x.dtype), device=x.device)
-            for x in self.likes
+            x.new_zeros(x.shape, dtype=wide_dtype(x.dtype)) for x in self.likes
         ]
-        leaves = zip(self.weights.values(), self.sums[2:], strict=True)
-        self._wide = WideLinear({id(leaf): total for leaf, total in leaves})
+        self.linear = Float32WeightGradients(
+            {
+                id(weight): total
+                for weight, total in zip(self.weights.values(), self.sums[2:])
+            }
+        )
+        # By how much the rows of each tile miss what they must sum to.
+        self.deviations = []
 
     def run(self, cells, places):
         """Logits of some cells, to be given to ``add``.
@@ -302,10 +310,14 @@ class Gradients:
             What ``add`` takes; the logits first.
         """
         rows = tuple(x.requires_grad_() for x in cells.inputs(places))
-        wide = self._wide if _is_half(rows[0]) else contextlib.nullcontext()
-        with torch.enable_grad(), wide:
+        with torch.enable_grad(), self._linear_layers(rows[0]):
             logits = functional_call(cells.logits, self.weights, rows)
         return logits, rows, cells, places
+
+    def _linear_layers(self, rows):
+        if rows.dtype in HALF or torch.is_autocast_enabled(rows.device.type):
+            return self.linear
+        return contextlib.nullcontext()
 
     def add(self, made, normaliser, blank, emission, upstream=None):
         """Propagates back through the logits of some cells.
@@ -324,39 +336,56 @@ class Gradients:
             [B], gradient of each sample's loss; by default 1.
         """
         logits, rows, cells, places = made
-        sample, frame, label = cells.locate(places)
+        sample, t, u = cells.locate(places)
         gradient = row_gradient(
             logits.detach(),
             normaliser,
-            cells.following[label],
+            cells.following[sample, u],
             blank,
             emission,
             cells.blank_index,
-            cells.clamp,
         )
+        self._compare(gradient, logits.dtype)
+        if cells.clamp is not None:
+            gradient.clamp_(-cells.clamp, cells.clamp)
+        factor = None
         if upstream is not None:
             gradient *= upstream.to(gradient.dtype)[sample, None]
-        scale = 1
-        if logits.dtype == torch.float16:
-            scale = _scale_for_half(gradient)
-            gradient *= scale
-        self._wide.scale = scale
+        elif logits.dtype == torch.float16:
+            # The scale of the loss is not known yet.
+            factor = _fit_into_float16(gradient)
+        self.linear.factor = factor
+        # Those that the linear layers have added up are unused here.
         found = torch.autograd.grad(
             logits,
             (*rows, *self.weights.values()),
             gradient.to(logits.dtype),
             allow_unused=True,
         )
+        places = (sample * cells.rows + t, sample * cells.columns + u)
         for total, value, row in zip(
-            self.sums, found, (frame, label, *[None] * len(self.weights))
+            self.sums, found, (*places, *[None] * len(self.weights))
         ):
             if value is None:
                 continue
-            value = value.to(total.dtype) / scale
+            value = value.to(total.dtype)
+            if factor is not None:
+                value = value * factor
             if row is None:
                 total.add_(value)
             else:
                 total.flatten(0, 1).index_add_(0, row, value)
+
+    def _compare(self, gradient, dtype):
+        """Whether these are the logits whose normaliser forward computed."""
+        if isinstance(gradient, FakeTensor):
+            return
+        # A row's gradient sums to 0, unless it is not finite anyway.
+        sums = gradient.sum(1).nan_to_num_(0, 0, 0)
+        largest = torch.linalg.vector_norm(sums, torch.inf)
+        # Other products of matrices round in another order.
+        allowed = max(1e-3, 64 * torch.finfo(dtype).eps)
+        self.deviations.append(largest / allowed)
 
     def totals(self, scale=None):
         """The sums, in the dtypes of what they belong to. Call it once.
@@ -370,31 +399,44 @@ class Gradients:
         -------
         list of torch.Tensor
             Gradients of encoder, predictor and weights.
+
+        Raises
+        ------
+        RuntimeError
+            If the logits of backward were others than those of forward.
         """
+        if self.deviations:
+            differs = torch.stack(self.deviations).amax() > 1
+            report_mismatches(differs[None], _describe_mismatch)
         if scale is not None:
             for total in self.sums:
                 total *= scale.to(total.dtype)
         return [total.to(x.dtype) for total, x in zip(self.sums, self.likes)]
 
 
-def _is_half(rows):
-    """Whether the products of rows and weights are in half precision."""
-    device = rows.device.type
-    dtype = rows.dtype
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-    return dtype in (torch.float16, torch.bfloat16)
+def _describe_mismatch(_):
+    return (
+        "TransducerJointLoss: joint or classifier computed other logits in "
+        "backward than in forward, so gradients would be wrong. They draw "
+        "random numbers or keep a state that cannot be repeated. Take "
+        'method="batched".'
+    )
 
 
-def _scale_for_half(gradient):
-    """A power of two that brings the gradient of a tile into float16's range.
+def _fit_into_float16(gradient):
+    """Scales in place by a power of two, which is exact.
 
-    The largest element becomes 1 to 2. Gradients of the joint's output, sums
-    of such elements over the vocabulary, are far from overflow, and small
-    elements far from what float16 takes for zero. It is computed on the tile's
-    device.
+    The largest magnitude comes to lie between 8 and 16: products with weights
+    have room above it, and what is 2^18 times smaller keeps all its bits.
+
+    Returns
+    -------
+    torch.Tensor
+        A scalar that undoes it.
     """
-    largest = gradient.abs().amax()
-    scale = torch.exp2(-torch.floor(torch.log2(largest)))
-    # Nothing to scale, or NaN, which must stay where it is.
-    return torch.where(scale.isfinite() & (scale > 0), scale, 1.0)
+    largest = torch.linalg.vector_norm(gradient, torch.inf)
+    largest = largest.nan_to_num_(1, 1).clamp_(min=1e-30)
+    # largest = mantissa 2^n, so the quotient is a power of two.
+    scale = 16 * torch.frexp(largest).mantissa / largest
+    gradient *= scale
+    return scale.reciprocal()

@@ -10,22 +10,29 @@ Authors
  * The sb_memeff authors 2026
 """
 
+import functools
+
 import torch
 from speechbrain.utils.logger import get_logger
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.modules.batchnorm import _NormBase
 
 from sb_memeff.nnet.losses import transducer_loss
-from sb_memeff.nnet.replay import Recorder
+from sb_memeff.nnet.mismatch import next_forward
+from sb_memeff.nnet.replay import Recorder, check_fingerprint, fingerprint
 from sb_memeff.nnet.transducer.batch import (
+    check_counts,
     check_settings,
-    check_targets,
     check_tensors,
     count,
     reduce,
 )
 from sb_memeff.nnet.transducer.cells import CellLogits, Cells, Gradients
+from sb_memeff.nnet.transducer.modules import (
+    check_modules,
+    declared_vocabulary,
+    unchanged,
+)
 from sb_memeff.nnet.transducer.passes import TiledPass, WholePass
 
 __all__ = ["TransducerJointLoss"]
@@ -48,10 +55,14 @@ class TransducerJointLoss(nn.Module):
     ---------
     joint : torch.nn.Module
         speechbrain.nnet.transducer.transducer_joint.Transducer_joint, or any
-        module of [N, T, 1, H] and [N, 1, U, H].
+        module of [N, T, 1, H] and [N, 1, U, H] that treats each cell by
+        itself, as linear layers, LayerNorm, dropout and nonlinearities do.
+        Tiles come as [N, 1, 1, H] twice. "tiled" and "samplewise" refuse
+        modules that are known to mix cells (batch norm in training, GroupNorm,
+        recurrent layers, attention, wide convolutions); mixing that is
+        written as operations of its own they cannot see.
     classifier : torch.nn.Module
-        From rows [N, H] to logits [N, V]. Neither may mix cells (a
-        convolution over frames, for example): they see rows in no order.
+        From rows [N, H] to logits [N, V], each row by itself.
     blank_index : int
         The blank.
     reduction : str
@@ -156,25 +167,25 @@ class TransducerJointLoss(nn.Module):
             names the sample.
         """
         _check_inputs(enc, pred, targets, enc_lens, target_lens)
-        if self.method == "batched":
-            logits = self.classifier(
-                self.joint(enc.unsqueeze(2), pred.unsqueeze(1))
-            )
-            return transducer_loss(
-                logits,
-                targets,
-                enc_lens,
-                target_lens,
-                self.blank_index,
-                self.reduction,
-                self.fastemit_lambda,
-                self.clamp,
-            )
-        _refuse_batch_statistics(self.joint, self.classifier, self.method)
         targets = targets.long()
         frames = count(enc_lens, enc.shape[1], "frames")
         counts = count(target_lens, targets.shape[1], "targets")
-        check_targets(targets, counts, frames, self.blank_index)
+        check = functools.partial(
+            check_counts,
+            (enc_lens, target_lens),
+            frames,
+            counts,
+            targets,
+            self.blank_index,
+        )
+        vocabulary = declared_vocabulary(self.classifier)
+        check(vocabulary)
+        if self.method == "batched":
+            return self._batched(
+                enc, pred, targets, enc_lens, target_lens, frames, counts
+            )
+        check_modules(self.joint, self.classifier)
+        next_forward()
         cell_logits = CellLogits(self.joint, self.classifier)
         cells = Cells(
             cell_logits,
@@ -185,23 +196,54 @@ class TransducerJointLoss(nn.Module):
             counts,
             self.blank_index,
             self.clamp,
+            _CheckOnce(check, vocabulary),
         )
         weights = {
             name: p
             for name, p in cell_logits.named_parameters()
             if p.requires_grad
         }
-        nll = _Loss.apply(
-            self,
-            cells,
-            list(weights),
-            torch.is_grad_enabled(),
-            enc,
-            pred,
-            *weights.values(),
+        inputs = enc, pred, *weights.values()
+        # Within the function gradients are always off.
+        wanted = torch.is_grad_enabled() and any(
+            x.requires_grad for x in inputs
         )
+        nll = _Loss.apply(self, cells, list(weights), wanted, *inputs)
         _name_samples(nll)
         return reduce(nll, frames, self.reduction)
+
+    def _batched(
+        self, enc, pred, targets, enc_lens, target_lens, frames, counts
+    ):
+        enc, pred = (
+            _finite_padding(enc, frames),
+            _finite_padding(pred, counts + 1),
+        )
+        logits = self.classifier(
+            self.joint(enc.unsqueeze(2), pred.unsqueeze(1))
+        )
+        return transducer_loss(
+            logits,
+            targets,
+            enc_lens,
+            target_lens,
+            self.blank_index,
+            self.reduction,
+            self.fastemit_lambda,
+            self.clamp,
+        )
+
+
+class _CheckOnce:
+    """Checks targets against the vocabulary when its size is first seen."""
+
+    def __init__(self, check, vocabulary):
+        self.check, self.vocabulary = check, vocabulary
+
+    def __call__(self, vocabulary):
+        if vocabulary != self.vocabulary:
+            self.check(vocabulary)
+            self.vocabulary = vocabulary
 
 
 class _Loss(torch.autograd.Function):
@@ -213,26 +255,25 @@ class _Loss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx, module, cells, names, backward_follows, enc, pred, *weights
-    ):
+    def forward(ctx, module, cells, names, wanted, enc, pred, *weights):
         recorder = Recorder(enc.device)
         tiled = module.method == "tiled"
         kind = TiledPass if tiled else WholePass
         size = GROUP_TILES * module.max_rows if tiled else 1
         gradients = None
-        wanted = backward_follows and any(ctx.needs_input_grad)
         if module.reduction != "none" and wanted:
             gradients = Gradients(enc, pred, dict(zip(names, weights)))
         nll, ctx.passes = [], []
-        with recorder.autocast():
+        with recorder.autocast(), unchanged(cells.logits, enc.device):
             for group in cells.groups(size):
                 run = kind(module, group, recorder)
                 nll.append(run.forward(gradients))
                 if gradients is not None:
                     run.backward(gradients)
-                ctx.passes.append(run)
+                if wanted:
+                    ctx.passes.append(run)
         ctx.names, ctx.gradients = names, gradients
+        ctx.modules, ctx.fingerprint = cells.logits, fingerprint(cells.logits)
         ctx.save_for_backward(enc, pred, *weights)
         return torch.cat(nll)
 
@@ -245,25 +286,19 @@ class _Loss(torch.autograd.Function):
         if gradients is not None:
             scale = upstream[0]
         else:
+            check_fingerprint(
+                ctx.fingerprint, ctx.modules, "TransducerJointLoss"
+            )
             gradients = Gradients(enc, pred, dict(zip(ctx.names, weights)))
             for run in ctx.passes:
                 run.backward(gradients, upstream)
         return None, None, None, None, *gradients.totals(scale)
 
 
-def _refuse_batch_statistics(joint, classifier, method):
-    """A tile is not a batch: its mean and variance would be others."""
-    for owner, module in (("joint", joint), ("classifier", classifier)):
-        for name, part in module.named_modules():
-            if isinstance(part, _NormBase) and part.training:
-                full_name = f"{owner}.{name}" if name else owner
-                raise ValueError(
-                    f"{full_name} ({type(part).__name__}) is in training mode "
-                    f"and takes its statistics from all cells of a batch, "
-                    f"which method={method!r} never has at once. Take "
-                    f"method='batched', a norm of single rows such as "
-                    f"LayerNorm, or call eval() of it."
-                )
+def _finite_padding(x, lengths):
+    """NaN in padding times a gradient of 0 would be NaN."""
+    padding = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
+    return x.masked_fill(padding[..., None] & ~x.isfinite(), 0)
 
 
 def _name_samples(nll):

@@ -64,7 +64,7 @@ class TiledPass:
                     _Call(cells.logits), cells.run, tile
                 )
                 self.recordings.append(recording)
-            flat[:, tile] = torch.stack(_scores(cells, tile, logits, recording))
+            flat[:, tile] = torch.stack(cells.scores(tile, logits))
             del logits
         nll, blank, emission = loss_and_occupancies(
             *planes[1:], cells.frames, cells.counts, self.fastemit_lambda
@@ -101,7 +101,7 @@ class TiledPass:
             tiles, seen = self._tiles(places), self._tiles(visited)
             recordings = self.recordings
         else:
-            tiles = self._tiles(places[visited])
+            tiles = [x for x in self._tiles(places[visited]) if len(x)]
             seen = [None] * len(tiles)
             recordings = self.recordings[:1] * len(tiles)
         for tile, mask, recording in zip(tiles, seen, recordings):
@@ -174,9 +174,7 @@ class WholePass:
 
     def _lattice(self, places, logits):
         cells = self.cells
-        normaliser, *scores = _scores(
-            cells, places, logits.detach(), self.recording
-        )
+        normaliser, *scores = cells.scores(places, logits.detach())
         shape = 1, int(cells.frames), int(cells.counts) + 1
         nll, blank, emission = loss_and_occupancies(
             *(s.view(shape) for s in scores),
@@ -185,22 +183,6 @@ class WholePass:
             self.fastemit_lambda,
         )
         return nll, normaliser, blank, emission
-
-
-def _scores(cells, places, logits, recording):
-    """Scores of cells; if that is an error, as if nothing had been called."""
-    try:
-        for module, name in recording.changes.buffers:
-            raise ValueError(
-                f"The buffer {name} of {type(module).__name__} in the joint or "
-                f"the classifier changes at each call: once a tile, where "
-                f"method='batched' calls it once a batch. Take that method, or "
-                f"call eval() of it."
-            )
-        return cells.scores(places, logits)
-    except ValueError:
-        recording.undo()
-        raise
 
 
 class _Call(nn.Module):

@@ -68,9 +68,7 @@ def row_scores(logits, target, blank_index):
     return normaliser, blank, picked - normaliser
 
 
-def row_gradient(
-    logits, normaliser, target, blank, emission, blank_index, clamp=None
-):
+def row_gradient(logits, normaliser, target, blank, emission, blank_index):
     """Gradient of the negative log-likelihood with respect to the logits.
 
     Arguments
@@ -88,13 +86,12 @@ def row_gradient(
         there is no next target.
     blank_index : int
         The blank.
-    clamp : float, optional
-        Limit of each element, as in NeMo: before anything else scales it.
 
     Returns
     -------
     torch.Tensor
-        [N, V], float32 at least.
+        [N, V], float32 at least. Each row sums to 0 if the normaliser is
+        that of these logits.
 
     Example
     -------
@@ -109,6 +106,4 @@ def row_gradient(
     gradient *= (blank + emission)[:, None]
     gradient[:, blank_index] -= blank
     gradient.scatter_add_(1, target[:, None], -emission[:, None])
-    if clamp is not None:
-        gradient.clamp_(-clamp, clamp)
     return gradient

@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from speechbrain.nnet import RNN
 from speechbrain.nnet.linear import Linear
 from speechbrain.nnet.transducer.transducer_joint import Transducer_joint
 from torch import nn
@@ -453,62 +452,6 @@ def test_blank_outside_the_vocabulary():
         call(TransducerJointLoss(*modules(), blank_index=11))
 
 
-LAYOUTS = {
-    "time first": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
-    "channels first": lambda x: x.mT.contiguous().mT,
-    "step 2": lambda x: torch.stack([x, x], -1).flatten(-2)[..., ::2],
-    "sliced": lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
-    "expanded batch": lambda x: x[:1].expand(x.shape),
-    "expanded time": lambda x: x[:, :1].expand(x.shape),
-    "expanded channels": lambda x: x[..., :1].expand(x.shape),
-}
-
-
-@pytest.mark.parametrize("reduction", ["speechbrain", "none"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@every_method
-def test_any_strides(options, layout, reduction):
-    """What torch's LSTM, conformers and views return."""
-    lay = LAYOUTS[layout]
-    found = []
-    for choice, change in (
-        (options, lay),
-        ({"method": "batched"}, lambda x: lay(x).clone()),
-    ):
-        joint, classifier = modules("concat")
-        classifier.weight.data = change(classifier.weight.data[None])[0]
-        loss = TransducerJointLoss(
-            joint, classifier, reduction=reduction, **choice
-        )
-        enc, pred, targets = inputs()
-        enc, pred = (
-            change(x.detach()).detach().requires_grad_() for x in (enc, pred)
-        )
-        targets = change(targets[..., None])[..., 0].clamp(min=1)
-        found.append(gradients(loss, loss, enc, pred, targets))
-    check(found, 1e-9, 1e-9)
-
-
-@every_method
-@pytest.mark.parametrize("predictor", ["LSTM", "GRU", "LiGRU", "torch"])
-def test_recurrent_predictors_learn(options, predictor):
-    found = []
-    for choice in (options, {"method": "batched"}):
-        torch.manual_seed(0)
-        if predictor == "torch":
-            net = nn.LSTM(H, H, batch_first=True)
-        else:
-            net = getattr(RNN, predictor)(H, input_shape=[None, None, H])
-        net = net.double()
-        loss = TransducerJointLoss(*modules(), **choice)
-        enc, pred, targets = inputs()
-        value = loss(enc, net(pred)[0], targets, FRAMES, COUNTS)
-        grads = torch.autograd.grad(value, list(net.parameters()))
-        found.append((value, grads))
-    check(found, 1e-9, 1e-9)
-    assert all(g.any() for g in found[0][1])
-
-
 @pytest.mark.parametrize(
     "dtype", [torch.int8, torch.int16, torch.int32, torch.uint8, torch.uint16]
 )
@@ -641,7 +584,7 @@ def test_norms_over_the_batch_are_refused_in_training(norm, options):
     before = copy.deepcopy(norm.state_dict())
     classifier = nn.Sequential(norm, nn.Linear(H, V)).double()
     loss = TransducerJointLoss(Transducer_joint(), classifier, **options)
-    message = rf"classifier.0 \({type(norm).__name__}\).*'batched'.*eval"
+    message = rf"classifier.0 \({type(norm).__name__}\).*batched"
     with pytest.raises(ValueError, match=message):
         call(loss)
     for key, value in norm.state_dict().items():
@@ -676,7 +619,7 @@ def test_buffers_that_change_at_each_call_are_refused(options):
     classifier = parametrizations.spectral_norm(nn.Linear(H, V).double())
     before = copy.deepcopy(classifier.state_dict())
     loss = TransducerJointLoss(Transducer_joint(), classifier, **options)
-    with pytest.raises(ValueError, match="buffer _u of _SpectralNorm"):
+    with pytest.raises(ValueError, match="_SpectralNorm.*buffer _u"):
         call(loss)
     for key, value in classifier.state_dict().items():
         assert torch.equal(value, before[key])

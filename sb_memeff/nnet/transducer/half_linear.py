@@ -1,0 +1,139 @@
+"""Linear layers in half precision, with weight gradients in float32.
+
+autograd forms the gradient of a weight in the dtype of the layer's input. In
+float16 the sum over the rows of a tile overflows at 65504, whatever the scale
+of the loss, and in bfloat16 each tile loses all but 8 bits. Here the product
+of half-precision rows is float32 and is added to a float32 sum.
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+import torch
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["Float32WeightGradients"]
+
+HALF = (torch.float16, torch.bfloat16)
+# A product of half-precision matrices that comes out in float32.
+HAS_WIDE_MM = (
+    "dtype" in torch.ops.aten.mm.overloads() and torch.version.hip is None
+)
+
+
+class Float32WeightGradients(TorchFunctionMode):
+    """Inside, the weight gradients of linear layers are added up in float32.
+
+    The values of the layers and the gradients of their inputs stay those of
+    torch. Other operations than ``torch.nn.functional.linear``, and layers in
+    single or double precision, are left alone.
+
+    Arguments
+    ---------
+    sums : dict
+        From the id of a weight or bias, which must be a leaf, to the float32
+        tensor that its gradient is added to. autograd then finds no gradient
+        for it. Other weights get a gradient in the usual way, in their dtype.
+
+    Attributes
+    ----------
+    factor : torch.Tensor or None
+        What is added to the sums is multiplied by it: a scalar, to be set
+        before backward.
+
+    Example
+    -------
+    >>> layer = torch.nn.Linear(3, 2).bfloat16()
+    >>> total = torch.zeros(2, 3)
+    >>> with Float32WeightGradients({id(layer.weight): total}):
+    ...     y = layer(torch.ones(4, 3).bfloat16())
+    >>> y.sum().backward()
+    >>> total
+    tensor([[4., 4., 4.],
+            [4., 4., 4.]])
+    >>> layer.weight.grad is None, layer.bias.grad.dtype
+    (True, torch.bfloat16)
+    """
+
+    def __init__(self, sums: dict[int, torch.Tensor]):
+        super().__init__()
+        self.sums = sums
+        self.factor = None
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        """Takes the place of torch.nn.functional.linear."""
+        kwargs = kwargs or {}
+        if func is functional.linear:
+            return self._linear(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _linear(self, input, weight, bias=None):
+        dtype = _dtype_of_linear(input, weight, bias)
+        if dtype not in HALF or weight.dim() != 2:
+            return functional.linear(input, weight, bias)
+        totals = self.sums.get(id(weight)), self.sums.get(id(bias))
+        return _HalfLinear.apply(input, weight, bias, dtype, self, totals)
+
+    def add(self, total, found, dtype):
+        """Adds to a sum, or returns what autograd shall hand on."""
+        if total is None:
+            return found.to(dtype)
+        if self.factor is None:
+            total += found
+        else:
+            total.addcmul_(found, self.factor)
+        return None
+
+
+def _dtype_of_linear(input, weight, bias):
+    """The dtype in which torch computes the layer, or None if it would not."""
+    tensors = [x for x in (input, weight, bias) if x is not None]
+    kind = input.device.type
+    if torch.is_autocast_enabled(kind):
+        # Autocast leaves float64 and integers as they are.
+        narrow = (*HALF, torch.float32)
+        if all(x.dtype in narrow for x in tensors):
+            return torch.get_autocast_dtype(kind)
+    elif all(x.dtype == input.dtype for x in tensors):
+        return input.dtype
+    return None
+
+
+class _HalfLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, weight, bias, dtype, mode, totals):
+        rows, narrow = input.to(dtype), weight.to(dtype)
+        ctx.save_for_backward(rows, narrow)
+        ctx.mode, ctx.totals = mode, totals
+        ctx.dtypes = input.dtype, weight.dtype, bias is not None and bias.dtype
+        if bias is not None:
+            bias = bias.to(dtype)
+        with torch.autocast(input.device.type, enabled=False):
+            return functional.linear(rows, narrow, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        rows, weight = ctx.saved_tensors
+        add, totals = ctx.mode.add, ctx.totals
+        for_input = for_weight = for_bias = None
+        flat = gradient.reshape(-1, gradient.shape[-1])
+        with torch.autocast(gradient.device.type, enabled=False):
+            if ctx.needs_input_grad[0]:
+                for_input = (gradient @ weight).to(ctx.dtypes[0])
+            if ctx.needs_input_grad[1]:
+                found = _wide_product(
+                    flat.t(), rows.reshape(-1, rows.shape[-1])
+                )
+                for_weight = add(totals[0], found, ctx.dtypes[1])
+            if ctx.needs_input_grad[2]:
+                found = flat.sum(0, dtype=torch.float32)
+                for_bias = add(totals[1], found, ctx.dtypes[2])
+        return for_input, for_weight, for_bias, None, None, None
+
+
+def _wide_product(a, b):
+    if a.is_cuda and HAS_WIDE_MM:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()

@@ -1,0 +1,173 @@
+"""Joint and classifier: what computing them cell by cell asks of them.
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import speechbrain.nnet.linear
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+__all__ = ["check_modules", "declared_vocabulary", "unchanged"]
+
+
+def check_modules(joint: nn.Module, classifier: nn.Module) -> None:
+    """Checks that cells can be computed a few at a time.
+
+    Arguments
+    ---------
+    joint : torch.nn.Module
+        The joint network.
+    classifier : torch.nn.Module
+        The output layer.
+
+    Raises
+    ------
+    ValueError
+        If a module in them is known to mix cells, so that it computes
+        something else of all cells of a batch than of a tile of them; or if
+        each call changes its weights.
+
+    Example
+    -------
+    >>> check_modules(nn.BatchNorm2d(3).eval(), nn.Linear(3, 4))
+    >>> check_modules(nn.BatchNorm2d(3), nn.Linear(3, 4))
+    Traceback (most recent call last):
+        ...
+    ValueError: joint (BatchNorm2d) computes statistics of all cells that it \
+sees, and a tile or a sample has others than the batch. Take \
+method="batched", or call eval() of this module before.
+    """
+    for owner, top in (("joint", joint), ("classifier", classifier)):
+        for name, module in top.named_modules(prefix=owner):
+            reason = _mixes(module, rows=owner == "classifier")
+            if reason is not None:
+                raise ValueError(f"{name} ({type(module).__name__}) {reason}")
+
+
+def _mixes(module, rows):
+    """Why a module is not for cells one by one, or None."""
+    if isinstance(module, (_BatchNorm, _InstanceNorm)):
+        own = (
+            not isinstance(module, _InstanceNorm) or module.track_running_stats
+        )
+        if module.training or not own or module.running_mean is None:
+            remedy = ", or call eval() of this module before"
+            return (
+                "computes statistics of all cells that it sees, and a tile or "
+                'a sample has others than the batch. Take method="batched"'
+                f"{remedy if module.running_mean is not None else ''}."
+            )
+    # The classifier gets rows [N, H], the joint [N, T, U, H].
+    mixing = (nn.GroupNorm, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
+    wide = isinstance(module, _ConvNd) and max(module.kernel_size) > 1
+    if not rows and (isinstance(module, mixing) or wide):
+        return (
+            "reaches over several frames or targets, but cells are computed "
+            'one by one. Take method="batched".'
+        )
+    if getattr(module, "max_norm", None) is not None:
+        return (
+            "changes its weights in every call (max_norm), and a batch takes "
+            'many calls. Take method="batched".'
+        )
+    return None
+
+
+def declared_vocabulary(classifier: nn.Module) -> int | None:
+    """The size of the classifier's output, where it says so.
+
+    Arguments
+    ---------
+    classifier : torch.nn.Module
+        torch's or SpeechBrain's Linear, or a sequence that ends with one.
+
+    Returns
+    -------
+    int or None
+        The size; None for any other module.
+
+    Example
+    -------
+    >>> declared_vocabulary(nn.Sequential(nn.ReLU(), nn.Linear(3, 10)))
+    10
+    """
+    if isinstance(classifier, nn.Sequential) and len(classifier):
+        return declared_vocabulary(classifier[-1])
+    if isinstance(classifier, speechbrain.nnet.linear.Linear):
+        return declared_vocabulary(classifier.w)
+    if type(classifier) is nn.Linear:
+        return classifier.out_features
+    return None
+
+
+@contextlib.contextmanager
+def unchanged(modules: nn.Module, device: torch.device) -> Iterator[None]:
+    """Calls inside must not change buffers; an error leaves no trace.
+
+    Arguments
+    ---------
+    modules : torch.nn.Module
+        The modules that are called.
+    device : torch.device
+        Where they compute.
+
+    Yields
+    ------
+    None
+
+    Raises
+    ------
+    ValueError
+        If a buffer has been changed, as spectral norm does it: a batch is
+        many calls here, and one call where all cells are computed at once.
+    """
+    before = {
+        (module, name): (buffer, buffer._version, buffer.clone())
+        for module in modules.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    }
+    states = _random_states(device)
+    try:
+        yield
+        for prefix, module in modules.named_modules():
+            for name, buffer in module._buffers.items():
+                was, version, clone = before.get((module, name), [None] * 3)
+                same = buffer is was and buffer._version == version
+                # A table that is made in the first call is no change.
+                if was is None or same or torch.equal(buffer, clone):
+                    continue
+                raise ValueError(
+                    f"{prefix} ({type(module).__name__}) changes its buffer "
+                    f"{name} in every call, and a batch takes many calls. "
+                    'Take method="batched", or call eval() of this module '
+                    "before."
+                )
+    except BaseException:
+        for (module, name), (buffer, version, clone) in before.items():
+            if buffer._version != version:
+                buffer.copy_(clone)
+            module._buffers[name] = buffer
+        for write, state in states:
+            write(state)
+        raise
+
+
+def _random_states(device):
+    states = [(torch.set_rng_state, torch.get_rng_state())]
+    if device.type not in ("cpu", "meta"):
+        module = torch.get_device_module(device)
+        states.append(
+            (
+                lambda state: module.set_rng_state(state, device),
+                module.get_rng_state(device),
+            )
+        )
+    return states
