@@ -13,6 +13,7 @@ from torch import nn
 from sb_memeff.analysis.check import check_recipe
 from sb_memeff.analysis.recipe import read_recipe
 from sb_memeff.nnet import replay
+from sb_memeff.nnet.mismatch import set_mismatch_action
 from sb_memeff.nnet.reversible import AdditiveCoupling
 from sb_memeff.nnet.transducer.passes import TiledPass
 from tests.unittests.analysis.yaml_files import (
@@ -284,6 +285,14 @@ def test_a_recomputed_layer_that_does_not_repeat(tmp_path):
     path = changed(CONFORMER, tmp_path, *RECOMPUTE)
     overrides = {**SMALL_TRANSDUCER, "transducer_method": "batched"}
     report = check(read_recipe(path, overrides), change)
+    assert not report.passed
+    assert "encoder.layers.1 cannot be computed again" in report.lines[-1]
+    # Gradients are compared only if training is to go on nevertheless.
+    set_mismatch_action("warn")
+    try:
+        report = check(read_recipe(path, overrides), change)
+    finally:
+        set_mismatch_action("error")
     assert place(report, STORED).startswith("enc.transformer.encoder.layers.")
 
 

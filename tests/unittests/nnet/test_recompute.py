@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import speechbrain as sb
 import torch
+import torch.nn.functional as F
 from chains import assert_same_state, gradients, relative_error, saved_bytes
 from hyperpyyaml import load_hyperpyyaml
 from speech_networks import (
@@ -23,6 +24,7 @@ from speech_networks import (
     ecapa,
     xvector,
 )
+from speechbrain.lobes.models.beats import BEATsConfig, TransformerEncoder
 from speechbrain.lobes.models.ECAPA_TDNN import ECAPA_TDNN
 from speechbrain.nnet.containers import LengthsCapableSequential
 from speechbrain.utils.checkpoints import Checkpointer
@@ -168,6 +170,55 @@ def test_dynamic_chunks_and_dropped_layers():
         assert a is None or torch.equal(a, b)
 
 
+def beats(layerdrop=0.5):
+    """Its encoder drops layers by numpy's random numbers."""
+    torch.manual_seed(0)
+    return TransformerEncoder(
+        BEATsConfig(
+            {
+                "encoder_layers": 4,
+                "encoder_embed_dim": 16,
+                "encoder_ffn_embed_dim": 32,
+                "encoder_attention_heads": 4,
+                "encoder_layerdrop": layerdrop,
+                "conv_pos": 8,
+                "conv_pos_groups": 4,
+                "relative_position_embedding": True,
+                "num_buckets": 8,
+                "max_distance": 16,
+                "gru_rel_pos": True,
+            }
+        )
+    )
+
+
+@pytest.mark.parametrize("blocks", ["layers.*", "", ["", "layers.*"]])
+def test_beats_drops_the_same_layers_again(blocks):
+    """Whether or not the drop lies within the block that is recomputed."""
+    found = []
+    dropped = False
+    for recompute in (True, False):
+        net = beats()
+        if recompute:
+            recompute_blocks(net, blocks)
+        random.seed(0)
+        np.random.seed(2)
+        torch.manual_seed(0)
+        x = torch.randn(2, 12, 16).requires_grad_()
+        for _ in range(2):
+            y, _ = net(x * 1)
+            y.square().sum().backward()
+        gradients = [x.grad, *(p.grad for p in net.parameters())]
+        dropped |= any(g is None for g in gradients)
+        found.append((y, gradients, np.random.rand(), torch.rand(1)))
+    (y, ours, *streams), (y_ref, reference, *streams_ref) = found
+    assert torch.equal(y, y_ref) and streams == streams_ref
+    assert dropped
+    for a, b in zip(ours, reference, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or torch.equal(a, b)
+
+
 # --- memory ------------------------------------------------------------------
 
 # Activations at the peak of a step, as a part of the untouched network's, at
@@ -301,6 +352,17 @@ def test_changed_weights_are_found_where_torch_goes_on():
     y = net(signal())
     net[2].eval()
     with pytest.raises(RuntimeError, match="mode of the forward pass"):
+        y.sum().backward()
+    net[2].train()
+    # Of a part of a block; weights that are replaced.
+    y = net(signal())
+    net[2][3].eval()
+    with pytest.raises(RuntimeError, match=r"eval\(\) of 2\.3 was called"):
+        y.sum().backward()
+    net[2][3].train()
+    y = net(signal())
+    net[3][0].weight.data = net[3][0].weight.data.clone()
+    with pytest.raises(RuntimeError, match=r"3\.0\.weight was changed"):
         y.sum().backward()
 
 
@@ -580,6 +642,248 @@ def test_torch_compile():
     assert relative_error([y], [y_ref]) < 1e-12
     assert relative_error(ours, reference) < 1e-12
     assert net[0][1].num_batches_tracked == 1
+
+
+class Tied(nn.Module):
+    """Uses what its file imports, and may hide from the compiler."""
+
+    def __init__(self, breaks=False, norm=True):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.norm = nn.BatchNorm1d(4)
+        self.breaks = breaks
+
+    def forward(self, x, scale: float = 1.0):
+        y = F.gelu(self.norm(self.linear(x))) * scale
+        if not torch.jit.is_scripting():
+            y = halved(y, self.breaks)
+        return x + torch.tanh(y)
+
+
+def halved(y, breaks):
+    if breaks:
+        torch._dynamo.graph_break()
+    return y * 1.0
+
+
+def tied(**options):
+    torch.manual_seed(0)
+    return nn.Sequential(Tied(**options), Tied(**options)).double()
+
+
+def test_scripting_of_blocks_with_code_of_their_own():
+    net, twin = tied(), tied()
+    recompute_blocks(net, "*")
+    x = torch.rand(5, 4, dtype=torch.float64)
+    y = torch.jit.script(net)(x)
+    assert torch.equal(y, torch.jit.script(twin)(x))
+    # It is still the network that recomputes.
+    twin.load_state_dict(net.state_dict())
+    assert saved_bytes(net, x)[0] < saved_bytes(twin, x)[0]
+    net, twin = tied(), tied()
+    recompute_blocks(net, "*")
+    assert_same_step(net, twin, x)
+
+
+@pytest.fixture
+def compiler():
+    """Begins and ends with nothing compiled."""
+    torch._dynamo.reset()
+    yield torch._dynamo.utils.counters
+    torch._dynamo.reset()
+
+
+def assert_compiled_like(net, twin, backend, **options):
+    x = torch.rand(5, 4, dtype=torch.float64)
+    compiled = torch.compile(net, backend=backend, **options)
+    for _ in range(2):
+        y, ours, _ = gradients(compiled, x)
+        y_ref, reference, _ = gradients(twin, x)
+        assert relative_error([y], [y_ref]) < 1e-12
+        assert relative_error(ours, reference) < 1e-12
+    for module, reference in zip(net, twin, strict=True):
+        assert module.norm.num_batches_tracked == 2
+        assert (
+            relative_error(
+                [module.norm.running_var], [reference.norm.running_var]
+            )
+            < 1e-12
+        )
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+@pytest.mark.parametrize(
+    "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+)
+def test_compiled_networks_count_batches_once(compiler, backend, breaks):
+    """Also where the compiler cannot trace a block as a whole."""
+    net, twin = tied(breaks=breaks), tied(breaks=breaks)
+    recompute_blocks(net, "*")
+    assert_compiled_like(net, twin, backend)
+
+
+def test_a_compiled_block_in_a_network_that_is_not(compiler):
+    """The module itself, and one inside it."""
+    net, twin = tied(), tied()
+    recompute_blocks(net, "*")
+    net[0].compile(backend="aot_eager")
+    net[1].linear.compile(backend="aot_eager")
+    x = torch.rand(5, 4, dtype=torch.float64)
+    for _ in range(2):
+        y, ours, _ = gradients(net, x)
+        y_ref, reference, _ = gradients(twin, x)
+        assert relative_error([y], [y_ref]) < 1e-12
+        assert relative_error(ours, reference) < 1e-12
+        assert_same_state(net, twin)
+
+
+class Randomly(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, x):
+        return torch.tanh(self.norm(self.linear(x)) * random.random())
+
+
+def test_compiled_blocks_that_draw_from_pythons_generator(compiler):
+    torch.manual_seed(0)
+    net = nn.Sequential(Randomly(), Randomly()).double()
+    twin = copy.deepcopy(net)
+    recompute_blocks(net, "*")
+    x = torch.rand(5, 4, dtype=torch.float64)
+    compiled = torch.compile(net, backend="aot_eager")
+    found = []
+    for module in (compiled, twin):
+        random.seed(0)
+        found.append((gradients(module, x), random.random()))
+    ((y, ours, _), end), ((y_ref, reference, _), end_ref) = found
+    assert relative_error([y], [y_ref]) < 1e-12
+    assert relative_error(ours, reference) < 1e-12
+    assert end == end_ref
+
+
+# --- parametrizations --------------------------------------------------------
+
+
+def normed():
+    """Two convolutions whose weights are computed, and one that is not."""
+    torch.manual_seed(0)
+    net = nn.Sequential(*(nn.Conv1d(4, 4, 3) for _ in range(3))).double()
+    for conv in net[:2]:
+        parametrizations.weight_norm(conv)
+    return net
+
+
+@pytest.mark.parametrize("first", ["recompute", "norm"])
+def test_weight_norm_before_and_after(first):
+    """Whatever comes first, each can be taken away without the other."""
+    torch.manual_seed(0)
+    net = nn.Sequential(*(nn.Conv1d(4, 4, 3) for _ in range(3))).double()
+    twin = copy.deepcopy(net)
+    if first == "recompute":
+        recompute_blocks(net, "*")
+    for conv in (*net[:2], *twin[:2]):
+        parametrizations.weight_norm(conv)
+    if first == "norm":
+        recompute_blocks(net, "*")
+    assert_same_step(net, twin, signal())
+    assert kept_inputs(net) == 3
+    # Off with one of the norms, the other block stays as it is.
+    for module in (net, twin):
+        parametrize.remove_parametrizations(module[0], "weight")
+    assert not parametrize.is_parametrized(net[0])
+    assert type(net[0]).__mro__[1] is nn.Conv1d
+    assert_same_step(net, twin, signal())
+    assert kept_inputs(net) == 3
+    # Off with the recomputation, the norm of the second stays.
+    assert store_blocks(net) == ["0", "1", "2"]
+    assert type(net[0]) is type(net[2]) is nn.Conv1d
+    assert parametrize.is_parametrized(net[1])
+    assert type(net[1]).__bases__ == (nn.Conv1d,)
+    assert_same_step(net, twin, signal())
+    parametrize.remove_parametrizations(net[1], "weight")
+    assert type(net[1]) is nn.Conv1d
+    assert recompute_blocks(net, "*") == ["0", "1", "2"]
+
+
+def kept_inputs(net):
+    """How many tensors are stored between forward and backward."""
+    count = 0
+
+    def pack(tensor):
+        nonlocal count
+        count += tensor.dim() == 3 and not isinstance(tensor, nn.Parameter)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        net(signal())
+    return count
+
+
+def test_two_parametrizations_of_one_module():
+    net = normed()
+    recompute_blocks(net, "*")
+    parametrizations.orthogonal(net[2])
+    parametrize.register_parametrization(net[2], "bias", nn.Tanh())
+    parametrize.remove_parametrizations(net[2], "weight")
+    assert parametrize.is_parametrized(net[2], "bias")
+    twin = copy.deepcopy(net)
+    assert store_blocks(twin) == ["0", "1", "2"]
+    assert kept_inputs(net) == 3
+    assert_same_step(net, twin, signal())
+
+
+def test_copies_of_a_network_with_weight_norm_recompute_by_themselves():
+    """torch's parametrized copies share their class."""
+    net = normed()
+    twin = copy.deepcopy(net)
+    recompute_blocks(net, "*")
+    assert store_blocks(twin) == []
+    copied = copy.deepcopy(net)
+    assert store_blocks(net) == ["0", "1", "2"]
+    assert store_blocks(copied) == ["0", "1", "2"]
+    assert_same_step(net, twin, signal())
+
+
+def test_recomputation_below_a_class_of_another_library():
+    """As fully_shard does; without ours on top, blocks still can store."""
+    net, twin = stack(), stack()
+    recompute_blocks(net, "*")
+    for block in net:
+        cls = type(block)
+        block.__class__ = type(f"Sharded{cls.__name__}", (cls,), {})
+    assert store_blocks(net) == ["0", "1", "2", "3"]
+    assert_same_step(net, twin, signal())
+    stored = saved_bytes(twin, signal())[0]
+    assert saved_bytes(net, signal())[0] == stored
+    assert recompute_blocks(net, "*") == ["0", "1", "2", "3"]
+    assert saved_bytes(net, signal())[0] < stored
+    twin.load_state_dict(net.state_dict())
+    assert_same_step(net, twin, signal())
+
+
+@pytest.mark.parametrize("backward_inside", [True, False])
+def test_cached_parametrizations(backward_inside):
+    net = normed()
+    twin = copy.deepcopy(net)
+    recompute_blocks(net, "*")
+    found = []
+    for module in (net, twin):
+        x = signal().requires_grad_()
+        with parametrize.cached():
+            # A weight that is in the cache before the block is called.
+            loss = module[0].weight.sum() + module(x).square().sum()
+            loss += module(2 * x).square().sum()
+            if backward_inside:
+                loss.backward()
+        if not backward_inside:
+            loss.backward()
+        found.append([x.grad, *(p.grad for p in module.parameters())])
+    assert all(g is not None for g in found[0])
+    # Sums in another order.
+    assert relative_error(*found) < 1e-14
 
 
 # --- names and options -------------------------------------------------------

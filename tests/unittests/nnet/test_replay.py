@@ -3,8 +3,14 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize
 
-from sb_memeff.nnet.replay import Recorder, without_trace
+from sb_memeff.nnet.replay import (
+    Recorder,
+    check_fingerprint,
+    fingerprint,
+    without_trace,
+)
 
 
 def test_replay_repeats_random_numbers_and_gives_the_stream_back():
@@ -116,3 +122,93 @@ def test_buffers_that_do_not_change_are_not_kept():
         step(torch.randn(3, 4, 5))
     names = [name for _, name in recording.changes.buffers]
     assert names == ["running_mean", "running_var"]
+
+
+def test_both_passes_run_without_cudnns_benchmark(monkeypatch):
+    """And with the flags of forward, whatever they are in backward."""
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    found = []
+
+    def look():
+        cudnn = torch.backends.cudnn
+        found.append((cudnn.benchmark, cudnn.deterministic))
+
+    recorder = Recorder(torch.device("cpu"))
+    _, recording = recorder.record(look)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    with recorder.replay(look, recording):
+        look()
+    assert found == [(False, False), (False, False)]
+    assert torch.backends.cudnn.benchmark
+    assert torch.backends.cudnn.deterministic
+
+
+def test_cached_weights_of_the_caller_are_not_used():
+    """They have a graph of their own, which a replay cannot repeat."""
+    layer = parametrizations.weight_norm(nn.Linear(3, 3))
+    recorder = Recorder(torch.device("cpu"))
+    with parametrize.cached():
+        weight = layer.weight
+        inside, recording = recorder.record(lambda: layer.weight)
+        with recorder.replay(layer, recording):
+            again = layer.weight
+        assert layer.weight is weight
+    assert layer.weight is not weight
+    assert inside is not weight and again is not weight
+    assert torch.equal(inside, again)
+
+
+def network():
+    return nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.Dropout()))
+
+
+def step_back(p):
+    """The old address becomes free, and is what is allocated next."""
+    values = p.data.clone()
+    p.data = torch.empty(0)
+    p.data = torch.empty_like(values)
+
+
+CHANGES = {
+    "0.weight was": [
+        lambda net: net[0].weight.detach().add_(0),
+        lambda net: setattr(net[0].weight, "data", torch.ones(3, 3)),
+        lambda net: step_back(net[0].weight),
+    ],
+    "0.bias was": [
+        lambda net: net[0].bias.requires_grad_(False),
+        # Another part of the same memory.
+        lambda net: setattr(
+            net[0].bias, "data", net[0].bias.data.as_strided((2,), (1,), 1)
+        ),
+    ],
+    r"eval\(\) of 1 was": [lambda net: net[1].train(False)],
+    r"eval\(\) of 1.0 was": [lambda net: net[1][0].eval()],
+    r"eval\(\) of it was": [lambda net: setattr(net, "training", False)],
+    "the set of parameters was": [lambda net: net.append(nn.Linear(3, 3))],
+    "a module was": [lambda net: net.append(nn.Dropout())],
+}
+
+
+@pytest.mark.parametrize(
+    "message, change", [(m, c) for m, cs in CHANGES.items() for c in cs]
+)
+def test_changes_between_forward_and_backward(message, change):
+    net = network()
+    before = fingerprint(net)
+    check_fingerprint(before, net, "owner")
+    change(net)
+    with pytest.raises(RuntimeError, match=message):
+        check_fingerprint(before, net, "owner")
+
+
+def test_weights_that_may_change():
+    net = network()
+    before = fingerprint(net, {id(net[0].weight)})
+    with torch.no_grad():
+        net[0].weight.add_(1)
+    check_fingerprint(before, net, "owner")
+    with torch.no_grad():
+        net[0].bias.add_(1)
+    with pytest.raises(RuntimeError, match="owner: block.0.bias was changed"):
+        check_fingerprint(before, net, "owner", "block.")
