@@ -40,6 +40,8 @@ sys.path.insert(0, str(RECIPE.folder))
 import train as recipe  # noqa: E402
 
 RATE = 16000
+# So many that no checkpoint of the killed run falls on the start of a list.
+SOUNDS = 37
 # A word is a tone.
 WORDS = {"LOW": 300, "MIDDLE": 900, "HIGH": 2500}
 UTTERANCES = {"train": 40, "dev": 6, "test": 6}
@@ -177,19 +179,46 @@ def test_nothing_is_downloaded(runs):
         assert "huggingface" not in text.lower() and "Fetch" not in text
 
 
+def with_noise_and_echo(place):
+    """The yaml file of the digits, with both in every batch."""
+    rng = np.random.default_rng(2)
+    lines = ["ID,duration,wav,wav_format,wav_opts"]
+    for n in range(SOUNDS):
+        path = place / f"{n}.wav"
+        sound = rng.standard_normal(400) * np.exp(-np.arange(400) / 50)
+        soundfile.write(path, 0.1 * sound, RATE)
+        lines.append(f"{n},{400 / RATE},{path},wav,")
+    sounds = place / "sounds.csv"
+    sounds.write_text("\n".join(lines) + "\n")
+    text = (RECIPE.folder / "hparams" / "digits_transducer.yaml").read_text()
+    augmentations = "\n        - !ref <speed_perturb>" + "".join(
+        f"\n        - !new:speechbrain.augment.time_domain.{kind}"
+        f"\n            csv_file: {sounds}"
+        for kind in ("AddNoise", "AddReverb")
+    )
+    for old, new in (
+        (" [!ref <speed_perturb>]", augmentations),
+        ("_augmentations: 1", "_augmentations: 3"),
+    ):
+        assert old in text
+        text = text.replace(old, new)
+    path = place / "with_noise_and_echo.yaml"
+    path.write_text(text)
+    return path
+
+
 def test_killed_run_continues(place):
     """SIGKILL within the second epoch, then the same command again.
 
-    Dynamic batches, dropout, speed perturbation, dynamic chunks: the weights
-    are those of a run that was not interrupted, bit for bit.
+    Dynamic batches, dropout, noise, echo, speed perturbation, dynamic chunks:
+    the weights are those of a run that was not interrupted, bit for bit.
     """
+    hparams = with_noise_and_echo(place)
     flags = ["--ckpt_interval_minutes=0", "--ckpt_interval_steps=2"]
-    killed, straight = (
-        digits(place, name, *flags)[1:] for name in ("killed", "straight")
-    )
+    killed = digits(place, "killed", *flags)[1:]
     folder = place / "results" / "killed"
     process = subprocess.Popen(
-        RECIPE.command("train.py", "digits_transducer.yaml", *killed),
+        RECIPE.command("train.py", hparams, *killed),
         cwd=place,
         env=environment(),
         stdout=subprocess.DEVNULL,
@@ -211,9 +240,13 @@ def test_killed_run_continues(place):
     process.wait()
     assert len(steps_of((folder / "train_log.txt").read_text())) == 1
 
-    text = RECIPE.run(place, "train.py", "digits_transducer.yaml", *killed)
-    assert re.search(r"Resumed: [1-9]\d* batches of the epoch", text)
-    recipe.main(digits(place, "straight", *flags))
+    text = RECIPE.run(place, "train.py", hparams, *killed)
+    resumed = re.search(
+        r"Resumed: ([1-9]\d*) batches of the epoch and (\d+) optimizer", text
+    )
+    # Each batch takes one echo.
+    assert resumed and int(resumed[2]) % SOUNDS
+    recipe.main([str(hparams), *digits(place, "straight", *flags)[1:]])
     for name in ("model", "optimizer", "normalizer"):
         ours, theirs = (
             torch.load(
