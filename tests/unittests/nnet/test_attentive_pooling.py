@@ -64,18 +64,69 @@ def test_equals_speechbrains(save_memory, global_context, lengths):
     )
 
 
+def long_batch():
+    """Enough frames and slices that sums in low precision show."""
+    torch.manual_seed(1)
+    # A mean beside the deviations, as behind an activation.
+    return torch.randn(3, 64, 300).relu(), torch.tensor([1.0, 0.7, 0.3])
+
+
+@pytest.mark.parametrize("save_memory", [True, False])
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
-def test_stored_and_recomputed_are_the_same(autocast):
-    ours = Ours(pooling())
+def test_as_close_to_float64_as_speechbrains(autocast, save_memory):
+    """Value and gradients; backward runs outside autocast."""
+    theirs = pooling(64)
+    ours = Ours(copy.deepcopy(theirs), save_memory)
+    x, lengths = long_batch()
+    exact = copy.deepcopy(theirs).double()
+    truth, true_gradients, _ = gradients(exact, x.double(), lengths)
+    errors = []
+    for module in (ours, theirs):
+        y, found, _ = gradients(module, x, lengths, autocast=autocast)
+        assert len(found) == len(true_gradients)
+        errors.append(
+            [relative_error([y], [truth])]
+            # Of its own for each: a large gradient would hide the others.
+            # The biases before a norm or a softmax have none to speak of.
+            + [
+                relative_error([ours], [true])
+                for ours, true in zip(found, true_gradients)
+                if true.norm() > 1e-6 * true_gradients[0].norm()
+            ]
+        )
+    assert len(errors[0]) > 5
+    for ours, theirs in zip(*errors):
+        # Four attention channels: rounding is luck, up to a factor.
+        assert ours < 2 * theirs + 1e-6
+    assert sum(errors[0]) < 1.2 * sum(errors[1])
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_recomputed_is_what_was_stored(autocast):
+    ours = Ours(pooling(64))
     twin = copy.deepcopy(ours)
     twin.save_memory = False
-    x = batch(torch.float32)
-    # Backward runs outside autocast.
-    y, found, _ = gradients(ours, x, autocast=autocast)
-    y_ref, reference, _ = gradients(twin, x, autocast=autocast)
+    x, lengths = long_batch()
+    y, found, _ = gradients(ours, x, lengths, autocast=autocast)
+    y_ref, reference, _ = gradients(twin, x, lengths, autocast=autocast)
     assert torch.equal(y, y_ref)
     assert relative_error(found, reference) < 1e-6
     assert_same_state(ours, twin)
+
+
+@pytest.mark.parametrize("save_memory", [True, False])
+def test_padding_instead_of_lengths(save_memory):
+    """Counts the frames that it says, where lengths may round up to more."""
+    ours = Ours(pooling().double(), save_memory).eval()
+    x = batch()
+    frames = torch.tensor([20, 13, 7])
+    padding = (torch.arange(20) >= frames[:, None]).unsqueeze(1)
+    y = attentive_statistics_pooling(
+        ours.pooling, x, None, save_memory, padding
+    )
+    for row, n in enumerate(frames):
+        alone = ours(x[row : row + 1, :, :n])
+        torch.testing.assert_close(y[row : row + 1], alone)
 
 
 def test_pure_bfloat16():

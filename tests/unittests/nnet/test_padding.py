@@ -1,9 +1,13 @@
 """Which frames are padding."""
 
+import math
+
 import pytest
 import torch
 
-from sb_memeff.nnet.padding import padding_masks
+from sb_memeff.nnet import mismatch
+from sb_memeff.nnet.padding import check_lengths, mask, padding_masks
+from sb_memeff.utils.fake import fake_tensors
 
 
 def test_frames_shrink_as_in_a_strided_convolution():
@@ -28,3 +32,96 @@ def test_without_lengths_there_is_nothing_to_mask():
 def test_one_length_for_each_utterance():
     with pytest.raises(ValueError, match=r"each of the 3 .*\(2,\)"):
         padding_masks(torch.ones(2), torch.zeros(3, 9, 4), [1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_each_number_of_frames_in_each_dtype(dtype):
+    """For sizes at which the dtype tells them apart."""
+    for size in (1, 7, 255, 2047):
+        frames = torch.arange(1, size + 1)
+        masks = padding_masks(
+            (frames.double() / size).to(dtype), torch.zeros(size, size), [1]
+        )
+        assert torch.equal((~masks[0]).sum(dim=2).flatten(), frames)
+
+
+@pytest.mark.parametrize(
+    "dtype, most", [(torch.bfloat16, 255), (torch.float16, 2047)]
+)
+def test_dtypes_that_cannot_tell_frames_apart_are_refused(dtype, most):
+    lengths = torch.tensor([1.0, 0.7], dtype=dtype)
+    check_lengths(lengths, torch.zeros(2, most))
+    with pytest.raises(TypeError, match=rf"{dtype} cannot .* {most + 1} fr"):
+        check_lengths(lengths, torch.zeros(2, most + 1))
+
+
+@pytest.mark.parametrize(
+    "value", [0.0, -0.5, 1.2, 13, math.nan, math.inf, -math.inf]
+)
+def test_lengths_are_relative(value):
+    lengths = torch.tensor([1.0, value])
+    with pytest.raises(ValueError, match=r"relative, in \(0, 1\]; got"):
+        check_lengths(lengths, torch.zeros(2, 9, 4))
+    if value == int(value if math.isfinite(value) else 0.5):
+        with pytest.raises(ValueError, match=r"relative, in \(0, 1\]; got"):
+            check_lengths(lengths.long(), torch.zeros(2, 9, 4))
+
+
+def test_rounding_above_one_is_no_fault():
+    lengths = torch.tensor([1.0]).nextafter(torch.tensor(2.0))
+    masks = padding_masks(lengths, torch.zeros(1, 200, 4), [1])
+    assert not masks[0].any()
+
+
+class _OnAnotherDevice(torch.Tensor):
+    """A tensor of the CPU that says it is on an accelerator."""
+
+    @property
+    def device(self):
+        return torch.device("cuda")
+
+
+def test_on_an_accelerator_the_host_does_not_wait(monkeypatch):
+    """The check is read later, by whoever reads comparisons."""
+    pending = mismatch._Pending(lambda differs: (differs, _Event()))
+    monkeypatch.setattr(mismatch, "_pending", pending)
+    lengths = torch.tensor([1.0, 7.0]).as_subclass(_OnAnotherDevice)
+    check_lengths(lengths, torch.zeros(2, 9, 4))
+    with pytest.raises(RuntimeError, match="that of utterance 1 was not"):
+        mismatch.read_mismatches()
+    check_lengths(
+        torch.ones(2).as_subclass(_OnAnotherDevice), torch.zeros(2, 9, 4)
+    )
+    mismatch.read_mismatches()
+
+
+class _Event:
+    def query(self):
+        return False
+
+    def synchronize(self):
+        pass
+
+
+def test_checks_end_with_the_next_forward_pass(monkeypatch):
+    """Without a backward pass too: nothing piles up."""
+    event = _Event()
+    pending = mismatch._Pending(lambda differs: (differs, event))
+    monkeypatch.setattr(mismatch, "_pending", pending)
+    lengths = torch.ones(2).as_subclass(_OnAnotherDevice)
+    for _ in range(5):
+        check_lengths(lengths, torch.zeros(2, 9, 4))
+        assert len(pending._entries) <= 2
+
+
+def test_fake_lengths_are_not_looked_at():
+    with fake_tensors():
+        lengths, x = torch.rand(5000), torch.zeros(5000, 9, 4)
+        assert padding_masks(lengths, x, [1])[0].shape == (5000, 1, 9, 1)
+
+
+def test_masks_in_place():
+    x = torch.tensor([[1.0, math.nan, math.inf]])
+    padding = torch.tensor([[False, True, True]])
+    assert mask(x, None) is x and mask(x, padding) is x
+    assert x.tolist() == [[1.0, 0.0, 0.0]]

@@ -1,5 +1,8 @@
 """Statistics pooling."""
 
+import math
+
+import pytest
 import torch
 
 from sb_memeff.nnet.pooling import TemporalStatisticsPooling
@@ -13,12 +16,35 @@ def test_mean_and_standard_deviation():
     torch.testing.assert_close(y, expected)
 
 
-def test_padded_frames_do_not_count():
+@pytest.mark.parametrize("filling", [9.0, math.nan, math.inf])
+def test_padded_frames_do_not_count(filling):
     x = torch.randn(1, 3, 5, 4)
-    padded = torch.cat((x, torch.full((1, 3, 2, 4), 9.0)), dim=2)
+    padded = torch.cat((x, torch.full((1, 3, 2, 4), filling)), dim=2)
+    padded.requires_grad_()
     padding = torch.tensor([0, 0, 0, 0, 0, 1, 1]).bool().view(1, 1, 7, 1)
     pooling = TemporalStatisticsPooling()
-    torch.testing.assert_close(pooling(padded, padding), pooling(x))
+    y = pooling(padded, padding)
+    torch.testing.assert_close(y, pooling(x))
+    (y * torch.linspace(-1, 1, y.numel())).sum().backward()
+    assert padded.grad.isfinite().all() and not padded.grad[:, :, 5:].any()
+
+
+def test_gradients_with_padding_are_those_without():
+    x = torch.randn(2, 3, 7, 4, dtype=torch.float64, requires_grad=True)
+    padding = (torch.arange(7) >= torch.tensor([[7], [4]]))[:, None, :, None]
+    pooling = TemporalStatisticsPooling()
+    torch.autograd.gradcheck(pooling, (x, padding))
+    weight = torch.randn(24, dtype=torch.float64)
+    (padded,) = torch.autograd.grad(pooling(x, padding)[1] @ weight, x)
+    (alone,) = torch.autograd.grad(pooling(x[1:, :, :4])[0] @ weight, x)
+    torch.testing.assert_close(padded, alone)
+
+
+def test_frames_that_count_may_be_nan():
+    x = torch.randn(1, 1, 5, 1)
+    x[:, :, 2] = math.nan
+    padding = (torch.arange(5) >= 4).view(1, 1, 5, 1)
+    assert TemporalStatisticsPooling()(x, padding).isnan().all()
 
 
 def test_constant_channels_have_a_finite_gradient():
