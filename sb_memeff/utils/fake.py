@@ -68,7 +68,7 @@ def fake_tensors():
         fake,
         _KnownValues(fake),
         # Constants of modules outlive this.
-        around_imports(_disable_current_modes),
+        around_imports(lambda module: _disable_current_modes()),
     ):
         yield
 

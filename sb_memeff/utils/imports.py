@@ -21,13 +21,13 @@ def around_imports(context):
     Arguments
     ---------
     context : callable
-        Without arguments; returns a context manager. What a module imports in
-        turn is executed inside it too; it is not entered twice.
+        From the module to a context manager. What a module imports in turn is
+        executed inside it too; it is not entered twice.
 
     Example
     -------
     >>> sys.modules.pop("this", None) and None
-    >>> quiet = lambda: contextlib.redirect_stdout(None)
+    >>> quiet = lambda module: contextlib.redirect_stdout(None)
     >>> with around_imports(quiet):
     ...     import this
     """
@@ -77,7 +77,7 @@ class _Loader(importlib.abc.Loader):
             return
         self.finder.busy = True
         try:
-            with self.finder.context():
+            with self.finder.context(module):
                 self.loader.exec_module(module)
         finally:
             self.finder.busy = False

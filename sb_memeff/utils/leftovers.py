@@ -104,13 +104,13 @@ class _Before:
             self._add(gc.get_objects())
 
     @contextlib.contextmanager
-    def and_what_is_new(self):
-        """Adds the objects that are made meanwhile."""
+    def and_what_is_new(self, module):
+        """Adds a module and the objects that are made meanwhile."""
         # Now nothing is in the youngest generation.
         gc.collect(0)
         with _without_collector():
             yield
-            self._add(gc.get_objects(generation=0))
+            self._add([*gc.get_objects(generation=0), vars(module)])
 
     def _add(self, objects):
         self._objects.append(objects)
@@ -221,7 +221,10 @@ class _Before:
             _clean_dict(space, before, new)
         slots = _slots(type(holder))
         _clean_slots(slots, holder, self._slots.get(id(holder), {}), new)
-        return not any(id(one) in new for one in gc.get_referents(holder))
+        return not any(
+            id(one) in new and one is not space
+            for one in gc.get_referents(holder)
+        )
 
     def _clean_cache(self, cached):
         # Its entries cannot be looked into, but those that have come since
