@@ -149,9 +149,8 @@ def test_bfloat16_is_as_close_as_the_batched_path(options):
             ]
         )
     for ours, theirs in zip(*errors):
-        # A part's weight gradient is rounded before parts are added: two
-        # units of the last place at most.
-        assert ours < max(1.2 * theirs, 2 * torch.finfo(torch.bfloat16).eps)
+        # Of 75 tiles, added up in float32 and rounded once, as batched is.
+        assert ours < 1.05 * theirs
 
 
 @every_method
