@@ -356,6 +356,148 @@ def test_sample_that_is_not_finite(options, caplog):
         assert torch.allclose(a, b, atol=1e-12)
 
 
+INTEGERS = [
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.uint8,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+]
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+@every_method
+def test_targets_of_any_integer_dtype(options, dtype):
+    targets = inputs()[2]
+    assert targets.unique().numel() > 2
+    found = []
+    for some in (targets, targets.to(dtype)):
+        loss = TransducerJointLoss(*modules(), **options)
+        enc, pred, _ = inputs()
+        value, grads = gradients(loss, loss, enc, pred, some)
+        found.append((value, *grads))
+    for a, b in zip(*found):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "options", [*METHODS.values(), {"occupancy_floor": 0.9, "max_rows": 13}]
+)
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_sample_that_is_not_finite_and_is_kept(options, reduction, bad):
+    """Its NaN comes out, also if the floor leaves out nearly all cells."""
+    loss = TransducerJointLoss(*modules(), reduction=reduction, **options)
+    enc, pred, targets = inputs()
+    with torch.no_grad():
+        enc[2, 3] = bad
+    value = loss(enc, pred, targets, FRAMES, COUNTS)
+    found = torch.autograd.grad(value.sum(), [enc, pred, *loss.parameters()])
+    for gradient in found[:2]:
+        assert gradient[2].isnan().any()
+        assert gradient[[0, 1, 3, 4]].isfinite().all()
+    assert all(g.isnan().any() for g in found[2:])
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("options", [*METHODS.values(), {"method": "batched"}])
+def test_padding_reaches_nothing(options, bad):
+    found = []
+    for dirty in (False, True):
+        loss = TransducerJointLoss(*modules("concat"), **options)
+        enc, pred, targets = inputs()
+        if dirty:
+            with torch.no_grad():
+                for b in range(5):
+                    enc[b, int((20 * FRAMES[b]).round()) :] = bad
+                    pred[b, int((8 * COUNTS[b]).round()) + 1 :] = bad
+                    targets[b, int((8 * COUNTS[b]).round()) :] = -5
+        value, grads = gradients(loss, loss, enc, pred, targets)
+        found.append((value, *grads))
+    for clean, soiled in zip(*found):
+        torch.testing.assert_close(soiled, clean, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+@every_method
+def test_values_alone_compute_each_cell_once(options, off):
+    joint, classifier = modules()
+    loss = TransducerJointLoss(joint, classifier, reduction="sum", **options)
+    enc, pred, targets = inputs()
+    expected = loss(enc, pred, targets, FRAMES, COUNTS)
+    rows = []
+    classifier.register_forward_hook(lambda m, args, y: rows.append(len(y)))
+    with off():
+        value = loss(enc, pred, targets, FRAMES, COUNTS)
+    assert torch.equal(value, expected)
+    frames, counts = (20 * FRAMES).round(), (8 * COUNTS).round()
+    assert sum(rows) == (frames * (counts + 1)).sum()
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+@every_method
+def test_changes_between_forward_and_backward(options, reduction):
+    """autograd finds them, also where gradients were formed in forward."""
+    for name in ("enc", "pred", "weight"):
+        joint, classifier = modules()
+        loss = TransducerJointLoss(
+            joint, classifier, reduction=reduction, **options
+        )
+        enc, pred, targets = (x.clone() for x in inputs())
+        value = loss(enc, pred, targets, FRAMES, COUNTS).sum()
+        changed = {"enc": enc, "pred": pred, "weight": classifier.w.weight}
+        with torch.no_grad():
+            changed[name].mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace"):
+            value.backward()
+        assert classifier.w.weight.grad is None
+
+
+@every_method
+def test_other_modes_or_weights_in_backward(options):
+    """Where backward computes cells again, it must find what forward had."""
+    joint, classifier = modules("dropout")
+    loss = TransducerJointLoss(joint, classifier, reduction="none", **options)
+    enc, pred, targets = inputs()
+    value = loss(enc, pred, targets, FRAMES, COUNTS).sum()
+    classifier[1].eval()
+    with pytest.raises(RuntimeError, match=r"eval\(\) was called"):
+        value.backward(retain_graph=True)
+    classifier[1].train()
+    classifier[0].weight.data = classifier[0].weight.data.clone()
+    with pytest.raises(
+        RuntimeError, match=r"classifier\.0\.weight was changed"
+    ):
+        value.backward()
+    assert enc.grad is None
+
+
+@every_method
+def test_no_double_backward(options):
+    loss = TransducerJointLoss(*modules(), **options)
+    enc, pred, targets = inputs()
+    value = loss(enc, pred, targets, FRAMES, COUNTS)
+    (gradient,) = torch.autograd.grad(value, enc, create_graph=True)
+    with pytest.raises(RuntimeError, match="twice|does not require grad"):
+        gradient.sum().backward()
+
+
+@every_method
+def test_no_targets_at_all(options):
+    """U = 0: one column of cells."""
+    found = []
+    for choice in ({"method": "batched"}, options):
+        loss = TransducerJointLoss(*modules(), **choice)
+        enc, pred, _ = inputs()
+        none = torch.empty(5, 0, dtype=torch.long)
+        value = loss(enc, pred[:, :1], none, FRAMES, torch.ones(5))
+        found.append((value, *torch.autograd.grad(value, [enc, pred])))
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
 def worker(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -413,6 +555,11 @@ def call(loss=None, **changes):
         ({"pred": torch.zeros(5, 8, H)}, r"\[B, U\+1, H\] = \[5, 9, H\]"),
         ({"pred": torch.zeros(5, 9, H)}, "torch.float64 and torch.float32"),
         ({"targets": torch.zeros(5, 8)}, "integers, not torch.float32"),
+        ({"targets": torch.ones(5, 8).bool()}, "integers, not torch.bool"),
+        ({"targets": torch.ones(5, 8).cfloat()}, "integers, not torch.comp"),
+        ({"targets": -torch.ones(5, 8).long()}, "Sample 0: target 0 is -1"),
+        ({"enc_lens": FRAMES * torch.nan}, "Sample 0: its length in frames"),
+        ({"target_lens": -COUNTS}, "Sample 0: its length in targets, -1"),
         ({"targets": torch.ones(4, 8).long()}, "B = 5"),
         (
             {"targets": torch.zeros(5, 8).long()},
@@ -442,6 +589,21 @@ def test_clear_errors(changes, message):
 def test_clear_errors_of_the_yaml(options, message):
     with pytest.raises(ValueError, match=message):
         TransducerJointLoss(*modules(), **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_lengths_that_cannot_tell_frames_apart(dtype):
+    """1021 of 2048 frames is 1020 or 1024 in half precision."""
+    loss = TransducerJointLoss(*modules())
+    enc, pred = torch.zeros(1, 2048, H).double(), torch.zeros(1, 2, H).double()
+    lens = torch.tensor([1021 / 2048])
+    arguments = enc, pred, torch.ones(1, 1).long()
+    with pytest.raises(ValueError, match="float32"):
+        loss(*arguments, lens.to(dtype), torch.ones(1))
+    short = enc[:, :100], pred, torch.ones(1, 1).long()
+    lens = torch.tensor([37 / 100])
+    value = loss(*short, lens, torch.ones(1))
+    assert torch.equal(loss(*short, lens.to(dtype), torch.ones(1)), value)
 
 
 def test_blank_outside_the_vocabulary():

@@ -259,26 +259,47 @@ def test_wrong_targets_leave_no_trace(options, opaque):
 class Calls:
     """A counter that is no attribute of a module."""
 
-    calls = 0
+    count = 0
 
 
 class HiddenState(nn.Module):
-    """Draws on a counter that lives elsewhere."""
+    """Computes something else each time, with a state kept elsewhere."""
 
     def forward(self, x):
-        Calls.calls += 1
-        return x * (1 + 0.1 * Calls.calls)
+        Calls.count += 1
+        return x * (1 + 0.1 * Calls.count)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_rows": 10, "reduction": "sum"},
+        {"max_rows": 10, "reduction": "none"},
+        {"method": "samplewise", "reduction": "none"},
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_another_result_in_backward_is_noticed(dtype):
-    torch.manual_seed(0)
+def test_another_result_in_backward_is_noticed(dtype, options):
+    Calls.count = 0
     loss = TransducerJointLoss(
-        Joint(HiddenState()), nn.Linear(H, V), max_rows=10
+        Joint(HiddenState()), nn.Linear(H, V), **options
     ).to(dtype)
     enc = torch.randn(2, 5, H, dtype=dtype, requires_grad=True)
     pred, ones = torch.randn(2, 4, H, dtype=dtype), torch.ones(2)
+    targets = torch.tensor([[1, 2, 3], [4, 5, 6]])
     with pytest.raises(RuntimeError, match="other logits in backward"):
-        targets = torch.tensor([[1, 2, 3], [4, 5, 6]])
-        loss(enc, pred, targets, ones, ones).backward()
+        loss(enc, pred, targets, ones, ones).sum().backward()
     assert enc.grad is None
+
+
+@every_method
+def test_another_result_in_a_second_backward_is_noticed(options):
+    joint = Joint(nn.Identity())
+    loss = TransducerJointLoss(joint, nn.Linear(H, V), **options)
+    value, enc, _ = call(loss)
+    value.backward(retain_graph=True)
+    first = enc.grad.clone()
+    joint.behind = HiddenState()
+    with pytest.raises(RuntimeError, match="between forward|other logits"):
+        value.backward()
+    assert torch.equal(enc.grad, first)
