@@ -9,8 +9,6 @@ import logging
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from speechbrain.nnet.linear import Linear
 from speechbrain.nnet.transducer.transducer_joint import Transducer_joint
 from torch import nn
@@ -18,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sb_memeff.nnet.transducer.joint_loss import TransducerJointLoss
 from sb_memeff.utils.memory import StorageTracker
+from tests.unittests.two_processes import run_in_two_processes
 
 H, V = 12, 11
 FRAMES = torch.tensor([20, 1, 7, 13, 20]) / 20
@@ -498,11 +497,8 @@ def test_no_targets_at_all(options):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
 
-def worker(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
-    )
+def gradients_under_ddp(rank):
+    """Of each method, with and without a search for unused parameters."""
     found = {}
     for unused in (False, True):
         for name, options in METHODS.items():
@@ -515,13 +511,11 @@ def worker(rank, folder):
             enc, pred, targets = inputs(seed=rank)
             wrapped(enc, pred, targets, FRAMES, COUNTS).backward()
             found[name, unused] = [p.grad for p in loss.parameters()]
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return found
 
 
 def test_two_processes(tmp_path):
-    mp.spawn(worker, args=(str(tmp_path),), nprocs=2)
-    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    found = run_in_two_processes(gradients_under_ddp, tmp_path)
     loss = TransducerJointLoss(
         *modules("concat"), reduction="sum", method="batched"
     )
