@@ -387,6 +387,22 @@ class Gradients:
         allowed = max(1e-3, 64 * torch.finfo(dtype).eps)
         self.deviations.append(largest / allowed)
 
+    def compare_losses(self, nll, again):
+        """Whether a replay found the losses of forward, as ``add`` for rows.
+
+        Arguments
+        ---------
+        nll : torch.Tensor
+            [B], in forward.
+        again : torch.Tensor
+            [B], in backward.
+        """
+        if isinstance(nll, FakeTensor):
+            return
+        relative = (again - nll).abs() / (1 + nll.abs())
+        largest = relative.nan_to_num_(0, 0, 0).amax()
+        self.deviations.append((1e3 * largest).to(self.sums[0].dtype))
+
     def totals(self, scale=None):
         """The sums, in the dtypes of what they belong to. Call it once.
 

@@ -34,7 +34,7 @@ class TiledPass:
         self.floor = module.occupancy_floor
         self.fastemit_lambda = module.fastemit_lambda
         self.cells, self.recorder = cells, recorder
-        self.recordings, self.planes = [], None
+        self.recordings, self.planes, self.nll = [], None, None
 
     def forward(self, gradients=None):
         """The loss of each sample.
@@ -69,7 +69,7 @@ class TiledPass:
         nll, blank, emission = loss_and_occupancies(
             *planes[1:], cells.frames, cells.counts, self.fastemit_lambda
         )
-        self.planes = flat[0].clone(), blank, emission
+        self.planes, self.nll = (flat[0].clone(), blank, emission), nll
         return nll
 
     def backward(self, gradients, upstream=None):
@@ -85,8 +85,9 @@ class TiledPass:
         cells = self.cells
         if self.planes is None:
             # A second backward.
+            nll = self.nll
             with torch.no_grad():
-                self.forward()
+                gradients.compare_losses(nll, self.forward())
         (normaliser, blank, emission), self.planes = self.planes, None
         places = cells.places()
         # Not "occupancy >= floor": NaN must come out.
@@ -140,7 +141,7 @@ class WholePass:
     def __init__(self, module, cells, recorder):
         self.fastemit_lambda = module.fastemit_lambda
         self.cells, self.recorder = cells, recorder
-        self.recording = self.made = None
+        self.recording = self.made = self.nll = None
 
     def forward(self, gradients=None):
         """The loss of the sample; arguments as TiledPass's."""
@@ -150,13 +151,14 @@ class WholePass:
             logits, self.recording = self.recorder.record(
                 call, cells.run, places
             )
-            return self._lattice(places, logits)[0]
+            self.nll = self._lattice(places, logits)[0]
+            return self.nll
         made, self.recording = self.recorder.record(
             call, gradients.run, cells, places
         )
-        nll, *parts = self._lattice(places, made[0])
+        self.nll, *parts = self._lattice(places, made[0])
         self.made = made, *parts
-        return nll
+        return self.nll
 
     def backward(self, gradients, upstream=None):
         """Adds the gradients of the sample; arguments as TiledPass's."""
@@ -168,7 +170,8 @@ class WholePass:
             places = cells.places()
             with self.recorder.replay(cells.logits, self.recording):
                 again = gradients.run(cells, places)
-            _, *parts = self._lattice(places, again[0])
+            nll, *parts = self._lattice(places, again[0])
+            gradients.compare_losses(self.nll, nll)
             made = again, *parts
         gradients.add(*made, upstream)
 

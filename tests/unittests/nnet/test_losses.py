@@ -258,6 +258,77 @@ def test_overwriting_gives_the_same_gradient():
     assert made.data_ptr() and torch.allclose(made, expected)
 
 
+def swapped(x, a, b):
+    return x.transpose(a, b).contiguous().transpose(a, b)
+
+
+# The same logits with other strides.
+LAYOUTS = {
+    "transposed": lambda x: swapped(x, 0, 1),
+    "channels_first": lambda x: swapped(x, 1, 3),
+    "sliced": lambda x: torch.nn.functional.pad(x, (1, 2, 1, 0))[
+        :, :, 1:, 1:-2
+    ],
+    "every_second": lambda x: x.repeat_interleave(2, 3)[..., ::2],
+}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_logits_of_any_strides(layout, overwrite):
+    logits, targets = batch()
+    weights = torch.tensor([1.0, -2.0, 0.5, 0.0, 3.0])
+    value = ours(logits, targets)
+    expected = torch.autograd.grad((value * weights).sum(), logits)[0]
+    strided = LAYOUTS[layout](logits.detach())
+    assert not strided.is_contiguous()
+    leaf = strided.clone(memory_format=torch.preserve_format)
+    for x in (strided.requires_grad_(), leaf.requires_grad_()):
+        found = ours(x, targets, overwrite_logits=overwrite)
+        assert torch.equal(found, value)
+        gradient = torch.autograd.grad((found * weights).sum(), x)[0]
+        torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("axis", range(4))
+def test_expanded_logits(axis, overwrite):
+    """Elements that share memory must not share a gradient."""
+    logits, targets = batch()
+    small = logits.detach().narrow(axis, 0, 1).requires_grad_()
+    full = small.expand(logits.shape)
+    whole = full.detach().clone().requires_grad_()
+    expected = torch.autograd.grad(ours(whole, targets).sum(), whole)[0]
+    expected = expected.sum(axis, keepdim=True)
+    loss = ours(full, targets, overwrite_logits=overwrite)
+    before = small.detach().clone()
+    gradient = torch.autograd.grad(loss.sum(), small)[0]
+    torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-12)
+    assert torch.equal(small, before)
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.int8,
+        torch.int16,
+        torch.int32,
+        torch.uint8,
+        torch.uint16,
+        torch.uint32,
+        torch.uint64,
+    ],
+)
+def test_targets_of_any_integer_dtype_and_strides(dtype):
+    logits, targets = batch()
+    value = ours(logits, targets)
+    expected = torch.autograd.grad(value.sum(), logits)[0]
+    for some in (targets.to(dtype), swapped(targets, 0, 1).to(dtype)):
+        found = ours(logits, some)
+        gradient = torch.autograd.grad(found.sum(), logits)[0]
+        assert torch.equal(found, value) and torch.equal(gradient, expected)
+
+
 def test_nothing_is_kept_without_gradients():
     logits, targets = batch()
     with torch.no_grad():
@@ -295,6 +366,7 @@ def call(**changes):
         ({"logits": torch.zeros(2, 3, 3, 5).long()}, "int64"),
         ({"logits": torch.zeros(2, 3, 2, 5)}, r"\[B, U\] = \[2, 1\]"),
         ({"targets": torch.ones(2, 2)}, "integers, not torch.float32"),
+        ({"targets": torch.ones(2, 2).bool()}, "integers, not torch.bool"),
         (
             {"targets": torch.tensor([[1, 2], [3, 0]])},
             "Sample 1: target 1 is 0",

@@ -9,16 +9,14 @@ import logging
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from speechbrain.nnet.linear import Linear
 from speechbrain.nnet.transducer.transducer_joint import Transducer_joint
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import parametrizations
 
 from sb_memeff.nnet.transducer.joint_loss import TransducerJointLoss
 from sb_memeff.utils.memory import StorageTracker
+from tests.unittests.two_processes import run_in_two_processes
 
 H, V = 12, 11
 FRAMES = torch.tensor([20, 1, 7, 13, 20]) / 20
@@ -149,9 +147,9 @@ def test_bfloat16_is_as_close_as_the_batched_path(options):
                 for a, b in zip(found, truth)
             ]
         )
-    print(errors)
     for ours, theirs in zip(*errors):
-        assert ours < 1.2 * theirs
+        # Of 75 tiles, added up in float32 and rounded once, as batched is.
+        assert ours < 1.05 * theirs
 
 
 @every_method
@@ -357,11 +355,150 @@ def test_sample_that_is_not_finite(options, caplog):
         assert torch.allclose(a, b, atol=1e-12)
 
 
-def worker(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
-    )
+INTEGERS = [
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.uint8,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+]
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+@every_method
+def test_targets_of_any_integer_dtype(options, dtype):
+    targets = inputs()[2]
+    assert targets.unique().numel() > 2
+    found = []
+    for some in (targets, targets.to(dtype)):
+        loss = TransducerJointLoss(*modules(), **options)
+        enc, pred, _ = inputs()
+        value, grads = gradients(loss, loss, enc, pred, some)
+        found.append((value, *grads))
+    for a, b in zip(*found):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "options", [*METHODS.values(), {"occupancy_floor": 0.9, "max_rows": 13}]
+)
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_sample_that_is_not_finite_and_is_kept(options, reduction, bad):
+    """Its NaN comes out, also if the floor leaves out nearly all cells."""
+    loss = TransducerJointLoss(*modules(), reduction=reduction, **options)
+    enc, pred, targets = inputs()
+    with torch.no_grad():
+        enc[2, 3] = bad
+    value = loss(enc, pred, targets, FRAMES, COUNTS)
+    found = torch.autograd.grad(value.sum(), [enc, pred, *loss.parameters()])
+    for gradient in found[:2]:
+        assert gradient[2].isnan().any()
+        assert gradient[[0, 1, 3, 4]].isfinite().all()
+    assert all(g.isnan().any() for g in found[2:])
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("options", [*METHODS.values(), {"method": "batched"}])
+def test_padding_reaches_nothing(options, bad):
+    found = []
+    for dirty in (False, True):
+        loss = TransducerJointLoss(*modules("concat"), **options)
+        enc, pred, targets = inputs()
+        if dirty:
+            with torch.no_grad():
+                for b in range(5):
+                    enc[b, int((20 * FRAMES[b]).round()) :] = bad
+                    pred[b, int((8 * COUNTS[b]).round()) + 1 :] = bad
+                    targets[b, int((8 * COUNTS[b]).round()) :] = -5
+        value, grads = gradients(loss, loss, enc, pred, targets)
+        found.append((value, *grads))
+    for clean, soiled in zip(*found):
+        torch.testing.assert_close(soiled, clean, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+@every_method
+def test_values_alone_compute_each_cell_once(options, off):
+    joint, classifier = modules()
+    loss = TransducerJointLoss(joint, classifier, reduction="sum", **options)
+    enc, pred, targets = inputs()
+    expected = loss(enc, pred, targets, FRAMES, COUNTS)
+    rows = []
+    classifier.register_forward_hook(lambda m, args, y: rows.append(len(y)))
+    with off():
+        value = loss(enc, pred, targets, FRAMES, COUNTS)
+    assert torch.equal(value, expected)
+    frames, counts = (20 * FRAMES).round(), (8 * COUNTS).round()
+    assert sum(rows) == (frames * (counts + 1)).sum()
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+@every_method
+def test_changes_between_forward_and_backward(options, reduction):
+    """autograd finds them, also where gradients were formed in forward."""
+    for name in ("enc", "pred", "weight"):
+        joint, classifier = modules()
+        loss = TransducerJointLoss(
+            joint, classifier, reduction=reduction, **options
+        )
+        enc, pred, targets = (x.clone() for x in inputs())
+        value = loss(enc, pred, targets, FRAMES, COUNTS).sum()
+        changed = {"enc": enc, "pred": pred, "weight": classifier.w.weight}
+        with torch.no_grad():
+            changed[name].mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace"):
+            value.backward()
+        assert classifier.w.weight.grad is None
+
+
+@every_method
+def test_other_modes_or_weights_in_backward(options):
+    """Where backward computes cells again, it must find what forward had."""
+    joint, classifier = modules("dropout")
+    loss = TransducerJointLoss(joint, classifier, reduction="none", **options)
+    enc, pred, targets = inputs()
+    value = loss(enc, pred, targets, FRAMES, COUNTS).sum()
+    classifier[1].eval()
+    with pytest.raises(RuntimeError, match=r"eval\(\) was called"):
+        value.backward(retain_graph=True)
+    classifier[1].train()
+    classifier[0].weight.data = classifier[0].weight.data.clone()
+    with pytest.raises(
+        RuntimeError, match=r"classifier\.0\.weight was changed"
+    ):
+        value.backward()
+    assert enc.grad is None
+
+
+@every_method
+def test_no_double_backward(options):
+    loss = TransducerJointLoss(*modules(), **options)
+    enc, pred, targets = inputs()
+    value = loss(enc, pred, targets, FRAMES, COUNTS)
+    (gradient,) = torch.autograd.grad(value, enc, create_graph=True)
+    with pytest.raises(RuntimeError, match="twice|does not require grad"):
+        gradient.sum().backward()
+
+
+@every_method
+def test_no_targets_at_all(options):
+    """U = 0: one column of cells."""
+    found = []
+    for choice in ({"method": "batched"}, options):
+        loss = TransducerJointLoss(*modules(), **choice)
+        enc, pred, _ = inputs()
+        none = torch.empty(5, 0, dtype=torch.long)
+        value = loss(enc, pred[:, :1], none, FRAMES, torch.ones(5))
+        found.append((value, *torch.autograd.grad(value, [enc, pred])))
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+def gradients_under_ddp(rank):
+    """Of each method, with and without a search for unused parameters."""
     found = {}
     for unused in (False, True):
         for name, options in METHODS.items():
@@ -374,15 +511,11 @@ def worker(rank, folder):
             enc, pred, targets = inputs(seed=rank)
             wrapped(enc, pred, targets, FRAMES, COUNTS).backward()
             found[name, unused] = [p.grad for p in loss.parameters()]
-    torch.save(found, f"{folder}/{rank}.pt")
-    # Gloo aborts where a process leaves while another still talks to it.
-    dist.barrier()
-    dist.destroy_process_group()
+    return found
 
 
 def test_two_processes(tmp_path):
-    mp.spawn(worker, args=(str(tmp_path),), nprocs=2)
-    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    found = run_in_two_processes(gradients_under_ddp, tmp_path)
     loss = TransducerJointLoss(
         *modules("concat"), reduction="sum", method="batched"
     )
@@ -416,6 +549,11 @@ def call(loss=None, **changes):
         ({"pred": torch.zeros(5, 8, H)}, r"\[B, U\+1, H\] = \[5, 9, H\]"),
         ({"pred": torch.zeros(5, 9, H)}, "torch.float64 and torch.float32"),
         ({"targets": torch.zeros(5, 8)}, "integers, not torch.float32"),
+        ({"targets": torch.ones(5, 8).bool()}, "integers, not torch.bool"),
+        ({"targets": torch.ones(5, 8).cfloat()}, "integers, not torch.comp"),
+        ({"targets": -torch.ones(5, 8).long()}, "Sample 0: target 0 is -1"),
+        ({"enc_lens": FRAMES * torch.nan}, "Sample 0: its length in frames"),
+        ({"target_lens": -COUNTS}, "Sample 0: its length in targets, -1"),
         ({"targets": torch.ones(4, 8).long()}, "B = 5"),
         (
             {"targets": torch.zeros(5, 8).long()},
@@ -447,206 +585,21 @@ def test_clear_errors_of_the_yaml(options, message):
         TransducerJointLoss(*modules(), **options)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_lengths_that_cannot_tell_frames_apart(dtype):
+    """1021 of 2048 frames is 1020 or 1024 in half precision."""
+    loss = TransducerJointLoss(*modules())
+    enc, pred = torch.zeros(1, 2048, H).double(), torch.zeros(1, 2, H).double()
+    lens = torch.tensor([1021 / 2048])
+    arguments = enc, pred, torch.ones(1, 1).long()
+    with pytest.raises(ValueError, match="float32"):
+        loss(*arguments, lens.to(dtype), torch.ones(1))
+    short = enc[:, :100], pred, torch.ones(1, 1).long()
+    lens = torch.tensor([37 / 100])
+    value = loss(*short, lens, torch.ones(1))
+    assert torch.equal(loss(*short, lens.to(dtype), torch.ones(1)), value)
+
+
 def test_blank_outside_the_vocabulary():
     with pytest.raises(ValueError, match="blank_index=11"):
         call(TransducerJointLoss(*modules(), blank_index=11))
-
-
-@pytest.mark.parametrize(
-    "dtype", [torch.int8, torch.int16, torch.int32, torch.uint8, torch.uint16]
-)
-def test_targets_of_any_integer_dtype(dtype):
-    targets = inputs()[2]
-    assert torch.equal(call(targets=targets.to(dtype)), call(targets=targets))
-
-
-def test_targets_that_are_no_numbers():
-    with pytest.raises(ValueError, match="integers, not torch.bool"):
-        call(targets=torch.ones(5, 8, dtype=torch.bool))
-
-
-# --- half precision ----------------------------------------------------------
-
-
-def half_precision(dtype, reduction, options, shape=(3, 60, 15)):
-    """A batch, and a function from the loss module to a step's gradients."""
-    batch, rows, labels = shape
-    generator = torch.Generator().manual_seed(0)
-    enc, pred = (
-        torch.randn(batch, n, 32, generator=generator)
-        for n in (rows, labels + 1)
-    )
-    targets = torch.randint(1, 50, (batch, labels), generator=generator)
-    torch.manual_seed(0)
-    loss = TransducerJointLoss(
-        Transducer_joint(), nn.Linear(32, 50), reduction=reduction, **options
-    )
-    scale = 1.0 if dtype == torch.float64 else 64.0
-    if dtype == torch.float64:
-        loss, enc, pred = loss.double(), enc.double(), pred.double()
-    enc, pred = enc.requires_grad_(), pred.requires_grad_()
-    with torch.autocast("cpu", dtype, enabled=dtype != torch.float64):
-        value = loss(enc, pred, targets, torch.ones(batch), torch.ones(batch))
-    wanted = [enc, pred, *loss.parameters()]
-    found = torch.autograd.grad(scale * value.sum(), wanted)
-    return [g.double() / scale for g in found]
-
-
-@pytest.mark.parametrize("reduction", ["speechbrain", "none"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("method", ["tiled", "samplewise"])
-def test_gradients_in_half_precision_are_no_worse_than_batched(
-    method, dtype, reduction
-):
-    tiles = {"method": method, "max_rows": 100, "occupancy_floor": 0.0}
-    truth, ours, theirs = (
-        half_precision(kind, reduction, options)
-        for kind, options in (
-            (torch.float64, {"method": "batched"}),
-            (dtype, tiles),
-            (dtype, {"method": "batched"}),
-        )
-    )
-    for a, b, exact in zip(ours, theirs, truth, strict=True):
-        error, other = ((x - exact).norm() / exact.norm() for x in (a, b))
-        assert error < 1.1 * other + 1e-5
-
-
-@pytest.mark.parametrize("reduction", ["speechbrain", "sum", "none"])
-@pytest.mark.parametrize("method", ["tiled", "samplewise", "batched"])
-def test_grad_scaler_takes_its_steps(method, reduction):
-    torch.manual_seed(0)
-    encoder, classifier = nn.Linear(32, 32), nn.Linear(32, 50)
-    loss = TransducerJointLoss(
-        Transducer_joint(), classifier, reduction=reduction, method=method
-    )
-    parameters = [*encoder.parameters(), *classifier.parameters()]
-    optimizer = torch.optim.SGD(parameters, lr=1e-5)
-    scaler = torch.amp.GradScaler("cpu")
-    feats, pred = torch.randn(2, 100, 32), torch.randn(2, 21, 32)
-    targets = torch.randint(1, 50, (2, 20))
-    skipped = []
-    for _ in range(40):
-        before = classifier.weight.detach().clone()
-        with torch.autocast("cpu", torch.float16):
-            enc = encoder(feats)
-            value = loss(
-                enc, pred.to(enc.dtype), targets, torch.ones(2), torch.ones(2)
-            )
-        scaler.scale(value.sum()).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        skipped.append(torch.equal(before, classifier.weight))
-        assert classifier.weight.isfinite().all()
-    # While the scale falls from 65536.
-    assert sum(skipped) <= 12, skipped
-
-
-# --- the modules are called for the cells alone ------------------------------
-
-
-class Counting(nn.Linear):
-    rows = 0
-
-    def forward(self, x):
-        self.rows += len(x)
-        return super().forward(x)
-
-
-@pytest.mark.parametrize("method", ["tiled", "samplewise"])
-def test_no_row_is_computed_but_those_of_the_cells(method):
-    classifier = Counting(H, V).double()
-    options = {"method": method, "max_rows": 13, "occupancy_floor": 0.0}
-    loss = TransducerJointLoss(Transducer_joint(), classifier, **options)
-    with torch.no_grad():
-        call(loss)
-    cells = (FRAMES * 20).round() * ((COUNTS * 8).round() + 1)
-    assert classifier.rows == cells.sum()
-
-
-@every_method
-def test_an_error_leaves_everything_as_it_was(options):
-    joint, classifier = modules("dropout")
-    loss = TransducerJointLoss(joint, classifier, **options)
-    state = torch.get_rng_state()
-    with pytest.raises(ValueError, match="target 0 is 11"):
-        call(loss, targets=torch.full((5, 8), V))
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-@every_method
-@pytest.mark.parametrize(
-    "norm", [nn.BatchNorm1d(H), nn.SyncBatchNorm(H), nn.InstanceNorm1d(H)]
-)
-def test_norms_over_the_batch_are_refused_in_training(norm, options):
-    norm = copy.deepcopy(norm).double()
-    before = copy.deepcopy(norm.state_dict())
-    classifier = nn.Sequential(norm, nn.Linear(H, V)).double()
-    loss = TransducerJointLoss(Transducer_joint(), classifier, **options)
-    message = rf"classifier.0 \({type(norm).__name__}\).*batched"
-    with pytest.raises(ValueError, match=message):
-        call(loss)
-    for key, value in norm.state_dict().items():
-        assert torch.equal(value, before[key])
-
-
-@every_method
-def test_batch_norm_in_eval_mode(options):
-    found = []
-    for choice in (options, {"method": "batched"}):
-        torch.manual_seed(0)
-
-        class Joint(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.norm = nn.BatchNorm2d(H)
-
-            def forward(self, enc, pred):
-                x = (enc + pred).movedim(-1, 1)
-                return self.norm(x).movedim(1, -1).tanh()
-
-        joint = Joint().double()
-        nn.init.uniform_(joint.norm.running_mean)
-        classifier = nn.Linear(H, V).double()
-        loss = TransducerJointLoss(joint, classifier, **choice).eval()
-        found.append(gradients(loss, loss, *inputs()))
-    check(found, 1e-9, 1e-9)
-
-
-@every_method
-def test_buffers_that_change_at_each_call_are_refused(options):
-    classifier = parametrizations.spectral_norm(nn.Linear(H, V).double())
-    before = copy.deepcopy(classifier.state_dict())
-    loss = TransducerJointLoss(Transducer_joint(), classifier, **options)
-    with pytest.raises(ValueError, match="_SpectralNorm.*buffer _u"):
-        call(loss)
-    for key, value in classifier.state_dict().items():
-        assert torch.equal(value, before[key])
-    call(loss.eval())
-
-
-@every_method
-def test_a_sample_that_is_kept_though_not_finite_gives_nan(options):
-    loss = TransducerJointLoss(*modules(), reduction="sum", **options)
-    enc, pred, targets = inputs()
-    bad = enc.detach().clone()
-    bad[2, 3] = torch.nan
-    bad.requires_grad_()
-    value = loss(bad, pred, targets, FRAMES, COUNTS)
-    assert value.isnan()
-    found = torch.autograd.grad(value, [bad, *loss.parameters()])
-    assert found[0][2].isnan().any()
-    assert found[0][[0, 1, 3, 4]].isfinite().all()
-    assert all(g.isnan().any() for g in found[1:])
-
-
-@every_method
-def test_an_input_that_changes_before_backward_is_found(options):
-    loss = TransducerJointLoss(*modules(), **options)
-    enc, pred, targets = inputs()
-    hidden = enc * 1
-    value = loss(hidden, pred, targets, FRAMES, COUNTS)
-    hidden.mul_(2)
-    with pytest.raises(RuntimeError, match="modified by an inplace"):
-        value.backward()
