@@ -55,8 +55,8 @@ def check_invertible(module, x, *args, **kwargs):
     """Compares backward's activations and gradients with stored ones.
 
     It works on a copy: weights, statistics, gradients and the random state
-    stay as they are. In the copy, parameters that are all zero are drawn at
-    random: the last layer of a residual function often begins as zero, and
+    stay as they are. In the copy, parameters of chains that begin at zero, or
+    nearly so, are drawn at random: the last layer of a residual function often begins as zero, and
     then every inversion is exact. Call it inside the autocast context of the
     training to check that precision.
 
@@ -98,7 +98,7 @@ def check_invertible(module, x, *args, **kwargs):
         )
     devices = [] if x.device.type == "cpu" else [x.device]
     found, blocks = [], {}
-    awake = _without_zeros(copy.deepcopy(module))
+    awake = _awake(copy.deepcopy(module))
     for save_memory in (True, False):
         copied = copy.deepcopy(awake)
         with (
@@ -121,14 +121,22 @@ def check_invertible(module, x, *args, **kwargs):
     )
 
 
-def _without_zeros(module):
+# Below this a parameter counts as zero: layer scales begin at 1e-6 to 1e-4.
+_ASLEEP = 1e-3
+
+
+def _awake(module):
+    """Draws what is zero, so that every f and g of the chains does something."""
     generator = torch.Generator().manual_seed(0)
-    for parameter in module.parameters():
-        if not parameter.any():
-            # Gains of norms and scales of layers have one axis.
-            fan_in = parameter[0].numel() if parameter.dim() > 1 else 10
-            values = torch.randn(parameter.shape, generator=generator)
-            parameter.data.copy_(values / math.sqrt(fan_in))
+    chains = [m for m in module.modules() if isinstance(m, ReversibleSequence)]
+    parameters = {p: None for chain in chains for p in chain.parameters()}
+    for p in parameters:
+        if p.numel() and p.detach().abs().max() < _ASLEEP:
+            # A weight passes on the scale of its input; a gain halves it.
+            std = p[0].numel() ** -0.5 if p.dim() > 1 else 0.5
+            drawn = torch.randn(p.shape, generator=generator) * std
+            with torch.no_grad():
+                p.copy_(drawn)
     return module
 
 
@@ -228,6 +236,8 @@ class _InversionErrors(Observer):
 
 
 def _relative_error(rebuilt, true):
+    if not true.numel():
+        return 0.0
     error = (rebuilt - true).abs().max()
     if error == 0:
         return 0.0

@@ -384,6 +384,7 @@ class SpaceToDepth(Invertible):
             The stream, down-sampled.
         """
         factors = self._factors(x.shape)
+        last = _channels_are_last(x)
         padding = []
         for size, f in zip(reversed(x.shape[2:]), reversed(factors)):
             # Not -size % f: ONNX has another remainder of negative numbers.
@@ -391,19 +392,19 @@ class SpaceToDepth(Invertible):
         # A graph for any size cannot depend on the size of the example.
         if _for_any_size() or any(padding):
             x = F.pad(x, padding)
+        channels = x.shape[1] * math.prod(factors)
         split = [*x.shape[:2]]
         for size, f in zip(x.shape[2:], factors):
             split += [size // f, f]
-        last = _channels_are_last(x)
         x = x.reshape(split)
         axes = range(2, x.dim(), 2)
         inner = [a + 1 for a in axes]
         sizes = x.shape[2::2]
         if last:
             x = x.permute(0, *axes, 1, *inner)
-            return x.reshape(x.shape[0], *sizes, -1).movedim(-1, 1)
+            return x.reshape(x.shape[0], *sizes, channels).movedim(-1, 1)
         x = x.permute(0, 1, *inner, *axes)
-        return x.reshape(x.shape[0], -1, *sizes)
+        return x.reshape(x.shape[0], channels, *sizes)
 
     def up(self, y, shape):
         """One stream back; also the gradient, since ``down`` is orthogonal.

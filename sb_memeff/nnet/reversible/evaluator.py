@@ -13,9 +13,9 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 from torch.func import functional_call
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from sb_memeff.nnet.replay import Recorder, Recording
 from sb_memeff.nnet.reversible.grid import StreamFormat
@@ -70,7 +70,8 @@ class Evaluator:
         torch.Tensor
             A tensor of that shape in the dtype and on the grid of the streams.
         """
-        value = self.call(function, stream.to(self.format.inner_dtype))
+        given = stream.to(self.format.inner_dtype)
+        value = self.call(function, given, (stream,))
         self._check_increment(function, value, stream)
         return self.format.on_grid(value)
 
@@ -89,14 +90,58 @@ class Evaluator:
         torch.Tensor
             Any tensor.
         """
-        value = self.call(function, self._given(function, streams))
+        given = self._given(function, streams)
+        value = self.call(function, given, streams)
         self._check_tensor(function, value, "a tap")
         return value
 
-    def call(self, function: str, given) -> torch.Tensor:
-        """Calls a submodule with its argument and the extra ones."""
+    def call(self, function: str, given, streams) -> torch.Tensor:
+        """Calls a submodule with its argument and the extra ones.
+
+        Arguments
+        ---------
+        function : str
+            Name of the submodule.
+        given : torch.Tensor or tuple of torch.Tensor
+            Its argument, in the inner dtype.
+        streams : tuple of torch.Tensor
+            What the argument was made of.
+
+        Returns
+        -------
+        torch.Tensor
+            The result; not checked.
+
+        Raises
+        ------
+        RuntimeError
+            If it changes them or its weights in place: others need them as
+            they were, and a second call would find something else.
+        """
         module = self.block.get_submodule(function)
+        watched = _versions(module, streams, self.args, self.kwargs)
+        try:
+            result = self._call(function, module, given)
+        except RuntimeError as error:
+            if "leaf Variable" not in str(error):
+                raise
+            what = "its input or a parameter"
+            raise self._in_place(function, what) from error
+        for what, tensor, version in watched:
+            if tensor._version != version:
+                raise self._in_place(function, what)
+        return result
+
+    def _call(self, function, module, given):
         return module(given, *self.args, **self.kwargs)
+
+    def _in_place(self, function, what):
+        return RuntimeError(
+            f"{self._full_name(function)} changes {what} in place while it "
+            f"runs, so that backward could not compute the same again. Set "
+            f"inplace=False in it, or work on a copy; an Embedding with "
+            f"max_norm may limit its norm after the optimizer's step instead."
+        )
 
     def _given(self, function, streams):
         if not getattr(
@@ -144,23 +189,27 @@ class RecordingEvaluator(Evaluator):
         self.recorder = recorder
         self.recordings: dict[str, Recording] = {}
 
-    def call(self, function, given):
-        """Calls a submodule and records the call."""
-        module = self.block.get_submodule(function)
-        # torch.compile builds other code for a call without gradients, which
-        # rounds differently. The graph is dropped at once.
-        compiled = is_compiled(module)
-        if compiled:
-            given = tree_map_only(
-                torch.Tensor, lambda x: x.detach().requires_grad_(), given
-            )
-        with (
-            self.recorder.recording(module) as recording,
-            torch.set_grad_enabled(compiled),
-        ):
-            result = module(given, *self.args, **self.kwargs)
+    # With gradients, though nothing is saved for the graph and it is dropped at
+    # once: some modules take a faster path without, and torch.compile builds
+    # other code, both of which round differently.
+
+    def value(self, function, stream):
+        """The increment, computed as ``ReplayingEvaluator.vjp`` does."""
+        with torch.enable_grad(), _nothing_saved():
+            stream = stream.detach().requires_grad_()
+            return super().value(function, stream).detach()
+
+    def read(self, function, *streams):
+        """Returns what a function reads, computed as in a replay."""
+        with torch.enable_grad(), _nothing_saved():
+            streams = [s.detach().requires_grad_() for s in streams]
+            return super().read(function, *streams).detach()
+
+    def _call(self, function, module, given):
+        with self.recorder.recording(module) as recording:
+            result = super()._call(function, module, given)
         self.recordings[function] = recording
-        return tree_map_only(torch.Tensor, torch.Tensor.detach, result)
+        return result
 
 
 class ReplayingEvaluator(Evaluator):
@@ -200,10 +249,10 @@ class ReplayingEvaluator(Evaluator):
         self.extras = extras
         # By identity, since a weight may have several names.
         self._gradients: dict[int, torch.Tensor] = {}
+        # Of gradients that have been handed out.
+        self._storages: set[int] = set()
 
-    def call(self, function, given):
-        """Calls a submodule as it was called in forward."""
-        module = self.block.get_submodule(function)
+    def _call(self, function, module, given):
         with self.recorder.replay(module, self.recordings[function]):
             return functional_call(
                 module,
@@ -233,7 +282,8 @@ class ReplayingEvaluator(Evaluator):
         """
         stream = stream.detach().requires_grad_()
         with torch.enable_grad():
-            value = self.call(function, stream.to(self.format.inner_dtype))
+            given = stream.to(self.format.inner_dtype)
+            value = self.call(function, given, (stream,))
         increment = self.format.on_grid(value.detach())
         # The pullback needs the graph of the value, not its storage.
         graph = _edge(value)
@@ -278,6 +328,19 @@ class ReplayingEvaluator(Evaluator):
         wanted = (*self.extras, *self.weights.values())
         return [self._gradients.get(key) for key in {id(x): 0 for x in wanted}]
 
+    def _own(self, gradient):
+        """A gradient with memory of its own.
+
+        autograd hands out one tensor for several weights that are added up,
+        and hands on that of the stream to those added last. What becomes a
+        weight's ``grad`` may be changed in place at any time.
+        """
+        place = gradient.untyped_storage().data_ptr()
+        if place in self._storages:
+            return gradient.clone()
+        self._storages.add(place)
+        return gradient
+
     def _weights_of(self, function):
         prefix = f"{function}."
         return {
@@ -301,24 +364,47 @@ class ReplayingEvaluator(Evaluator):
             allow_unused=True,
         )
         count = len(streams)
+        self._storages.add(gradient.untyped_storage().data_ptr())
         for key, value in zip(leaves, found[count:], strict=True):
             if value is not None:
                 known = self._gradients.get(key)
-                # Out of place: autograd may hand out one tensor twice.
-                self._gradients[key] = value if known is None else known + value
+                self._gradients[key] = (
+                    self._own(value) if known is None else known + value
+                )
         return [
             torch.zeros_like(s) if value is None else value
             for s, value in zip(streams, found[:count], strict=True)
         ]
 
 
-def is_compiled(module: nn.Module) -> bool:
-    """Whether torch.compile has compiled a module or a part of it."""
-    return any(
-        isinstance(part, torch._dynamo.OptimizedModule)
-        or part._compiled_call_impl is not None
-        for part in module.modules()
+def _nothing_saved():
+    return saved_tensors_hooks(lambda tensor: None, _never_opened)
+
+
+def _never_opened(nothing):
+    raise RuntimeError(
+        "A function of a reversible block calls backward in its own forward; "
+        "set save_memory=False."
     )
+
+
+def _versions(module, streams, args, kwargs):
+    """(name, tensor, version) of all that a call must not change in place."""
+    if torch.compiler.is_compiling():
+        return []
+    found = [("its input", x) for x in streams]
+    found += [
+        (f"extra argument {i}", x)
+        for i, x in enumerate(tree_leaves((args, kwargs)))
+    ]
+    found += [
+        (f"its parameter {name}", p) for name, p in module.named_parameters()
+    ]
+    return [
+        (what, x, x._version)
+        for what, x in found
+        if isinstance(x, torch.Tensor) and not x.is_inference()
+    ]
 
 
 def _edge(value):

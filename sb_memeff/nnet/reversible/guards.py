@@ -133,9 +133,9 @@ def _read_at_once(device):
 
 def _message(name, before, now):
     return (
-        f"ReversibleSequence: backward did not reconstruct the input of {name}: "
-        f"it differs{before.size_of_difference(now)} from that of forward, and "
-        f"gradients would be wrong. The functions in {name} must compute the "
+        f"ReversibleSequence: backward rebuilt another input of {name} than "
+        f"forward had: it differs{before.size_of_difference(now)}, and gradients would "
+        f"be wrong. The functions in {name} must compute the "
         f"same when called again: no state but buffers, and no random numbers "
         f"but those of torch, Python, numpy and their own generators; if a "
         f"library chose another algorithm, torch.use_deterministic_algorithms "

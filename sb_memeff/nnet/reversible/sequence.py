@@ -4,6 +4,8 @@ Authors
  * The sb_memeff authors 2026
 """
 
+import functools
+
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -250,7 +252,11 @@ class ReversibleSequence(nn.Module):
 
     # In a compiled network the chain runs as it is: a compiler would build
     # other code for the replay, which rounds differently.
-    @torch.compiler.disable
+    @functools.partial(
+        torch.compiler.disable,
+        reason="a reversible chain is not compiled; save_memory=False, which "
+        "stores its activations, can be",
+    )
     def _forward_reversible(self, x, args, kwargs):
         stream_format = self._format(x)
         # Fake tensors draw no random numbers and hold no values to look at.

@@ -190,9 +190,7 @@ class Walk:
         step.strides = [x.stride() for x in self.streams]
         step.recordings = evaluator.recordings
         with self.recorder.autocast():
-            result = function(*self.streams, evaluator)
-        _check_weights(step)
-        return result
+            return function(*self.streams, evaluator)
 
     def _flat(self):
         flat = list(self._others)
@@ -444,21 +442,6 @@ def _alone(x):
     if x.untyped_storage().nbytes() > x.numel() * x.element_size():
         return x.clone()
     return x
-
-
-def _check_weights(step):
-    """Raises if a block changed its own weights in forward."""
-    weights, *_ = fingerprint(step.block)
-    for (name, _), before, after in zip(
-        step.block.named_parameters(), step.fingerprint[0], weights
-    ):
-        if before != after:
-            raise RuntimeError(
-                f"{step.name} changes its weight {name} in forward, as "
-                f"Embedding(max_norm=...) does, so backward cannot compute it "
-                f"again. Keep it out of reversible blocks, or limit the norm "
-                f"after the optimizer's step."
-            )
 
 
 def _refuse_double_backward():
