@@ -9,7 +9,7 @@ line in a yaml file, after the network,
 
 and the blocks keep what they are called with, nothing else, until backward
 runs each of them once more. Values, gradients, running statistics, random
-numbers, names and state_dict stay those of the untouched network.
+numbers, state, names and state_dict stay those of the untouched network.
 
 Authors
  * The sb_memeff authors 2026
@@ -51,6 +51,15 @@ def recompute_blocks(module, blocks, every=1, segment_length=1):
     Without gradients (under no_grad, in torch.jit) a block is called as it
     is. A hook on a block runs once a step, hooks on modules inside it once
     more in backward.
+
+    The second call of a block draws the same random numbers (of torch, Python
+    and numpy, and of generators that are attributes of its modules) and finds
+    buffers and attributes as the first one did; what it changes in them
+    counts once. If its outputs are not the same, bit for bit, backward raises
+    an error that names the block: on a CPU before the block has gradients, on
+    a GPU in the next step at the latest. Under torch.compile the compiler's
+    own recomputation is used; a block that it cannot trace as a whole is run
+    as it is.
 
     A block may lie inside another: ``[layer?, layer?.*]`` stores what enters
     the outer blocks, and computes the inner ones twice more.

@@ -86,6 +86,7 @@ def test_the_second_of_a_pair_that_numpy_keeps():
     second = np.random.randn()
     assert not equal_states(state, source.read())
     source.write(state)
+    assert equal_states(source.read(), state)
     assert np.random.randn() == second
 
 

@@ -722,6 +722,38 @@ def test_compiled_networks_count_batches_once(compiler, backend, breaks):
     assert_compiled_like(net, twin, backend)
 
 
+class TiedBrain(sb.Brain):
+    def compute_forward(self, batch, stage):
+        return self.modules.net(batch[0])
+
+    def compute_objectives(self, predictions, batch, stage):
+        return predictions.square().mean()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [{"compile": True}, {"jit": True}, {"compile_module_keys": {"net"}}],
+)
+def test_speechbrains_flags_that_compile(compiler, options):
+    weights = []
+    for recompute in (True, False):
+        net = tied()
+        if recompute:
+            recompute_blocks(net, "*")
+        brain = TiedBrain(
+            {"net": net},
+            opt_class=functools.partial(torch.optim.SGD, lr=0.1),
+            run_opts={"device": "cpu", **(options if recompute else {})},
+        )
+        torch.manual_seed(0)
+        data = TensorDataset(torch.rand(12, 4, dtype=torch.float64))
+        brain.fit(range(2), DataLoader(data, batch_size=4), progressbar=False)
+        weights.append(list(net.state_dict().values()))
+    assert relative_error(*weights) < 1e-12
+    assert net[0].norm.num_batches_tracked == 6
+
+
 def test_a_compiled_block_in_a_network_that_is_not(compiler):
     """The module itself, and one inside it."""
     net, twin = tied(), tied()

@@ -152,6 +152,10 @@ def test_cached_weights_of_the_caller_are_not_used():
         inside, recording = recorder.record(lambda: layer.weight)
         with recorder.replay(layer, recording):
             again = layer.weight
+        # Nor where the call has a cache of its own.
+        with recorder.recording(layer), parametrize.cached():
+            assert layer.weight is not weight
+            assert layer.weight is layer.weight
         assert layer.weight is weight
     assert layer.weight is not weight
     assert inside is not weight and again is not weight
