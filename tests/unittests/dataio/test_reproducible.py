@@ -14,8 +14,11 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset
 from sb_memeff.dataio.reproducible import (
     NumberedSampler,
     SeededDataset,
+    SeededSampler,
     seeded,
+    set_epoch,
 )
+from sb_memeff.utils.checkpoints import SamplerPosition
 
 
 class Noise(Dataset):
@@ -95,3 +98,81 @@ def test_attributes_are_those_of_the_dataset():
     assert dataset.name == "noise" and len(dataset) == 12
     with pytest.raises(AttributeError, match="nothing"):
         _ = dataset.nothing
+
+
+def lazily():
+    """Indices that are drawn when they are asked for."""
+    for _ in range(50):
+        yield random.randrange(1000) + int(torch.randint(1000, ()))
+        yield int(np.random.randint(1000))
+
+
+class Lazily:
+    """A sampler of them."""
+
+    def __iter__(self):
+        return lazily()
+
+
+@pytest.mark.parametrize("ahead", [1, 7])
+def test_a_lazy_sampler_goes_through_one_stream(ahead):
+    """What others draw meanwhile does not matter, and they see nothing."""
+    with seeded(3, 2, 0, 0, 1):
+        expected = list(lazily())
+    sampler = SeededSampler(Lazily(), seed=3, ahead=ahead)
+    set_epoch(sampler, 2)
+    found = []
+    with seeded(9):
+        undisturbed = [torch.rand(()).item() for _ in expected]
+    with seeded(9):
+        drawn = []
+        for index in sampler:
+            found.append(index)
+            drawn.append(torch.rand(()).item())
+    assert found == expected and drawn == undisturbed
+    assert len(set(found)) > 80
+
+
+def test_position_that_was_loaded_is_saved_again(tmp_path):
+    """Before the interrupted epoch goes on."""
+
+    def build():
+        generator = torch.Generator().manual_seed(5)
+        return SeededSampler(
+            torch.utils.data.RandomSampler(range(9), generator=generator), 1
+        )
+
+    sampler = build()
+    expected = [list(sampler), list(sampler)]
+    SamplerPosition(sampler).save(tmp_path / "0")
+    for n in range(4):
+        sampler = build()
+        position = SamplerPosition(sampler)
+        position.load(tmp_path / str(n), end_of_epoch=False)
+        if n % 2:
+            position.resume()
+        position.save(tmp_path / str(n + 1))
+    position.resume()
+    assert list(sampler) == expected[1]
+
+
+def test_the_epoch_reaches_samplers_within_samplers():
+    class Told(torch.utils.data.Sampler):
+        epoch = None
+
+        def set_epoch(self, epoch):
+            self.epoch = epoch
+
+    class Holder(Told):
+        def __init__(self, *others):
+            self.parts = others
+            # Goes round in a circle.
+            self.itself = self
+
+    inner = [Told(), Told()]
+    outer = Holder(
+        NumberedSampler(SeededSampler(inner[0], 1)), Holder(inner[1])
+    )
+    set_epoch(outer, 4)
+    assert [t.epoch for t in (outer, *inner)] == [4, 4, 4]
+    set_epoch([1, 2, 3], 4)
