@@ -279,9 +279,8 @@ def error_rates(positive, negative):
             f"diverge, or is cohort_size 1?"
         )
     positive, negative = positive.sort().values, negative.sort().values
-    levels = scores.unique()
-    thresholds = torch.cat([levels, (levels[:-1] + levels[1:]) / 2])
-    thresholds = thresholds.sort().values
+    # Between two scores nothing changes.
+    thresholds = scores.unique()
     missed = torch.searchsorted(positive, thresholds, right=True)
     accepted = len(negative) - torch.searchsorted(
         negative, thresholds, right=True
