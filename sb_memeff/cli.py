@@ -32,6 +32,7 @@ from sb_memeff.analysis.variants import (
     variants,
 )
 from sb_memeff.utils.export import export_speaker_model, export_speaker_onnx
+from sb_memeff.utils.leftovers import no_leftovers
 from sb_memeff.utils.sizes import format_bytes
 
 __all__ = ["main"]
@@ -82,6 +83,7 @@ def export(arguments):
         print(f"And {path}, from normalised features to embeddings.")
 
 
+@no_leftovers()
 def profile(arguments):
     """Says where the memory of a recipe's training step goes; no GPU needed."""
     for path in (arguments.json, arguments.plot):

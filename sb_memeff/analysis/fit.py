@@ -86,6 +86,7 @@ def usable(budget, margin=None):
     return left
 
 
+@no_leftovers()
 def fit(
     path,
     overrides,
