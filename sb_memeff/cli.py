@@ -5,6 +5,7 @@ Authors
 """
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -32,6 +33,7 @@ from sb_memeff.analysis.variants import (
     variants,
 )
 from sb_memeff.utils.export import export_speaker_model, export_speaker_onnx
+from sb_memeff.utils.leftovers import no_leftovers
 from sb_memeff.utils.sizes import format_bytes
 
 __all__ = ["main"]
@@ -92,20 +94,22 @@ def profile(arguments):
     recipe = read_recipe(arguments.hparams, arguments.overrides)
     rows = variants(recipe) if arguments.compare else [own_variant(recipe)]
     found = []
-    for variant in rows:
-        if arguments.compare:
-            print(f"{variant.label} ...", file=sys.stderr)
-        found.append(
-            analyse(
-                recipe,
-                arguments.batch,
-                arguments.seconds,
-                arguments.tokens,
-                arguments.precision,
-                variant,
-                arguments.device,
+    # Once for all rows.
+    with no_leftovers() if rows[1:] else contextlib.nullcontext():
+        for variant in rows:
+            if arguments.compare:
+                print(f"{variant.label} ...", file=sys.stderr)
+            found.append(
+                analyse(
+                    recipe,
+                    arguments.batch,
+                    arguments.seconds,
+                    arguments.tokens,
+                    arguments.precision,
+                    variant,
+                    arguments.device,
+                )
             )
-        )
     if arguments.compare and not rows[1:]:
         print(
             f"{recipe.path}: nothing is known to compare {rows[0].label} with.",

@@ -150,16 +150,20 @@ def fit(
         return known[key]
 
     try:
-        if batch is None and recipe.settings.get("dynamic_batching"):
-            longest = LONGEST if seconds is None else seconds
-            return _longest_batch(recipe, limit, longest, measure)
-        if batch is None:
-            return _largest_batch(recipe, limit, seconds, measure)
-        if seconds is None:
-            return _longest_utterance(limit, batch, recipe, measure)
+        # Once for all that are tried.
+        with no_leftovers():
+            if batch is None and recipe.settings.get("dynamic_batching"):
+                longest = LONGEST if seconds is None else seconds
+                return _longest_batch(recipe, limit, longest, measure)
+            if batch is None:
+                return _largest_batch(recipe, limit, seconds, measure)
+            if seconds is None:
+                return _longest_utterance(limit, batch, recipe, measure)
+            return _deepest(
+                path, overrides, recipe, limit, batch, seconds, measure
+            )
     except DoesNotFit as error:
         raise ValueError(_too_small(recipe, known, error.peak, limit)) from None
-    return _deepest(path, overrides, recipe, limit, batch, seconds, measure)
 
 
 def _largest_batch(recipe, limit, seconds, measure):

@@ -7,7 +7,9 @@ Authors
 import contextlib
 import copy
 import functools
+import gc
 import logging
+import types
 import weakref
 
 import torch
@@ -300,9 +302,10 @@ def _most(tensor):
 
 
 def without_data(module):
-    """A copy of a module whose tensors are new and hold nothing.
+    """A copy of a module whose parameters and buffers are new and hold nothing.
 
-    Under FakeTensorMode it takes no memory.
+    Under ``fake_tensors`` they take no memory. Other tensors in the module,
+    what it has cached, are shared with the copy.
 
     Arguments
     ---------
@@ -321,13 +324,29 @@ def without_data(module):
     >>> copied.weight
     Parameter(FakeTensor(..., size=(3, 2), requires_grad=True))
     """
-    known = {}
-    for part in module.modules():
-        for group in (part._parameters, part._buffers, vars(part)):
-            for tensor in group.values():
-                if isinstance(tensor, torch.Tensor):
-                    known[id(tensor)] = _like(tensor)
+    own = {id(x) for x in (*module.parameters(), *module.buffers())}
+    known = {
+        id(x): _like(x) if x.requires_grad or id(x) in own else x
+        for x in _tensors_in(module)
+    }
     return copy.deepcopy(module, known)
+
+
+def _tensors_in(module):
+    """All tensors that copying a module would copy, however deep."""
+    found, queue = {}, [module]
+    while queue:
+        one = queue.pop()
+        if id(one) in found or isinstance(one, _NOT_COPIED):
+            continue
+        found[id(one)] = one
+        if isinstance(one, torch.Tensor):
+            yield one
+        else:
+            queue += gc.get_referents(one)
+
+
+_NOT_COPIED = (type, types.ModuleType, types.FunctionType, weakref.ref)
 
 
 def _like(tensor):

@@ -6,6 +6,8 @@ import sys
 from contextlib import nullcontext
 
 import pytest
+import torch
+from speechbrain.nnet.attention import _get_precomputed_values
 
 from sb_memeff.cli import main, parse_overrides
 from sb_memeff.nnet import replay
@@ -16,6 +18,7 @@ from tests.unittests.analysis.yaml_files import (
     SMALL_TRANSDUCER,
     UPSTREAM_SPEAKERS,
     VOXCELEB,
+    rotary_transducer,
     speaker_yaml,
 )
 
@@ -240,6 +243,71 @@ def test_fit_says_what_does_not_fit(capsys):
     assert error.startswith("sb-memeff: ")
     assert "ResNet34 does not fit into 1.00 kB: a batch of 2 x 0.5 s" in error
     assert not captured.out
+
+
+# --- rotary positions, which SpeechBrain memoises ----------------------------
+
+
+@pytest.fixture
+def rotary(tmp_path):
+    """SpeechBrain's conformer transducer, and overrides that make it small."""
+    path = rotary_transducer(tmp_path)
+    return [str(path), *(f"--{k}={v}" for k, v in SMALL_TRANSDUCER.items())]
+
+
+@pytest.fixture
+def memo():
+    """What SpeechBrain has memoised: nothing before, nothing fake after."""
+    memo = _get_precomputed_values.memo
+    memo.clear()
+    yield memo
+    assert all(type(x.sines) is torch.Tensor for _, x in memo.values())
+
+
+def test_profile_compares_rotary_transducers(rotary, memo, tmp_path, capsys):
+    path = tmp_path / "a.json"
+    arguments = ["profile", *rotary, "--batch=2", "--seconds=1", "--compare"]
+    assert main([*arguments, f"--json={path}"]) == 0
+    found = json.loads(path.read_text())
+    assert [row["label"] for row in found] == [
+        "SpeechBrain's loss",
+        "batched",
+        "samplewise",
+        "tiled",
+        "tiled, encoder recomputed",
+    ]
+    assert not memo
+    # Alone, or after a real step, they are the same.
+    assert main(["check", *rotary, "--batch=2", "--seconds=1"]) == 0
+    assert memo
+    assert main([*arguments, f"--json={path}"]) == 0
+    assert json.loads(path.read_text()) == found
+
+
+def test_profile_runs_rotary_transducers(rotary, memo, tmp_path, capsys):
+    arguments = ["profile", *rotary, "--batch=2", "--seconds=1"]
+    path = tmp_path / "a.json"
+    arguments += ["--device=cpu", f"--json={path}"]
+    peaks = []
+    for _ in range(2):
+        assert main(arguments) == 0
+        (found,) = json.loads(path.read_text())
+        peaks.append(found["memory"]["peak_bytes"])
+        measured = found["measured_bytes"]
+        assert measured == pytest.approx(peaks[-1], rel=0.05)
+    assert peaks[0] == peaks[1]
+
+
+def test_fit_of_rotary_transducers(rotary, memo, capsys):
+    budget = ["--budget=14MB", "--margin=1MB"]
+    assert main(["fit", *rotary, "--seconds=2", *budget]) == 0
+    first = capsys.readouterr().out
+    assert "--max_batch_len=" in first
+    assert not memo
+    assert main(["check", *rotary, "--seconds=1"]) == 0
+    capsys.readouterr()
+    assert main(["fit", *rotary, "--seconds=2", *budget]) == 0
+    assert capsys.readouterr().out == first
 
 
 # --- bad input of both -------------------------------------------------------

@@ -255,6 +255,30 @@ def test_batch_norms_that_count_twice(monkeypatch):
     assert line_of(report, STORED).endswith("ok")
 
 
+@pytest.mark.parametrize("saving", [True, False])
+def test_running_statistics_that_are_not_a_number(saving):
+    class Spoiling(nn.Module):
+        """Whose statistics are NaN with the saving, or without it."""
+
+        save_memory = True
+
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(3))
+
+        def forward(self, x):
+            self.mean[1] = torch.nan if self.save_memory is saving else 1.0
+            return x
+
+    def change(step):
+        step.classifier = nn.Sequential(step.classifier, Spoiling())
+
+    report = check(speaker("revnet"), change)
+    assert place(report, "running statistics") == "classifier.1.mean"
+    assert "error inf" in line_of(report, "running statistics")
+    assert line_of(report, STORED).endswith("ok")
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_transducer_loss_that_drops_cells(precision, monkeypatch):
     backward = TiledPass.backward

@@ -212,3 +212,12 @@ def upstream_transducer(folder):
         ("rnn_neurons: 2048", "rnn_neurons: 8"),
         ("dnn_neurons: 512", "dnn_neurons: 8"),
     )
+
+
+def rotary_transducer(folder):
+    """With SpeechBrain's loss and rotary positions, as SpeechBrain 1.1 has."""
+    return changed(
+        upstream_transducer(folder),
+        folder,
+        ("attention_type: RelPosMHAXL", "attention_type: RoPEMHA"),
+    )

@@ -140,6 +140,129 @@ def test_a_copy_without_data():
     assert not isinstance(net[0].weight, FakeTensor)
 
 
+class Layouts(nn.Module):
+    """Parameters and buffers of many strides."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+        self.register_buffer("transposed", torch.ones(3, 5).t())
+        self.register_buffer("expanded", torch.ones(3, 1).expand(3, 5))
+        self.register_buffer("sliced", torch.ones(6, 5)[::2])
+        self.bfloat16 = nn.Parameter(torch.ones(3).bfloat16(), False)
+
+
+@pytest.mark.parametrize("mode", [FakeTensorMode, fake_tensors])
+def test_a_copy_without_data_has_the_layouts(mode):
+    net = Layouts()
+    with mode():
+        copied = without_data(net)
+    found = copied.state_dict(keep_vars=True)
+    for name, x in net.state_dict(keep_vars=True).items():
+        y = found[name]
+        assert isinstance(y, FakeTensor), name
+        assert (x.stride(), x.dtype) == (y.stride(), y.dtype), name
+    weight = found["conv.weight"]
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert not weight.is_contiguous()
+    # And so the activations are laid out.
+    with mode():
+        x = torch.ones(2, 3, 8, 8)
+        y = copied.conv(x.to(memory_format=torch.channels_last))
+    assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_copy_without_data_shares_what_is_cached():
+    class Net(nn.Linear):
+        def __init__(self):
+            super().__init__(3, 3)
+            self.memo = {"lengths": (1, [torch.tensor([1, 3])])}
+            self.positions = torch.arange(3.0)
+            self.hidden = [nn.Parameter(torch.ones(3))]
+
+    net = Net()
+    with fake_tensors():
+        copied = without_data(net)
+        lengths = copied.memo["lengths"][1][0]
+        assert (lengths + torch.ones(2).long()).tolist() == [2, 4]
+        assert copied.hidden[0].requires_grad
+        y = copied(copied.hidden[0] * copied.positions)
+        y.sum().backward()
+        lengths += 1
+        copied.positions.zero_()
+    assert copied.hidden[0].grad.shape == (3,)
+    assert net.memo["lengths"][1][0].tolist() == [1, 3]
+    assert net.positions.tolist() == [0, 1, 2]
+    assert net.hidden[0].grad is None and net.weight.grad is None
+
+
+# --- tensors that were there before ------------------------------------------
+
+
+def test_real_tensors_meet_fake_ones():
+    scale = torch.arange(3.0)
+    with fake_tensors():
+        y = torch.ones(1000, 1000, 3) * scale
+        assert isinstance(y, FakeTensor) and y.shape == (1000, 1000, 3)
+        assert (torch.ones(3) + scale[1:].sum()).tolist() == [4, 4, 4]
+
+
+def test_real_tensors_are_not_written():
+    count, view = torch.zeros(3), torch.arange(6.0)
+    large = torch.zeros(10_000)
+    with fake_tensors():
+        count += 1
+        view[2:4].mul_(torch.full((2,), 10.0))
+        torch.add(torch.ones(3), 1, out=view[:3])
+        large.add_(1)
+        # What was changed is changed here.
+        assert count.tolist() == [1, 1, 1]
+        assert (view + 0).tolist() == [2, 2, 2, 30, 4, 5]
+        assert view[2:].sum().item() == 41
+        with pytest.raises(ValueError, match="cannot be analysed"):
+            large.sum().item()
+    assert view.tolist() == [0, 1, 2, 3, 4, 5]
+    assert not large.any()
+
+
+def test_real_tensors_without_gradients_only():
+    weight = torch.ones(3, requires_grad=True)
+    with fake_tensors():
+        with torch.no_grad():
+            assert (weight * torch.ones(3)).shape == (3,)
+        with pytest.raises(ValueError, match=r"\[3\] that was made before"):
+            weight * torch.ones(3)
+    assert weight.grad is None
+
+
+def test_fake_tensors_of_another_analysis():
+    with fake_tensors():
+        x = torch.ones(3)
+    with fake_tensors(), pytest.raises(ValueError, match="another analysis"):
+        x + 1
+
+
+def test_modules_that_are_imported_meanwhile_are_real(tmp_path, monkeypatch):
+    (tmp_path / "imports_the_other.py").write_text(
+        "from imported_by_the_other import ONE\n"
+        "import torch\nTWO = ONE + torch.ones(1)\n"
+    )
+    (tmp_path / "imported_by_the_other.py").write_text(
+        "import torch\nONE = torch.ones(1)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with fake_tensors():
+        import imports_the_other as found
+
+        assert isinstance(torch.ones(1), FakeTensor)
+    assert type(found.TWO) is torch.Tensor and found.TWO.item() == 2
+    assert type(found.ONE) is torch.Tensor
+    # As if nothing had been done to it.
+    loader = found.__spec__.loader
+    assert loader is found.__loader__
+    assert type(loader).__name__ == "SourceFileLoader"
+
+
 def test_errors_are_raised_and_not_logged_too():
     log = logging.getLogger("torch._subclasses.fake_tensor")
     records = []

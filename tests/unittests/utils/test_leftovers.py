@@ -379,7 +379,7 @@ def test_a_module_that_is_imported_meanwhile(tmp_path, monkeypatch):
 
         for memo in (found.MEMO, found.CACHE.memo):
             if "more" not in memo:
-                memo["more"] = found.SCALE + 1
+                memo["more"] = found.SCALE + torch.ones(5)
         return found.SCALE * found.ones(5) * found.MEMO["more"]
 
     analysis(look)
