@@ -189,7 +189,7 @@ class WholePass:
 
 
 class _Call(nn.Module):
-    """What a Recorder records: the modules, called through somebody."""
+    """The modules as a Recorder needs them, with any function to call."""
 
     def __init__(self, logits):
         super().__init__()

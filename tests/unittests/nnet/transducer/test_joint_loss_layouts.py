@@ -77,7 +77,7 @@ def gradients(made, reduction, enc, pred, targets, lens, given, **options):
 @every_reduction
 @every_method
 def test_encoder_and_predictor(options, reduction, layout):
-    """As leaves, and as somebody's outputs."""
+    """As leaves, and as outputs of other operations."""
     enc, pred, targets = inputs()
     made = parts()
     weights = [p for part in made for p in part.parameters()]
@@ -222,7 +222,7 @@ NETWORKS = {
 @pytest.mark.parametrize("name", NETWORKS)
 @every_method
 def test_networks_get_their_gradients(options, name):
-    """Encoders and predictors return what their kernels like best."""
+    """Of what encoders and predictors return, whatever its strides."""
     enc, _, targets = inputs()
     torch.manual_seed(0)
     encoder = NETWORKS[name]().double()
