@@ -1,7 +1,7 @@
 """How a block evaluates its functions: plainly, recorded, or replayed.
 
 ``coupling.py`` says y1 = x1 + f(x2). An evaluator decides how "f(x2)" is
-computed: by plain autograd; without gradients, recording what a replay needs;
+computed: by plain autograd; once, recording what a replay needs;
 or as a replay with the recorded random numbers, which also returns the pullback
 of the gradient. All three share dtypes and grid.
 
@@ -174,7 +174,7 @@ class Evaluator:
 
 
 class RecordingEvaluator(Evaluator):
-    """Evaluates without gradients and records what a replay needs.
+    """Evaluates, saves nothing for gradients, and records what a replay needs.
 
     Arguments
     ---------
