@@ -1,4 +1,4 @@
-"""What a network for features [N, T, F] may be called with.
+"""Check the features [N, T, F] that a network is called with.
 
 Authors
  * The sb_memeff authors 2026

@@ -18,7 +18,7 @@ def mask(x: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
     Arguments
     ---------
     x : torch.Tensor
-        A tensor that nobody else needs.
+        Overwritten.
     padding : torch.Tensor, optional
         True where padded; broadcasts to x.
 

@@ -1,4 +1,4 @@
-"""What a network for features may be called with."""
+"""Check the features that a network is called with."""
 
 import pytest
 import torch

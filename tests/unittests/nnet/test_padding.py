@@ -90,7 +90,7 @@ class _OnAnotherDevice(torch.Tensor):
 
 
 def test_on_an_accelerator_the_host_does_not_wait(monkeypatch):
-    """The check is read later, by whoever reads comparisons."""
+    """The outcome is read later, with those of other comparisons."""
     pending = mismatch._Pending(lambda differs: (differs, _Event()))
     monkeypatch.setattr(mismatch, "_pending", pending)
     lengths = torch.tensor([1.0, 7.0]).as_subclass(_OnAnotherDevice)

@@ -1,4 +1,4 @@
-"""What every network promises; a new one is a line in ``networks.py``.
+"""The promises of every network; a new one is a line in ``networks.py``.
 
 Authors
  * The sb_memeff authors 2026
