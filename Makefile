@@ -16,6 +16,8 @@ STAMP := $(VENV)/.installed
 # One thread a process in tests: the tensors are tiny, and DDP tests start
 # several processes, whose OpenMP pools would fight over the same cores.
 TEST_THREADS ?= 1
+# Processes: "auto" is one for each core, 0 is none besides pytest's own.
+TEST_PROCESSES ?= auto
 # Options for pytest: make test PYTEST="-k reversible -x"
 PYTEST ?=
 
@@ -50,7 +52,8 @@ lint: $(STAMP)
 test: lint
 	@cd $(ROOT) && OMP_NUM_THREADS=$(TEST_THREADS) MKL_NUM_THREADS=$(TEST_THREADS) \
 		PATH="$(BIN):$$PATH" \
-		$(BIN)/python -m pytest -q -ra --durations=10 $(PYTEST)
+		$(BIN)/python -m pytest -q -ra --durations=10 \
+		-n $(TEST_PROCESSES) --dist worksteal $(PYTEST)
 
 format: $(STAMP)
 	@cd $(ROOT) && $(BIN)/ruff check --quiet --fix . ; $(BIN)/ruff format .

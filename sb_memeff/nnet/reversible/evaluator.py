@@ -335,7 +335,7 @@ class ReplayingEvaluator(Evaluator):
         and hands on that of the stream to those added last. What becomes a
         weight's ``grad`` may be changed in place at any time.
         """
-        place = gradient.untyped_storage().data_ptr()
+        place = gradient.untyped_storage()._cdata
         if place in self._storages:
             return gradient.clone()
         self._storages.add(place)
@@ -364,7 +364,7 @@ class ReplayingEvaluator(Evaluator):
             allow_unused=True,
         )
         count = len(streams)
-        self._storages.add(gradient.untyped_storage().data_ptr())
+        self._storages.add(gradient.untyped_storage()._cdata)
         for key, value in zip(leaves, found[count:], strict=True):
             if value is not None:
                 known = self._gradients.get(key)

@@ -15,7 +15,11 @@ from sb_memeff.nnet.reversible.coupling import Invertible, Tap, halves
 from sb_memeff.nnet.reversible.evaluator import Evaluator
 from sb_memeff.nnet.reversible.grid import StreamFormat
 from sb_memeff.nnet.reversible.guards import StreamGuard
-from sb_memeff.nnet.reversible.walk import TapSum, run_without_storing
+from sb_memeff.nnet.reversible.walk import (
+    TapSum,
+    TapSumBesideGraph,
+    run_without_storing,
+)
 from sb_memeff.nnet.segment import Segment
 
 __all__ = ["ReversibleSequence"]
@@ -268,7 +272,7 @@ class ReversibleSequence(nn.Module):
             # Whoever observes has asked for the differences.
             guard = StreamGuard(stream_format.bits, compare=not observers)
             observers.append(guard)
-        total = TapSum(stream_format)
+        total = TapSumBesideGraph(stream_format)
         state = (x,)
         blocks = self._named_blocks()
         while blocks:

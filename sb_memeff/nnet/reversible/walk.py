@@ -295,7 +295,7 @@ class _Leave(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, walk, as_one, token, total, *extras):
+    def forward(ctx, walk, as_one, token, sum_token, *extras):
         ctx.walk = walk
         ctx.set_materialize_grads(False)
         streams, walk.streams = walk.streams, []
@@ -306,15 +306,13 @@ class _Leave(torch.autograd.Function):
         ctx.extras = len(extras)
         ctx.strides = [x.stride() for x in streams]
         walk.forget_extras()
-        if total is not None:
-            total = total.detach()
-        return (*outputs, total)
+        return (*outputs, outputs[0].new_empty(0))
 
     @staticmethod
     def backward(ctx, *gradients):
         _refuse_double_backward()
         walk = ctx.walk
-        *gradients, total = gradients
+        *gradients, sum_token = gradients
         saved = ctx.saved_tensors
         extras, saved = saved[: ctx.extras], saved[ctx.extras :]
         streams = list(saved if len(saved) == 2 else halves(*saved))
@@ -335,7 +333,7 @@ class _Leave(torch.autograd.Function):
             None,
             None,
             walk.streams[0].new_empty(0),
-            total,
+            sum_token,
             *[None for _ in extras],
         )
 
@@ -345,7 +343,7 @@ def run_without_storing(
     tensors: tuple[torch.Tensor, ...],
     as_one: bool,
     stream_format: StreamFormat,
-    total: TapSum,
+    total: TapSumBesideGraph,
     recorder: Recorder,
     observers: list[Observer],
     args: tuple,
@@ -363,7 +361,7 @@ def run_without_storing(
         Return one tensor in inner_dtype instead of two streams.
     stream_format : StreamFormat
         Dtypes and grid.
-    total : TapSum
+    total : TapSumBesideGraph
         What taps read is added to it.
     recorder : Recorder
         Of this forward pass.
@@ -388,8 +386,8 @@ def run_without_storing(
         if node is _Read:
             token, value = token
             total.add(value, f"{step.name}.read")
-    *outputs, total.value = _Leave.apply(
-        walk, as_one, token, total.value, *extras
+    *outputs, total.token = _Leave.apply(
+        walk, as_one, token, total.token, *extras
     )
     return tuple(outputs)
 
@@ -406,26 +404,83 @@ class TapSum:
     def __init__(self, stream_format: StreamFormat):
         self.format = stream_format
         self.value: torch.Tensor | None = None
-        self._dtype: torch.dtype | None = None
+        self.dtype: torch.dtype | None = None
 
     def add(self, value: torch.Tensor, name: str) -> None:
         """Adds one more; name is the module's, for errors."""
-        if self.value is None:
-            self._dtype = value.dtype
-            # A copy: what is added to from here on has no other owner.
-            self.value = value.to(self.format.stream_dtype, copy=True)
-        elif value.shape == self.value.shape:
-            self.value = self.value.add_(value)
-        else:
+        if self.value is not None and value.shape != self.value.shape:
             raise ValueError(
                 f"{name} reads a tensor of shape {tuple(value.shape)}; the "
                 f"taps before it gave {tuple(self.value.shape)}. All are added "
                 f"up and must have the same shape."
             )
+        self._add(value)
+
+    def _add(self, value):
+        if self.value is None:
+            self.dtype = value.dtype
+            # A copy: what is added to from here on has no other owner.
+            self.value = value.to(self.format.stream_dtype, copy=True)
+        else:
+            self.value = self.value.add_(value)
 
     def result(self) -> torch.Tensor:
         """The sum in the dtype that the first tap read."""
-        return self.value.to(self._dtype)
+        return self.value.to(self.dtype)
+
+
+class TapSumBesideGraph(TapSum):
+    """The sum beside autograd's graph.
+
+    All taps have one gradient, that of the result: it is held once, in the
+    dtype of the result. An empty token fixes the order of the nodes.
+    """
+
+    def __init__(self, stream_format: StreamFormat):
+        super().__init__(stream_format)
+        self.token = torch.empty(0)
+        self.gradient: torch.Tensor | None = None
+
+    def _add(self, value):
+        self.token = _AddToSum.apply(self, self.token, value)
+
+    def result(self) -> torch.Tensor:
+        """See TapSum; call it once."""
+        return _ReadSum.apply(self, self.token)
+
+
+class _AddToSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, total, token, value):
+        ctx.total, ctx.dtype = total, value.dtype
+        ctx.first = total.value is None
+        TapSum._add(total, value)
+        return token.new_empty(0)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, token):
+        gradient = ctx.total.gradient
+        if ctx.first:
+            ctx.total.gradient = None
+        if gradient is not None:
+            gradient = gradient.to(ctx.dtype)
+        # None where only the other output of the chain was used.
+        return None, token, gradient
+
+
+class _ReadSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, total, token):
+        ctx.total = total
+        value, total.value = total.value, None
+        return value.to(total.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        ctx.total.gradient = gradient
+        return None, torch.empty(0)
 
 
 def _laid_out(x, stride):
