@@ -41,6 +41,7 @@ class StreamGuard(Observer):
         self.bits = bits
         self.compare = compare
         self._extremes = []
+        self._farthest = None
         self._before = {}
         self._reports = []
         next_forward()
@@ -65,9 +66,12 @@ class StreamGuard(Observer):
         if not self._extremes:
             return
         limit = 2.0 ** (24 - self.bits)
-        extremes = torch.stack([pair for _, pair in self._extremes])
-        # The only wait for the device.
-        farthest = extremes.abs().amax(dim=1).tolist()
+        if self._farthest is None:
+            extremes = torch.stack([pair for _, pair in self._extremes])
+            # The only wait for the device, also where couplings stand in
+            # several places of a chain.
+            self._farthest = extremes.abs().amax(dim=1).tolist()
+        farthest = self._farthest
         # inf and NaN are passed on, as autograd does: what skips or counts
         # non-finite steps (GradScaler, Brain) must see them.
         self._finite = all(map(math.isfinite, farthest))
