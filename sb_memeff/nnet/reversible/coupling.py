@@ -273,12 +273,13 @@ class AdditiveCoupling(Invertible):
         """dx1 = dy1 + g'(y1)^T dy2, dx2 = dy2 + f'(x2)^T dx1."""
         y2, y1 = y.pop(), y.pop()
         d2, d1 = dy.pop(), dy.pop()
-        for g in self._summands("g"):
+        # In the order in which autograd adds up the gradients.
+        for g in reversed(self._summands("g")):
             increment, pullback = evaluator.vjp(g, y1)
             y2 = y2 - increment
             del increment
             d1 = d1 + pullback(d2)
-        for f in self._summands("f"):
+        for f in reversed(self._summands("f")):
             increment, pullback = evaluator.vjp(f, y2)
             y1 = y1 - increment
             del increment
