@@ -139,7 +139,8 @@ def profile(
                 variant.change(step)
             if where:
                 step.to(where["device"])
-            elif recipe.family == "transducer":
+            on_gpu = where and torch.device(where["device"]).type != "cpu"
+            if recipe.family == "transducer" and not on_gpu:
                 step.logits_loss = _speechbrain_loss
             made["step"] = step
             step.inputs = step.batch(batch, seconds, **length)

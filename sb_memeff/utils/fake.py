@@ -43,9 +43,9 @@ def fake_tensors():
     a length stops it. Here whatever follows from small tensors alone
     (lengths, masks, labels; not weights or activations) is computed as well.
 
-    Real tensors that were there before (what caches hold) may be used; they
-    are read, never written. What modules that are imported meanwhile make is
-    real, too.
+    Real tensors that were there before (what caches hold) may be used;
+    afterwards they have their values of before. What modules that are imported
+    meanwhile make is real, too.
 
     Raises
     ------
@@ -94,10 +94,16 @@ class _KnownValues(TorchDispatchMode):
         self.fake = fake
         # Storages that were changed by something unknown.
         self.spoilt = weakref.WeakSet()
-        # Real storages that an operator was to change, and copies of real
-        # storages, which take the changes.
-        self.changed = weakref.WeakSet()
-        self.copies = weakref.WeakKeyDictionary()
+        # What real storages held before an operator changed them.
+        self.before = weakref.WeakKeyDictionary()
+
+    def __exit__(self, *error):
+        """Gives real tensors back their values."""
+        result = super().__exit__(*error)
+        with torch._C._DisableTorchDispatch():
+            for storage, values in self.before.items():
+                storage.copy_(values)
+        return result
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         """Runs the operator on fakes and, if all is known, on values."""
@@ -111,12 +117,10 @@ class _KnownValues(TorchDispatchMode):
         real = [x for x in tensors if not isinstance(x, FakeTensor)]
         if real and func is not torch.ops.aten.lift_fresh.default:
             for x in self.overwritten(func, args, kwargs):
-                if not isinstance(x, FakeTensor):
-                    self.changed.add(x.untyped_storage())
-            unchanged = not any(
-                x.untyped_storage() in self.changed for x in real
-            )
-            if len(real) == len(tensors) and unchanged:
+                self.remember_before(x)
+            if len(real) == len(tensors) and all(
+                self.value(x) is not None for x in real
+            ):
                 # The state of a random generator, or a part of a cache.
                 return self.on_values(func, args, kwargs)
             args, kwargs = tree_map_only(
@@ -167,31 +171,21 @@ class _KnownValues(TorchDispatchMode):
                 f"it in build_model or in the step."
             )
         fake = self.fake.from_tensor(tensor)
-        if self.value(fake) is None:
-            with torch._C._DisableTorchDispatch():
-                self.remember(fake, self.copy(tensor))
+        self.remember(fake, tensor)
         return fake
 
-    def copy(self, tensor):
-        """A real tensor of the same values, that may be changed; or None."""
+    def remember_before(self, tensor):
+        """Keeps what a real tensor holds, to be given back."""
         storage = tensor.untyped_storage()
-        if storage.nbytes() > _most(tensor) * tensor.element_size():
-            return None
-        if storage not in self.copies:
-            self.copies[storage] = storage.clone()
-        copy = tensor.new_empty(0).set_(
-            self.copies[storage],
-            tensor.storage_offset(),
-            tensor.size(),
-            tensor.stride(),
-        )
-        return copy
+        if not isinstance(tensor, FakeTensor) and storage not in self.before:
+            with torch._C._DisableTorchDispatch():
+                self.before[storage] = storage.clone()
 
     def value(self, tensor):
         """What a tensor holds, or None."""
-        if not isinstance(tensor, FakeTensor):
-            return tensor
-        found = getattr(tensor, "_sb_memeff_value", None)
+        found = tensor
+        if isinstance(tensor, FakeTensor):
+            found = getattr(tensor, "_sb_memeff_value", None)
         if found is None or found.untyped_storage() in self.spoilt:
             return None
         return found

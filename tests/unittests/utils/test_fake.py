@@ -149,7 +149,7 @@ class Layouts(nn.Module):
         self.register_buffer("transposed", torch.ones(3, 5).t())
         self.register_buffer("expanded", torch.ones(3, 1).expand(3, 5))
         self.register_buffer("sliced", torch.ones(6, 5)[::2])
-        self.bfloat16 = nn.Parameter(torch.ones(3).bfloat16(), False)
+        self.half_size = nn.Parameter(torch.ones(3).bfloat16(), False)
 
 
 @pytest.mark.parametrize("mode", [FakeTensorMode, fake_tensors])
@@ -207,22 +207,27 @@ def test_real_tensors_meet_fake_ones():
         assert (torch.ones(3) + scale[1:].sum()).tolist() == [4, 4, 4]
 
 
-def test_real_tensors_are_not_written():
+def test_real_tensors_get_their_values_back():
     count, view = torch.zeros(3), torch.arange(6.0)
-    large = torch.zeros(10_000)
-    with fake_tensors():
+    large, spoilt = torch.zeros(10_000), torch.ones(3)
+    with pytest.raises(ArithmeticError), fake_tensors():
         count += 1
         view[2:4].mul_(torch.full((2,), 10.0))
         torch.add(torch.ones(3), 1, out=view[:3])
         large.add_(1)
-        # What was changed is changed here.
+        spoilt.add_(torch.rand(1000, 1000).sum())
+        # Meanwhile they have those that were written.
         assert count.tolist() == [1, 1, 1]
-        assert (view + 0).tolist() == [2, 2, 2, 30, 4, 5]
+        assert (view + torch.zeros(6)).tolist() == [2, 2, 2, 30, 4, 5]
         assert view[2:].sum().item() == 41
+        assert large.sum().item() == 10_000
         with pytest.raises(ValueError, match="cannot be analysed"):
-            large.sum().item()
+            spoilt[1:].sum().item()
+        raise ArithmeticError
+    assert count.tolist() == [0, 0, 0]
     assert view.tolist() == [0, 1, 2, 3, 4, 5]
     assert not large.any()
+    assert spoilt.tolist() == [1, 1, 1]
 
 
 def test_real_tensors_without_gradients_only():
