@@ -59,6 +59,7 @@ def no_leftovers() -> Iterator[None]:
 
     Example
     -------
+    >>> import torch
     >>> memo = {"zeros": None}
     >>> @no_leftovers()
     ... def analysis():

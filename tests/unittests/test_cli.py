@@ -295,7 +295,8 @@ def test_profile_runs_rotary_transducers(rotary, memo, tmp_path, capsys):
         peaks.append(found["memory"]["peak_bytes"])
         measured = found["measured_bytes"]
         assert measured == pytest.approx(peaks[-1], rel=0.05)
-    assert peaks[0] == peaks[1]
+    # A scalar more or less: the second step finds what the first memoised.
+    assert peaks[0] == pytest.approx(peaks[1], abs=16)
 
 
 def test_fit_of_rotary_transducers(rotary, memo, capsys):

@@ -462,7 +462,9 @@ def test_other_modes_or_weights_in_backward(options):
     enc, pred, targets = inputs()
     value = loss(enc, pred, targets, FRAMES, COUNTS).sum()
     classifier[1].eval()
-    with pytest.raises(RuntimeError, match=r"eval\(\) of classifier\.1 was called"):
+    with pytest.raises(
+        RuntimeError, match=r"eval\(\) of classifier\.1 was called"
+    ):
         value.backward(retain_graph=True)
     classifier[1].train()
     classifier[0].weight.data = classifier[0].weight.data.clone()
