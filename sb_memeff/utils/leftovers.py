@@ -66,8 +66,8 @@ def no_leftovers() -> Iterator[None]:
     ...     with torch._subclasses.fake_tensor.FakeTensorMode():
     ...         memo.update(zeros=torch.zeros(3), ones=torch.ones(3), calls=1)
     >>> analysis()
-    >>> memo
-    {'zeros': None, 'calls': 1}
+    >>> sorted(memo.items())
+    [('calls', 1), ('zeros', None)]
     """
     if _before:
         try:
