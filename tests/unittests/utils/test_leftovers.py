@@ -17,6 +17,15 @@ from sb_memeff.utils.fake import fake_tensors
 from sb_memeff.utils.leftovers import no_leftovers
 from sb_memeff.utils.memory import training_step_memory
 
+# torch.compile keeps fake tensors of its own: other tests leave them.
+BEFORE = set()
+
+
+@pytest.fixture(autouse=True)
+def _fake_tensors_of_others():
+    BEFORE.clear()
+    BEFORE.update(id(x) for x in gc.get_objects() if type(x) is FakeTensor)
+
 
 class Memo:
     """Somewhere that a network may keep tensors: get, set, names of all."""
@@ -222,7 +231,11 @@ def fails(look):
 
 
 def fakes():
-    return [x for x in gc.get_objects() if type(x) is FakeTensor]
+    return [
+        x
+        for x in gc.get_objects()
+        if type(x) is FakeTensor and id(x) not in BEFORE
+    ]
 
 
 @pytest.mark.parametrize("run", [analysis, fails])
