@@ -4,6 +4,7 @@ Authors
  * The sb_memeff authors 2026
 """
 
+import torch
 import torchaudio
 from torch import nn
 
@@ -37,6 +38,9 @@ class TorchaudioJointLoss(nn.Module):
         logits = self.classifier(
             self.joint(enc.unsqueeze(2), pred.unsqueeze(1))
         )
+        if logits.dtype == torch.bfloat16:
+            # torchaudio takes float32 and float16.
+            logits = logits.float()
         frames = (enc_lens * enc.shape[1]).round().int()
         counts = (target_lens * targets.shape[1]).round().int()
         nll = torchaudio.functional.rnnt_loss(

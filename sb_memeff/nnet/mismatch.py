@@ -4,8 +4,9 @@ Recomputation and inversion are exact only if backward runs the arithmetic of
 forward again: the same algorithm of cuDNN, the same random numbers, the same
 state. A checksum of the result costs one read of it; forward keeps the
 checksum, backward compares. On the CPU a difference is an error at once. On
-an accelerator the comparison stays on the device, and the host reads it when
-that costs no wait: at the latest in the backward pass of the next step.
+an accelerator the comparisons stay on the device. One copy takes those of a
+step to the host when the next one begins, and the host reads them when that
+costs no wait: at the latest in the next backward pass.
 
 Authors
  * The sb_memeff authors 2026
@@ -22,6 +23,7 @@ from speechbrain.utils.logger import get_logger
 __all__ = [
     "Summary",
     "checksum",
+    "is_read_at_once",
     "mismatch_action",
     "next_forward",
     "read_arrived",
@@ -289,14 +291,37 @@ def read_mismatches() -> None:
     _pending.read()
 
 
+def is_read_at_once(device: torch.device) -> bool:
+    """Whether reading a value of a device makes nobody wait.
+
+    Arguments
+    ---------
+    device : torch.device
+        Of the value.
+
+    Returns
+    -------
+    bool
+        True for the CPU.
+    """
+    return device.type == "cpu"
+
+
 @dataclasses.dataclass(eq=False)
-class _Entry:
-    """Comparisons on their way to the host."""
+class _Report:
+    """Comparisons of one call, still on their device."""
+
+    differs: torch.Tensor
+    describe: Callable[[int], str]
+
+
+@dataclasses.dataclass(eq=False)
+class _Copy:
+    """Comparisons of one step on their way to the host."""
 
     host: torch.Tensor
     event: object
-    step: int
-    describe: Callable[[int], str]
+    reports: list[_Report]
 
 
 class _Pending:
@@ -306,66 +331,93 @@ class _Pending:
     ---------
     copy : callable
         Begins to copy a tensor to the host: returns the copy and an event
-        with ``query`` and ``synchronize``; None for the event if it is there.
+        with ``query`` and ``synchronize``.
+    at_once : callable
+        From the device of comparisons to whether they are read right away.
     """
 
-    def __init__(self, copy):
+    def __init__(self, copy, at_once=lambda device: False):
         self.action = "error"
         self._copy = copy
-        self._entries = []
-        self._step = 0
+        self._at_once = at_once
+        # Of the step that runs; and of those before.
+        self._reports = []
+        self._copies = []
         self._warned = set()
 
     def report(self, differs, describe):
         """See report_mismatches."""
-        host, event = self._copy(differs)
-        entry = _Entry(host, event, self._step, describe)
-        if event is None:
-            self._judge(entry)
+        report = _Report(differs, describe)
+        if self._at_once(differs.device):
+            self._judge([report], differs)
         else:
-            self._entries.append(entry)
+            self._reports.append(report)
         # Of an earlier step: the host is a whole step ahead of the device at
         # most, so this hardly ever waits.
-        self._read(lambda e: e.step < self._step)
+        self._read(lambda copy: True)
 
     def next_forward(self):
         """See the function."""
-        if self._entries and self._entries[-1].step == self._step:
-            self._step += 1
+        self._send()
         self.read_arrived()
 
     def read_arrived(self):
         """See the function."""
-        self._read(lambda e: e.event.query())
+        self._read(lambda copy: copy.event.query())
 
     def read(self):
         """See read_mismatches."""
-        self._read(lambda e: True)
+        self._send()
+        self._read(lambda copy: True)
+
+    def _send(self):
+        reports, self._reports = self._reports, []
+        for device in dict.fromkeys(r.differs.device for r in reports):
+            some = [r for r in reports if r.differs.device == device]
+            # One copy: each allocates pinned memory, which takes a GPU's
+            # driver longer than the computation of a block.
+            differs = torch.cat([r.differs.flatten() for r in some])
+            self._copies.append(_Copy(*self._copy(differs), some))
 
     def _read(self, due):
-        ready = [e for e in self._entries if due(e)]
-        self._entries = [e for e in self._entries if e not in ready]
-        for entry in ready:
-            entry.event.synchronize()
-            self._judge(entry)
+        ready = [copy for copy in self._copies if due(copy)]
+        self._copies = [copy for copy in self._copies if copy not in ready]
+        for copy in ready:
+            copy.event.synchronize()
+            self._judge(copy.reports, copy.host)
 
-    def _judge(self, entry):
-        for number in entry.host.nonzero().flatten().tolist():
-            message = entry.describe(number)
-            if self.action == "error":
-                # Of what else was different the first says enough.
-                self._entries.clear()
-                raise RuntimeError(message)
-            if message not in self._warned:
-                self._warned.add(message)
-                logger.warning(message)
+    def _judge(self, reports, differs):
+        if not differs.any():
+            return
+        sizes = [report.differs.numel() for report in reports]
+        for report, part in zip(reports, differs.split(sizes), strict=True):
+            for number in part.nonzero().flatten().tolist():
+                self._act(report.describe(number))
+
+    def _act(self, message):
+        if self.action == "error":
+            # Of what else was different the first says enough.
+            self._reports.clear()
+            self._copies.clear()
+            raise RuntimeError(message)
+        if message not in self._warned:
+            self._warned.add(message)
+            logger.warning(message)
+
+
+class _Arrived:
+    """The event of a copy that has been made."""
+
+    def query(self):
+        return True
+
+    def synchronize(self):
+        pass
 
 
 def _copy_to_host(tensor):
-    if tensor.device.type == "cpu":
-        return tensor, None
     if tensor.device.type != "cuda":
-        return tensor.cpu(), None
+        return tensor.cpu(), _Arrived()
     host = torch.empty_like(tensor, device="cpu", pin_memory=True)
     host.copy_(tensor, non_blocking=True)
     event = torch.cuda.Event()
@@ -373,4 +425,4 @@ def _copy_to_host(tensor):
     return host, event
 
 
-_pending = _Pending(_copy_to_host)
+_pending = _Pending(_copy_to_host, is_read_at_once)

@@ -351,8 +351,8 @@ def training_step_memory(
         them stays behind: see ``no_leftovers`` for objects outside the model
         that build_model, step or the network itself keep some in.
     device : str
-        Where. On "cuda", with fake=False, the allocator's figure is taken
-        too.
+        Where the step runs with fake=False. On "cuda" the allocator's figure
+        is taken too.
 
     Returns
     -------
@@ -394,17 +394,18 @@ def _measure(build_model, step, optimizer, autocast, fake, device):
         others = torch.cuda.memory_allocated(device)
     modules = ModuleTracker()
     with (
-        torch.device(device) if kind != "cpu" else contextlib.nullcontext(),
         fake_tensors() if fake else contextlib.nullcontext(),
         StorageTracker(modules=modules) as tracker,
         modules,
     ):
         model = build_model()
+        if not fake:
+            model.to(device)
         modules.name(model)
         if callable(step):
             run = step
         else:
-            x = torch.zeros(step)
+            x = torch.zeros(step, device="cpu" if fake else device)
 
             def run(model):
                 return model(x)

@@ -15,6 +15,8 @@ import speechbrain as sb
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
+# benchmarks/gpu.py runs the same recipes on a GPU.
+DEVICE = os.environ.get("SB_MEMEFF_TEST_DEVICE") or "cpu"
 
 
 class Recipe:
@@ -71,7 +73,7 @@ class Recipe:
                 Path(row["Script_file"]).name,
                 hparams,
                 *row["test_debug_flags"].split(),
-                "--device=cpu",
+                f"--device={DEVICE}",
                 f"--output_folder={folder}",
             )
             outputs[hparams] = (row, folder, text)

@@ -27,6 +27,7 @@ from hyperpyyaml import load_hyperpyyaml
 
 from sb_memeff.optim import AdamW8bit
 from tests.integration.runs import (
+    DEVICE,
     Recipe,
     check_files,
     environment,
@@ -113,7 +114,7 @@ def digits(place, name, *flags):
         str(RECIPE.folder / "hparams" / "digits_transducer.yaml"),
         f"--data_folder={place / 'data' / 'tiny_digits'}",
         f"--output_folder={place / 'results' / name}",
-        "--device=cpu",
+        f"--device={DEVICE}",
         "--noprogressbar",
         "--max_batch_len=4",
         "--number_of_epochs=2",
@@ -286,7 +287,7 @@ def brain_of(hparams):
         hparams["modules"],
         hparams["opt_class"],
         hparams,
-        {"device": "cpu", "noprogressbar": True},
+        {"device": DEVICE, "noprogressbar": True},
     )
     brain.tokenizer = tokenizer
     hparams["epoch_counter"].current = 1
@@ -330,7 +331,7 @@ def test_every_feature_at_once(place):
             '--train_splits=["train-clean-100"]',
             '--test_splits=["test-clean"]',
             f'--test_csv=["{folder}/test-clean.csv"]',
-            "--device=cpu",
+            f"--device={DEVICE}",
             "--noprogressbar",
             "--precision=bf16",
             "--dynamic_batching=False",

@@ -29,6 +29,7 @@ import yaml
 from hyperpyyaml import load_hyperpyyaml
 
 from tests.integration.runs import (
+    DEVICE,
     Recipe,
     check_files,
     environment,
@@ -51,7 +52,12 @@ SOUNDS = 13
 RESNETS = ["resnet", "revnet", "dfresnet", "dfrevnet"]
 NETWORKS = [*RESNETS, "ecapa", "revecapa"]
 NETWORK = ["--base_channels=2", "--lin_neurons=16", "--n_mels=24"]
-FAST = [*NETWORK, "--num_workers=0", "--sentence_len=0.5", "--device=cpu"]
+FAST = [
+    *NETWORK,
+    "--num_workers=0",
+    "--sentence_len=0.5",
+    f"--device={DEVICE}",
+]
 
 
 def voice(rng, pitch, formants, seconds):

@@ -10,6 +10,7 @@ import torch
 
 from sb_memeff.nnet.mismatch import (
     Summary,
+    is_read_at_once,
     next_forward,
     read_arrived,
     report_mismatches,
@@ -99,7 +100,7 @@ class StreamGuard(Observer):
         else:
             return
         self._reports.append((name, differs, before, now))
-        if _read_at_once(differs.device):
+        if is_read_at_once(differs.device):
             self.backward_ends()
 
     def backward_ends(self):
@@ -128,11 +129,6 @@ class StreamGuard(Observer):
         if not self.compare:
             return None
         return Summary(streams, sampled=True if self.bits is None else None)
-
-
-def _read_at_once(device):
-    """Whether reading a result makes nobody wait."""
-    return device.type == "cpu"
 
 
 def _message(name, before, now):

@@ -272,7 +272,7 @@ class ReversibleSequence(nn.Module):
             # Whoever observes has asked for the differences.
             guard = StreamGuard(stream_format.bits, compare=not observers)
             observers.append(guard)
-        total = TapSumBesideGraph(stream_format)
+        total = TapSumBesideGraph(stream_format, x.device)
         state = (x,)
         blocks = self._named_blocks()
         while blocks:

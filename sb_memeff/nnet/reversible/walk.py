@@ -434,11 +434,19 @@ class TapSumBesideGraph(TapSum):
 
     All taps have one gradient, that of the result: it is held once, in the
     dtype of the result. An empty token fixes the order of the nodes.
+
+    Arguments
+    ---------
+    stream_format : StreamFormat
+        Dtypes.
+    device : torch.device
+        Where the chain computes.
     """
 
-    def __init__(self, stream_format: StreamFormat):
+    def __init__(self, stream_format: StreamFormat, device: torch.device):
         super().__init__(stream_format)
-        self.token = torch.empty(0)
+        # autograd refuses a gradient on another device, even an empty one.
+        self.token = torch.empty(0, device=device)
         self.gradient: torch.Tensor | None = None
 
     def _add(self, value):
@@ -480,7 +488,7 @@ class _ReadSum(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
         ctx.total.gradient = gradient
-        return None, torch.empty(0)
+        return None, gradient.new_empty(0)
 
 
 def _laid_out(x, stride):

@@ -55,9 +55,10 @@ def gradients(module, x, *args, seed=1, autocast=None, **kwargs):
     """Output, gradients (input first) and final random state of a step."""
     torch.manual_seed(seed)
     x = x.detach().clone().requires_grad_()
-    with torch.autocast("cpu", autocast, enabled=autocast is not None):
+    with torch.autocast(x.device.type, autocast, enabled=autocast is not None):
         y = module(x, *args, **kwargs)
-    weight = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
+    weight = torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device)
+    weight = weight.view_as(y)
     # Outside autocast, as SpeechBrain's Brain does.
     (y * weight).sum().backward()
     found = [x.grad, *(p.grad for p in module.parameters())]

@@ -79,7 +79,7 @@ def test_a_device_is_read_in_the_next_backward_at_the_latest(device):
     pending, events = device
     pending.report(torch.tensor([False]), "block {}".format)
     pending.report(torch.tensor([True]), "block {}".format)
-    assert [e.waits for e in events] == [0, 0]
+    assert events == []
     pending.next_forward()
     pending.next_forward()
     with pytest.raises(RuntimeError, match="block 0"):
@@ -92,7 +92,8 @@ def test_a_step_without_a_difference_never_waits_within_itself(device):
         pending.next_forward()
         for _ in range(4):
             pending.report(torch.tensor([False]), str)
-        assert [e.waits for e in events[4 * step :]] == [0] * 4
+        # One copy of each step before, which backward has waited for.
+        assert [e.waits for e in events] == [1] * step
 
 
 def test_reading_waits_for_all(device):
@@ -116,3 +117,11 @@ def test_warnings_are_logged_once(device, caplog):
 def test_an_unknown_action_is_refused():
     with pytest.raises(ValueError, match="'ignore'"):
         mismatch.set_mismatch_action("ignore")
+
+
+def test_the_message_is_that_of_the_comparison(device):
+    pending, _ = device
+    pending.report(torch.tensor([False, False]), "first {}".format)
+    pending.report(torch.tensor([False, True]), "second {}".format)
+    with pytest.raises(RuntimeError, match="^second 1$"):
+        pending.read()

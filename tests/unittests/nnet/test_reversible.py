@@ -1374,13 +1374,14 @@ def test_comparisons_wait_for_the_device_no_more_than_the_range_does(
         return tensor, Copied()
 
     monkeypatch.setattr(mismatch, "_pending", mismatch._Pending(copy_to_host))
-    monkeypatch.setattr(guards, "_read_at_once", lambda device: False)
+    monkeypatch.setattr(guards, "is_read_at_once", lambda device: False)
     net = chain(3, dropout=0.0)
     net(images()).sum().backward()
-    assert copies == [3]  # all blocks in one copy
-    assert waits == []
+    assert copies == waits == []
     net(images()).sum().backward()
-    assert waits == [1]  # of the step before
+    # Those of the step before, of all blocks in one copy.
+    assert copies == [3]
+    assert waits == [1]
 
 
 def test_random_numbers_of_python_numpy_and_own_generators():

@@ -139,10 +139,11 @@ def transducer():
 
 def transducer_step(loss):
     """The loss of 4 samples of 50 frames and 10 targets."""
-    enc = loss.encoder(torch.rand(4, 50, 32))
-    lens = torch.tensor([1.0, 0.5, 1.0, 0.9])
-    targets = torch.ones(4, 10, dtype=torch.long)
-    return loss(enc, torch.rand(4, 11, 32), targets, lens, torch.ones(4))
+    with torch.device(loss.classifier.weight.device):
+        enc = loss.encoder(torch.rand(4, 50, 32))
+        lens = torch.tensor([1.0, 0.5, 1.0, 0.9])
+        targets = torch.ones(4, 10, dtype=torch.long)
+        return loss(enc, torch.rand(4, 11, 32), targets, lens, torch.ones(4))
 
 
 # Channels are those of real networks: to narrower ones oneDNN adds some.

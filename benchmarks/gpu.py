@@ -1,0 +1,682 @@
+"""Everything that only a GPU can show, one JSON line for each check.
+
+Under nine minutes on an H100. Each part runs in a process with a time limit of
+its own, so a fault in one hides nothing of the others. It needs a copy of the
+tree, torch 2.11 with Triton, and the packages of pyproject.toml.
+
+    python benchmarks/gpu.py [--small] [--only PART ...] [--minutes 8]
+
+--small is a dry run on a CPU. Keep the lines as a result file:
+``| tee benchmarks/results/gpu.jsonl``.
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+# ruff: noqa: B023, I001  (functions in loops are called at once)
+import argparse
+import contextlib
+import copy
+import gc
+import json
+import os
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+SMALL = "--small" in sys.argv
+# Parts that run side by side, and what each may take in seconds; then those
+# that are timed, one by one.
+TOGETHER = {
+    "tests": 120,
+    "recipes": 120,
+    "exactness": 120,
+    "limits": 100,
+    "fp16": 60,
+    "compiled": 120,
+}
+ALONE = {
+    "machine": 30,
+    "joint": 110,
+    "steps": 150,
+    "ecapa": 40,
+    "optimizers": 40,
+    "eleven_gb": 40,
+    "kernels": 40,
+}
+DTYPES = {"fp32": None, "bf16": "bfloat16", "fp16": "float16"}
+
+
+def say(**row):
+    """Prints one line."""
+    print(json.dumps(row), flush=True)
+
+
+def check(name, function):
+    """Prints what a function finds, or its error."""
+    start = time.time()
+    try:
+        found = function()
+        row = found if isinstance(found, dict) else {"found": found}
+    except Exception as error:
+        row = {
+            "error": f"{type(error).__name__}: {str(error)[:400]}",
+            "where": [
+                line.strip()
+                for line in traceback.format_exc().splitlines()[-6:-1]
+            ],
+        }
+    say(check=name, s=round(time.time() - start, 1), **row)
+    gc.collect()
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
+
+
+def synchronize():
+    """Waits for the device."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def timed(step, rounds=3, warm=2):
+    """Median time of a step, that of the host alone, and the peak.
+
+    Arguments
+    ---------
+    step : callable
+        What to time.
+    rounds : int
+        How often.
+    warm : int
+        Steps before.
+
+    Returns
+    -------
+    dict
+        ms, host_ms (until the host has launched everything), peak_gb
+        (max_memory_allocated).
+    """
+    for _ in range(warm):
+        step()
+    synchronize()
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    times, launched = [], []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        step()
+        launched.append(time.perf_counter() - start)
+        synchronize()
+        times.append(time.perf_counter() - start)
+    found = {
+        "ms": round(1e3 * sorted(times)[rounds // 2], 2),
+        "host_ms": round(1e3 * sorted(launched)[rounds // 2], 2),
+    }
+    if DEVICE == "cuda":
+        found["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
+    return found
+
+
+def largest_kernels(step, rows=14):
+    """What the device spends a step on.
+
+    Arguments
+    ---------
+    step : callable
+        Called once before.
+    rows : int
+        Kernels to name.
+
+    Returns
+    -------
+    dict
+        Launches and milliseconds of all kernels, and of the largest.
+    """
+    step()
+    synchronize()
+    kind = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(
+        activities=[kind.CUDA if DEVICE == "cuda" else kind.CPU]
+    ) as profile:
+        step()
+        synchronize()
+    attribute = "self_device_time_total"
+    events = [
+        (getattr(e, attribute) / 1e3, e.count, e.key[:90])
+        for e in profile.key_averages()
+    ]
+    events.sort(reverse=True)
+    return {
+        "launches": sum(e[1] for e in events),
+        "ms": round(sum(e[0] for e in events), 2),
+        "kernels": [[round(ms, 3), n, name] for ms, n, name in events[:rows]],
+    }
+
+
+def autocast(precision):
+    """Autocast for fp32 (none), bf16 or fp16."""
+    name = DTYPES[precision]
+    if name is None:
+        return contextlib.nullcontext()
+    return torch.autocast(DEVICE, getattr(torch, name))
+
+
+# Parts
+
+
+def machine():
+    """What the card does at best."""
+
+    def found():
+        n, k = (1 << 20, 256) if SMALL else (1 << 30, 8192)
+        a = torch.empty(n, dtype=torch.uint8, device=DEVICE)
+        b = torch.empty_like(a)
+        row = dict(common.machine())
+        copied = timed(lambda: b.copy_(a), 10)["ms"]
+        row["copy_gb_s"] = round(2 * n / 1e6 / copied, 1)
+        for name in ("bfloat16", "float16", "float32"):
+            x = torch.randn(k, k, device=DEVICE, dtype=getattr(torch, name))
+            took = timed(lambda x=x: x @ x, 5)["ms"]
+            row[f"tflops_{name}"] = round(2 * k**3 / 1e9 / took, 1)
+        return row
+
+    check("machine", found)
+
+
+def pytest(*arguments, seconds):
+    """Runs some of the tests; counts and failures."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    run = subprocess.run(
+        [*command, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "SB_MEMEFF_TEST_DEVICE": f"{DEVICE}:0" if DEVICE == "cuda" else "",
+        },
+    )
+    lines = run.stdout.splitlines()
+    errors = [x[:600] for x in lines if x.startswith(("E  ", "FAILED"))]
+    return {"rc": run.returncode, "last": lines[-1:], "failures": errors[-30:]}
+
+
+def tests():
+    """The tests marked gpu."""
+    places = ["tests/unittests"]
+    check(
+        "tests marked gpu",
+        lambda: pytest("-n", "4", "-m", "gpu", *places, seconds=115),
+    )
+
+
+def recipes():
+    """The recipes' own tests, on the GPU."""
+    chosen = ["-k", "load"] if SMALL else []
+    check(
+        "recipes end to end",
+        lambda: pytest(
+            "-n", "6", "--maxfail=8", *chosen, "tests/integration", seconds=115
+        ),
+    )
+
+
+def exactness():
+    """Inversion and gradients of networks, in each precision and layout."""
+    from sb_memeff.lobes.models.RevDFResNet import RevDFResNet
+    from sb_memeff.lobes.models.RevResNet import RevResNet
+    from sb_memeff.nnet import mismatch
+    from sb_memeff.nnet.reversible import check_invertible
+
+    def one(net, x, precision, benchmark, layout):
+        torch.backends.cudnn.benchmark = benchmark
+        tf32 = precision == "tf32"
+        torch.backends.cudnn.allow_tf32 = tf32
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        net = copy.deepcopy(net).to(memory_format=layout)
+        with autocast("fp32" if tf32 else precision):
+            report = check_invertible(net, x)
+        mismatch.read_mismatches()
+        return {
+            "inversion": report.inversion_error,
+            "gradient": report.gradient_error,
+        }
+
+    presets = {"RevNet34": RevResNet, "DFRevNet56": RevDFResNet}
+    presets["RevNet101"] = RevResNet
+    size = (2, 40) if SMALL else (16, 200)
+    layouts = {
+        "NCHW": torch.contiguous_format,
+        "NHWC": torch.channels_last,
+    }
+    for name, kind in presets.items():
+        width = {"base_channels": 8} if SMALL else {}
+        net = kind.from_preset(name, downsampling="invertible", **width)
+        net = net.to(DEVICE).train()
+        x = torch.randn(*size, 80, device=DEVICE)
+        for precision in ("fp32", "tf32", "bf16", "fp16"):
+            for benchmark in (False, True):
+                for layout, form in layouts.items():
+                    check(
+                        f"exact {name} {precision} {layout} "
+                        f"cudnn.benchmark={benchmark}",
+                        lambda: one(net, x, precision, benchmark, form),
+                    )
+
+
+def step_of(net, shape, precision="fp32", optimizer=None):
+    """A training step of a network on random features."""
+    x = torch.randn(*shape, device=DEVICE)
+    optimizer = optimizer or torch.optim.SGD(
+        net.parameters(), lr=1e-3, momentum=0.9
+    )
+
+    def step():
+        with autocast(precision):
+            y = net(x)
+        y.float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def limits():
+    """Gradients just below the limit of memory, where cuDNN lacks room."""
+    from sb_memeff.lobes.models.RevResNet import RevResNet
+
+    if DEVICE != "cuda":
+        return
+    net = RevResNet.from_preset("RevNet101", downsampling="invertible")
+    net = net.cuda().train()
+    x = torch.randn(64, 200, 80, device=DEVICE)
+
+    def gradients():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        twin = copy.deepcopy(net)
+        twin(x).square().mean().backward()
+        return torch.cat([p.grad.flatten() for p in twin.parameters()])
+
+    free = gradients()
+    peak = torch.cuda.max_memory_reserved()
+    total = torch.cuda.get_device_properties(0).total_memory
+    for share in (1.0, 0.97, 0.93, 0.9, 0.85, 0.8):
+        torch.cuda.set_per_process_memory_fraction(share * peak / total)
+
+        def one():
+            found = gradients()
+            return {
+                "difference": ((found - free).norm() / free.norm()).item(),
+                "reserved_gb": round(torch.cuda.max_memory_reserved() / 1e9, 3),
+            }
+
+        check(f"RevNet101 within {share} of {peak / 1e9:.3f} GB", one)
+    torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def fp16():
+    """Steps that GradScaler takes with the joint loss."""
+    from speechbrain.nnet.transducer.transducer_joint import Transducer_joint
+
+    from sb_memeff.nnet.transducer.joint_loss import TransducerJointLoss
+
+    def one(method, frames=250, symbols=50):
+        torch.manual_seed(0)
+        enc, classifier = torch.nn.Linear(64, 64), torch.nn.Linear(64, 100)
+        enc, classifier = enc.to(DEVICE), classifier.to(DEVICE)
+        loss = TransducerJointLoss(
+            Transducer_joint(), classifier, method=method
+        )
+        optimizer = torch.optim.SGD(
+            [*enc.parameters(), *classifier.parameters()], lr=1e-5
+        )
+        scaler = torch.amp.GradScaler(DEVICE)
+        x = torch.randn(2, frames, 64, device=DEVICE)
+        pred = torch.randn(2, symbols + 1, 64, device=DEVICE)
+        targets = torch.randint(1, 100, (2, symbols), device=DEVICE)
+        lens = torch.ones(2, device=DEVICE)
+        taken = 0
+        for _ in range(8 if SMALL else 40):
+            with autocast("fp16"):
+                e = enc(x)
+                value = loss(e, pred.to(e.dtype), targets, lens, lens).mean()
+            scaler.scale(value).backward()
+            before = classifier.weight.detach().clone()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            taken += not torch.equal(before, classifier.weight)
+        return {"taken": taken, "scale": scaler.get_scale()}
+
+    for method in ("tiled", "samplewise", "batched"):
+        check(f"fp16 GradScaler {method}", lambda: one(method))
+
+
+def compiled():
+    """torch.compile of a reversible network: gradients against eager."""
+    from sb_memeff.lobes.models.RevResNet import RevResNet
+
+    def one(precision):
+        width = {"base_channels": 8} if SMALL else {}
+        net = RevResNet.from_preset(
+            "RevNet34", downsampling="invertible", **width
+        )
+        net = net.to(DEVICE).train()
+        shape = (2, 40, 80) if SMALL else (16, 200, 80)
+        x = torch.randn(*shape, device=DEVICE)
+        found = []
+        for backend in (None, "inductor"):
+            twin = copy.deepcopy(net)
+            run = torch.compile(twin, backend=backend) if backend else twin
+            with autocast(precision):
+                y = run(x)
+            y.float().square().mean().backward()
+            found.append(torch.cat([p.grad.flatten() for p in net_of(twin)]))
+        eager, ours = found
+        return ((ours - eager).norm() / eager.norm()).item()
+
+    def net_of(net):
+        return [p for p in net.parameters() if p.grad is not None]
+
+    check(
+        "torch.compile RevNet34 fp32, gradient against eager",
+        lambda: one("fp32"),
+    )
+    check(
+        "torch.compile RevNet34 bf16, gradient against eager",
+        lambda: one("bf16"),
+    )
+
+
+def joint():
+    """Time and memory of the joint loss beside what others offer."""
+    from speechbrain.nnet.loss.transducer_loss import (
+        TransducerLoss as NumbaLoss,
+    )
+    from speechbrain.nnet.transducer.transducer_joint import Transducer_joint
+    from torchaudio_loss import TorchaudioJointLoss
+
+    from sb_memeff.nnet.transducer.joint_loss import TransducerJointLoss
+
+    class SpeechBrainLoss(TorchaudioJointLoss):
+        """SpeechBrain's own kernels in numba."""
+
+        def forward(self, enc, pred, targets, enc_lens, target_lens):
+            """Computes the loss."""
+            joined = self.joint(enc.unsqueeze(2), pred.unsqueeze(1))
+            scores = self.classifier(joined).float().log_softmax(-1)
+            frames = (enc_lens * enc.shape[1]).round().int()
+            counts = (target_lens * targets.shape[1]).round().int()
+            return NumbaLoss(blank=0, reduction="sum")(
+                scores, targets.int(), frames, counts
+            )
+
+    def made(shape, dtype):
+        batch, frames, symbols, hidden, vocabulary = shape
+        torch.manual_seed(0)
+        enc = torch.randn(batch, frames, hidden, device=DEVICE, dtype=dtype)
+        pred = torch.randn(
+            batch, symbols + 1, hidden, device=DEVICE, dtype=dtype
+        )
+        targets = torch.randint(1, vocabulary, (batch, symbols), device=DEVICE)
+        lens = torch.ones(batch, device=DEVICE)
+        classifier = torch.nn.Linear(hidden, vocabulary).to(DEVICE, dtype)
+        return enc, pred, targets, lens, classifier
+
+    def step_with(kind, inputs, **options):
+        enc, pred, targets, lens, classifier = inputs
+        loss = kind(Transducer_joint(), classifier, reduction="sum", **options)
+
+        def step():
+            e, p = (x.detach().requires_grad_() for x in (enc, pred))
+            loss(e, p, targets, lens, lens).backward()
+            classifier.zero_grad()
+
+        return step
+
+    methods = {
+        "torchaudio": (TorchaudioJointLoss, {}),
+        "speechbrain": (SpeechBrainLoss, {}),
+        "batched": (TransducerJointLoss, {"method": "batched"}),
+        "samplewise": (TransducerJointLoss, {"method": "samplewise"}),
+        "tiled": (TransducerJointLoss, {}),
+        "tiled 16k": (TransducerJointLoss, {"max_rows": 16384}),
+        "tiled 64k": (TransducerJointLoss, {"max_rows": 65536}),
+    }
+    bf16, fp32 = torch.bfloat16, torch.float32
+    librispeech = (2, 20, 6, 16, 30) if SMALL else (32, 250, 60, 640, 1000)
+    cases = [(librispeech, bf16, list(methods), 3)]
+    cases.append((librispeech, fp32, list(methods), 3))
+    if not SMALL:
+        some = ["torchaudio", "batched", "tiled", "tiled 16k", "tiled 64k"]
+        cases.append(((32, 400, 128, 640, 1024), bf16, some, 2))
+        cases.append(((32, 400, 80, 640, 4096), bf16, some[2:], 1))
+    torch.backends.cuda.matmul.allow_tf32 = True
+    for shape, dtype, chosen, rounds in cases:
+        name = "joint B{} T{} U{} H{} V{}".format(*shape) + f" {dtype}"
+        cells = shape[0] * shape[1] * (shape[2] + 1)
+        tflop = 8 * cells * shape[3] * shape[4] / 1e12
+        say(check=f"{name} arithmetic", tflop=round(tflop, 3))
+        for method in chosen:
+            kind, options = methods[method]
+
+            def one():
+                inputs = made(shape, dtype)
+                step = step_with(kind, inputs, **options)
+                return timed(step, rounds, 1)
+
+            check(f"{name} {method}", one)
+    for method in ("tiled", "tiled 16k"):
+        check(
+            f"kernels of joint {method}",
+            lambda: largest_kernels(
+                step_with(
+                    TransducerJointLoss,
+                    made(librispeech, bf16),
+                    **methods[method][1],
+                )
+            ),
+        )
+    if not SMALL:
+        headline = (1024, 1000, 200, 640, 1024)
+        check(
+            "joint headline B1024 T1000 U200 H640 V1024 bf16 tiled 64k",
+            lambda: timed(
+                step_with(
+                    TransducerJointLoss, made(headline, bf16), max_rows=65536
+                ),
+                1,
+                0,
+            ),
+        )
+
+
+def steps():
+    """Time and memory of a training step, stored and reversible."""
+    shape = (2, 40, 80) if SMALL else (64, 200, 80)
+    width = {"base_channels": 8} if SMALL else {}
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cuda.matmul.allow_tf32 = True
+    names = ["ResNet34", "ResNet101", "ResNet293", "DFResNet110"]
+    for name in names[: 1 if SMALL else None]:
+        for kind, build in common.networks(name, **width).items():
+            built = build()
+            precisions = (
+                list(DTYPES) if name == "ResNet101" else ["fp32", "bf16"]
+            )
+            for precision in precisions:
+
+                def one():
+                    net = copy.deepcopy(built).to(DEVICE).train()
+                    return timed(step_of(net, shape, precision))
+
+                check(f"step {name} {kind} {precision}", one)
+            if name == "ResNet101" and kind in ("stored", "type_2"):
+
+                def nhwc():
+                    net = copy.deepcopy(built).to(DEVICE).train()
+                    net = net.to(memory_format=torch.channels_last)
+                    return timed(step_of(net, shape, "bf16"))
+
+                check(f"step {name} {kind} bf16 NHWC", nhwc)
+    for kind in ("stored", "type_2"):
+        build = common.networks(names[0 if SMALL else 1], **width)[kind]
+
+        def kernels():
+            net = build().to(DEVICE).train()
+            return largest_kernels(step_of(net, shape, "bf16"), 20)
+
+        check(f"kernels of {kind} bf16", kernels)
+
+
+def ecapa():
+    """Time and memory of a training step of ECAPA-TDNN."""
+    from ecapa import NETWORKS, arguments_of
+
+    shape = (2, 40, 80) if SMALL else (32, 300, 80)
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cuda.matmul.allow_tf32 = True
+    for kind, build in NETWORKS.items():
+        for precision in ("fp32", "bf16"):
+
+            def one():
+                net = build(**arguments_of(64 if SMALL else 1024))
+                return timed(step_of(net.to(DEVICE).train(), shape, precision))
+
+            check(f"step ECAPA {kind} {precision}", one)
+
+
+def optimizers():
+    """Time of an optimizer's step, and bytes of its states."""
+    from sb_memeff import optim
+    from sb_memeff.lobes.models.RevResNet import RevResNet
+
+    fused = {"fused": True}
+    kinds = {
+        "torch SGD fused": (torch.optim.SGD, {"momentum": 0.9, **fused}),
+        "SGD8bit": (optim.SGD8bit, {"momentum": 0.9}),
+        "torch AdamW fused": (torch.optim.AdamW, fused),
+        "AdamW8bit": (optim.AdamW8bit, {}),
+    }
+    with contextlib.suppress(Exception):
+        import bitsandbytes as bnb
+
+        kinds["bitsandbytes SGD8bit"] = bnb.optim.SGD8bit, {"momentum": 0.9}
+        kinds["bitsandbytes AdamW8bit"] = bnb.optim.AdamW8bit, {}
+    name = "RevNet34" if SMALL else "RevNet293"
+    for label, (kind, options) in kinds.items():
+
+        def one():
+            net = RevResNet.from_preset(name, downsampling="invertible")
+            net = net.to(DEVICE)
+            for p in net.parameters():
+                p.grad = torch.randn_like(p)
+            optimizer = kind(net.parameters(), lr=1e-4, **options)
+            found = timed(optimizer.step, 5)
+            found["state_mb"] = round(optim.state_bytes(optimizer) / 1e6, 1)
+            return found
+
+        check(f"optimizer {label}", one)
+
+
+def eleven_gb():
+    """RevNet293, batch 64 x 6 s, in a process limited to 11 GB."""
+    from sb_memeff import optim
+
+    if DEVICE != "cuda":
+        return
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(10.5e9 / total)
+    kinds = common.networks("ResNet293")
+    for kind in ("type_2", "type_1", "checkpoint", "stored"):
+
+        def one():
+            net = kinds[kind]().to(DEVICE).train()
+            optimizer = optim.SGD8bit(net.parameters(), lr=1e-3, momentum=0.9)
+            return timed(step_of(net, (64, 600, 80), optimizer=optimizer), 2, 1)
+
+        check(f"64 x 600 frames in 11 GB, ResNet293 {kind}", one)
+
+
+def kernels():
+    """Prototypes that are carried beside the tree, if there are any."""
+    with contextlib.suppress(ImportError):
+        import prototype_kernels
+
+        prototype_kernels.run(check, timed, DEVICE)
+
+
+# The parent
+
+
+def arguments():
+    """What the command line says."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--only", nargs="+", default=[*TOGETHER, *ALONE])
+    parser.add_argument("--minutes", type=float, default=8)
+    parser.add_argument("--part")
+    return parser.parse_args()
+
+
+def start(part):
+    """A process that imports what it needs, and waits for its turn."""
+    command = [sys.executable, __file__, "--part", part]
+    return subprocess.Popen(
+        [*command, *["--small"] * SMALL], stdin=subprocess.PIPE, text=True
+    )
+
+
+def finish(running, end):
+    """Waits for parts that run side by side, each with its limit."""
+    begun = time.time()
+    for part, process in running.items():
+        limit = {**TOGETHER, **ALONE}[part] * (3 if SMALL else 1)
+        left = min(begun + limit, end) - time.time()
+        try:
+            if process.wait(timeout=max(1, left)):
+                say(part=part, error=f"exit status {process.returncode}")
+        except subprocess.TimeoutExpired:
+            process.kill()
+            say(part=part, error=f"stopped after {time.time() - begun:.0f} s")
+
+
+def main():
+    """Runs the parts."""
+    options = arguments()
+    begun = time.time()
+    end = begun + 60 * options.minutes
+    processes = {part: start(part) for part in options.only}
+    turns = [[part for part in TOGETHER if part in processes]]
+    turns += [[part] for part in ALONE if part in processes]
+    for turn in turns:
+        for part in turn:
+            processes[part].stdin.write("go\n")
+            processes[part].stdin.flush()
+        finish({part: processes[part] for part in turn}, end)
+        say(done=turn, at=round(time.time() - begun, 1))
+
+
+if __name__ == "__main__":
+    if "--part" not in sys.argv:
+        main()
+        sys.exit()
+
+import torch  # noqa: E402
+
+import common  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if __name__ == "__main__":
+    import sb_memeff.lobes.models.RevDFResNet  # noqa: F401
+    import sb_memeff.nnet.transducer.joint_loss  # noqa: F401
+
+    sys.stdin.readline()
+    globals()[arguments().part]()
