@@ -198,18 +198,17 @@ class _TransducerLoss(torch.autograd.Function):
             gradient = logits.new_zeros(logits.shape)
         for some in _chunks(cells, vocabulary):
             sample, t, u = _locate(some, rows, columns)
-            found = row_gradient(
+            found, _ = row_gradient(
                 logits[sample, t, u],
                 normaliser[some],
                 symbols[sample, u],
                 blank[some],
                 emission[some],
                 ctx.blank_index,
+                clamp=ctx.clamp,
+                weight=upstream[sample],
             )
-            if ctx.clamp is not None:
-                found.clamp_(-ctx.clamp, ctx.clamp)
-            found *= upstream[sample, None]
-            gradient[sample, t, u] = found.to(gradient.dtype)
+            gradient[sample, t, u] = found
         return gradient, *[None] * 7
 
 

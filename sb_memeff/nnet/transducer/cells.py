@@ -291,8 +291,9 @@ class Gradients:
                 for weight, total in zip(self.weights.values(), self.sums[2:])
             }
         )
-        # By how much the rows of each tile miss what they must sum to.
-        self.deviations = []
+        # How far replays are from forward, in units of what rounding may
+        # explain.
+        self.deviation = enc.new_zeros(1, dtype=torch.float32)
 
     def run(self, cells, places):
         """Logits of some cells, to be given to ``add``.
@@ -337,29 +338,25 @@ class Gradients:
         """
         logits, rows, cells, places = made
         sample, t, u = cells.locate(places)
-        gradient = row_gradient(
+        gradient, factor = row_gradient(
             logits.detach(),
             normaliser,
             cells.following[sample, u],
             blank,
             emission,
             cells.blank_index,
+            self.deviation,
+            cells.clamp,
+            None if upstream is None else upstream[sample],
+            # Without upstream the scale of the loss is not known yet.
+            upstream is None and logits.dtype == torch.float16,
         )
-        self._compare(gradient, logits.dtype)
-        if cells.clamp is not None:
-            gradient.clamp_(-cells.clamp, cells.clamp)
-        factor = None
-        if upstream is not None:
-            gradient *= upstream.to(gradient.dtype)[sample, None]
-        elif logits.dtype == torch.float16:
-            # The scale of the loss is not known yet.
-            factor = _fit_into_float16(gradient)
         self.linear.factor = factor
         # Those that the linear layers have added up are unused here.
         found = torch.autograd.grad(
             logits,
             (*rows, *self.weights.values()),
-            gradient.to(logits.dtype),
+            gradient,
             allow_unused=True,
         )
         places = (sample * cells.rows + t, sample * cells.columns + u)
@@ -376,17 +373,6 @@ class Gradients:
             else:
                 total.flatten(0, 1).index_add_(0, row, value)
 
-    def _compare(self, gradient, dtype):
-        """Whether these are the logits whose normaliser forward computed."""
-        if isinstance(gradient, FakeTensor):
-            return
-        # A row's gradient sums to 0, unless it is not finite anyway.
-        sums = gradient.sum(1).nan_to_num_(0, 0, 0)
-        largest = torch.linalg.vector_norm(sums, torch.inf)
-        # Other products of matrices round in another order.
-        allowed = max(1e-3, 64 * torch.finfo(dtype).eps)
-        self.deviations.append(largest / allowed)
-
     def compare_losses(self, nll, again):
         """Whether a replay found the losses of forward, as ``add`` for rows.
 
@@ -401,7 +387,7 @@ class Gradients:
             return
         relative = (again - nll).abs() / (1 + nll.abs())
         largest = relative.nan_to_num_(0, 0, 0).amax()
-        self.deviations.append((1e3 * largest).to(self.sums[0].dtype))
+        self.deviation = self.deviation.maximum((1e3 * largest).float())
 
     def totals(self, scale=None):
         """The sums, in the dtypes of what they belong to. Call it once.
@@ -421,9 +407,8 @@ class Gradients:
         RuntimeError
             If the logits of backward were others than those of forward.
         """
-        if self.deviations:
-            differs = torch.stack(self.deviations).amax() > 1
-            report_mismatches(differs[None], _describe_mismatch)
+        if not isinstance(self.deviation, FakeTensor):
+            report_mismatches(self.deviation > 1, _describe_mismatch)
         if scale is not None:
             for total in self.sums:
                 total *= scale.to(total.dtype)
@@ -437,22 +422,3 @@ def _describe_mismatch(_):
         "random numbers or keep a state that cannot be repeated. Take "
         'method="batched".'
     )
-
-
-def _fit_into_float16(gradient):
-    """Scales in place by a power of two, which is exact.
-
-    The largest magnitude comes to lie between 8 and 16: products with weights
-    have room above it, and what is 2^18 times smaller keeps all its bits.
-
-    Returns
-    -------
-    torch.Tensor
-        A scalar that undoes it.
-    """
-    largest = torch.linalg.vector_norm(gradient, torch.inf)
-    largest = largest.nan_to_num_(1, 1).clamp_(min=1e-30)
-    # largest = mantissa 2^n, so the quotient is a power of two.
-    scale = 16 * torch.frexp(largest).mantissa / largest
-    gradient *= scale
-    return scale.reciprocal()

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+from sb_memeff.ops.dispatch import runs_fused
+
 __all__ = ["Lattice", "forward_backward", "loss_and_occupancies"]
 
 
@@ -75,6 +77,12 @@ def forward_backward(blank, target, frames, targets):
     tensor([[[0.5000],
              [0.5000]]])
     """
+    if runs_fused(blank, target):
+        from sb_memeff.ops.triton import lattice
+
+        return Lattice(
+            *lattice.forward_backward(blank, target, frames, targets)
+        )
     dtype = blank.dtype
     batch, rows, columns = blank.shape
     blank, target = blank.double(), target.double()

@@ -13,6 +13,9 @@ Authors
 """
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+from sb_memeff.ops.dispatch import runs_fused
 
 __all__ = ["row_gradient", "row_scores", "wide_dtype"]
 
@@ -61,6 +64,10 @@ def row_scores(logits, target, blank_index):
     >>> blank.exp(), target.exp()
     (tensor([0.2500]), tensor([0.2500]))
     """
+    if runs_fused(logits):
+        from sb_memeff.ops.triton import logit_rows
+
+        return logit_rows.row_scores(logits, target, blank_index)
     logits = logits.to(wide_dtype(logits.dtype))
     normaliser = logits.logsumexp(1)
     blank = logits[:, blank_index] - normaliser
@@ -68,7 +75,18 @@ def row_scores(logits, target, blank_index):
     return normaliser, blank, picked - normaliser
 
 
-def row_gradient(logits, normaliser, target, blank, emission, blank_index):
+def row_gradient(
+    logits,
+    normaliser,
+    target,
+    blank,
+    emission,
+    blank_index,
+    deviation=None,
+    clamp=None,
+    weight=None,
+    fit_into_float16=False,
+):
     """Gradient of the negative log-likelihood with respect to the logits.
 
     Arguments
@@ -86,24 +104,79 @@ def row_gradient(logits, normaliser, target, blank, emission, blank_index):
         there is no next target.
     blank_index : int
         The blank.
+    deviation : torch.Tensor, optional
+        [1], float32. Raised to the largest deviation of a row's sum
+        from 0, in units of what rounding may explain: above 1 the normaliser
+        is not that of these logits.
+    clamp : float, optional
+        Limit of the elements.
+    weight : torch.Tensor, optional
+        [N], by which each row is multiplied afterwards.
+    fit_into_float16 : bool
+        Scale all by a power of two so that the largest magnitude lies between
+        8 and 16: products with weights have room above it, and what is 2^18
+        times smaller keeps all its bits.
 
     Returns
     -------
-    torch.Tensor
-        [N, V], float32 at least. Each row sums to 0 if the normaliser is
-        that of these logits.
+    tuple
+        The gradient, [N, V] in the dtype of the logits; and a scalar that
+        undoes the scaling, or None.
 
     Example
     -------
     >>> logits = torch.zeros(1, 4)
     >>> target, half = torch.tensor([2]), torch.tensor([0.5])
     >>> normaliser, *_ = row_scores(logits, target, 0)
-    >>> row_gradient(logits, normaliser, target, half, half, 0)
+    >>> row_gradient(logits, normaliser, target, half, half, 0)[0]
     tensor([[-0.2500,  0.2500, -0.2500,  0.2500]])
     """
-    logits = logits.to(wide_dtype(logits.dtype))
+    dtype = logits.dtype
+    # Other products of matrices round in another order.
+    allowed = max(1e-3, 64 * torch.finfo(dtype).eps)
+    if runs_fused(logits):
+        from sb_memeff.ops.triton import logit_rows
+
+        if deviation is None:
+            deviation = normaliser.new_zeros(1)
+        return logit_rows.row_gradient(
+            logits,
+            normaliser,
+            target,
+            blank,
+            emission,
+            blank_index,
+            deviation,
+            allowed,
+            clamp,
+            weight,
+            _scale_into_float16 if fit_into_float16 else None,
+        )
+    logits = logits.to(wide_dtype(dtype))
     gradient = (logits - normaliser[:, None]).exp_()
     gradient *= (blank + emission)[:, None]
     gradient[:, blank_index] -= blank
     gradient.scatter_add_(1, target[:, None], -emission[:, None])
-    return gradient
+    if deviation is not None and not isinstance(gradient, FakeTensor):
+        # A row's gradient sums to 0, unless it is not finite anyway.
+        sums = gradient.sum(1).nan_to_num_(0, 0, 0)
+        largest = torch.linalg.vector_norm(sums, torch.inf)
+        torch.maximum(deviation, (largest / allowed).float(), out=deviation)
+    if clamp is not None:
+        gradient.clamp_(-clamp, clamp)
+    if weight is not None:
+        gradient *= weight.to(gradient.dtype)[:, None]
+    factor = None
+    if fit_into_float16:
+        largest = torch.linalg.vector_norm(gradient, torch.inf)
+        scale = _scale_into_float16(largest)
+        gradient *= scale
+        factor = scale.reciprocal()
+    return gradient.to(dtype), factor
+
+
+def _scale_into_float16(largest):
+    """The power of two by which a tensor is scaled, given its maximum."""
+    largest = largest.nan_to_num(1, 1).clamp_(min=1e-30)
+    # largest = mantissa 2^n, so the quotient is a power of two.
+    return 16 * torch.frexp(largest).mantissa / largest

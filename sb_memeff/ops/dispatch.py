@@ -1,0 +1,62 @@
+"""Which form of an operation runs: plain torch, or a Triton kernel.
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+import functools
+import importlib.util
+import os
+
+import torch
+from speechbrain.utils.logger import get_logger
+
+__all__ = ["runs_fused"]
+
+logger = get_logger(__name__)
+
+SWITCH = "SB_MEMEFF_KERNELS"
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def runs_fused(*tensors: torch.Tensor) -> bool:
+    """Whether an operation on these tensors runs as a Triton kernel.
+
+    It does on CUDA devices, in half and single precision, unless the
+    environment variable SB_MEMEFF_KERNELS is 0.
+
+    Arguments
+    ---------
+    *tensors : torch.Tensor
+        What the kernel reads.
+
+    Returns
+    -------
+    bool
+        False for the plain form.
+
+    Example
+    -------
+    >>> runs_fused(torch.zeros(3))
+    False
+    """
+    return all(
+        # Subclasses, fake tensors among them, have no address to give away.
+        type(x) in (torch.Tensor, torch.nn.Parameter)
+        and x.is_cuda
+        and x.dtype in DTYPES
+        for x in tensors
+    ) and _available(os.environ.get(SWITCH, "1"))
+
+
+@functools.cache
+def _available(switch):
+    """Looks once for each value of the switch, and says why not."""
+    if switch == "0":
+        reason = f"{SWITCH}=0"
+    elif importlib.util.find_spec("triton") is None:
+        reason = "Triton is not installed"
+    else:
+        return True
+    logger.info(f"sb_memeff: plain torch instead of fused kernels ({reason}).")
+    return False

@@ -1,0 +1,1 @@
+"""Triton kernels, one operation a file; ``sb_memeff.ops.dispatch`` picks them."""

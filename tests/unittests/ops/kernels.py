@@ -1,0 +1,29 @@
+"""What the tests of Triton kernels share.
+
+Without a GPU they run in Triton's interpreter, see tests/conftest.py.
+"""
+
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def poison(monkeypatch):
+    """Fills what a kernel must write with NaN, where a test can see it."""
+    empty_like, new_empty = torch.empty_like, torch.Tensor.new_empty
+
+    def filled(make):
+        def made(*args, **kwargs):
+            x = make(*args, **kwargs)
+            return x.fill_(torch.nan) if x.is_floating_point() else x
+
+        return made
+
+    monkeypatch.setattr(torch, "empty_like", filled(empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", filled(new_empty))
+
+
+def error(found, exact):
+    """||found - exact|| / ||exact||; NaN never passes a bound."""
+    found, exact = found.double().flatten(), exact.double().flatten()
+    return ((found - exact).norm() / exact.norm().clamp(min=1e-30)).item()

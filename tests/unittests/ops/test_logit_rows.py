@@ -1,0 +1,186 @@
+"""Kernels for rows of logits against the plain form in float64."""
+
+import pytest
+import torch
+
+from sb_memeff.nnet.transducer import rows
+from sb_memeff.ops.triton import logit_rows as kernels
+from tests.unittests.ops.kernels import DEVICE, error, poison
+
+# The interpreter cuts bfloat16 off, where a GPU rounds.
+BOUND = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 5e-4}
+
+
+def batch(size, vocabulary, dtype, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    logits = 4 * torch.randn(size, vocabulary, generator=g)
+    target = torch.randint(1, vocabulary, (size,), generator=g)
+    blank, emission = torch.rand(2, size, generator=g)
+    return [
+        x.to(DEVICE) for x in (logits.to(dtype), target, blank, 0.5 * emission)
+    ]
+
+
+@pytest.mark.parametrize("dtype", BOUND)
+@pytest.mark.parametrize("shape", [(1, 2), (5, 1000), (3, 1025), (4, 2500)])
+def test_scores(monkeypatch, shape, dtype):
+    logits, target, *_ = batch(*shape, dtype)
+    poison(monkeypatch)
+    found = kernels.row_scores(logits, target, 1)
+    exact = rows.row_scores(logits.double(), target, 1)
+    for a, b in zip(found, exact, strict=True):
+        assert a.dtype == torch.float32
+        # Of half precision too: sums are float32.
+        assert error(a, b) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"clamp": 0.2},
+        {"weighted": True},
+        {"fit_into_float16": True},
+        {"clamp": 0.1, "weighted": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", BOUND)
+@pytest.mark.parametrize("shape", [(1, 2), (5, 1000), (3, 1025)])
+def test_gradient(monkeypatch, shape, dtype, options):
+    logits, target, blank, emission = batch(*shape, dtype)
+    options = dict(options)
+    weight = None
+    if options.pop("weighted", False):
+        weight = torch.linspace(-2, 3, shape[0], device=DEVICE)
+    fit = options.pop("fit_into_float16", False)
+    clamp = options.get("clamp")
+    exact_scores = rows.row_scores(logits.double(), target, 0)
+    normaliser = exact_scores[0].float()
+    wide = (x.double() for x in (blank, emission))
+    exact, _ = rows.row_gradient(
+        logits.double(),
+        exact_scores[0],
+        target,
+        *wide,
+        0,
+        clamp=clamp,
+        weight=None if weight is None else weight.double(),
+    )
+    deviation = torch.zeros(1, device=DEVICE)
+    poison(monkeypatch)
+    found, undo = kernels.row_gradient(
+        logits,
+        normaliser,
+        target,
+        blank,
+        emission,
+        0,
+        deviation,
+        1e-3,
+        clamp,
+        weight,
+        rows._scale_into_float16 if fit else None,
+    )
+    assert found.dtype == dtype
+    assert (undo is not None) == fit
+    if fit:
+        assert 8 <= found.abs().max() < 16
+        assert torch.log2(undo).frac() == 0
+        found = found.double() * undo
+    assert error(found, exact) < BOUND[dtype]
+    # Sums of a thousand float32 values, and no more.
+    assert 0 <= deviation < 0.05
+
+
+def test_other_logits_are_noticed():
+    logits, target, blank, emission = batch(5, 300, torch.float32)
+    normaliser = rows.row_scores(logits, target, 0)[0]
+    logits[3] += 0.01
+    deviation = torch.zeros(1, device=DEVICE)
+    kernels.row_gradient(
+        logits, normaliser, target, blank, emission, 0, deviation, 1e-3
+    )
+    plain = torch.zeros(1, device=DEVICE)
+    rows.row_gradient(
+        logits.double(),
+        normaliser.double(),
+        target,
+        blank.double(),
+        emission.double(),
+        0,
+        plain,
+    )
+    assert deviation > 1
+    torch.testing.assert_close(deviation, plain, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_comes_out_as_in_the_plain_form(value):
+    """And stays in its row."""
+    logits, target, blank, emission = batch(4, 30, torch.float32)
+    logits[1, 7] = value
+    logits[2] = -torch.inf
+    found = kernels.row_scores(logits, target, 0)
+    plain = rows.row_scores(logits, target, 0)
+    for a, b in zip(found, plain, strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True)
+    deviation = torch.zeros(1, device=DEVICE)
+    arguments = logits, plain[0], target, blank, emission, 0, deviation
+    a, _ = kernels.row_gradient(*arguments, 1e-3)
+    b, _ = rows.row_gradient(*arguments)
+    torch.testing.assert_close(a, b, equal_nan=True)
+    assert deviation.isfinite()
+
+
+@pytest.mark.parametrize("layout", ["columns first", "every other", "expanded"])
+def test_any_strides(layout):
+    logits, target, blank, emission = batch(6, 40, torch.float32)
+    if layout == "columns first":
+        logits = logits.t().contiguous().t()
+    elif layout == "every other":
+        logits, target = logits[:, ::2], target % 20
+    else:
+        logits = logits[:1].expand(6, 40)
+    for a, b in zip(
+        kernels.row_scores(logits, target, 0),
+        rows.row_scores(logits, target, 0),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+    normaliser = rows.row_scores(logits, target, 0)[0]
+    blank = torch.stack([blank, blank], 1)[:, 0]
+    arguments = logits, normaliser, target, blank, emission, 0
+    deviation = torch.zeros(1, device=DEVICE)
+    torch.testing.assert_close(
+        kernels.row_gradient(*arguments, deviation, 1e-3)[0],
+        rows.row_gradient(*arguments)[0],
+    )
+
+
+def test_no_rows():
+    logits, target, blank, emission = batch(0, 5, torch.float32)
+    assert kernels.row_scores(logits, target, 0)[0].shape == (0,)
+    deviation = torch.zeros(1, device=DEVICE)
+    arguments = logits, blank, target, blank, emission, 0, deviation
+    assert kernels.row_gradient(*arguments, 1e-3)[0].shape == (0, 5)
+
+
+def test_nan_in_one_row_stays_there_in_float16():
+    """The scale of a float16 tile is that of its finite rows."""
+    logits, target, blank, emission = batch(3, 8, torch.float16)
+    normaliser = rows.row_scores(logits, target, 0)[0]
+    blank[1] = torch.nan
+    arguments = logits, normaliser, target, blank, emission, 0
+    found, undo = rows.row_gradient(*arguments, fit_into_float16=True)
+    assert undo.isfinite() and found[1].isnan().all()
+    assert found[[0, 2]].isfinite().all()
+
+
+def test_scale_for_float16_is_a_power_of_two():
+    for size in (1e-35, 3e-8, 0.7, 1.0, 12345.6, 3e38):
+        scale = rows._scale_into_float16(torch.tensor(size))
+        assert torch.log2(scale).frac() == 0
+        if size > 1e-30:
+            assert 8 <= scale.double() * size < 16
+    assert rows._scale_into_float16(torch.tensor(0.0)).isfinite()
