@@ -65,12 +65,17 @@ class BackendFlags:
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
         """Sets the flags of forward, with cuDNN's benchmark off."""
-        before = _read_all()
-        _write(self._wanted)
+        now = _read_all()
+        others = {
+            name: now.get(name)
+            for name, value in self._wanted.items()
+            if now.get(name) != value
+        }
+        _write({name: self._wanted[name] for name in others})
         try:
             yield
         finally:
-            _write(before)
+            _write(others)
 
 
 # A compiler cannot trace it, and need not.
@@ -92,7 +97,7 @@ def _read(name):
 def _write(wanted):
     for name, value in wanted.items():
         # Not without need: writing to one interface may spoil the other.
-        if _read(name) == value:
+        if value is None or _read(name) == value:
             continue
         if name == _MATMUL:
             torch.set_float32_matmul_precision(value)

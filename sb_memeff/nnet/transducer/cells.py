@@ -6,6 +6,7 @@ Authors
 
 import contextlib
 import copy
+import dataclasses
 
 import torch
 from torch import nn
@@ -119,6 +120,31 @@ def following(targets, counts):
     return nn.functional.pad(targets.long().masked_fill(~real, 0), (0, 1))
 
 
+@dataclasses.dataclass
+class Tile:
+    """Some cells, and where they are.
+
+    Arguments
+    ---------
+    places : torch.Tensor
+        [N], their places in a flat plane of their run of samples.
+    sample : torch.Tensor
+        [N], in the whole batch.
+    frame : torch.Tensor
+        [N].
+    column : torch.Tensor
+        [N], number of targets before the cell.
+    target : torch.Tensor
+        [N], the target that follows; any symbol where none does.
+    """
+
+    places: torch.Tensor
+    sample: torch.Tensor
+    frame: torch.Tensor
+    column: torch.Tensor
+    target: torch.Tensor
+
+
 class Cells:
     """The cells inside the lattices of some samples, and what comes of them.
 
@@ -143,6 +169,8 @@ class Cells:
     check_vocabulary : callable, optional
         Called with the number of symbols when logits have been computed, and
         before they are looked at.
+    max_rows : int, optional
+        Cells of a tile.
     """
 
     def __init__(
@@ -156,12 +184,14 @@ class Cells:
         blank_index,
         clamp=None,
         check_vocabulary=None,
+        max_rows=None,
     ):
         self.logits = logits
         # Any strides: rows are gathered from where they are.
         self.enc, self.pred = enc.detach(), pred.detach()
         self.check_vocabulary = check_vocabulary
         self.blank_index, self.clamp = blank_index, clamp
+        self.max_rows = max_rows
         self.rows, self.columns = enc.shape[1], pred.shape[1]
         self.samples = range(len(enc))
         self.frames, self.counts = frames, counts
@@ -205,8 +235,8 @@ class Cells:
             )
             yield group
 
-    def locate(self, places):
-        """Sample, frame and number of targets before it, of each cell.
+    def sample_of(self, places):
+        """The sample in the batch that each cell is of.
 
         Arguments
         ---------
@@ -215,51 +245,70 @@ class Cells:
 
         Returns
         -------
-        tuple of torch.Tensor
-            [N] each: b, t, u; b in the whole batch.
+        torch.Tensor
+            [N].
         """
-        frame = places // self.columns
-        sample = frame // self.rows + self.samples.start
-        return sample, frame % self.rows, places % self.columns
+        return places // (self.rows * self.columns) + self.samples.start
 
-    def inputs(self, places):
-        """Rows of encoder and predictor of some cells.
+    def tile(self, places):
+        """Finds out where some cells are.
 
         Arguments
         ---------
         places : torch.Tensor
-            [N].
+            [N], some of ``places()``.
+
+        Returns
+        -------
+        Tile
+            They.
+        """
+        frame = places // self.columns
+        column = places - frame * self.columns
+        sample = frame // self.rows
+        frame = frame - sample * self.rows
+        sample = sample + self.samples.start
+        target = self.following[sample, column]
+        return Tile(places, sample, frame, column, target)
+
+    def inputs(self, tile):
+        """Rows of encoder and predictor of some cells.
+
+        Arguments
+        ---------
+        tile : Tile
+            The cells.
 
         Returns
         -------
         tuple of torch.Tensor
             [N, H] each.
         """
-        sample, t, u = self.locate(places)
-        return self.enc[sample, t], self.pred[sample, u]
+        return (
+            self.enc[tile.sample, tile.frame],
+            self.pred[tile.sample, tile.column],
+        )
 
-    def run(self, places):
+    def run(self, tile):
         """Logits of some cells.
 
         Arguments
         ---------
-        places : torch.Tensor
-            [N].
+        tile : Tile
+            The cells.
 
         Returns
         -------
         torch.Tensor
             [N, V].
         """
-        return self.logits(*self.inputs(places))
+        return self.logits(*self.inputs(tile))
 
-    def scores(self, places, logits):
+    def scores(self, tile, logits):
         """Normaliser, blank and target of cells; see rows.row_scores."""
         if self.check_vocabulary is not None:
             self.check_vocabulary(logits.shape[1])
-        sample, _, u = self.locate(places)
-        target = self.following[sample, u]
-        return row_scores(logits, target, self.blank_index)
+        return row_scores(logits, tile.target, self.blank_index)
 
 
 class Gradients:
@@ -295,25 +344,25 @@ class Gradients:
         # explain.
         self.deviation = enc.new_zeros(1, dtype=torch.float32)
 
-    def run(self, cells, places):
+    def run(self, cells, tile):
         """Logits of some cells, to be given to ``add``.
 
         Arguments
         ---------
         cells : Cells
-            Which.
-        places : torch.Tensor
-            [N], some of theirs.
+            Of the run of samples.
+        tile : Tile
+            Some of them.
 
         Returns
         -------
         tuple
             What ``add`` takes; the logits first.
         """
-        rows = tuple(x.requires_grad_() for x in cells.inputs(places))
+        rows = tuple(x.requires_grad_() for x in cells.inputs(tile))
         with torch.enable_grad(), self._linear_layers(rows[0]):
             logits = functional_call(cells.logits, self.weights, rows)
-        return logits, rows, cells, places
+        return logits, rows, cells, tile
 
     def _linear_layers(self, rows):
         if rows.dtype in HALF or torch.is_autocast_enabled(rows.device.type):
@@ -336,18 +385,17 @@ class Gradients:
         upstream : torch.Tensor, optional
             [B], gradient of each sample's loss; by default 1.
         """
-        logits, rows, cells, places = made
-        sample, t, u = cells.locate(places)
+        logits, rows, cells, tile = made
         gradient, factor = row_gradient(
             logits.detach(),
             normaliser,
-            cells.following[sample, u],
+            tile.target,
             blank,
             emission,
             cells.blank_index,
             self.deviation,
             cells.clamp,
-            None if upstream is None else upstream[sample],
+            None if upstream is None else upstream[tile.sample],
             # Without upstream the scale of the loss is not known yet.
             upstream is None and logits.dtype == torch.float16,
         )
@@ -359,7 +407,10 @@ class Gradients:
             gradient,
             allow_unused=True,
         )
-        places = (sample * cells.rows + t, sample * cells.columns + u)
+        places = (
+            tile.sample * cells.rows + tile.frame,
+            tile.sample * cells.columns + tile.column,
+        )
         for total, value, row in zip(
             self.sums, found, (*places, *[None] * len(self.weights))
         ):

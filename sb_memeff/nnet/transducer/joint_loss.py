@@ -72,8 +72,10 @@ class TransducerJointLoss(nn.Module):
         "tiled": at most max_rows rows of logits at a time, whatever the
         length of a sample. "samplewise": the logits of one sample at a time,
         each computed once. "batched": all at once, the reference.
-    max_rows : int
-        Rows of a tile.
+    max_rows : int, optional
+        Rows of a tile. By default 2,048 on a CPU; elsewhere as many as make
+        2^25 logits, but from 4,096 to 32,768, for there launching kernels is
+        what takes time.
     occupancy_floor : float
         For gradients "tiled" leaves out cells that paths visit with a lower
         probability: the gradient of a cell's logits is at most twice that.
@@ -112,7 +114,7 @@ class TransducerJointLoss(nn.Module):
         blank_index=0,
         reduction="speechbrain",
         method="tiled",
-        max_rows=2048,
+        max_rows=None,
         occupancy_floor=1e-8,
         fastemit_lambda=0.0,
         clamp=None,
@@ -123,7 +125,7 @@ class TransducerJointLoss(nn.Module):
             raise ValueError(
                 f"method={method!r} must be one of {', '.join(METHODS)}."
             )
-        if max_rows < 1:
+        if max_rows is not None and max_rows < 1:
             raise ValueError(f"max_rows={max_rows} must be at least 1.")
         if not 0 <= occupancy_floor < 1:
             raise ValueError(
@@ -197,6 +199,7 @@ class TransducerJointLoss(nn.Module):
             self.blank_index,
             self.clamp,
             _CheckOnce(check, vocabulary),
+            self.max_rows or _rows_of_tile(enc, vocabulary),
         )
         weights = {
             name: p
@@ -259,7 +262,7 @@ class _Loss(torch.autograd.Function):
         recorder = Recorder(enc.device)
         tiled = module.method == "tiled"
         kind = TiledPass if tiled else WholePass
-        size = GROUP_TILES * module.max_rows if tiled else 1
+        size = GROUP_TILES * cells.max_rows if tiled else 1
         gradients = None
         if module.reduction != "none" and wanted:
             gradients = Gradients(enc, pred, dict(zip(names, weights)))
@@ -293,6 +296,13 @@ class _Loss(torch.autograd.Function):
             for run in ctx.passes:
                 run.backward(gradients, upstream)
         return None, None, None, None, *gradients.totals(scale)
+
+
+def _rows_of_tile(enc, vocabulary):
+    """See ``max_rows``. The analysis on fake tensors asks for a GPU's."""
+    if enc.device.type == "cpu" and not isinstance(enc, FakeTensor):
+        return 2048
+    return min(max(2**25 // (vocabulary or 1024), 4096), 32768)
 
 
 def _finite_padding(x, lengths):

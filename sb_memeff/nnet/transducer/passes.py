@@ -30,7 +30,7 @@ class TiledPass:
     """
 
     def __init__(self, module, cells, recorder):
-        self.max_rows = module.max_rows
+        self.max_rows = cells.max_rows
         self.floor = module.occupancy_floor
         self.fastemit_lambda = module.fastemit_lambda
         self.cells, self.recorder = cells, recorder
@@ -54,7 +54,8 @@ class TiledPass:
             3, *cells.shape, dtype=wide_dtype(cells.enc.dtype)
         )
         flat = planes.flatten(1)
-        for number, tile in enumerate(self._tiles(cells.places())):
+        for number, some in enumerate(self._split(cells.places())):
+            tile = cells.tile(some)
             if again:
                 recording = self.recordings[number]
                 with self.recorder.replay(cells.logits, recording):
@@ -64,7 +65,7 @@ class TiledPass:
                     _Call(cells.logits), cells.run, tile
                 )
                 self.recordings.append(recording)
-            flat[:, tile] = torch.stack(cells.scores(tile, logits))
+            flat[:, some] = torch.stack(cells.scores(tile, logits))
             del logits
         nll, blank, emission = loss_and_occupancies(
             *planes[1:], cells.frames, cells.counts, self.fastemit_lambda
@@ -96,30 +97,30 @@ class TiledPass:
             # Memory is analysed, and there are no occupancies: all cells.
             visited = torch.ones_like(places, dtype=torch.bool)
         if upstream is not None:
-            visited &= (upstream != 0)[cells.locate(places)[0]]
+            visited &= (upstream != 0)[cells.sample_of(places)]
         if any(r.random_states for r in self.recordings):
             # Dropout: the same rows as in forward have the same masks.
-            tiles, seen = self._tiles(places), self._tiles(visited)
+            tiles, seen = self._split(places), self._split(visited)
             recordings = self.recordings
         else:
-            tiles = [x for x in self._tiles(places[visited]) if len(x)]
+            tiles = [x for x in self._split(places[visited]) if len(x)]
             seen = [None] * len(tiles)
             recordings = self.recordings[:1] * len(tiles)
-        for tile, mask, recording in zip(tiles, seen, recordings):
+        for some, mask, recording in zip(tiles, seen, recordings):
             if mask is not None and not mask.any():
                 continue
             with self.recorder.replay(cells.logits, recording):
-                made = gradients.run(cells, tile)
-            some_blank, some_emission = blank[tile], emission[tile]
+                made = gradients.run(cells, cells.tile(some))
+            some_blank, some_emission = blank[some], emission[some]
             if mask is not None:
                 some_blank = torch.where(mask, some_blank, 0)
                 some_emission = torch.where(mask, some_emission, 0)
             gradients.add(
-                made, normaliser[tile], some_blank, some_emission, upstream
+                made, normaliser[some], some_blank, some_emission, upstream
             )
             del made
 
-    def _tiles(self, places):
+    def _split(self, places):
         tiles = places.split(self.max_rows)
         # Where memory is analysed two tell all: each takes the same.
         return tiles[:2] if isinstance(places, FakeTensor) else tiles
@@ -145,18 +146,16 @@ class WholePass:
 
     def forward(self, gradients=None):
         """The loss of the sample; arguments as TiledPass's."""
-        cells, places = self.cells, self.cells.places()
-        call = _Call(cells.logits)
+        cells = self.cells
+        call, tile = _Call(cells.logits), cells.tile(cells.places())
         if gradients is None:
-            logits, self.recording = self.recorder.record(
-                call, cells.run, places
-            )
-            self.nll = self._lattice(places, logits)[0]
+            logits, self.recording = self.recorder.record(call, cells.run, tile)
+            self.nll = self._lattice(tile, logits)[0]
             return self.nll
         made, self.recording = self.recorder.record(
-            call, gradients.run, cells, places
+            call, gradients.run, cells, tile
         )
-        self.nll, *parts = self._lattice(places, made[0])
+        self.nll, *parts = self._lattice(tile, made[0])
         self.made = made, *parts
         return self.nll
 
@@ -167,17 +166,17 @@ class WholePass:
             return
         made, self.made = self.made, None
         if made is None:
-            places = cells.places()
+            tile = cells.tile(cells.places())
             with self.recorder.replay(cells.logits, self.recording):
-                again = gradients.run(cells, places)
-            nll, *parts = self._lattice(places, again[0])
+                again = gradients.run(cells, tile)
+            nll, *parts = self._lattice(tile, again[0])
             gradients.compare_losses(self.nll, nll)
             made = again, *parts
         gradients.add(*made, upstream)
 
-    def _lattice(self, places, logits):
+    def _lattice(self, tile, logits):
         cells = self.cells
-        normaliser, *scores = cells.scores(places, logits.detach())
+        normaliser, *scores = cells.scores(tile, logits.detach())
         shape = 1, int(cells.frames), int(cells.counts) + 1
         nll, blank, emission = loss_and_occupancies(
             *(s.view(shape) for s in scores),

@@ -131,7 +131,10 @@ def test_8bit_states_are_counted_as_they_are():
 def transducer():
     """A joint loss on random encodings, the way a step would call it."""
     loss = TransducerJointLoss(
-        Transducer_joint(), nn.Linear(32, 100), occupancy_floor=0
+        Transducer_joint(),
+        nn.Linear(32, 100),
+        occupancy_floor=0,
+        max_rows=2048,
     )
     loss.encoder = nn.Linear(32, 32)
     return loss

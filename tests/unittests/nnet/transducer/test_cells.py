@@ -29,20 +29,26 @@ def cells(dtype=torch.float32):
     )
 
 
+def located_in(group):
+    """Sample, frame, column and target of the cells of a run of samples."""
+    tile = group.tile(group.places())
+    return torch.stack([tile.sample, tile.frame, tile.column, tile.target])
+
+
 @pytest.mark.parametrize("size", [1, 24, 30, 1000])
 def test_groups_hold_the_cells_of_the_batch(size):
     """The same rows in the same order, however the batch is cut."""
     whole = cells()
     groups = list(whole.groups(size))
     assert len(groups) == {1: 4, 24: 2, 30: 2, 1000: 1}[size]
-    located = [torch.stack(g.locate(g.places())) for g in groups]
-    expected = torch.stack(whole.locate(whole.places()))
+    located = [located_in(g) for g in groups]
+    expected = located_in(whole)
     assert torch.equal(torch.cat(located, 1), expected)
     assert expected.shape[1] == (FRAMES * (COUNTS + 1)).sum()
     for group in groups:
         places = group.places()
         assert places.max() < group.shape[0] * group.shape[1] * group.shape[2]
-        sample = group.locate(places)[0]
+        sample = group.sample_of(places)
         assert set(sample.tolist()) == set(group.samples)
 
 
@@ -51,9 +57,9 @@ def gradients(dtype, posterior):
     some = cells(dtype)
     weights = dict(some.logits.named_parameters())
     sums = Gradients(some.enc, some.pred, weights)
-    places = some.places()
-    made = sums.run(some, places)
-    normaliser, *_ = some.scores(places, made[0].detach())
+    tile = some.tile(some.places())
+    made = sums.run(some, tile)
+    normaliser, *_ = some.scores(tile, made[0].detach())
     blank = torch.full_like(normaliser, posterior)
     sums.add(made, normaliser, blank, 0 * blank)
     return [total.double() for total in sums.sums]
@@ -82,9 +88,9 @@ def test_float16_weight_gradients_do_not_overflow():
     targets = torch.empty(1, 0, dtype=torch.long)
     some = Cells(logits, enc, pred, targets, frames, counts, 0)
     sums = Gradients(enc, pred, dict(logits.named_parameters()))
-    places = some.places()
-    made = sums.run(some, places)
-    normaliser, *_ = some.scores(places, made[0].detach())
+    tile = some.tile(some.places())
+    made = sums.run(some, tile)
+    normaliser, *_ = some.scores(tile, made[0].detach())
     sums.add(made, normaliser, torch.ones(3000), torch.zeros(3000))
     weight, bias = sums.sums[2:]
     expected = 3000 * torch.tensor([-2 / 3, 1 / 3, 1 / 3])
