@@ -28,6 +28,7 @@ Authors
 """
 
 import contextlib
+import threading
 import weakref
 from dataclasses import dataclass
 from itertools import chain
@@ -49,7 +50,7 @@ from sb_memeff.nnet.replay import (
     fingerprint,
 )
 
-__all__ = ["Segment"]
+__all__ = ["Segment", "nothing_saved"]
 
 
 class Segment:
@@ -117,6 +118,8 @@ class Segment:
             If the function changes an argument in place that would have to
             be stored. In backward, if it cannot be repeated.
         """
+        if getattr(_inside, "nothing_saved", False):
+            return function(*args, **kwargs)
         if not _in_backward():
             # A segment within another one is called again in backward.
             next_forward()
@@ -162,11 +165,7 @@ class Segment:
         ):
             result = function(*args, **kwargs)
         if versions != [x._version for x in stored.values()]:
-            raise RuntimeError(
-                f"{name} cannot be computed again: it changes its input in "
-                f"place, and the input is all that would be stored. Set "
-                f"inplace=False in it, or do not name it."
-            )
+            raise _changes_its_input(name)
         # Embedding(max_norm) shortens rows of its weight, for example.
         call.written = {
             id(p) for p, version in weights if p._version != version
@@ -220,6 +219,54 @@ class Segment:
                 results.append(tree_leaves(result))
                 for index, value in values.items():
                     self._values[number, index] = value
+
+
+@contextlib.contextmanager
+def nothing_saved():
+    """Inside, autograd keeps no tensor: no graph that is built can be used.
+
+    Segments inside are plain calls, for they have nothing to forget.
+
+    Yields
+    ------
+    None
+
+    Example
+    -------
+    >>> x = torch.rand(3, requires_grad=True)
+    >>> with nothing_saved():
+    ...     y = x.exp()
+    >>> y.sum().backward()
+    Traceback (most recent call last):
+        ...
+    RuntimeError: A function of a reversible block calls backward in its own \
+forward; set save_memory=False.
+    """
+    before = getattr(_inside, "nothing_saved", False)
+    _inside.nothing_saved = True
+    try:
+        with saved_tensors_hooks(lambda tensor: None, _never_opened):
+            yield
+    finally:
+        _inside.nothing_saved = before
+
+
+_inside = threading.local()
+
+
+def _never_opened(nothing):
+    raise RuntimeError(
+        "A function of a reversible block calls backward in its own forward; "
+        "set save_memory=False."
+    )
+
+
+def _changes_its_input(name):
+    return RuntimeError(
+        f"{name} cannot be computed again: it changes its input in place, and "
+        f"the input is all that would be stored. Set inplace=False in it, or "
+        f"do not name it."
+    )
 
 
 class _Slot:

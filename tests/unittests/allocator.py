@@ -38,3 +38,12 @@ def allocator_peak(run):
             alive += fields.alloc_size
             peak = max(peak, alive)
     return peak
+
+
+# What cuDNN and cuBLAS may take for themselves, from the same allocator.
+WORKSPACES = 200e6
+
+
+def assert_near_allocator(counted, allocated):
+    """All that is counted is there, and hardly more beside workspaces."""
+    assert 0.98 * counted <= allocated <= 1.05 * counted + WORKSPACES

@@ -13,12 +13,14 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
+from torch.autograd.graph import get_gradient_edge
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
+from sb_memeff.nnet.module_state import modules_of
 from sb_memeff.nnet.replay import Recorder, Recording
 from sb_memeff.nnet.reversible.grid import StreamFormat
+from sb_memeff.nnet.segment import nothing_saved
 
 __all__ = ["Evaluator", "RecordingEvaluator", "ReplayingEvaluator"]
 
@@ -129,6 +131,9 @@ class Evaluator:
             raise self._in_place(function, what) from error
         for what, tensor, version in watched:
             if tensor._version != version:
+                for name, p in module.named_parameters():
+                    if p is tensor:
+                        what = f"its parameter {name}"
                 raise self._in_place(function, what)
         return result
 
@@ -195,13 +200,13 @@ class RecordingEvaluator(Evaluator):
 
     def value(self, function, stream):
         """The increment, computed as ``ReplayingEvaluator.vjp`` does."""
-        with torch.enable_grad(), _nothing_saved():
+        with torch.enable_grad(), nothing_saved():
             stream = stream.detach().requires_grad_()
             return super().value(function, stream).detach()
 
     def read(self, function, *streams):
         """Returns what a function reads, computed as in a replay."""
-        with torch.enable_grad(), _nothing_saved():
+        with torch.enable_grad(), nothing_saved():
             streams = [s.detach().requires_grad_() for s in streams]
             return super().read(function, *streams).detach()
 
@@ -377,17 +382,6 @@ class ReplayingEvaluator(Evaluator):
         ]
 
 
-def _nothing_saved():
-    return saved_tensors_hooks(lambda tensor: None, _never_opened)
-
-
-def _never_opened(nothing):
-    raise RuntimeError(
-        "A function of a reversible block calls backward in its own forward; "
-        "set save_memory=False."
-    )
-
-
 def _versions(module, streams, args, kwargs):
     """(name, tensor, version) of all that a call must not change in place."""
     if torch.compiler.is_compiling():
@@ -397,8 +391,11 @@ def _versions(module, streams, args, kwargs):
         (f"extra argument {i}", x)
         for i, x in enumerate(tree_leaves((args, kwargs)))
     ]
+    # Naming them all would take longer than the call of a small function.
     found += [
-        (f"its parameter {name}", p) for name, p in module.named_parameters()
+        ("a parameter", p)
+        for part in modules_of(module)
+        for p in part._parameters.values()
     ]
     return [
         (what, x, x._version)

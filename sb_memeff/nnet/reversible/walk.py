@@ -62,11 +62,28 @@ class _Step:
 
     name: str
     block: nn.Module
+    # By all their names, and the first name of each that needs a gradient.
+    parameters: dict[str, nn.Parameter]
     weights: list[str]
     shape: torch.Size | None = None
     strides: list[tuple[int, ...]] = dataclasses.field(default_factory=list)
     recordings: dict[str, Recording] = dataclasses.field(default_factory=dict)
     fingerprint: tuple = ()
+
+
+def _step(name, block):
+    parameters = dict(block.named_parameters(remove_duplicate=False))
+    first = {id(p): n for n, p in reversed(parameters.items())}
+    return _Step(
+        name,
+        block,
+        parameters,
+        [
+            n
+            for n, p in parameters.items()
+            if p.requires_grad and first[id(p)] == n
+        ],
+    )
 
 
 class Walk:
@@ -94,14 +111,7 @@ class Walk:
         self.format: StreamFormat = stream_format
         self.recorder: Recorder = recorder
         self.observers: list[Observer] = observers
-        self.steps = [
-            _Step(
-                name,
-                block,
-                [n for n, p in block.named_parameters() if p.requires_grad],
-            )
-            for name, block in blocks
-        ]
+        self.steps = [_step(name, block) for name, block in blocks]
         flat, self._structure = tree_flatten((args, kwargs))
         self.extras = [x for x in flat if isinstance(x, torch.Tensor)]
         # Tensors are saved by the last node, as autograd saves them.
@@ -117,9 +127,8 @@ class Walk:
 
     def tensors(self, step: _Step) -> list[torch.Tensor]:
         """Tensors for which a block's node returns gradients."""
-        parameters = dict(step.block.named_parameters())
         return [self.extras[i] for i in self._wanted] + [
-            parameters[name] for name in step.weights
+            step.parameters[name] for name in step.weights
         ]
 
     def forget_extras(self):
@@ -156,7 +165,7 @@ class Walk:
         for number, (place, x) in enumerate(zip(self._places, self.extras)):
             needs_gradient = number in self._wanted
             flat[place] = x.detach().requires_grad_(needs_gradient)
-        parameters = dict(step.block.named_parameters(remove_duplicate=False))
+        parameters = step.parameters
         leaves = {
             id(parameters[name]): parameters[name].detach().requires_grad_()
             for name in step.weights

@@ -130,18 +130,18 @@ class Tile:
         [N], their places in a flat plane of their run of samples.
     sample : torch.Tensor
         [N], in the whole batch.
-    frame : torch.Tensor
-        [N].
-    column : torch.Tensor
-        [N], number of targets before the cell.
+    enc_row : torch.Tensor
+        [N], the cell's row of the encoder's output, taken as [B T, H].
+    pred_row : torch.Tensor
+        [N], its row of the prediction network's, taken as [B (U+1), H].
     target : torch.Tensor
         [N], the target that follows; any symbol where none does.
     """
 
     places: torch.Tensor
     sample: torch.Tensor
-    frame: torch.Tensor
-    column: torch.Tensor
+    enc_row: torch.Tensor
+    pred_row: torch.Tensor
     target: torch.Tensor
 
 
@@ -263,13 +263,15 @@ class Cells:
         Tile
             They.
         """
+        first = self.samples.start
         frame = places // self.columns
-        column = places - frame * self.columns
         sample = frame // self.rows
-        frame = frame - sample * self.rows
-        sample = sample + self.samples.start
-        target = self.following[sample, column]
-        return Tile(places, sample, frame, column, target)
+        # Column (U+1) sample + u, where places are (U+1) (T sample + t) + u.
+        pred_row = places + self.columns * (sample - frame + first)
+        if first:
+            sample, frame = sample + first, frame + first * self.rows
+        target = self.following.flatten().index_select(0, pred_row)
+        return Tile(places, sample, frame, pred_row, target)
 
     def inputs(self, tile):
         """Rows of encoder and predictor of some cells.
@@ -284,10 +286,7 @@ class Cells:
         tuple of torch.Tensor
             [N, H] each.
         """
-        return (
-            self.enc[tile.sample, tile.frame],
-            self.pred[tile.sample, tile.column],
-        )
+        return _rows(self.enc, tile.enc_row), _rows(self.pred, tile.pred_row)
 
     def run(self, tile):
         """Logits of some cells.
@@ -309,6 +308,13 @@ class Cells:
         if self.check_vocabulary is not None:
             self.check_vocabulary(logits.shape[1])
         return row_scores(logits, tile.target, self.blank_index)
+
+
+def _rows(x, row):
+    """Rows of [A, B, H], taken as [A B, H]; where its strides allow, fast."""
+    if x.is_contiguous():
+        return x.flatten(0, 1).index_select(0, row)
+    return x[row // x.shape[1], row % x.shape[1]]
 
 
 class Gradients:
@@ -407,10 +413,7 @@ class Gradients:
             gradient,
             allow_unused=True,
         )
-        places = (
-            tile.sample * cells.rows + tile.frame,
-            tile.sample * cells.columns + tile.column,
-        )
+        places = tile.enc_row, tile.pred_row
         for total, value, row in zip(
             self.sums, found, (*places, *[None] * len(self.weights))
         ):

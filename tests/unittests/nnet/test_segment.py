@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sb_memeff.nnet import mismatch
 from sb_memeff.nnet.reversible import AdditiveCoupling, ReversibleSequence
-from sb_memeff.nnet.segment import Segment
+from sb_memeff.nnet.segment import Segment, nothing_saved
 from sb_memeff.utils.memory import training_step_memory
 
 
@@ -1003,3 +1003,43 @@ def test_gradients_that_are_asked_for_between_two_calls():
     y = block[0](X).requires_grad_()
     reference = gradients_of(block[1:](y).sum(), y, *block[1:].parameters())
     assert_same(ours, reference)
+
+
+# --- where nothing is saved ---------------------------------------------------
+
+
+def test_a_segment_is_a_plain_call_where_nothing_is_saved():
+    """It computes the same, and costs no checksums and recordings."""
+    sums = []
+
+    class Watched(nn.Tanh):
+        def forward(self, x):
+            sums.append(torch.is_grad_enabled())
+            return super().forward(x)
+
+    layer = Watched()
+    x = torch.rand(3, requires_grad=True)
+    segment = Segment()
+    with nothing_saved():
+        y = segment.call("layer", layer, layer.forward, (x,), {})
+    assert torch.equal(y, x.tanh()) and sums == [True]
+    assert segment.position == -1 and not segment.feeds([y])
+    with pytest.raises(RuntimeError, match="calls backward in its own forward"):
+        y.sum().backward()
+    y = Segment().call("layer", layer, layer.forward, (x,), {})
+    y.sum().backward()
+    assert len(sums) == 3
+
+
+def test_nothing_saved_ends_with_its_context():
+    for error in (None, ZeroDivisionError):
+        try:
+            with nothing_saved(), nothing_saved():
+                if error:
+                    raise error
+        except ZeroDivisionError:
+            pass
+        layer = nn.Tanh()
+        x = torch.rand(3, requires_grad=True)
+        Segment().call("layer", layer, layer.forward, (x,), {}).sum().backward()
+        assert x.grad is not None

@@ -30,9 +30,9 @@ def cells(dtype=torch.float32):
 
 
 def located_in(group):
-    """Sample, frame, column and target of the cells of a run of samples."""
+    """Sample, rows and target of the cells of a run of samples."""
     tile = group.tile(group.places())
-    return torch.stack([tile.sample, tile.frame, tile.column, tile.target])
+    return torch.stack([tile.sample, tile.enc_row, tile.pred_row, tile.target])
 
 
 @pytest.mark.parametrize("size", [1, 24, 30, 1000])
