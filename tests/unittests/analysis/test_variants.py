@@ -20,6 +20,7 @@ from sb_memeff.lobes.models.RevResNet import RevResNet
 from sb_memeff.nnet.recompute import store_blocks
 from sb_memeff.nnet.transducer.joint_loss import TransducerJointLoss
 from sb_memeff.utils.fake import fake_tensors
+from tests.unittests.analysis.shallow import shallow  # noqa: F401
 from tests.unittests.analysis.yaml_files import (
     LIBRISPEECH,
     SMALL_TRANSDUCER,
@@ -28,6 +29,8 @@ from tests.unittests.analysis.yaml_files import (
     speaker_yaml,
     upstream_transducer,
 )
+
+pytestmark = pytest.mark.usefixtures("shallow")
 
 RESNETS = [
     "ResNet34",
