@@ -159,10 +159,10 @@ class _Before:
     def restore(self):
         """Takes the fakes made since then out of the objects of then."""
         with _without_collector():
-            leftovers = list(filter(self._is_leftover, gc.get_objects()))
+            leftovers = self._leftovers()
             if len(leftovers) > MOST_CACHED:
                 gc.collect()
-                leftovers = list(filter(self._is_leftover, gc.get_objects()))
+                leftovers = self._leftovers()
             if not leftovers:
                 return
             leading, holders = self._holders(leftovers)
@@ -174,8 +174,9 @@ class _Before:
                         f"which cannot be taken out of it: make it anew."
                     )
 
-    def _is_leftover(self, one):
-        return type(one) is FakeTensor and id(one) not in self._fakes
+    def _leftovers(self):
+        found = [x for x in gc.get_objects() if type(x) is FakeTensor]
+        return [x for x in found if id(x) not in self._fakes]
 
     def _holders(self, level):
         """New objects that lead to leftovers, by id; and what holds those."""
@@ -297,8 +298,10 @@ def _read(slots, one):
     """Slot to value, without those that are empty."""
     values = {}
     for slot in slots:
-        with contextlib.suppress(AttributeError, ValueError):
+        try:
             values[slot] = slot.__get__(one)
+        except (AttributeError, ValueError):
+            pass
     return values
 
 

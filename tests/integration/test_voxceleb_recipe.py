@@ -47,8 +47,10 @@ RATE = 16000
 SPEAKERS = 8
 TEST_SPEAKERS = 2
 UTTERANCES = 5
-# So many that no checkpoint of the killed run falls on the start of a list.
-SOUNDS = 13
+# Of the killed run. So many sounds that no checkpoint of it falls on the start
+# of a list.
+BATCH = 6
+SOUNDS = 25
 RESNETS = ["resnet", "revnet", "dfresnet", "dfrevnet"]
 NETWORKS = [*RESNETS, "ecapa", "revecapa"]
 NETWORK = ["--base_channels=2", "--lin_neurons=16", "--n_mels=24"]
@@ -215,7 +217,7 @@ def test_killed_run_continues(place):
         "--out_n_neurons=6",
         "--number_of_epochs=2",
         "--warmup_epochs=1",
-        "--batch_size=2",
+        f"--batch_size={BATCH}",
         "--ckpt_interval_minutes=0",
         "--ckpt_interval_steps=3",
         "--wav_augment={min_augmentations: 4, max_augmentations: 4}",
@@ -244,11 +246,11 @@ def test_killed_run_continues(place):
     )
     assert resumed and resumed[1] == resumed[2]
     done = int(resumed[1])
-    # AddNoise goes through its list two at a time, AddReverb one at a time.
+    # AddNoise goes through its list in batches, AddReverb one at a time.
     assert done >= 3 and done % 3 == 0
-    assert done % -(-SOUNDS // 2) and done % SOUNDS
+    assert done % -(-SOUNDS // BATCH) and done % SOUNDS
     with open(folder / "save" / "train.csv", newline="") as f:
-        per_epoch = (len(f.readlines()) - 1) // 2
+        per_epoch = (len(f.readlines()) - 1) // BATCH
     assert done < per_epoch
     log = (folder / "train_log.txt").read_text()
     assert re.findall(r"epoch: (\d+)", log) == ["1", "2"]

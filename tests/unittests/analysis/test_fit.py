@@ -14,6 +14,9 @@ from tests.unittests.analysis.yaml_files import (
     changed,
     speaker_yaml,
 )
+from tests.unittests.one_analysis import one_analysis  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("one_analysis")
 
 XVECTOR = {"sentence_len": 0.5, "batch_size": 9}
 DIGITS = LIBRISPEECH / "hparams/digits_transducer.yaml"

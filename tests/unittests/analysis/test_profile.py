@@ -6,6 +6,7 @@ import torch
 from sb_memeff.analysis.profile import comparison, profile, report
 from sb_memeff.analysis.recipe import read_recipe
 from sb_memeff.analysis.variants import variants
+from sb_memeff.utils.leftovers import no_leftovers
 from tests.unittests.allocator import allocator_peak, assert_near_allocator
 from tests.unittests.analysis.brains import (
     Batch,
@@ -13,6 +14,7 @@ from tests.unittests.analysis.brains import (
     script,
     transducer_batches,
 )
+from tests.unittests.analysis.shallow import shallow  # noqa: F401
 from tests.unittests.analysis.yaml_files import (
     LIBRISPEECH,
     SMALL_TRANSDUCER,
@@ -21,6 +23,8 @@ from tests.unittests.analysis.yaml_files import (
     speaker_yaml,
     upstream_transducer,
 )
+
+pytestmark = pytest.mark.usefixtures("shallow")
 
 DIGITS = LIBRISPEECH / "hparams/digits_transducer.yaml"
 
@@ -89,6 +93,7 @@ def test_a_transducer_recipe_takes_what_its_brain_takes(
     assert found.peak_bytes == pytest.approx(expected, rel=0.02)
 
 
+@no_leftovers()  # once for all analyses
 def test_augmentation_multiplies_the_batch(tmp_path):
     path = tmp_path / "train.yaml"
     path.write_text(UPSTREAM_SPEAKERS["ecapa"])
@@ -101,6 +106,7 @@ def test_augmentation_multiplies_the_batch(tmp_path):
     assert more == pytest.approx(2 * found.memory.saved_bytes, rel=0.01)
 
 
+@no_leftovers()  # once for all analyses
 def test_speechbrains_transducer_loss_holds_logits_and_gradients(tmp_path):
     small = {**SMALL_TRANSDUCER, "output_neurons": 500}
     recipe = read_recipe(upstream_transducer(tmp_path), small)
@@ -123,6 +129,7 @@ def test_speechbrains_transducer_loss_holds_logits_and_gradients(tmp_path):
     assert found["batched"].peak_bytes < theirs
 
 
+@no_leftovers()  # once for all analyses
 def test_precision_and_batch_are_the_recipes_by_default():
     path, overrides = speaker_yaml("resnet")
     recipe = read_recipe(
@@ -182,6 +189,7 @@ def test_the_report_sums_to_the_peak():
             assert sum(shares) == pytest.approx(100, abs=0.5)
 
 
+@no_leftovers()  # once for all analyses
 def test_the_comparison_is_a_table():
     path, overrides = speaker_yaml("revnet")
     recipe = read_recipe(path, overrides)

@@ -20,6 +20,8 @@ from sb_memeff.lobes.models.RevResNet import RevResNet
 from sb_memeff.nnet.recompute import store_blocks
 from sb_memeff.nnet.transducer.joint_loss import TransducerJointLoss
 from sb_memeff.utils.fake import fake_tensors
+from sb_memeff.utils.leftovers import no_leftovers
+from tests.unittests.analysis.shallow import shallow  # noqa: F401
 from tests.unittests.analysis.yaml_files import (
     LIBRISPEECH,
     SMALL_TRANSDUCER,
@@ -28,6 +30,8 @@ from tests.unittests.analysis.yaml_files import (
     speaker_yaml,
     upstream_transducer,
 )
+
+pytestmark = pytest.mark.usefixtures("shallow")
 
 RESNETS = [
     "ResNet34",
@@ -198,6 +202,7 @@ def test_networks_are_what_the_labels_say(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["resnet", "digits_transducer"])
+@no_leftovers()  # once for all analyses
 def test_the_own_row_is_the_recipe(name, tmp_path):
     recipe = small_recipe(name, tmp_path)
     own = profile(recipe, 2, 0.5)
@@ -267,6 +272,7 @@ WIDER = {
 @pytest.mark.parametrize(
     "name", [*WIDER, "upstream resnet", "upstream xvector"]
 )
+@no_leftovers()  # once for all analyses
 def test_recomputed_takes_less_and_reversible_even_less(name, tmp_path):
     recipe = small_recipe(name, tmp_path, **WIDER.get(name, {}))
     before = torch.get_rng_state()

@@ -4,7 +4,8 @@ Authors
  * The sb_memeff authors 2026
 """
 
-from functools import partial
+import copy
+from functools import cache, partial
 
 import torch
 
@@ -37,11 +38,12 @@ def _preset(lobe, name, **options):
         base_channels=4,
         input_size=MELS,
         lin_neurons=EMBEDDING,
+        block_sizes=[1, 2, 2, 1],
         **options,
     )
 
 
-# Each kind of block, of strides and of down-sampling.
+# Each kind of block, of strides and of down-sampling, but few blocks.
 NETWORKS = {
     "ResNet34": _preset(ResNet, "ResNet34"),
     "ResNet34-strides": _preset(ResNet, "ResNet34", **STRIDES),
@@ -85,13 +87,24 @@ def small(name, dtype=torch.float32, std=0.3):
     torch.nn.Module
         The network, in training mode.
     """
+    return copy.deepcopy(_small(name, dtype, std))
+
+
+@cache
+def _small(name, dtype, std):
     torch.manual_seed(0)
     return without_zeros(NETWORKS[name](), std).to(dtype)
 
 
 def trained(name, dtype=torch.float64, std=0.3):
     """The same in eval mode, with running statistics that matter."""
+    return copy.deepcopy(_trained(name, dtype, std))
+
+
+@cache
+def _trained(name, dtype, std):
     net = small(name, dtype, std)
+    torch.manual_seed(2)
     with torch.no_grad():
         net(torch.randn(4, 33, MELS, dtype=dtype))
     return net.eval()

@@ -40,6 +40,7 @@ from sb_memeff.nnet.recompute import (
     recompute_blocks,
     store_blocks,
 )
+from sb_memeff.utils.leftovers import no_leftovers
 from sb_memeff.utils.memory import training_step_memory
 
 
@@ -73,6 +74,10 @@ def checkpointed(net, blocks=None, fake=False):
             preserve_rng_state=not fake,
         )
     return net
+
+
+# To look at all objects of the process takes longer than a small analysis.
+once = no_leftovers()
 
 
 def stack(depth=4):
@@ -240,6 +245,7 @@ def activations(build_network):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
+@once
 def test_peak_memory_falls(name):
     def recomputing():
         return pair(name)[0]
@@ -250,6 +256,7 @@ def test_peak_memory_falls(name):
 
 
 @pytest.mark.parametrize("name", ["ecapa", "resnet", "conformer"])
+@once
 def test_peak_memory_is_that_of_torch_on_the_same_blocks(name):
     def theirs():
         net = build(name)
@@ -279,6 +286,7 @@ def test_what_is_stored_does_not_depend_on_what_the_blocks_save():
     assert kept == 2 * x.untyped_storage().nbytes()
 
 
+@once
 def test_peak_grows_by_one_input_a_block():
     def peak(depth):
         def network():
@@ -1044,6 +1052,7 @@ def peak(net, **options):
     ).peak_bytes
 
 
+@once
 def test_the_budget_picks_every():
     whole = peak(stack(8).float())
     peaks = []
@@ -1065,6 +1074,7 @@ def test_the_budget_picks_every():
     assert peaks[0] > peaks[1] > peaks[2]
 
 
+@once
 def test_a_budget_out_of_reach():
     net = stack(8).float()
     with pytest.raises(ValueError, match=r"100 kB.*still takes [\d.]+ MB"):
@@ -1076,6 +1086,7 @@ def test_a_budget_out_of_reach():
         fit_recompute(net, ["*", "*.*"], "100 kB", SHAPE)
 
 
+@once
 def test_the_example_may_be_a_function():
     """For networks that need more than one tensor, or a loss."""
     net = conformer(layers=4)
@@ -1094,6 +1105,7 @@ def test_the_example_may_be_a_function():
     assert type(net.transformer.encoder.norm.norm.weight) is nn.Parameter
 
 
+@once
 def test_optimizer_and_precision_count():
     def chosen(**options):
         net = nn.Sequential(
@@ -1145,6 +1157,7 @@ def test_one_line_of_yaml():
     assert names == [*(f"blocks.{i}" for i in range(4)), "mfa", "asp"]
 
 
+@once
 def test_a_budget_in_yaml():
     text = YAML.format(call="fit_recompute") + (
         "    budget: 30 MB\n"

@@ -92,14 +92,12 @@ def test_memory_of_the_deepest_networks_against_the_vanilla_one():
     vanilla = training_step_memory(
         lambda: ResNet.from_preset("ResNet293"), shape
     )
-    for kind in KINDS:
-        ours = training_step_memory(
-            lambda kind=kind: RevResNet.from_preset(
-                "RevNet293", downsampling=kind
-            ),
-            shape,
-        )
-        assert vanilla.peak_bytes > 16.2 * ours.peak_bytes
+    # Type I, which takes more than Type II.
+    ours = training_step_memory(
+        lambda: RevResNet.from_preset("RevNet293", downsampling="strided"),
+        shape,
+    )
+    assert vanilla.peak_bytes > 16.2 * ours.peak_bytes
 
 
 def test_errors():
