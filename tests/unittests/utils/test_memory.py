@@ -10,6 +10,7 @@ from sb_memeff.lobes.models.RevECAPA_TDNN import RevECAPA_TDNN
 from sb_memeff.lobes.models.RevResNet import RevResNet
 from sb_memeff.nnet.transducer.joint_loss import TransducerJointLoss
 from sb_memeff.optim import SGD8bit
+from sb_memeff.utils.leftovers import no_leftovers
 from sb_memeff.utils.memory import (
     KINDS,
     ModuleTracker,
@@ -104,6 +105,7 @@ def test_the_peak_is_split_by_module():
     assert split["2", "temporaries"] == 512 * 1000 * 4
 
 
+@no_leftovers()  # once for all analyses
 def test_reversible_networks_recompute_and_vanilla_ones_store():
     def by_kind(network, name):
         return training_step_memory(
@@ -116,6 +118,7 @@ def test_reversible_networks_recompute_and_vanilla_ones_store():
     assert vanilla["activations"] > 10 * ours["activations"]
 
 
+@no_leftovers()  # once for all analyses
 def test_8bit_states_are_counted_as_they_are():
     def states(optimizer):
         memory = linear_step(
@@ -212,6 +215,7 @@ def test_modules_are_followed_through_errors():
         assert modules.current() == ("", False)
 
 
+@no_leftovers()  # once for all analyses
 def test_optimizer_states_are_counted():
     plain = linear_step().peak_bytes
     momentum = linear_step(
@@ -240,6 +244,7 @@ def test_fake_and_real_tensors_agree():
     assert fake.peak_bytes == pytest.approx(real.peak_bytes, rel=0.02)
 
 
+@no_leftovers()  # once for all analyses
 def test_autocast_changes_what_is_stored():
     def build():
         return nn.Sequential(*(nn.Conv1d(8, 8, 3) for _ in range(4)))

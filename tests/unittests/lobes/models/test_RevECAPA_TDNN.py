@@ -12,6 +12,7 @@ from speechbrain.lobes.models.ECAPA_TDNN import ECAPA_TDNN
 
 from sb_memeff.lobes.models.RevECAPA_TDNN import RevECAPA_TDNN
 from sb_memeff.nnet.reversible import check_invertible
+from sb_memeff.utils.leftovers import no_leftovers
 from tests.unittests.lobes.networks import ECAPA as SMALL
 
 sys.path.insert(0, str(Path(__file__).parents[4] / "benchmarks"))
@@ -162,12 +163,14 @@ def test_save_memory_is_one_switch():
     assert not ours & graph_of(net(batch()[0]))
 
 
+@no_leftovers()  # once for all analyses
 def test_memory_against_speechbrains():
     ours = ecapa.memory_of("reversible").activation_bytes
     assert ecapa.memory_of("stored").activation_bytes > 8 * ours
     assert ecapa.memory_of("checkpoint").activation_bytes > 4.5 * ours
 
 
+@no_leftovers()  # once for all analyses
 def test_memory_does_not_grow_with_depth():
     shallow, deep = (ecapa.memory_of("reversible", n) for n in (3, 6))
     assert deep.activation_bytes < 1.02 * shallow.activation_bytes

@@ -7,6 +7,7 @@ from hyperpyyaml import load_hyperpyyaml
 from sb_memeff.lobes.models.ResNet import ResNet, stride_pairs
 from sb_memeff.lobes.models.RevResNet import RevResNet
 from sb_memeff.nnet.reversible import check_invertible
+from sb_memeff.utils.leftovers import no_leftovers
 from sb_memeff.utils.memory import training_step_memory
 from tests.unittests.weights import without_zeros
 
@@ -86,6 +87,7 @@ def test_stored_stages_are_freed_when_backward_is_done_with_them():
     assert memory.activation_bytes < 5.3 * state
 
 
+@no_leftovers()  # once for all analyses
 def test_memory_of_the_deepest_networks_against_the_vanilla_one():
     """The paper's headline is 16.2 times less in total."""
     shape = (64, 200, 80)
