@@ -463,7 +463,9 @@ class TapSumBesideGraph(TapSum):
 
     def result(self) -> torch.Tensor:
         """See TapSum; call it once."""
-        return _ReadSum.apply(self, self.token)
+        # The nodes of the taps hold this object: no token may hold them.
+        token, self.token = self.token, None
+        return _ReadSum.apply(self, token)
 
 
 class _AddToSum(torch.autograd.Function):

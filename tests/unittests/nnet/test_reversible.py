@@ -1,6 +1,7 @@
 """The contract of the reversible engine, point by point."""
 
 import copy
+import gc
 import math
 import random
 import re
@@ -897,6 +898,19 @@ def test_graph_is_freed_after_backward():
     y.sum().backward()
     del y
     assert node() is None
+
+
+@pytest.mark.parametrize("backward", [True, False])
+def test_graph_of_taps_is_freed(backward):
+    """With and without a backward pass."""
+    net = Tapped("couplings", ["output", "total"])
+    y, total = net.net(images())
+    parts = [weakref.ref(x.grad_fn) for x in (y, total)]
+    if backward:
+        (y.sum() + total.sum()).backward()
+    del y, total
+    gc.collect()
+    assert all(part() is None for part in parts)
 
 
 def test_channels_last_is_kept_inside():
