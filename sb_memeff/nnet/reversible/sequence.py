@@ -273,7 +273,19 @@ class ReversibleSequence(nn.Module):
             guard = StreamGuard(stream_format.bits, compare=not observers)
             observers.append(guard)
         total = TapSumBesideGraph(stream_format, x.device)
-        state = (x,)
+        try:
+            state = self._run_blocks(
+                (x,), stream_format, total, recorder, observers, args, kwargs
+            )
+            output = stream_format.leave(*state)
+            return output if total.value is None else (output, total.result())
+        finally:
+            total.release()
+
+    def _run_blocks(
+        self, state, stream_format, total, recorder, observers, args, kwargs
+    ):
+        """The state after all blocks; what taps read is added to total."""
         blocks = self._named_blocks()
         while blocks:
             run = _leading_run(blocks, state)
@@ -309,8 +321,7 @@ class ReversibleSequence(nn.Module):
                     (block, stream_format, args, kwargs, *state),
                     {},
                 )
-        output = stream_format.leave(*state)
-        return output if total.value is None else (output, total.result())
+        return state
 
 
 def _leading_run(blocks, state):

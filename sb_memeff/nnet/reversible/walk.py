@@ -463,9 +463,15 @@ class TapSumBesideGraph(TapSum):
 
     def result(self) -> torch.Tensor:
         """See TapSum; call it once."""
-        # The nodes of the taps hold this object: no token may hold them.
-        token, self.token = self.token, None
-        return _ReadSum.apply(self, token)
+        return _ReadSum.apply(self, self.token)
+
+    def release(self) -> None:
+        """Ends forward, or gives it up.
+
+        The nodes of the taps hold this object. If a token went on holding
+        them, Python could free neither.
+        """
+        self.token = None
 
 
 class _AddToSum(torch.autograd.Function):

@@ -913,6 +913,24 @@ def test_graph_of_taps_is_freed(backward):
     assert all(part() is None for part in parts)
 
 
+def test_graph_of_taps_is_freed_after_an_error(monkeypatch):
+    """As where memory ran out, and a smaller batch is tried."""
+    net = Tapped("couplings", ["output", "total"])
+    parts, run_blocks = [], ReversibleSequence._run_blocks
+
+    def fail(sequence, state, stream_format, total, *others):
+        run_blocks(sequence, state, stream_format, total, *others)
+        assert total.value is not None
+        parts.append(weakref.ref(total))
+        raise MemoryError
+
+    monkeypatch.setattr(ReversibleSequence, "_run_blocks", fail)
+    with pytest.raises(MemoryError):
+        net.net(images())
+    gc.collect()
+    assert parts and all(part() is None for part in parts)
+
+
 def test_channels_last_is_kept_inside():
     layouts = []
 
