@@ -1,8 +1,8 @@
 """Everything that only a GPU can show, one JSON line for each check.
 
 Under nine minutes on an H100. Each part runs in a process with a time limit of
-its own, so a fault in one hides nothing of the others. It needs a copy of the
-tree, torch 2.11 with Triton, and the packages of pyproject.toml.
+its own, so a fault in one hides nothing of the others. It runs from a copy of
+the tree; make_bundle.sh gathers what a machine without a network may lack.
 
     python benchmarks/gpu.py [--small] [--only PART ...] [--minutes 8]
 
