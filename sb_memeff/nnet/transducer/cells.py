@@ -236,7 +236,7 @@ class Cells:
             yield group
 
     def sample_of(self, places):
-        """The sample in the batch that each cell is of.
+        """The number of each cell's sample in the batch.
 
         Arguments
         ---------
@@ -251,7 +251,7 @@ class Cells:
         return places // (self.rows * self.columns) + self.samples.start
 
     def tile(self, places):
-        """Finds out where some cells are.
+        """Locates some cells in the batch.
 
         Arguments
         ---------
@@ -261,7 +261,7 @@ class Cells:
         Returns
         -------
         Tile
-            They.
+            The cells with their samples, rows and targets.
         """
         first = self.samples.start
         frame = places // self.columns

@@ -73,9 +73,10 @@ class TransducerJointLoss(nn.Module):
         length of a sample. "samplewise": the logits of one sample at a time,
         each computed once. "batched": all at once, the reference.
     max_rows : int, optional
-        Rows of a tile. By default 2,048 on a CPU; elsewhere as many as make
-        2^25 logits, but from 4,096 to 32,768, for there launching kernels is
-        what takes time.
+        Rows of a tile. By default 2,048 on a CPU. On other devices, where the
+        host must not be the slower one, as many as make 2^25 logits, but at
+        least 4,096 and at most 32,768; 65,536 are faster still and take more
+        memory.
     occupancy_floor : float
         For gradients "tiled" leaves out cells that paths visit with a lower
         probability: the gradient of a cell's logits is at most twice that.
