@@ -27,16 +27,16 @@ def allocator_peak(run):
 
     for root in profiler.profiler.kineto_results.experimental_event_tree():
         walk(root, "")
-    alive = peak = 0
-    inside = set()
+    peak = 0
+    # Size by address. What is freed here but older, garbage of other tests,
+    # does not count.
+    alive = {}
     for _, fields, parent in sorted(found, key=lambda event: event[0]):
-        if fields.alloc_size > 0 and "convolution" in parent:
-            inside.add(fields.ptr)
-        elif fields.alloc_size < 0 and fields.ptr in inside:
-            inside.remove(fields.ptr)
-        else:
-            alive += fields.alloc_size
-            peak = max(peak, alive)
+        if fields.alloc_size < 0:
+            alive.pop(fields.ptr, None)
+        elif "convolution" not in parent:
+            alive[fields.ptr] = fields.alloc_size
+            peak = max(peak, sum(alive.values()))
     return peak
 
 

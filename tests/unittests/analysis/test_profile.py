@@ -71,7 +71,12 @@ def test_a_transducer_recipe_takes_what_its_brain_takes(
     method, tmp_path, monkeypatch
 ):
     training = script(LIBRISPEECH, "train", monkeypatch)
-    overrides = {"transducer_method": method, "output_neurons": 500}
+    # As many rows as on the CPU of the Brain; an analysis takes a GPU's.
+    overrides = {
+        "transducer_method": method,
+        "output_neurons": 500,
+        "max_rows": 2048,
+    }
     recipe = read_recipe(DIGITS, overrides)
     arguments, batch = transducer_batches(recipe.build(), 4, 4.0, 40)
 
@@ -122,10 +127,11 @@ def test_speechbrains_transducer_loss_holds_logits_and_gradients(tmp_path):
         "tiled, encoder recomputed",
     ]
     # 4 x 101 x 41 cells; logits, their logarithms, the loss's gradients and
-    # those of the logits.
+    # those of the logits. All of them are one tile on a GPU, whose logits and
+    # gradients are held.
     logits = 4 * 101 * 41 * 500 * 4
     theirs = found["SpeechBrain's loss"].peak_bytes
-    assert theirs - found["tiled"].peak_bytes > 3 * logits
+    assert theirs - found["tiled"].peak_bytes > 1.5 * logits
     assert found["batched"].peak_bytes < theirs
 
 
