@@ -434,14 +434,11 @@ def compiled():
     def net_of(net):
         return [p for p in net.parameters() if p.grad is not None]
 
-    check(
-        "torch.compile RevNet34 fp32, gradient against eager",
-        lambda: one("fp32"),
-    )
-    check(
-        "torch.compile RevNet34 bf16, gradient against eager",
-        lambda: one("bf16"),
-    )
+    for precision in ("fp32", "bf16"):
+        check(
+            f"torch.compile RevNet34 {precision}, gradient against eager",
+            lambda: one(precision),
+        )
 
 
 def joint():
@@ -522,17 +519,12 @@ def joint():
                 return timed(step, rounds, 1)
 
             check(f"{name} {method}", one)
-    for method in ("tiled",):
-        check(
-            f"kernels of joint {method}",
-            lambda: largest_kernels(
-                step_with(
-                    TransducerJointLoss,
-                    made(librispeech, bf16),
-                    **methods[method][1],
-                )
-            ),
-        )
+    check(
+        "kernels of joint tiled",
+        lambda: largest_kernels(
+            step_with(TransducerJointLoss, made(librispeech, bf16))
+        ),
+    )
     check(
         "host of joint tiled",
         lambda: host_time(

@@ -27,16 +27,17 @@ def allocator_peak(run):
 
     for root in profiler.profiler.kineto_results.experimental_event_tree():
         walk(root, "")
-    peak = 0
+    total = peak = 0
     # Size by address. What is freed here but older, garbage of other tests,
     # does not count.
     alive = {}
     for _, fields, parent in sorted(found, key=lambda event: event[0]):
         if fields.alloc_size < 0:
-            alive.pop(fields.ptr, None)
+            total -= alive.pop(fields.ptr, 0)
         elif "convolution" not in parent:
             alive[fields.ptr] = fields.alloc_size
-            peak = max(peak, sum(alive.values()))
+            total += fields.alloc_size
+            peak = max(peak, total)
     return peak
 
 

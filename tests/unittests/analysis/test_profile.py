@@ -116,7 +116,7 @@ def test_speechbrains_transducer_loss_holds_logits_and_gradients(tmp_path):
     small = {**SMALL_TRANSDUCER, "output_neurons": 500}
     recipe = read_recipe(upstream_transducer(tmp_path), small)
     found = {
-        variant.label: profile(recipe, 4, 4.0, 40, variant=variant).memory
+        variant.label: profile(recipe, 32, 4.0, 40, variant=variant).memory
         for variant in variants(recipe)
     }
     assert list(found) == [
@@ -126,12 +126,11 @@ def test_speechbrains_transducer_loss_holds_logits_and_gradients(tmp_path):
         "tiled",
         "tiled, encoder recomputed",
     ]
-    # 4 x 101 x 41 cells; logits, their logarithms, the loss's gradients and
-    # those of the logits. All of them are one tile on a GPU, whose logits and
-    # gradients are held.
-    logits = 4 * 101 * 41 * 500 * 4
+    # 32 x 101 x 41 cells, of which a GPU's tile is a quarter; logits, their
+    # logarithms, the loss's gradients and those of the logits.
+    logits = 32 * 101 * 41 * 500 * 4
     theirs = found["SpeechBrain's loss"].peak_bytes
-    assert theirs - found["tiled"].peak_bytes > 1.5 * logits
+    assert theirs - found["tiled"].peak_bytes > 3 * logits
     assert found["batched"].peak_bytes < theirs
 
 

@@ -175,6 +175,13 @@ def test_nan_in_one_row_stays_there_in_float16():
     found, undo = rows.row_gradient(*arguments, fit_into_float16=True)
     assert undo.isfinite() and found[1].isnan().all()
     assert found[[0, 2]].isfinite().all()
+    arguments = logits.double(), normaliser.double(), target
+    exact, _ = rows.row_gradient(
+        *arguments, blank.double(), emission.double(), 0
+    )
+    torch.testing.assert_close(
+        found.double() * undo, exact, rtol=1e-3, atol=1e-6, equal_nan=True
+    )
 
 
 def test_scale_for_float16_is_a_power_of_two():
