@@ -21,7 +21,8 @@ DEVICE = os.environ.get("SB_MEMEFF_TEST_DEVICE") or "cpu"
 
 # Each script runs as __main__ in a process of its own, but what all of them
 # import is imported once: it takes longer than to train so little. The first
-# that fails ends it.
+# that fails ends it. (bitsandbytes initialises CUDA when it is imported, and
+# CUDA does not survive a fork: on a GPU each script imports for itself.)
 ONE_AFTER_THE_OTHER = """
 import json, os, runpy, sys
 import speechbrain, torchaudio, sb_memeff.core, sb_memeff.utils.export
@@ -70,8 +71,13 @@ class Recipe:
 
     def run(self, place, script, hparams, *flags, fails=False):
         """Runs a script in a working folder; gives what it printed."""
+        _, *argv = self.command(script, hparams, *flags)
+        return self.output_of(place, *argv, fails=fails)
+
+    def output_of(self, place, *argv, fails=False):
+        """Runs Python in a working folder; gives what it printed."""
         done = subprocess.run(
-            self.command(script, hparams, *flags),
+            [sys.executable, *argv],
             cwd=place,
             env=environment(),
             stdout=subprocess.PIPE,
@@ -99,20 +105,23 @@ class Recipe:
             )
             lines[hparams] = row, folder
             jobs.append((argv, str(place / f"{hparams}.txt")))
-        done = subprocess.run(
-            [sys.executable, "-c", ONE_AFTER_THE_OTHER],
-            cwd=place,
-            env=environment(),
-            input=json.dumps(jobs),
-            text=True,
-            timeout=300 * len(jobs),
-        )
-        outputs = [
-            Path(output).read_text()
-            for _, output in jobs
-            if Path(output).exists()
-        ]
-        assert not done.returncode, outputs[-1:] and outputs[-1][-3000:]
+        if DEVICE != "cpu":
+            outputs = [self.output_of(place, *argv) for argv, _ in jobs]
+        else:
+            done = subprocess.run(
+                [sys.executable, "-c", ONE_AFTER_THE_OTHER],
+                cwd=place,
+                env=environment(),
+                input=json.dumps(jobs),
+                text=True,
+                timeout=300 * len(jobs),
+            )
+            outputs = [
+                Path(output).read_text()
+                for _, output in jobs
+                if Path(output).exists()
+            ]
+            assert not done.returncode, outputs[-1:] and outputs[-1][-3000:]
         return {
             hparams: (*line, text)
             for (hparams, line), text in zip(
@@ -159,7 +168,28 @@ class Recipe:
 def environment():
     """Variables for a process of a recipe."""
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    return {
+        **os.environ,
+        "PYTHONPATH": path,
+        "OMP_NUM_THREADS": "1",
+        # cuBLAS is deterministic with a workspace of this form.
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    }
+
+
+def deterministic(place, hparams):
+    """A copy of a yaml file with the line that makes a run deterministic.
+
+    Two runs on a GPU differ in their last bits without it.
+    """
+    hparams = Path(hparams)
+    path = place / f"deterministic_{hparams.name}"
+    path.write_text(
+        hparams.read_text()
+        + "\n__deterministic: !apply:torch.use_deterministic_algorithms\n"
+        "    mode: True\n    warn_only: True\n"
+    )
+    return path
 
 
 def check_files(row, folder):

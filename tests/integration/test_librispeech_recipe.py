@@ -30,6 +30,7 @@ from tests.integration.runs import (
     DEVICE,
     Recipe,
     check_files,
+    deterministic,
     environment,
     last_checkpoint,
     steps_of,
@@ -214,8 +215,10 @@ def test_killed_run_continues(place):
     Dynamic batches, dropout, noise, echo, speed perturbation, dynamic chunks:
     the weights are those of a run that was not interrupted, bit for bit.
     """
-    hparams = with_noise_and_echo(place)
+    hparams = deterministic(place, with_noise_and_echo(place))
     flags = ["--ckpt_interval_minutes=0", "--ckpt_interval_steps=2"]
+    if DEVICE != "cpu":  # torch has no deterministic gradient of CTC there
+        flags.append("--ctc_weight=0")
     killed = digits(place, "killed", *flags)[1:]
     folder = place / "results" / "killed"
     process = subprocess.Popen(
@@ -247,7 +250,8 @@ def test_killed_run_continues(place):
     )
     # Each batch takes one echo.
     assert resumed and int(resumed[2]) % SOUNDS
-    recipe.main([str(hparams), *digits(place, "straight", *flags)[1:]])
+    straight = digits(place, "straight", *flags)[1:]
+    RECIPE.run(place, "train.py", hparams, *straight)
     for name in ("model", "optimizer", "normalizer"):
         ours, theirs = (
             torch.load(
@@ -274,9 +278,11 @@ def test_the_methods_train_the_same(place):
         losses.append(losses_of((path / "train_log.txt").read_text())[0])
         weights.append(torch.load(last_checkpoint(path) / "model.ckpt"))
     assert losses == pytest.approx([losses[2]] * 3, rel=1e-3)
-    for some in weights[:2]:
+    # CTC's gradient on a GPU differs from run to run.
+    atol = 1e-4 if DEVICE == "cpu" else 1e-3
+    for found in weights[:2]:
         for key, value in weights[2].items():
-            torch.testing.assert_close(some[key], value, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(found[key], value, rtol=1e-3, atol=atol)
 
 
 def brain_of(hparams):

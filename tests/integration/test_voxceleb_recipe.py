@@ -32,6 +32,7 @@ from tests.integration.runs import (
     DEVICE,
     Recipe,
     check_files,
+    deterministic,
     environment,
     last_checkpoint,
     steps_of,
@@ -209,7 +210,7 @@ def test_killed_run_continues(place):
     data = place / "data" / "tiny_voxceleb"
     arguments = RECIPE.command(
         "train_speaker_embeddings.py",
-        "train_revnet.yaml",
+        deterministic(place, RECIPE.folder / "hparams" / "train_revnet.yaml"),
         *FAST,
         f"--data_folder={data}",
         f"--data_folder_noise={data / 'noise'}",
@@ -239,8 +240,7 @@ def test_killed_run_continues(place):
     assert not (folder / "train_log.txt").exists(), "killed too late"
     (folder / "save" / "partial-CKPT+left-over").mkdir()
 
-    script, hparams = Path(arguments[1]).name, Path(arguments[2]).name
-    text = RECIPE.run(place, script, hparams, *arguments[3:])
+    text = RECIPE.output_of(place, *arguments[1:])
     resumed = re.search(
         r"Resumed: (\d+) batches of the epoch and (\d+) optimizer", text
     )
@@ -265,9 +265,7 @@ def test_killed_run_continues(place):
         f"--output_folder={folder}": f"--output_folder={straight}",
         "--num_workers=0": "--num_workers=1",
     }
-    RECIPE.run(
-        place, script, hparams, *(others.get(a, a) for a in arguments[3:])
-    )
+    RECIPE.output_of(place, *(others.get(a, a) for a in arguments[1:]))
     for name in ("embedding_model", "classifier"):
         ours, theirs = (
             torch.load(last_checkpoint(f) / f"{name}.ckpt")

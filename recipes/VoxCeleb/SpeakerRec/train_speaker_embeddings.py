@@ -289,11 +289,13 @@ def main(arguments):
     arguments : list of str
         The command line.
     """
-    torch.backends.cudnn.benchmark = True
     hparams_file, run_opts, overrides = sb.parse_arguments(arguments)
     sb.utils.distributed.ddp_init_group(run_opts)
     with open(hparams_file, encoding="utf-8") as f:
         hparams = load_hyperpyyaml(f, overrides)
+    # Benchmarks choose algorithms by time, differently in every run.
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.backends.cudnn.benchmark = not deterministic
     check_data(hparams)
     run_on_main(prepare_data, [hparams])
     sb.core.create_experiment_directory(
