@@ -29,6 +29,7 @@ from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 from torch.utils._pytree import tree_leaves
 
+from sb_memeff.ops.dispatch import runs_fused
 from sb_memeff.utils.blockwise import BLOCK, Codebook, Quantized8bit
 
 __all__ = [
@@ -218,9 +219,66 @@ class _States8bit(torch.optim.Optimizer):
                 "embedding with sparse=False."
             )
         for group, params in zip(self.param_groups, ready):
-            for some in _chunks(params):
+            fused, direct, others = self._split(group, params)
+            for some in fused.values():
+                self._update_fused(group, some)
+                # Triton does not tell autograd what it has written.
+                torch.autograd.graph.increment_version(some)
+            for some in _chunks(direct):
+                self._step_direct(group, some)
+            for some in _chunks(others):
                 self._step_some(group, some)
         return loss
+
+    def _split(self, group, params):
+        """Parameters for a fused kernel by device, for torch, and others.
+
+        torch gets those whose states are in 32 bits, if nothing need be
+        copied. The others are those of which something must be, and all in
+        their first step, which makes the states.
+        """
+        fused, direct, others = {}, [], []
+        # A fused Adam counts steps on the GPU, where a rate may be too.
+        can_fuse = not group["fused"] and not torch.is_tensor(group["lr"])
+        names = [name for name in self._names(group) if name in self.signed]
+        for p in params:
+            state = self.state.get(p, {})
+            states = [state.get(name) for name in names]
+            if not (
+                p.dtype in (torch.float32, torch.float64)
+                and p.is_contiguous()
+                and p.grad.is_contiguous()
+                and p.grad.dtype == p.dtype
+            ):
+                others.append(p)
+            elif not self._in_8bit(group, p):
+                same = all(
+                    torch.is_tensor(x)
+                    and x.is_contiguous()
+                    and (x.dtype, x.device) == (p.dtype, p.device)
+                    for x in states
+                )
+                (direct if same else others).append(p)
+            elif (
+                can_fuse
+                and states
+                and all(
+                    isinstance(x, Quantized8bit) and x.codes.device == p.device
+                    for x in states
+                )
+                and runs_fused(p, p.grad)
+            ):
+                fused.setdefault(p.device, []).append(p)
+            else:
+                others.append(p)
+        return fused, direct, others
+
+    def _step_direct(self, group, params):
+        states = [self.state.get(p, {}) for p in params]
+        self._update(group, params, [p.grad for p in params], states)
+        for p, state in zip(params, states):
+            if state:
+                self.state[p] = state
 
     def _step_some(self, group, params):
         weights = [_dense(p) for p in params]
@@ -243,6 +301,15 @@ class _States8bit(torch.optim.Optimizer):
     def _update(self, group, params, grads, states):
         """Updates parameters and their states, all unpacked, in place."""
         raise NotImplementedError
+
+    def _update_fused(self, group, params):
+        """Updates parameters of one device, and their 8 bits, in place."""
+        raise NotImplementedError
+
+    def _quantized(self, params, name):
+        """Codes and maxima of a state of some parameters."""
+        states = [self.state[p][name] for p in params]
+        return [x.codes for x in states], [x.absmax for x in states]
 
     def _codebook(self, name, device):
         key = (self.signed[name], device)
@@ -557,6 +624,24 @@ class SGD8bit(_States8bit, torch.optim.SGD):
             for state, momentum in zip(states, momenta):
                 state["momentum_buffer"] = momentum
 
+    def _update_fused(self, group, params):
+        from sb_memeff.ops.triton.sgd_8bit import sgd_8bit
+
+        codebook = self._codebook("momentum_buffer", params[0].device)
+        sgd_8bit(
+            params,
+            [p.grad for p in params],
+            *self._quantized(params, "momentum_buffer"),
+            codebook.values,
+            codebook.middles,
+            lr=group["lr"],
+            momentum=group["momentum"],
+            dampening=group["dampening"],
+            weight_decay=group["weight_decay"],
+            nesterov=group["nesterov"],
+            maximize=group["maximize"],
+        )
+
 
 class _Adam8bit(_States8bit):
     states = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
@@ -609,6 +694,33 @@ class _Adam8bit(_States8bit):
             maximize=group["maximize"],
             foreach=group["foreach"],
             fused=group["fused"],
+        )
+
+    def _update_fused(self, group, params):
+        from sb_memeff.ops.triton.adam_8bit import adam_8bit
+
+        moments, codebooks = [], []
+        for name in self._names(group):
+            if name == "step":
+                continue
+            moments += self._quantized(params, name)
+            codebooks.append(self._codebook(name, params[0].device))
+        steps = [self.state[p]["step"] for p in params]
+        for step in steps:
+            step += 1
+        adam_8bit(
+            params,
+            [p.grad for p in params],
+            moments,
+            [step.item() for step in steps],
+            *((x.values, x.middles) for x in codebooks[:2]),
+            lr=group["lr"],
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            decoupled_weight_decay=group["decoupled_weight_decay"],
+            amsgrad=group["amsgrad"],
+            maximize=group["maximize"],
         )
 
 

@@ -93,8 +93,8 @@ class Codebook:
         self._lower = torch.bucketize(lowest, middles).to(
             device=device, dtype=torch.uint8
         )
-        self._middles = torch.cat([middles, middles.new_tensor([torch.inf])])
-        self._middles = self._middles.to(device)
+        self.middles = torch.cat([middles, middles.new_tensor([torch.inf])])
+        self.middles = self.middles.to(device)
 
     def quantize(self, x):
         """Rounds each value to the nearest one that has a code.
@@ -185,7 +185,7 @@ class Codebook:
             part = part / scale[: part.numel()]
             high_bits = part.view(torch.int32) >> 16
             code = self._lower.index_select(0, high_bits + (1 << 15))
-            middle = self._middles.index_select(0, code.to(torch.int32))
+            middle = self.middles.index_select(0, code.to(torch.int32))
             codes[start : start + SLICE] = code.add_(part > middle)
         return codes
 

@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from sb_memeff.ops.triton.launch import on_device_of
+
 __all__ = ["row_gradient", "row_scores"]
 
 # Columns that a program holds at a time.
@@ -122,15 +124,16 @@ def row_scores(
     rows, vocabulary = logits.shape
     scores = logits.new_empty(3, rows, dtype=torch.float32)
     if rows:
-        _scores[(rows,)](
-            logits,
-            target,
-            scores,
-            rows,
-            vocabulary,
-            BLANK=blank_index,
-            BLOCK=BLOCK,
-        )
+        with on_device_of(logits):
+            _scores[(rows,)](
+                logits,
+                target,
+                scores,
+                rows,
+                vocabulary,
+                BLANK=blank_index,
+                BLOCK=BLOCK,
+            )
     return tuple(scores)
 
 
@@ -184,10 +187,11 @@ def row_gradient(
             BLOCK=BLOCK,
         )
 
-    if fit is not None:
-        largest = torch.zeros_like(deviation)
-        launch(False, None, largest)
-        scale = fit(largest.reshape(()))
-        factor = scale.reciprocal()
-    launch(True, scale, None)
+    with on_device_of(logits):
+        if fit is not None:
+            largest = torch.zeros_like(deviation)
+            launch(False, None, largest)
+            scale = fit(largest.reshape(()))
+            factor = scale.reciprocal()
+        launch(True, scale, None)
     return gradient, factor

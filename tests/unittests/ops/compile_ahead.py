@@ -15,7 +15,13 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sb_memeff.ops.triton import lattice, logit_rows
+from sb_memeff.ops.triton import (
+    adam_8bit,
+    blocks_8bit,
+    lattice,
+    logit_rows,
+    sgd_8bit,
+)
 
 CUOBJDUMP = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
 TARGETS = (75, 80, 90)
@@ -36,6 +42,7 @@ LATTICE = {
         "i32",
     ),
 }
+OPTIMIZER = {"table_ptr": "*i64", "tensor_of_ptr": "*i32", "tensors": "i32"}
 
 
 def kernels():
@@ -90,6 +97,28 @@ def kernels():
             {**LATTICE, **dict.fromkeys(outputs, "*fp32"), "plane": "i64"},
             {"BLOCK": block},
             min(4, block // 32),
+        )
+    for aligned in (True, False):
+        constants = {"ALIGNED": aligned, "BLOCKS": blocks_8bit.BLOCKS}
+        tables = dict.fromkeys(("values_ptr", "middles_ptr"), "*fp32")
+        numbers = ("lr", "momentum", "undamped", "weight_decay")
+        yield (
+            f"sgd_8bit aligned={aligned}",
+            sgd_8bit._sgd,
+            {**OPTIMIZER, **tables, **dict.fromkeys(numbers, "fp32")},
+            {**constants, "MAXIMIZE": True, "NESTEROV": True},
+            4,
+        )
+        for name in ("corrections", "signed_values", "signed_middles"):
+            tables[f"{name}_ptr"] = "*fp32"
+        numbers = ("lr", "rate1", "beta2", "rate2", "eps", "weight_decay")
+        flags = ("DECOUPLED", "AMSGRAD", "MAXIMIZE")
+        yield (
+            f"adam_8bit aligned={aligned}",
+            adam_8bit._adam,
+            {**OPTIMIZER, **tables, **dict.fromkeys(numbers, "fp32")},
+            {**constants, **dict.fromkeys(flags, True)},
+            4,
         )
 
 

@@ -1,0 +1,181 @@
+"""A step of Adam or AdamW with moments in 8 bits, in one launch.
+
+The formulas are torch.optim.Adam's.
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from sb_memeff.ops.triton.blocks_8bit import (
+    bytes_of,
+    floats_of,
+    inside,
+    launch,
+    load_quantized,
+    places,
+    store_quantized,
+)
+
+__all__ = ["adam_8bit"]
+
+
+@triton.jit
+def _adam(
+    table_ptr,
+    tensor_of_ptr,
+    tensors,
+    corrections_ptr,
+    signed_values_ptr,
+    signed_middles_ptr,
+    values_ptr,
+    middles_ptr,
+    lr,
+    rate1,
+    beta2,
+    rate2,
+    eps,
+    weight_decay,
+    DECOUPLED: tl.constexpr,
+    AMSGRAD: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    tensor, block, value, has_block, size = places(
+        table_ptr, tensor_of_ptr, tensors, BLOCKS
+    )
+    has_value = inside(value, size, ALIGNED)
+    weights = floats_of(table_ptr, tensors, tensor, 0, ALIGNED)
+    gradients = floats_of(table_ptr, tensors, tensor, 1, ALIGNED)
+    weight = tl.load(weights + value, mask=has_value, other=0.0)
+    gradient = tl.load(gradients + value, mask=has_value, other=0.0)
+    if MAXIMIZE:
+        gradient = -gradient
+    if DECOUPLED:
+        weight *= 1 - lr * weight_decay
+    else:
+        gradient += weight_decay * weight
+
+    codes = bytes_of(table_ptr, tensors, tensor, 2, ALIGNED)
+    maxima = floats_of(table_ptr, tensors, tensor, 3, False)
+    mean = load_quantized(
+        codes, maxima, signed_values_ptr, block, value, has_block, has_value
+    )
+    mean += rate1 * (gradient - mean)
+    store_quantized(
+        mean,
+        codes,
+        maxima,
+        signed_middles_ptr,
+        block,
+        value,
+        has_block,
+        has_value,
+        True,
+    )
+    codes = bytes_of(table_ptr, tensors, tensor, 4, ALIGNED)
+    maxima = floats_of(table_ptr, tensors, tensor, 5, False)
+    square = load_quantized(
+        codes, maxima, values_ptr, block, value, has_block, has_value
+    )
+    square = beta2 * square + rate2 * gradient * gradient
+    store_quantized(
+        square,
+        codes,
+        maxima,
+        middles_ptr,
+        block,
+        value,
+        has_block,
+        has_value,
+        False,
+    )
+    if AMSGRAD:
+        codes = bytes_of(table_ptr, tensors, tensor, 6, ALIGNED)
+        maxima = floats_of(table_ptr, tensors, tensor, 7, False)
+        highest = load_quantized(
+            codes, maxima, values_ptr, block, value, has_block, has_value
+        )
+        # Not maximum: NaN must come out.
+        square = tl.where(highest > square, highest, square)
+        store_quantized(
+            square,
+            codes,
+            maxima,
+            middles_ptr,
+            block,
+            value,
+            has_block,
+            has_value,
+            False,
+        )
+    step_size = tl.load(corrections_ptr + tensor)
+    root_correction = tl.load(corrections_ptr + tensors + tensor)
+    root = tl.sqrt(square) / root_correction + eps
+    tl.store(weights + value, weight - step_size * mean / root, mask=has_value)
+
+
+def adam_8bit(
+    params: list[torch.Tensor],
+    grads: list[torch.Tensor],
+    moments: list[list[torch.Tensor]],
+    steps: list[float],
+    signed: tuple[torch.Tensor, torch.Tensor],
+    unsigned: tuple[torch.Tensor, torch.Tensor],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    decoupled_weight_decay: bool,
+    amsgrad: bool,
+    maximize: bool,
+):
+    """Updates parameters and the codes and maxima of their moments in place.
+
+    Arguments
+    ---------
+    params, grads : list of torch.Tensor
+        float32, contiguous, on one device.
+    moments : list of list of torch.Tensor
+        Codes and maxima of the first moments, of the second ones and, with
+        amsgrad, of the largest second ones, as
+        ``utils.blockwise.Quantized8bit`` holds them.
+    steps : list of float
+        The number of each parameter's step, from 1 on.
+    signed, unsigned : tuple of torch.Tensor
+        Values and middles of a ``utils.blockwise.Codebook``.
+    lr, betas, eps, weight_decay : float
+        As torch.optim.Adam's.
+    decoupled_weight_decay, amsgrad, maximize : bool
+        As torch.optim.Adam's.
+    """
+    beta1, beta2 = betas
+    corrections = torch.tensor(
+        [
+            [lr / (1 - beta1**step) for step in steps],
+            [(1 - beta2**step) ** 0.5 for step in steps],
+        ]
+    )
+    if params[0].is_cuda:
+        corrections = corrections.pin_memory()
+    launch(
+        _adam,
+        [params, grads, *moments],
+        corrections.to(params[0].device, non_blocking=True),
+        *signed,
+        *unsigned,
+        float(lr),
+        1.0 - beta1,
+        float(beta2),
+        1.0 - beta2,
+        float(eps),
+        float(weight_decay),
+        DECOUPLED=decoupled_weight_decay,
+        AMSGRAD=amsgrad,
+        MAXIMIZE=maximize,
+    )

@@ -1,0 +1,176 @@
+"""Blocks of 256 values in 8 bits, of many tensors in one launch.
+
+A table in the GPU's memory holds the addresses of all tensors; a program looks
+up which one is its own, and takes a few blocks of it.
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+from sb_memeff.ops.triton.launch import on_device_of
+
+__all__ = [
+    "bytes_of",
+    "floats_of",
+    "launch",
+    "load_quantized",
+    "places",
+    "store_quantized",
+]
+
+# Blocks that a program takes: more would take too many registers.
+BLOCKS = 2
+# Rows of the table before those of addresses.
+SIZES, FIRST_PROGRAMS, ADDRESSES = range(3)
+# With addresses and sizes of such multiples loads and stores are vectors.
+ALIGNMENT = 16
+
+
+@triton.jit
+def places(table_ptr, tensor_of_ptr, tensors, BLOCKS: tl.constexpr):
+    """Tensor, blocks and values of a program, and which of them exist."""
+    program = tl.program_id(0)
+    tensor = tl.load(tensor_of_ptr + program)
+    size = tl.load(table_ptr + tensor)
+    first = (program - tl.load(table_ptr + tensors + tensor)) * BLOCKS
+    block = first + tl.arange(0, BLOCKS)
+    value = block[:, None] * 256 + tl.arange(0, 256)[None, :]
+    return tensor, block, value, block * 256 < size, size
+
+
+@triton.jit
+def inside(value, size, ALIGNED: tl.constexpr):
+    """Which values a tensor has."""
+    if ALIGNED:
+        size = tl.multiple_of(size, 16)
+    return value < size
+
+
+@triton.jit
+def floats_of(
+    table_ptr, tensors, tensor, ROW: tl.constexpr, ALIGNED: tl.constexpr
+):
+    """Address of float32 numbers in a row of addresses."""
+    address = tl.load(table_ptr + (2 + ROW) * tensors + tensor)
+    pointer = address.to(tl.pointer_type(tl.float32))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def bytes_of(
+    table_ptr, tensors, tensor, ROW: tl.constexpr, ALIGNED: tl.constexpr
+):
+    """Address of uint8 numbers in a row of addresses."""
+    address = tl.load(table_ptr + (2 + ROW) * tensors + tensor)
+    pointer = address.to(tl.pointer_type(tl.uint8))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def load_quantized(
+    codes, maxima, values_ptr, block, value, has_block, has_value
+):
+    """Numbers from their codes and the maxima of their blocks."""
+    code = tl.load(codes + value, mask=has_value, other=0).to(tl.int32)
+    largest = tl.load(maxima + block, mask=has_block, other=0.0)
+    return tl.load(values_ptr + code) * largest[:, None]
+
+
+@triton.jit
+def store_quantized(
+    x,
+    codes,
+    maxima,
+    middles_ptr,
+    block,
+    value,
+    has_block,
+    has_value,
+    SIGNED: tl.constexpr,
+):
+    """The code nearest to each number, and the maxima of the blocks."""
+    size = tl.where(has_value, tl.abs(x), 0.0)
+    largest = tl.max(size, 1)
+    # max leaves NaN out, and a code cannot be one.
+    has_nan = tl.max((size != size).to(tl.int32), 1) > 0
+    largest = tl.where(has_nan, float("nan"), largest)
+    tl.store(maxima + block, largest, mask=has_block)
+    # A block of zeros has nothing to be scaled by.
+    scaled = x / tl.where(largest == 0, 1.0, largest)[:, None]
+    # How many of the 255 middles between two codes lie below.
+    code = tl.zeros(x.shape, tl.int32)
+    step = 128
+    for _ in tl.static_range(8):
+        upper = code + step
+        code = tl.where(tl.load(middles_ptr + upper - 1) < scaled, upper, code)
+        step = step // 2
+    if not SIGNED:
+        # Adam divides by the root of its second moment.
+        code = tl.maximum(code, 1)
+    tl.store(codes + value, code.to(tl.uint8), mask=has_value)
+
+
+def launch(
+    kernel,
+    tensors: list[list[torch.Tensor]],
+    *arguments: torch.Tensor | float,
+    **constants,
+):
+    """Runs a kernel on the blocks of many tensors of one device.
+
+    Arguments
+    ---------
+    kernel : triton.JITFunction
+        Takes the table, the tensors' numbers by program, how many there are,
+        and the arguments.
+    tensors : list of list of torch.Tensor
+        The tensors of each row of addresses. The first row says how many
+        values each has.
+    *arguments : torch.Tensor or float
+        What follows.
+    **constants : bool
+        Passed on by name.
+    """
+    device = tensors[0][0].device
+    sizes = [x.numel() for x in tensors[0]]
+    programs = tuple(triton.cdiv(size, BLOCKS * 256) for size in sizes)
+    tensor_of, first_programs = _programs(programs, device)
+    rows = [sizes, first_programs]
+    rows += [[x.data_ptr() for x in row] for row in tensors]
+    aligned = not any(
+        number % ALIGNMENT for row in rows[:1] + rows[2:] for number in row
+    )
+    table = torch.tensor(rows, dtype=torch.int64)
+    if device.type == "cuda":
+        # The host does not wait for a copy from pinned memory.
+        table = table.pin_memory()
+    table = table.to(device, non_blocking=True)
+    with on_device_of(table):
+        kernel[(len(tensor_of),)](
+            table,
+            tensor_of,
+            len(sizes),
+            *arguments,
+            ALIGNED=aligned,
+            BLOCKS=BLOCKS,
+            **constants,
+        )
+
+
+@functools.lru_cache(maxsize=8)
+def _programs(programs, device):
+    """The tensor of each program, and the first program of each tensor."""
+    counts = torch.tensor(programs)
+    numbers = torch.arange(len(programs), dtype=torch.int32)
+    tensor_of = numbers.repeat_interleave(counts).to(device)
+    return tensor_of, (counts.cumsum(0) - counts).tolist()

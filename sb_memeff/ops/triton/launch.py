@@ -1,0 +1,34 @@
+"""On which GPU a kernel is launched.
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+import contextlib
+
+import torch
+
+__all__ = ["on_device_of"]
+
+
+def on_device_of(x: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Makes a tensor's GPU the current one, where Triton launches kernels.
+
+    Arguments
+    ---------
+    x : torch.Tensor
+        Anything that the kernel reads.
+
+    Returns
+    -------
+    contextlib.AbstractContextManager
+        Does nothing for a tensor on the CPU (Triton's interpreter).
+
+    Example
+    -------
+    >>> with on_device_of(torch.zeros(3)):
+    ...     pass
+    """
+    return (
+        torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    )

@@ -1,0 +1,115 @@
+"""A step of SGD with its momentum in 8 bits, of all parameters in one launch.
+
+The formulas are torch.optim.SGD's.
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from sb_memeff.ops.triton.blocks_8bit import (
+    bytes_of,
+    floats_of,
+    inside,
+    launch,
+    load_quantized,
+    places,
+    store_quantized,
+)
+
+__all__ = ["sgd_8bit"]
+
+
+@triton.jit
+def _sgd(
+    table_ptr,
+    tensor_of_ptr,
+    tensors,
+    values_ptr,
+    middles_ptr,
+    lr,
+    momentum,
+    undamped,
+    weight_decay,
+    MAXIMIZE: tl.constexpr,
+    NESTEROV: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    tensor, block, value, has_block, size = places(
+        table_ptr, tensor_of_ptr, tensors, BLOCKS
+    )
+    has_value = inside(value, size, ALIGNED)
+    weights = floats_of(table_ptr, tensors, tensor, 0, ALIGNED)
+    gradients = floats_of(table_ptr, tensors, tensor, 1, ALIGNED)
+    codes = bytes_of(table_ptr, tensors, tensor, 2, ALIGNED)
+    maxima = floats_of(table_ptr, tensors, tensor, 3, False)
+    weight = tl.load(weights + value, mask=has_value, other=0.0)
+    gradient = tl.load(gradients + value, mask=has_value, other=0.0)
+    buffer = load_quantized(
+        codes, maxima, values_ptr, block, value, has_block, has_value
+    )
+    if MAXIMIZE:
+        gradient = -gradient
+    gradient += weight_decay * weight
+    buffer = momentum * buffer + undamped * gradient
+    update = gradient + momentum * buffer if NESTEROV else buffer
+    tl.store(weights + value, weight - lr * update, mask=has_value)
+    store_quantized(
+        buffer,
+        codes,
+        maxima,
+        middles_ptr,
+        block,
+        value,
+        has_block,
+        has_value,
+        True,
+    )
+
+
+def sgd_8bit(
+    params: list[torch.Tensor],
+    grads: list[torch.Tensor],
+    codes: list[torch.Tensor],
+    maxima: list[torch.Tensor],
+    values: torch.Tensor,
+    middles: torch.Tensor,
+    *,
+    lr: float,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+):
+    """Updates parameters and the codes and maxima of their momenta in place.
+
+    Arguments
+    ---------
+    params, grads : list of torch.Tensor
+        float32, contiguous, on one device.
+    codes, maxima : list of torch.Tensor
+        The momenta, as ``utils.blockwise.Quantized8bit`` holds them.
+    values, middles : torch.Tensor
+        Of a signed ``utils.blockwise.Codebook``.
+    lr, momentum, dampening, weight_decay : float
+        As torch.optim.SGD's.
+    nesterov, maximize : bool
+        As torch.optim.SGD's.
+    """
+    launch(
+        _sgd,
+        [params, grads, codes, maxima],
+        values,
+        middles,
+        float(lr),
+        float(momentum),
+        1.0 - dampening,
+        float(weight_decay),
+        MAXIMIZE=maximize,
+        NESTEROV=nesterov,
+    )

@@ -1,0 +1,199 @@
+"""Steps of 8-bit optimizers in one launch against their plain form."""
+
+import copy
+
+import pytest
+import torch
+
+from sb_memeff import optim
+from sb_memeff.ops.triton import blocks_8bit
+from sb_memeff.optim import Adam8bit, AdamW8bit, SGD8bit
+from tests.unittests.ops.kernels import DEVICE
+
+# Whole blocks, part of a block, one block, and one that stays in 32 bits.
+SHAPES = [(64, 80), (5001,), (4096,), (33, 128), (7,)]
+CASES = [
+    (SGD8bit, {"lr": 0.1, "momentum": 0.9}),
+    (
+        SGD8bit,
+        {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "nesterov": True},
+    ),
+    (
+        SGD8bit,
+        {"lr": 0.1, "momentum": 0.8, "dampening": 0.3, "maximize": True},
+    ),
+    (AdamW8bit, {"lr": 0.01, "weight_decay": 0.1}),
+    (AdamW8bit, {"lr": 0.01, "betas": (0.5, 0.6), "eps": 0.01}),
+    (Adam8bit, {"lr": 0.01, "weight_decay": 0.1, "maximize": True}),
+    (Adam8bit, {"lr": 0.01, "betas": (0.5, 0.6), "amsgrad": True}),
+]
+MOMENTUM = {SGD8bit: {"momentum": 0.9}, AdamW8bit: {}}
+
+
+@pytest.fixture
+def switch(monkeypatch):
+    """A function that chooses the form of the steps that follow."""
+
+    def choose(fused):
+        monkeypatch.setattr(optim, "runs_fused", lambda *tensors: fused)
+
+    return choose
+
+
+def parameters(shapes=SHAPES):
+    torch.manual_seed(0)
+    return [torch.nn.Parameter(torch.randn(s, device=DEVICE)) for s in shapes]
+
+
+def unaligned():
+    """Views of one tensor, at addresses that are no multiple of 16."""
+    flat = torch.randn(3 * 4099, device=DEVICE)
+    return [
+        torch.nn.Parameter(flat[1 + 4099 * n : 4099 * n + 4098])
+        for n in range(3)
+    ]
+
+
+def step(optimizer, seed, of_block=None):
+    """A step with random gradients, of another size in each block."""
+    g = torch.Generator().manual_seed(seed)
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            grad = torch.randn(p.shape, generator=g)
+            grad *= 10 ** torch.empty(p.shape).uniform_(-3, 0, generator=g)
+            p.grad = grad.to(DEVICE)
+            if of_block is not None and p.numel() >= 4096:
+                p.grad.view(-1)[256:512] = of_block
+    optimizer.step()
+
+
+def states(optimizer):
+    """The 8-bit states of all parameters."""
+    return [
+        value
+        for p in optimizer.state
+        for value in optimizer.state[p].values()
+        if isinstance(value, optim.Quantized8bit)
+    ]
+
+
+@pytest.mark.parametrize("make", [parameters, unaligned])
+@pytest.mark.parametrize("cls, settings", CASES)
+def test_as_the_plain_step(switch, cls, settings, make):
+    ours = make()
+    theirs = copy.deepcopy(ours)
+    fused, plain = cls(ours, **settings), cls(theirs, **settings)
+    for number in range(4):
+        switch(True)
+        step(fused, number, of_block=0.0)
+        switch(False)
+        step(plain, number, of_block=0.0)
+    for p, q in zip(ours, theirs):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+    pairs = list(zip(states(fused), states(plain), strict=True))
+    assert pairs
+    for a, b in pairs:
+        torch.testing.assert_close(a.absmax, b.absmax, rtol=1e-5, atol=0)
+        # A value in the middle between two codes may fall to either side.
+        differ = (a.codes.int() - b.codes.int()).abs()
+        assert differ.max() <= 1 and differ.sum() <= 1e-3 * a.codes.numel()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("cls, settings", CASES)
+def test_what_is_not_finite_stays_in_its_block(switch, cls, settings, bad):
+    found = []
+    for fused in (True, False):
+        switch(fused)
+        params = parameters([(5001,)])
+        optimizer = cls(params, **settings)
+        for number, value in enumerate((None, bad, None)):
+            step(optimizer, number, of_block=value)
+        found.append(
+            [params[0].isfinite()]
+            + [state.absmax.isfinite() for state in states(optimizer)]
+        )
+        assert found[-1][0].sum() == 5001 - 256
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_one_launch_for_all_parameters(monkeypatch, switch):
+    calls = []
+
+    def launch(kernel, tensors, *arguments, **constants):
+        calls.append(len(tensors[0]))
+        return blocks_8bit.launch(kernel, tensors, *arguments, **constants)
+
+    for module in ("sgd_8bit", "adam_8bit"):
+        monkeypatch.setattr(f"sb_memeff.ops.triton.{module}.launch", launch)
+    switch(True)
+    for cls in (SGD8bit, AdamW8bit):
+        optimizer = cls(parameters(), lr=0.1, **MOMENTUM[cls])
+        step(optimizer, 0)
+        # The first step makes the states.
+        assert not calls
+        step(optimizer, 1)
+        assert calls == [4]
+        calls.clear()
+
+
+@pytest.mark.parametrize("cls", MOMENTUM)
+def test_what_the_kernel_cannot_do_is_plain(monkeypatch, switch, cls):
+    def launch(*arguments, **constants):
+        raise AssertionError("launched")
+
+    for module in ("sgd_8bit", "adam_8bit"):
+        monkeypatch.setattr(f"sb_memeff.ops.triton.{module}.launch", launch)
+    switch(True)
+    weight = torch.randn(80, 64, device=DEVICE)
+    half = torch.nn.Parameter(weight.bfloat16())
+    transposed = torch.nn.Parameter(weight.T)
+    kept = torch.nn.Parameter(weight.clone())
+    kept.optim_bits = 32
+    optimizer = cls([half, transposed, kept], lr=0.1, **MOMENTUM[cls])
+    for _ in range(2):
+        for p in (half, transposed, kept):
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    # A gradient's own strides are another matter.
+    p = torch.nn.Parameter(weight.clone())
+    optimizer = cls([p], lr=0.1, **MOMENTUM[cls])
+    for _ in range(2):
+        p.grad = torch.ones(64, 80, device=DEVICE).T
+        optimizer.step()
+
+
+@pytest.mark.parametrize("cls", MOMENTUM)
+def test_autograd_sees_the_update(switch, cls):
+    switch(True)
+    (p,) = parameters([(64, 80)])
+    optimizer = cls([p], lr=0.1, **MOMENTUM[cls])
+    step(optimizer, 0)
+    x = torch.ones(3, 64, device=DEVICE, requires_grad=True)
+    loss = (x @ p).sum()
+    step(optimizer, 1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("cls", MOMENTUM)
+def test_a_saved_state_stays_as_it_is(switch, cls):
+    switch(True)
+    params = parameters()
+    optimizer = cls(params, lr=0.1, **MOMENTUM[cls])
+    for number in range(2):
+        step(optimizer, number)
+    saved = optimizer.state_dict()
+    weights = [p.detach().clone() for p in params]
+    step(optimizer, 2)
+    after = [p.detach().clone() for p in params]
+    # A new optimizer that loads it goes the same way, and leaves it alone.
+    for _ in range(2):
+        again = [torch.nn.Parameter(w.clone()) for w in weights]
+        loaded = cls(again, lr=0.1, **MOMENTUM[cls])
+        loaded.load_state_dict(saved)
+        step(loaded, 2)
+        for p, q in zip(again, after):
+            assert torch.equal(p, q)
