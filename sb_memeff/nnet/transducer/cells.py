@@ -144,6 +144,25 @@ class Tile:
     pred_row: torch.Tensor
     target: torch.Tensor
 
+    def split(self, size):
+        """Cuts them into tiles.
+
+        Arguments
+        ---------
+        size : int
+            Cells of a tile.
+
+        Returns
+        -------
+        list of Tile
+            Views.
+        """
+        parts = [
+            getattr(self, field.name).split(size)
+            for field in dataclasses.fields(self)
+        ]
+        return [Tile(*of_tile) for of_tile in zip(*parts)]
+
 
 class Cells:
     """The cells inside the lattices of some samples, and what comes of them.
@@ -346,9 +365,27 @@ class Gradients:
                 for weight, total in zip(self.weights.values(), self.sums[2:])
             }
         )
+        self._names = list(self.weights)
         # How far replays are from forward, in units of what rounding may
         # explain.
         self.deviation = enc.new_zeros(1, dtype=torch.float32)
+
+    def sum_of(self, name):
+        """The sum of a parameter's gradient; None if it needs none.
+
+        Arguments
+        ---------
+        name : str
+            Of the parameter.
+
+        Returns
+        -------
+        torch.Tensor or None
+            What to add to.
+        """
+        if name not in self._names:
+            return None
+        return self.sums[2 + self._names.index(name)]
 
     def run(self, cells, tile):
         """Logits of some cells, to be given to ``add``.
@@ -392,18 +429,8 @@ class Gradients:
             [B], gradient of each sample's loss; by default 1.
         """
         logits, rows, cells, tile = made
-        gradient, factor = row_gradient(
-            logits.detach(),
-            normaliser,
-            tile.target,
-            blank,
-            emission,
-            cells.blank_index,
-            self.deviation,
-            cells.clamp,
-            None if upstream is None else upstream[tile.sample],
-            # Without upstream the scale of the loss is not known yet.
-            upstream is None and logits.dtype == torch.float16,
+        gradient, factor = self.of_logits(
+            cells, tile, logits.detach(), normaliser, blank, emission, upstream
         )
         self.linear.factor = factor
         # Those that the linear layers have added up are unused here.
@@ -426,6 +453,58 @@ class Gradients:
                 total.add_(value)
             else:
                 total.flatten(0, 1).index_add_(0, row, value)
+
+    def of_logits(
+        self,
+        cells,
+        tile,
+        logits,
+        normaliser,
+        blank,
+        emission,
+        upstream,
+        overwrite=False,
+    ):
+        """The gradient of some cells' logits; see rows.row_gradient.
+
+        Arguments
+        ---------
+        cells : Cells
+            Of the run of samples.
+        tile : Tile
+            Some of them.
+        logits : torch.Tensor
+            [N, V].
+        normaliser : torch.Tensor
+            [N], as ``add`` takes it, and so are the next three.
+        blank : torch.Tensor
+            [N].
+        emission : torch.Tensor
+            [N].
+        upstream : torch.Tensor or None
+            [B].
+        overwrite : bool
+            Whether the gradient may take the place of the logits.
+
+        Returns
+        -------
+        tuple
+            [N, V], and the scalar that undoes its scale or None.
+        """
+        return row_gradient(
+            logits,
+            normaliser,
+            tile.target,
+            blank,
+            emission,
+            cells.blank_index,
+            self.deviation,
+            cells.clamp,
+            None if upstream is None else upstream[tile.sample],
+            # Without upstream the scale of the loss is not known yet.
+            upstream is None and logits.dtype == torch.float16,
+            overwrite,
+        )
 
     def compare_losses(self, nll, again):
         """Whether a replay found the losses of forward, as ``add`` for rows.

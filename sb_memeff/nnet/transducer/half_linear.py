@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Float32WeightGradients"]
+__all__ = ["HALF", "Float32WeightGradients", "wide_product"]
 
 HALF = (torch.float16, torch.bfloat16)
 # A product of half-precision matrices that comes out in float32.
@@ -123,9 +123,7 @@ class _HalfLinear(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 for_input = (gradient @ weight).to(ctx.dtypes[0])
             if ctx.needs_input_grad[1]:
-                found = _wide_product(
-                    flat.t(), rows.reshape(-1, rows.shape[-1])
-                )
+                found = wide_product(flat.t(), rows.reshape(-1, rows.shape[-1]))
                 for_weight = add(totals[0], found, ctx.dtypes[1])
             if ctx.needs_input_grad[2]:
                 found = flat.sum(0, dtype=torch.float32)
@@ -133,7 +131,27 @@ class _HalfLinear(torch.autograd.Function):
         return for_input, for_weight, for_bias, None, None, None
 
 
-def _wide_product(a, b):
+def wide_product(a, b):
+    """The product of two half-precision matrices, in float32.
+
+    Arguments
+    ---------
+    a : torch.Tensor
+        [M, N].
+    b : torch.Tensor
+        [N, K].
+
+    Returns
+    -------
+    torch.Tensor
+        [M, K].
+
+    Example
+    -------
+    >>> ones = torch.ones(2, 3).half()
+    >>> wide_product(ones, 3e4 * ones.t())[0]
+    tensor([90000., 90000.])
+    """
     if a.is_cuda and HAS_WIDE_MM:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()

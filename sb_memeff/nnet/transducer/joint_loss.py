@@ -34,14 +34,17 @@ from sb_memeff.nnet.transducer.modules import (
     unchanged,
 )
 from sb_memeff.nnet.transducer.passes import TiledPass, WholePass
+from sb_memeff.nnet.transducer.sum_joint import SumJoint, SumJointPass
 
 __all__ = ["TransducerJointLoss"]
 
 logger = get_logger(__name__)
 
 METHODS = ("tiled", "samplewise", "batched")
-# Tiles in a run of samples, whose planes of scores live at the same time.
+# Tiles in a run of samples, whose planes of scores live at the same time; and
+# the most cells.
 GROUP_TILES = 64
+GROUP_CELLS = 1 << 20
 
 
 class TransducerJointLoss(nn.Module):
@@ -262,8 +265,13 @@ class _Loss(torch.autograd.Function):
     def forward(ctx, module, cells, names, wanted, enc, pred, *weights):
         recorder = Recorder(enc.device)
         tiled = module.method == "tiled"
-        kind = TiledPass if tiled else WholePass
-        size = GROUP_TILES * cells.max_rows if tiled else 1
+        kind, size = WholePass, 1
+        if tiled:
+            size = min(GROUP_TILES * cells.max_rows, GROUP_CELLS)
+            joint = SumJoint.of(cells.logits, enc, pred)
+            kind = functools.partial(SumJointPass, joint)
+            if joint is None:
+                kind = TiledPass
         gradients = None
         if module.reduction != "none" and wanted:
             gradients = Gradients(enc, pred, dict(zip(names, weights)))

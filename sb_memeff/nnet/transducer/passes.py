@@ -49,11 +49,21 @@ class TiledPass:
         torch.Tensor
             [B].
         """
-        cells, again = self.cells, bool(self.recordings)
+        cells = self.cells
         planes = cells.enc.new_zeros(
             3, *cells.shape, dtype=wide_dtype(cells.enc.dtype)
         )
         flat = planes.flatten(1)
+        self._score(flat)
+        nll, blank, emission = loss_and_occupancies(
+            *planes[1:], cells.frames, cells.counts, self.fastemit_lambda
+        )
+        self.planes, self.nll = (flat[0].clone(), blank, emission), nll
+        return nll
+
+    def _score(self, flat):
+        """Fills in the flat planes of normalisers, blanks and targets."""
+        cells, again = self.cells, bool(self.recordings)
         for number, some in enumerate(self._split(cells.places())):
             tile = cells.tile(some)
             if again:
@@ -67,11 +77,6 @@ class TiledPass:
                 self.recordings.append(recording)
             flat[:, some] = torch.stack(cells.scores(tile, logits))
             del logits
-        nll, blank, emission = loss_and_occupancies(
-            *planes[1:], cells.frames, cells.counts, self.fastemit_lambda
-        )
-        self.planes, self.nll = (flat[0].clone(), blank, emission), nll
-        return nll
 
     def backward(self, gradients, upstream=None):
         """Adds the gradients of the samples.
@@ -89,8 +94,9 @@ class TiledPass:
             nll = self.nll
             with torch.no_grad():
                 gradients.compare_losses(nll, self.forward())
-        (normaliser, blank, emission), self.planes = self.planes, None
+        planes, self.planes = self.planes, None
         places = cells.places()
+        _, blank, emission = planes
         # Not "occupancy >= floor": NaN must come out.
         visited = ~((blank + emission)[places] < self.floor)
         if isinstance(visited, FakeTensor):
@@ -98,6 +104,12 @@ class TiledPass:
             visited = torch.ones_like(places, dtype=torch.bool)
         if upstream is not None:
             visited &= (upstream != 0)[cells.sample_of(places)]
+        self._propagate(gradients, planes, places, visited, upstream)
+
+    def _propagate(self, gradients, planes, places, visited, upstream):
+        """Adds the gradients of the cells that are visited."""
+        cells = self.cells
+        normaliser, blank, emission = planes
         if any(r.random_states for r in self.recordings):
             # Dropout: the same rows as in forward have the same masks.
             tiles, seen = self._split(places), self._split(visited)

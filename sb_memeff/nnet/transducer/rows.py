@@ -86,6 +86,7 @@ def row_gradient(
     clamp=None,
     weight=None,
     fit_into_float16=False,
+    overwrite=False,
 ):
     """Gradient of the negative log-likelihood with respect to the logits.
 
@@ -116,6 +117,8 @@ def row_gradient(
         Scale all by a power of two so that the largest magnitude lies between
         8 and 16: products with weights have room above it, and what is 2^18
         times smaller keeps all its bits.
+    overwrite : bool
+        A kernel may put the gradient where the logits are.
 
     Returns
     -------
@@ -151,6 +154,7 @@ def row_gradient(
             clamp,
             weight,
             _scale_into_float16 if fit_into_float16 else None,
+            overwrite,
         )
     logits = logits.to(wide_dtype(dtype))
     gradient = (logits - normaliser[:, None]).exp_()

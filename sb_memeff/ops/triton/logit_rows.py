@@ -149,6 +149,7 @@ def row_gradient(
     clamp: float | None = None,
     weight: torch.Tensor | None = None,
     fit=None,
+    overwrite: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """See ``sb_memeff.nnet.transducer.rows.row_gradient``."""
     logits = logits.contiguous()
@@ -158,7 +159,8 @@ def row_gradient(
     if weight is not None:
         weight = weight.to(torch.float32).contiguous()
     rows, vocabulary = logits.shape
-    gradient = torch.empty_like(logits)
+    # A program has read the logits of a column when it writes there.
+    gradient = logits if overwrite else torch.empty_like(logits)
     scale = factor = None
     if not rows:
         return gradient, factor

@@ -18,6 +18,7 @@ from triton.compiler import ASTSource
 from sb_memeff.ops.triton import (
     adam_8bit,
     blocks_8bit,
+    joint,
     lattice,
     logit_rows,
     sgd_8bit,
@@ -98,6 +99,60 @@ def kernels():
             {"BLOCK": block},
             min(4, block // 32),
         )
+    # The longest of the activations.
+    constants = {"ACTIVATION": "gelu_tanh"}
+    for dtype in ("fp16", "bf16", "fp32"):
+        plane = ("rows", "columns", "cells", "features")
+        types = {
+            "places_ptr": "*i64",
+            "slope": "fp32",
+            **dict.fromkeys(plane, "i32"),
+        }
+        strides = ("sample", "frame", "feature")
+        yield (
+            f"join {dtype}",
+            joint._join,
+            {
+                **types,
+                **dict.fromkeys(
+                    ("enc_ptr", "pred_ptr", "joined_ptr"), f"*{dtype}"
+                ),
+                **{f"enc_{name}": "i32" for name in strides},
+                "pred_sample": "i32",
+                "pred_column": "i32",
+                "pred_feature": "i32",
+            },
+            {**constants, "CELLS": joint.CELLS, "FEATURES": joint.FEATURES},
+            4,
+        )
+        for by_frame in (True, False):
+            yield (
+                f"add_rows {dtype} by_frame={by_frame}",
+                joint._add_rows,
+                {
+                    **types,
+                    "positions_ptr": "*i32",
+                    "start": "i32",
+                    "total_ptr": "*fp32",
+                    "factor_ptr": "*fp32",
+                    **dict.fromkeys(
+                        ("gradient_ptr", "own_ptr", "other_ptr"), f"*{dtype}"
+                    ),
+                    **{
+                        f"{side}_{name}": "i32"
+                        for side in ("own", "other")
+                        for name in ("sample", "row", "feature")
+                    },
+                },
+                {
+                    **constants,
+                    "BY_FRAME": by_frame,
+                    "HAS_FACTOR": True,
+                    "ADDED": joint.ADDED,
+                    "WIDTH": joint.WIDTH,
+                },
+                4,
+            )
     for aligned in (True, False):
         constants = {"ALIGNED": aligned, "BLOCKS": blocks_8bit.BLOCKS}
         tables = dict.fromkeys(("values_ptr", "middles_ptr"), "*fp32")

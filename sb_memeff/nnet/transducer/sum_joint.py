@@ -1,0 +1,285 @@
+"""The usual joint network and classifier, tile by tile without autograd.
+
+SpeechBrain's Transducer_joint that adds, an elementwise activation and one
+linear layer: on a GPU two kernels and the library's matrix products take the
+place of the modules, of autograd, and of what a replay has to look after.
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+import dataclasses
+
+import speechbrain.nnet.linear
+import torch
+from speechbrain.nnet.transducer.transducer_joint import Transducer_joint
+from torch import nn
+from torch.nn import functional
+
+from sb_memeff.nnet.transducer.half_linear import HALF, wide_product
+from sb_memeff.nnet.transducer.passes import TiledPass
+from sb_memeff.ops.dispatch import runs_fused
+
+__all__ = ["SumJoint", "SumJointPass"]
+
+
+@dataclasses.dataclass
+class SumJoint:
+    """A joint that adds and activates, with the linear layer behind it.
+
+    Arguments
+    ---------
+    activation : str
+        As ``sb_memeff.ops.triton.joint`` calls it.
+    slope : float
+        Of leaky_relu.
+    linear : torch.nn.Linear
+        The layer.
+    names : tuple of str
+        Of its weight and bias among the parameters.
+    dtype : torch.dtype
+        In which it is computed.
+    """
+
+    activation: str
+    slope: float
+    linear: nn.Linear
+    names: tuple[str, str]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, logits, enc, pred):
+        """Recognises the modules.
+
+        Arguments
+        ---------
+        logits : CellLogits
+            Joint and classifier.
+        enc : torch.Tensor
+            [B, T, H].
+        pred : torch.Tensor
+            [B, U+1, H].
+
+        Returns
+        -------
+        SumJoint or None
+            None if they are others, if somebody watches them by hooks, or if
+            no kernel runs on these tensors.
+        """
+        activation = _activation_of(logits.joint)
+        linear = _linear_of(logits.classifier)
+        if activation is None or linear is None:
+            return None
+        tensors = enc, pred, *linear.parameters()
+        if not runs_fused(*tensors) or _is_watched(logits):
+            return None
+        kind = enc.device.type
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        else:
+            dtype = enc.dtype
+            if any(p.dtype != dtype for p in linear.parameters()):
+                return None
+        if enc.shape[2] != linear.in_features or pred.shape[2] != enc.shape[2]:
+            # The modules say what is wrong, or broadcast.
+            return None
+        names = {id(p): name for name, p in logits.named_parameters()}
+        pair = linear.weight, linear.bias
+        return cls(
+            *activation, linear, tuple(names.get(id(p)) for p in pair), dtype
+        )
+
+    def narrow(self):
+        """Weight and bias (or None) in the dtype of the computation."""
+        weight, bias = self.linear.weight, self.linear.bias
+        return (
+            weight.detach().to(self.dtype),
+            None if bias is None else bias.detach().to(self.dtype),
+        )
+
+    def logits(self, cells, tile, narrow):
+        """Joined rows and logits of some cells.
+
+        Arguments
+        ---------
+        cells : Cells
+            Of the run of samples.
+        tile : Tile
+            Some of them.
+        narrow : tuple
+            As ``narrow`` returned it.
+
+        Returns
+        -------
+        tuple of torch.Tensor
+            [N, H] and [N, V].
+        """
+        from sb_memeff.ops.triton.joint import join
+
+        first = cells.samples.start
+        joined = join(
+            cells.enc[first:],
+            cells.pred[first:],
+            tile.places,
+            self.activation,
+            self.slope,
+            self.dtype,
+        )
+        with torch.autocast(joined.device.type, enabled=False):
+            return joined, functional.linear(joined, *narrow)
+
+    def add(
+        self, gradients, cells, tile, positions, start, made, narrow, factor
+    ):
+        """Adds the gradients of weights, encoder and predictor.
+
+        Arguments
+        ---------
+        gradients : Gradients
+            What is added to.
+        cells : Cells
+            Of the run of samples.
+        tile : Tile
+            Some of them.
+        positions : torch.Tensor
+            As ``sb_memeff.ops.triton.joint.add_input_gradients`` takes them.
+        start : int
+            As there.
+        made : tuple of torch.Tensor
+            The joined rows, and the gradient of the logits.
+        narrow : tuple
+            As ``narrow`` returned it.
+        factor : torch.Tensor or None
+            A scalar to multiply by.
+        """
+        from sb_memeff.ops.triton.joint import add_input_gradients
+
+        joined, gradient = made
+        with torch.autocast(joined.device.type, enabled=False):
+            for_joined = gradient @ narrow[0]
+            total = gradients.sum_of(self.names[0])
+            if total is not None:
+                if self.dtype in HALF:
+                    found = wide_product(gradient.t(), joined)
+                    _add(total, found, factor)
+                else:
+                    total.addmm_(gradient.t(), joined)
+            total = gradients.sum_of(self.names[1])
+            if total is not None:
+                _add(total, gradient.sum(0, dtype=torch.float32), factor)
+        samples = slice(cells.samples.start, cells.samples.stop)
+        add_input_gradients(
+            for_joined,
+            positions,
+            start,
+            tile.places,
+            cells.enc[samples],
+            cells.pred[samples],
+            gradients.sums[0][samples],
+            gradients.sums[1][samples],
+            self.activation,
+            self.slope,
+            factor,
+        )
+
+
+class SumJointPass(TiledPass):
+    """TiledPass with a SumJoint in place of the modules.
+
+    Arguments
+    ---------
+    joint : SumJoint
+        Recognised in forward.
+    *args : tuple
+        As TiledPass's.
+    """
+
+    def __init__(self, joint, *args):
+        super().__init__(*args)
+        self.joint = joint
+
+    def _score(self, flat):
+        cells, narrow = self.cells, self.joint.narrow()
+        whole = cells.tile(cells.places())
+        found = []
+        for tile in whole.split(self.max_rows):
+            _, logits = self.joint.logits(cells, tile, narrow)
+            found.append(torch.stack(cells.scores(tile, logits)))
+            del logits
+        flat[:, whole.places] = torch.cat(found, 1)
+
+    def _propagate(self, gradients, planes, places, visited, upstream):
+        cells, narrow = self.cells, self.joint.narrow()
+        whole = cells.tile(places[visited])
+        count = len(whole.places)
+        positions = torch.full_like(planes[0], -1, dtype=torch.int32)
+        positions[whole.places] = torch.arange(
+            count, dtype=torch.int32, device=positions.device
+        )
+        packed = [plane[whole.places].split(self.max_rows) for plane in planes]
+        tiles = whole.split(self.max_rows) if count else []
+        for number, (tile, *scores) in enumerate(zip(tiles, *packed)):
+            joined, logits = self.joint.logits(cells, tile, narrow)
+            gradient, factor = gradients.of_logits(
+                cells, tile, logits, *scores, upstream, overwrite=True
+            )
+            del logits
+            self.joint.add(
+                gradients,
+                cells,
+                tile,
+                positions,
+                number * self.max_rows,
+                (joined, gradient),
+                narrow,
+                factor,
+            )
+            del joined, gradient
+
+
+def _add(total, found, factor):
+    if factor is None:
+        total += found
+    else:
+        total.addcmul_(found, factor)
+
+
+def _activation_of(joint):
+    """Name and slope, or None for another joint network."""
+    if type(joint) is not Transducer_joint or joint.joint != "sum":
+        return None
+    module = joint.nonlinearity
+    if type(module) is nn.LeakyReLU:
+        return "leaky_relu", float(module.negative_slope)
+    if type(module) is nn.GELU:
+        return {"none": "gelu", "tanh": "gelu_tanh"}[module.approximate], 0.0
+    names = {
+        nn.ReLU: "relu",
+        nn.Tanh: "tanh",
+        nn.Sigmoid: "sigmoid",
+        nn.SiLU: "silu",
+    }
+    name = names.get(type(module))
+    return None if name is None else (name, 0.0)
+
+
+def _linear_of(classifier):
+    """The one linear layer that a classifier is, or None."""
+    if (
+        type(classifier) is speechbrain.nnet.linear.Linear
+        and classifier.max_norm is None
+    ):
+        classifier = classifier.w
+    return classifier if type(classifier) is nn.Linear else None
+
+
+def _is_watched(modules):
+    """Whether somebody sees or changes what single modules compute."""
+    return nn.modules.module._has_any_global_hook() or any(
+        "forward" in vars(module)
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        for module in modules.modules()
+    )

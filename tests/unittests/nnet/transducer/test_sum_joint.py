@@ -1,0 +1,303 @@
+"""The usual joint network by kernels against its modules.
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+import copy
+
+import pytest
+import speechbrain.nnet.linear
+import torch
+from speechbrain.nnet.transducer.transducer_joint import Transducer_joint
+from torch import nn
+
+from sb_memeff.nnet.transducer import rows, sum_joint
+from sb_memeff.nnet.transducer.cells import CellLogits
+from sb_memeff.nnet.transducer.joint_loss import TransducerJointLoss
+from sb_memeff.nnet.transducer.sum_joint import SumJoint
+from tests.unittests.ops.kernels import DEVICE, error, poison
+
+B, T, U, H, V = 3, 7, 4, 33, 11
+ACTIVATIONS = {
+    "relu": nn.ReLU,
+    "leaky_relu": lambda: nn.LeakyReLU(0.2),
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+    "silu": nn.SiLU,
+    "gelu": nn.GELU,
+    "gelu_tanh": lambda: nn.GELU("tanh"),
+}
+# The interpreter cuts bfloat16 off, where a GPU rounds.
+BOUNDS = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """A function that chooses kernels or modules for what follows."""
+
+    def choose(fused, everything=True):
+        def runs(*tensors):
+            return fused and tensors[0].dtype != torch.float64
+
+        monkeypatch.setattr(sum_joint, "runs_fused", runs)
+        if everything:
+            monkeypatch.setattr(rows, "runs_fused", runs)
+
+    return choose
+
+
+def modules(activation="leaky_relu", bias=True, classifier=nn.Linear):
+    torch.manual_seed(0)
+    if classifier is nn.Linear:
+        classifier = nn.Linear(H, V, bias=bias)
+    else:
+        classifier = speechbrain.nnet.linear.Linear(V, input_size=H, bias=bias)
+    joint = Transducer_joint(nonlinearity=ACTIVATIONS[activation])
+    return joint.to(DEVICE), classifier.to(DEVICE)
+
+
+def batch(dtype=torch.float32, targets=U):
+    torch.manual_seed(1)
+    enc, pred = torch.randn(B, T, H), torch.randn(B, targets + 1, H)
+    symbols = torch.randint(1, V, (B, targets))
+    lengths = torch.tensor([1, 0.6, 0.3]), torch.tensor([0.5, 1, 0.0])
+    return (
+        enc.to(DEVICE, dtype),
+        pred.to(DEVICE, dtype),
+        symbols.to(DEVICE),
+        *(x.to(DEVICE) for x in lengths),
+    )
+
+
+def results(nets, inputs, weigh=False, **options):
+    """Loss and gradients of encoder, predictor and weights."""
+    joint, classifier = copy.deepcopy(nets)
+    enc, pred, *others = inputs
+    enc = enc.detach().requires_grad_()
+    pred = pred.detach().requires_grad_()
+    reduction = "none" if weigh else "sum"
+    loss = TransducerJointLoss(
+        joint, classifier, reduction=reduction, max_rows=10, **options
+    )(enc, pred, *others)
+    value = loss
+    if weigh:
+        value = loss @ torch.tensor([1.0, 0.0, -2.0]).to(loss)
+    value.backward()
+    found = [loss.detach(), enc.grad, pred.grad]
+    return found + [p.grad for p in classifier.parameters()]
+
+
+def wide(nets, inputs, **options):
+    """The same by the modules in float64."""
+    nets = [copy.deepcopy(net).double() for net in nets]
+    inputs = [x.double() if x.is_floating_point() else x for x in inputs]
+    return results(nets, inputs, **options)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_as_in_float64(kernels, monkeypatch, activation, dtype):
+    nets = [net.to(dtype) for net in modules(activation)]
+    inputs = batch(dtype)
+    kernels(False)
+    exact = wide(nets, inputs)
+    plain = results(nets, inputs)
+    kernels(True)
+    poison(monkeypatch)
+    found = results(nets, inputs)
+    for ours, theirs, right in zip(found, plain, exact, strict=True):
+        assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
+        bound = max(BOUNDS[dtype], 1.2 * error(theirs, right))
+        assert error(ours, right) < bound
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"weigh": True},
+        {"clamp": 0.05},
+        {"fastemit_lambda": 0.3},
+        {"occupancy_floor": 0.2},
+        {"weigh": True, "clamp": 0.05, "fastemit_lambda": 0.3},
+    ],
+    ids=str,
+)
+def test_settings(kernels, options):
+    nets, inputs = modules(), batch()
+    kernels(False)
+    exact = wide(nets, inputs, **options)
+    kernels(True)
+    for ours, right in zip(
+        results(nets, inputs, **options), exact, strict=True
+    ):
+        assert error(ours, right) < 2e-6
+
+
+@pytest.mark.parametrize("weigh", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(kernels, dtype, weigh):
+    """Forward under autocast, backward outside of it, as users do it."""
+    nets, found = modules(), []
+    inputs = batch()
+    kernels(False)
+    exact = wide(nets, inputs, weigh=weigh)
+    for fused in (False, True):
+        kernels(fused)
+        with torch.autocast(DEVICE, dtype):
+            found.append(results(nets, inputs, weigh=weigh))
+    for theirs, ours, right in zip(*found, exact, strict=True):
+        assert ours.dtype == theirs.dtype == torch.float32
+        bound = max(BOUNDS[dtype], 1.2 * error(theirs, right))
+        assert error(ours, right) < bound
+
+
+def test_any_strides(kernels):
+    nets, inputs = modules(), batch()
+    kernels(False)
+    exact = wide(nets, inputs)
+    enc, pred, *others = inputs
+    buffer = torch.zeros(T, 2 * H, B, device=DEVICE)
+    strided = buffer[:, ::2].permute(2, 0, 1)
+    strided.copy_(enc)
+    kernels(True)
+    transposed = pred.transpose(0, 1).contiguous().transpose(0, 1)
+    for pair in ((strided, pred), (enc, transposed)):
+        found = results(nets, (*pair, *others))
+        for ours, right in zip(found, exact, strict=True):
+            assert error(ours, right) < 2e-6
+
+
+@pytest.mark.parametrize("frames, targets", [(1, U), (T, 0), (1, 0)])
+def test_one_row_or_column(kernels, frames, targets):
+    nets = modules()
+    enc, pred, symbols, _, _ = batch(targets=targets)
+    ones = torch.ones(B, device=DEVICE)
+    inputs = enc[:, :frames], pred, symbols, ones, ones
+    kernels(False)
+    exact = wide(nets, inputs)
+    kernels(True)
+    for ours, right in zip(results(nets, inputs), exact, strict=True):
+        assert error(ours, right) < 2e-6
+
+
+@pytest.mark.parametrize("classifier", ["torch", "speechbrain"])
+@pytest.mark.parametrize("frozen", ["weight", "bias", "none", "no bias"])
+def test_weights_that_need_no_gradient(kernels, classifier, frozen):
+    nets = modules(
+        bias=frozen != "no bias",
+        classifier=nn.Linear if classifier == "torch" else None,
+    )
+    for name, p in nets[1].named_parameters():
+        p.requires_grad_(not name.endswith(frozen))
+    inputs = batch()
+    kernels(False)
+    exact = wide(nets, inputs)
+    kernels(True)
+    for ours, right in zip(results(nets, inputs), exact, strict=True):
+        assert (ours is None) == (right is None)
+        assert ours is None or error(ours, right) < 2e-6
+
+
+def test_runs_of_samples(kernels, monkeypatch):
+    """Cells of the second run are in other rows than their places say."""
+    from sb_memeff.nnet.transducer import joint_loss
+
+    nets, inputs = modules(), batch()
+    kernels(False)
+    exact = wide(nets, inputs)
+    kernels(True)
+    for size in (T * (U + 1), 2 * T * (U + 1)):
+        monkeypatch.setattr(joint_loss, "GROUP_CELLS", size)
+        for ours, right in zip(results(nets, inputs), exact, strict=True):
+            assert error(ours, right) < 2e-6
+
+
+def test_nan_stays_in_its_sample(kernels):
+    nets, inputs = modules(), batch()
+    inputs[0][1, 0, 3] = torch.nan
+    kernels(True)
+    loss, enc, pred, *_ = results(nets, inputs)
+    assert loss.isnan()
+    assert enc[1].isnan().any() and pred[1].isnan().any()
+    for x in (enc, pred):
+        assert x[[0, 2]].isfinite().all()
+
+
+def test_backward_twice(kernels):
+    nets, found = modules(), []
+    enc, pred, *others = batch()
+    for fused in (False, True):
+        kernels(fused)
+        enc = enc.detach().requires_grad_()
+        loss = TransducerJointLoss(*nets, reduction="none", max_rows=10)
+        value = loss(enc, pred, *others).sum()
+        value.backward(retain_graph=True)
+        value.backward()
+        found.append(enc.grad)
+    assert error(found[1], found[0]) < 2e-6
+
+
+class Shifted(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+def changed(kind, joint, classifier):
+    """Modules that compute, or might compute, something else."""
+    if kind == "another class":
+        classifier = Shifted(H, V).to(DEVICE)
+    if kind == "sequence":
+        classifier = nn.Sequential(classifier)
+    if kind == "weight norm":
+        nn.utils.parametrizations.weight_norm(classifier)
+    if kind == "hook":
+        classifier.register_forward_hook(lambda *args: None)
+    if kind == "hook of the activation":
+        joint.nonlinearity.register_forward_pre_hook(lambda *args: None)
+    if kind == "replaced forward":
+        classifier.forward = lambda x: nn.Linear.forward(classifier, x) + 1
+    if kind == "concatenation":
+        joint = Transducer_joint(nn.Linear(2 * H, H), "concat").to(DEVICE)
+    if kind == "another activation":
+        joint.nonlinearity = nn.Softplus()
+    if kind == "max_norm":
+        classifier = speechbrain.nnet.linear.Linear(
+            V, input_size=H, max_norm=1.0
+        ).to(DEVICE)
+    if kind == "other dtype":
+        classifier = classifier.half()
+    return joint, classifier
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "another class",
+        "sequence",
+        "weight norm",
+        "hook",
+        "hook of the activation",
+        "replaced forward",
+        "concatenation",
+        "another activation",
+        "max_norm",
+        "other dtype",
+    ],
+)
+def test_other_modules_are_called(kernels, kind):
+    kernels(True)
+    enc, pred, *_ = batch()
+    assert SumJoint.of(CellLogits(*modules()), enc, pred) is not None
+    nets = changed(kind, *modules())
+    assert SumJoint.of(CellLogits(*nets), enc, pred) is None
+
+
+def test_hooks_on_all_modules_are_called(kernels):
+    kernels(True)
+    enc, pred, *_ = batch()
+    handle = nn.modules.module.register_module_forward_hook(lambda *args: None)
+    try:
+        assert SumJoint.of(CellLogits(*modules()), enc, pred) is None
+    finally:
+        handle.remove()
