@@ -246,12 +246,13 @@ def pytest(*arguments, seconds):
     except subprocess.TimeoutExpired as error:
         output = error.stdout or b""
     lines = output.decode(errors="replace").splitlines()
-    errors = [x[:600] for x in lines if x.startswith(("E  ", "FAILED"))]
+    errors = [x[:300] for x in lines if x.startswith("FAILED")]
+    errors += [x[:300] for x in lines if x.startswith("E  ")][:60]
     return {
         "last": lines[-1:],
         "passed": sum(" PASSED " in x for x in lines),
         "failed": sum("] FAILED " in x or "] ERROR " in x for x in lines),
-        "failures": errors[-40:],
+        "failures": errors,
     }
 
 
@@ -276,7 +277,13 @@ def recipes():
     chosen = ["-k", "load"] if SMALL else []
     check(
         "recipes end to end",
-        lambda: pytest("-n", "12", *chosen, "tests/integration", seconds=220),
+        # One table of runs in each file.
+        lambda: pytest(
+            *("-n", "2", "--dist", "loadscope"),
+            *chosen,
+            "tests/integration",
+            seconds=220,
+        ),
     )
 
 

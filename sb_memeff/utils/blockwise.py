@@ -17,6 +17,8 @@ from dataclasses import dataclass
 
 import torch
 
+from sb_memeff.ops.dispatch import runs_fused
+
 # bitsandbytes warns at import that a 4-bit kernel, which nobody calls here,
 # is missing.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -59,9 +61,10 @@ class Quantized8bit:
 class Codebook:
     """The 256 numbers that an 8-bit value can be, times its block's maximum.
 
-    On CUDA bitsandbytes' kernels do the work. Its CPU kernel does not find
-    the nearest number: of the unsigned codes about one in ten is off, small
-    ones by many places (seen with 0.50.2); so on the CPU the search is here.
+    The search for the nearest number is here. bitsandbytes' kernels do not
+    find it everywhere: on the CPU about one in ten of the unsigned codes is
+    off, small ones by many places, and on CUDA a NaN becomes a number (seen
+    with 0.50.2). It looks the numbers up.
 
     Arguments
     ---------
@@ -122,16 +125,16 @@ class Codebook:
                 "the limit is 2^31. Keep its states in 32 bits."
             )
         flat = x.detach().to(torch.float32).reshape(-1)
-        if flat.is_cuda and flat.numel():
-            codes, absmax = torch.ops.bitsandbytes.quantize_blockwise(
-                flat, self.values, BLOCK
-            )
+        if flat.numel() and runs_fused(flat):
+            from sb_memeff.ops.triton.blocks_8bit import quantize
+
+            codes, absmax = quantize(flat, self.middles, self.signed)
         else:
             absmax = _block_maxima(flat)
             codes = self._nearest(flat, absmax)
-        if not self.signed:
-            # Adam divides by the root of its second moment.
-            codes.clamp_(min=1)
+            if not self.signed:
+                # Adam divides by the root of its second moment.
+                codes.clamp_(min=1)
         return Quantized8bit(codes.view(x.shape), absmax)
 
     def requantize(self, x, absmax):

@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import speechbrain as sb
@@ -106,7 +107,10 @@ class Recipe:
             lines[hparams] = row, folder
             jobs.append((argv, str(place / f"{hparams}.txt")))
         if DEVICE != "cpu":
-            outputs = [self.output_of(place, *argv) for argv, _ in jobs]
+            with ThreadPoolExecutor(6) as pool:
+                outputs = list(
+                    pool.map(lambda job: self.output_of(place, *job[0]), jobs)
+                )
         else:
             done = subprocess.run(
                 [sys.executable, "-c", ONE_AFTER_THE_OTHER],

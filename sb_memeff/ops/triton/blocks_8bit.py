@@ -19,8 +19,10 @@ __all__ = [
     "bytes_of",
     "floats_of",
     "launch",
+    "inside",
     "load_quantized",
     "places",
+    "quantize",
     "store_quantized",
 ]
 
@@ -106,7 +108,9 @@ def store_quantized(
     largest = tl.where(has_nan, float("nan"), largest)
     tl.store(maxima + block, largest, mask=has_block)
     # A block of zeros has nothing to be scaled by.
-    scaled = x / tl.where(largest == 0, 1.0, largest)[:, None]
+    scale = tl.where(largest == 0, 1.0, largest)[:, None]
+    # Rounded as on the CPU, so that the codes are the same.
+    scaled = tl.div_rn(x, tl.broadcast_to(scale, x.shape))
     # How many of the 255 middles between two codes lie below.
     code = tl.zeros(x.shape, tl.int32)
     step = 128
@@ -118,6 +122,63 @@ def store_quantized(
         # Adam divides by the root of its second moment.
         code = tl.maximum(code, 1)
     tl.store(codes + value, code.to(tl.uint8), mask=has_value)
+
+
+@triton.jit
+def _quantize(
+    table_ptr,
+    tensor_of_ptr,
+    tensors,
+    middles_ptr,
+    SIGNED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    tensor, block, value, has_block, size = places(
+        table_ptr, tensor_of_ptr, tensors, BLOCKS
+    )
+    has_value = inside(value, size, ALIGNED)
+    x = tl.load(
+        floats_of(table_ptr, tensors, tensor, 0, ALIGNED) + value,
+        mask=has_value,
+        other=0.0,
+    )
+    store_quantized(
+        x,
+        bytes_of(table_ptr, tensors, tensor, 1, ALIGNED),
+        floats_of(table_ptr, tensors, tensor, 2, False),
+        middles_ptr,
+        block,
+        value,
+        has_block,
+        has_value,
+        SIGNED,
+    )
+
+
+def quantize(
+    x: torch.Tensor, middles: torch.Tensor, signed: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and maxima; see ``sb_memeff.utils.blockwise.Codebook``.
+
+    Arguments
+    ---------
+    x : torch.Tensor
+        [N], float32, contiguous, not empty.
+    middles : torch.Tensor
+        The codebook's.
+    signed : bool
+        The codebook's.
+
+    Returns
+    -------
+    tuple of torch.Tensor
+        [N], uint8, and [N / 256, rounded up], float32.
+    """
+    codes = torch.empty_like(x, dtype=torch.uint8)
+    maxima = x.new_empty(triton.cdiv(x.numel(), 256))
+    launch(_quantize, [[x], [codes], [maxima]], middles, SIGNED=signed)
+    return codes, maxima
 
 
 def launch(

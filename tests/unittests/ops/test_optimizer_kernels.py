@@ -8,6 +8,7 @@ import torch
 from sb_memeff import optim
 from sb_memeff.ops.triton import blocks_8bit
 from sb_memeff.optim import Adam8bit, AdamW8bit, SGD8bit
+from sb_memeff.utils import blockwise
 from tests.unittests.ops.kernels import DEVICE
 
 # Whole blocks, part of a block, one block, and one that stays in 32 bits.
@@ -75,6 +76,32 @@ def states(optimizer):
         for value in optimizer.state[p].values()
         if isinstance(value, optim.Quantized8bit)
     ]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's
+@pytest.mark.parametrize("signed", [True, False])
+def test_codes_are_those_of_the_plain_search(signed):
+    torch.manual_seed(0)
+    codebook = blockwise.Codebook(signed, torch.device("cpu"))
+    x = torch.randn(3001) * 10 ** torch.empty(3001).uniform_(-9, 0)
+    x[256:512] = 0
+    x[512:768] = torch.nan
+    x[768] = torch.inf
+    # On the middles between two codes, where the lower one is taken.
+    x[1024:1280] = torch.cat([codebook.middles[:-1], torch.ones(1)])
+    x = x if signed else x.abs()
+    plain = codebook.quantize(x)
+    codes, maxima = blocks_8bit.quantize(
+        x.to(DEVICE), codebook.middles.to(DEVICE), signed
+    )
+    assert maxima.cpu()[[2, 3]].isnan().tolist() == [True, False]
+    torch.testing.assert_close(
+        maxima.cpu(), plain.absmax, rtol=0, atol=0, equal_nan=True
+    )
+    # Of what is not finite any code will do: the maximum is not either.
+    finite = torch.ones(3001, dtype=torch.bool)
+    finite[512:1024] = False
+    assert torch.equal(codes.cpu()[finite], plain.codes[finite])
 
 
 @pytest.mark.parametrize("make", [parameters, unaligned])

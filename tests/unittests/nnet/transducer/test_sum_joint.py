@@ -36,15 +36,18 @@ BOUNDS = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 def kernels(monkeypatch):
     """A function that chooses kernels or modules for what follows."""
 
-    def choose(fused, everything=True):
+    def choose(fused):
         def runs(*tensors):
             return fused and tensors[0].dtype != torch.float64
 
         monkeypatch.setattr(sum_joint, "runs_fused", runs)
-        if everything:
-            monkeypatch.setattr(rows, "runs_fused", runs)
+        monkeypatch.setattr(rows, "runs_fused", runs)
 
-    return choose
+    # SpeechBrain allows TensorFloat-32 when it is imported.
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield choose
+    torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
 def modules(activation="leaky_relu", bias=True, classifier=nn.Linear):
