@@ -23,7 +23,8 @@ def runs_fused(*tensors: torch.Tensor) -> bool:
     """Whether an operation on these tensors runs as a Triton kernel.
 
     It does on CUDA devices, in half and single precision, unless the
-    environment variable SB_MEMEFF_KERNELS is 0.
+    environment variable SB_MEMEFF_KERNELS is 0. What a compiler or tracer
+    looks at stays plain: it can fuse that itself.
 
     Arguments
     ---------
@@ -40,6 +41,8 @@ def runs_fused(*tensors: torch.Tensor) -> bool:
     >>> runs_fused(torch.zeros(3))
     False
     """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
     return all(
         # Subclasses, fake tensors among them, have no address to give away.
         type(x) in (torch.Tensor, torch.nn.Parameter)

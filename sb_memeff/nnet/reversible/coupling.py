@@ -12,7 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-__all__ = ["AdditiveCoupling", "Invertible", "SpaceToDepth", "Tap", "halves"]
+__all__ = [
+    "AdditiveCoupling",
+    "Invertible",
+    "SpaceToDepth",
+    "Tap",
+    "channels_are_last",
+    "halves",
+]
 
 
 def halves(x):
@@ -297,8 +304,25 @@ def _for_any_size():
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
-def _channels_are_last(x):
-    """Whether a stream is laid out as in torch.channels_last."""
+def channels_are_last(x):
+    """Whether a stream is laid out as in torch.channels_last.
+
+    Arguments
+    ---------
+    x : torch.Tensor
+        [N, C, ...].
+
+    Returns
+    -------
+    bool
+        False for what is contiguous too.
+
+    Example
+    -------
+    >>> x = torch.rand(2, 3, 4, 5)
+    >>> channels_are_last(x.to(memory_format=torch.channels_last))
+    True
+    """
     return not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
 
 
@@ -385,7 +409,7 @@ class SpaceToDepth(Invertible):
             The stream, down-sampled.
         """
         factors = self._factors(x.shape)
-        last = _channels_are_last(x)
+        last = channels_are_last(x)
         padding = []
         for size, f in zip(reversed(x.shape[2:]), reversed(factors)):
             # Not -size % f: ONNX has another remainder of negative numbers.
@@ -424,7 +448,7 @@ class SpaceToDepth(Invertible):
         """
         factors = self._factors(y.shape)
         n = len(factors)
-        last = _channels_are_last(y)
+        last = channels_are_last(y)
         sizes = [size * f for size, f in zip(y.shape[2:], factors)]
         y = y.reshape(
             y.shape[0], y.shape[1] // math.prod(factors), *factors, *y.shape[2:]

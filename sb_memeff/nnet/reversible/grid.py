@@ -11,7 +11,8 @@ import dataclasses
 
 import torch
 
-from sb_memeff.nnet.reversible.coupling import halves
+from sb_memeff.nnet.reversible.coupling import channels_are_last, halves
+from sb_memeff.ops.dispatch import runs_fused
 
 __all__ = ["StreamFormat", "round_to_grid"]
 
@@ -22,14 +23,14 @@ def round_to_grid(x: torch.Tensor, bits: int) -> torch.Tensor:
     Arguments
     ---------
     x : torch.Tensor
-        Any shape, float32.
+        Any shape, floating point.
     bits : int
         Bits after the binary point.
 
     Returns
     -------
     torch.Tensor
-        A new tensor of that shape.
+        A new tensor of that shape, float32 (float64 of float64).
 
     Example
     -------
@@ -42,6 +43,12 @@ def round_to_grid(x: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def _rounded(x, bits):
+    """On the grid, in float32 or float64."""
+    if runs_fused(x) and (x.is_contiguous() or channels_are_last(x)):
+        from sb_memeff.ops.triton import grid
+
+        return grid.round_to_grid(x, bits)
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
     # Scaling by a power of two is exact; only round() rounds. It makes -0 of
     # small negative numbers, which no subtraction would give back.
     return (x * 2.0**bits).round_().mul_(2.0**-bits).add_(0.0)
@@ -50,11 +57,12 @@ def _rounded(x, bits):
 class _RoundToGrid(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, bits):
+        ctx.dtype = x.dtype
         return _rounded(x, bits)
 
     @staticmethod
     def backward(ctx, gradient):
-        return gradient, None
+        return gradient.to(ctx.dtype), None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +87,9 @@ class StreamFormat:
 
     def on_grid(self, x: torch.Tensor) -> torch.Tensor:
         """A tensor in the dtype and on the grid of the streams."""
-        x = x.to(self.stream_dtype)
-        return x if self.bits is None else round_to_grid(x, self.bits)
+        if self.bits is None:
+            return x.to(self.stream_dtype)
+        return round_to_grid(x, self.bits)
 
     def enter(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
         """Two streams from two tensors, or from the halves of one.

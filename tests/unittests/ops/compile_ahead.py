@@ -18,6 +18,7 @@ from triton.compiler import ASTSource
 from sb_memeff.ops.triton import (
     adam_8bit,
     blocks_8bit,
+    grid,
     joint,
     lattice,
     logit_rows,
@@ -98,6 +99,14 @@ def kernels():
             {**LATTICE, **dict.fromkeys(outputs, "*fp32"), "plane": "i64"},
             {"BLOCK": block},
             min(4, block // 32),
+        )
+    for dtype in ("fp16", "bf16", "fp32"):
+        yield (
+            f"round_to_grid {dtype}",
+            grid._round,
+            {"x_ptr": f"*{dtype}", "rounded_ptr": "*fp32", "size": "i32"},
+            {"BITS": 12, "BLOCK": grid.BLOCK},
+            4,
         )
     # The longest of the activations.
     constants = {"ACTIVATION": "gelu_tanh"}
