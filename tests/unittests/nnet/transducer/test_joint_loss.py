@@ -417,6 +417,18 @@ def test_sample_that_is_not_finite_and_is_kept(options, reduction, bad):
     assert all(g.isnan().any() for g in found[2:])
 
 
+@pytest.mark.parametrize("options", [*METHODS.values(), {"method": "batched"}])
+def test_the_last_frame_and_the_last_target_are_no_padding(options):
+    """What is not finite there comes out."""
+    loss = TransducerJointLoss(*modules(), reduction="none", **options)
+    for which, last in enumerate((6, 3)):
+        *given, targets = inputs()
+        with torch.no_grad():
+            given[which][2, last] = torch.nan
+        value = loss(*given, targets, FRAMES, COUNTS)
+        assert value.isfinite().tolist() == [True, True, False, True, True]
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("options", [*METHODS.values(), {"method": "batched"}])
 def test_padding_reaches_nothing(options, bad):
