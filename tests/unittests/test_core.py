@@ -804,8 +804,10 @@ def test_data_does_not_depend_on_the_workers(options):
         assert ids == other_ids and torch.equal(x, other_x)
 
 
-def test_every_epoch_has_crops_of_its_own():
-    seen = loaded(0, epochs=2, shuffle=False)
+@pytest.mark.parametrize("looped", [None, ITEMS // 4])
+def test_every_epoch_has_crops_of_its_own(looped):
+    """A LoopedLoader's too, whose epochs are as many batches as one likes."""
+    seen = loaded(0, epochs=2, shuffle=False, looped_nominal_epoch=looped)
     assert len(seen) == 2 * ITEMS / 4
     first, second = seen[: len(seen) // 2], seen[len(seen) // 2 :]
     assert [ids for ids, _ in first] == [ids for ids, _ in second]

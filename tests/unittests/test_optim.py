@@ -885,6 +885,24 @@ def test_expanded_parameter():
     SGD8bit([nn.Parameter(torch.zeros(1).expand(1, 1))], lr=0.1)
 
 
+def test_a_group_that_is_refused_is_not_there():
+    """What was good of it can be added afterwards."""
+    optimizer = SGD8bit([nn.Parameter(torch.zeros(2))], lr=0.1)
+    good = nn.Parameter(torch.zeros(2))
+    refused = {
+        TypeError: nn.Parameter(torch.zeros(2, dtype=torch.complex64)),
+        ValueError: nn.Parameter(torch.zeros(8, 1).expand(8, 8)),
+    }
+    for error, bad in refused.items():
+        with pytest.raises(error):
+            optimizer.add_param_group({"params": [good, bad]})
+        assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group({"params": [good]})
+    good.grad = torch.ones(2)
+    optimizer.step()
+    assert torch.equal(good, torch.full((2,), -0.1))
+
+
 def test_parameter_without_values():
     weight = nn.Parameter(torch.zeros(0, 4))
     weight.grad = torch.zeros(0, 4)

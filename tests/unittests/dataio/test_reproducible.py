@@ -4,6 +4,7 @@ Authors
  * The sb_memeff authors 2026
 """
 
+import logging
 import random
 
 import numpy as np
@@ -154,6 +155,19 @@ def test_position_that_was_loaded_is_saved_again(tmp_path):
         position.save(tmp_path / str(n + 1))
     position.resume()
     assert list(sampler) == expected[1]
+
+
+def test_fewer_items_than_before_the_interruption_are_said(caplog):
+    """Also if there are not as many left as had been given out."""
+    begun = SeededSampler(list(range(9)), seed=1)
+    iterator = iter(begun)
+    assert [next(iterator) for _ in range(6)] == list(range(6))
+    for items, said in ((9, False), (6, False), (4, True)):
+        sampler = SeededSampler(list(range(items)), seed=1)
+        sampler.resume(begun.position(), end_of_epoch=False)
+        with caplog.at_level(logging.WARNING):
+            assert list(sampler) == list(range(items))
+        assert ("another order" in caplog.text) == said
 
 
 def test_the_epoch_reaches_samplers_within_samplers():

@@ -67,3 +67,10 @@ def test_fake_tensors_run_plain_torch():
 
     with fake_tensors():
         assert not dispatch.runs_fused(torch.zeros(3))
+
+
+def test_subclasses_run_plain_torch(monkeypatch):
+    """On a GPU too: they may have no memory that a kernel could read."""
+    monkeypatch.delenv(dispatch.SWITCH, raising=False)
+    x = torch.zeros(3).as_subclass(OnCuda)
+    assert x.is_cuda and not dispatch.runs_fused(x)

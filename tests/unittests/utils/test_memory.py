@@ -71,6 +71,29 @@ def test_the_peak_is_split_by_what_it_is_for():
     assert memory.allocator_bytes is None
 
 
+class Widens(nn.Module):
+    """Needs much for a moment, and backward none of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1000))
+
+    def forward(self, x):
+        with torch.no_grad():
+            mean = x.repeat(50, 1).mean(0)
+        return self.weight * mean
+
+
+def test_what_forward_needs_for_a_moment_is_not_recomputed():
+    memory = training_step_memory(Widens, (8, 1000))
+    assert memory.peak_phase == "forward"
+    kinds = memory.by_kind
+    assert kinds["recomputed"] == 0
+    assert kinds["temporaries"] == 50 * 8 * 4000
+    # The mean, which waits for backward.
+    assert kinds["activations"] == 4000
+
+
 def test_the_peak_is_split_by_module():
     def build():
         net = nn.Sequential(

@@ -306,6 +306,23 @@ def test_memory(options, reduction):
         assert peaks[1] < 1.7 * logits[1]
 
 
+def test_three_numbers_of_each_cell_wait_for_backward():
+    """Where each sample has a weight of its own, and nothing else does."""
+    loss = TransducerJointLoss(
+        Transducer_joint(nonlinearity=nn.Tanh),
+        nn.Linear(4, 6),
+        reduction="none",
+    )
+    enc = torch.randn(2, 200, 4, requires_grad=True)
+    pred = torch.randn(2, 41, 4, requires_grad=True)
+    targets, lens = torch.randint(1, 6, (2, 40)), torch.ones(2)
+    given = [enc, pred, targets, lens, *loss.parameters()]
+    with StorageTracker(but=given) as tracker:
+        value = loss(enc, pred, targets, lens, lens)
+    numbers = tracker.alive / 4 / (2 * 200 * 41)
+    assert value.requires_grad and 3 <= numbers < 3.5
+
+
 def test_sparse_backward_leaves_little_out():
     """A peaked model: few cells, the same gradient to float32."""
     torch.manual_seed(0)
@@ -398,6 +415,18 @@ def test_sample_that_is_not_finite_and_is_kept(options, reduction, bad):
         assert gradient[2].isnan().any()
         assert gradient[[0, 1, 3, 4]].isfinite().all()
     assert all(g.isnan().any() for g in found[2:])
+
+
+@pytest.mark.parametrize("options", [*METHODS.values(), {"method": "batched"}])
+def test_the_last_frame_and_the_last_target_are_no_padding(options):
+    """What is not finite there comes out."""
+    loss = TransducerJointLoss(*modules(), reduction="none", **options)
+    for which, last in enumerate((6, 3)):
+        *given, targets = inputs()
+        with torch.no_grad():
+            given[which][2, last] = torch.nan
+        value = loss(*given, targets, FRAMES, COUNTS)
+        assert value.isfinite().tolist() == [True, True, False, True, True]
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -600,6 +629,17 @@ def test_lengths_that_cannot_tell_frames_apart(dtype):
     lens = torch.tensor([37 / 100])
     value = loss(*short, lens, torch.ones(1))
     assert torch.equal(loss(*short, lens.to(dtype), torch.ones(1)), value)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool])
+def test_full_lengths_of_any_dtype(dtype):
+    """More frames and targets than a number of that dtype can count."""
+    loss = TransducerJointLoss(*modules())
+    enc, pred = torch.randn(1, 300, H).double(), torch.randn(1, 271, H).double()
+    arguments = enc, pred, torch.ones(1, 270).long()
+    one = torch.ones(1)
+    value = loss(*arguments, one.to(dtype), one.to(dtype))
+    assert torch.equal(value, loss(*arguments, one, one))
 
 
 def test_blank_outside_the_vocabulary():

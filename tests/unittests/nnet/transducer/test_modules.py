@@ -292,6 +292,35 @@ def test_another_result_in_backward_is_noticed(dtype, options):
     assert enc.grad is None
 
 
+class OtherInOneCall(nn.Module):
+    """Computes something else in one of its calls."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.number = number
+
+    def forward(self, x):
+        Calls.count += 1
+        return x * (2 if Calls.count == self.number else 1)
+
+
+@pytest.mark.parametrize("sample", range(B))
+def test_another_result_of_one_sample_is_noticed(sample):
+    """Though those before and after it come out as they were."""
+    Calls.count = 0
+    loss = TransducerJointLoss(
+        # Backward begins when each sample has been computed once.
+        Joint(OtherInOneCall(B + 1 + sample)),
+        nn.Linear(H, V),
+        method="samplewise",
+        reduction="none",
+    )
+    value, enc, _ = call(loss)
+    with pytest.raises(RuntimeError, match="other logits in backward"):
+        value.sum().backward()
+    assert enc.grad is None
+
+
 @every_method
 def test_another_result_in_a_second_backward_is_noticed(options):
     joint = Joint(nn.Identity())

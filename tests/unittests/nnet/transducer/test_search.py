@@ -80,3 +80,15 @@ def test_beam_search_of_a_network_that_hates_blanks_ends():
     assert 0 not in hyp and len(hyp) > 5
     with pytest.raises(ValueError, match="max_expansions=0 must be"):
         TransducerBeamSearcher(**network(), max_expansions=0)
+
+
+def test_the_limit_of_a_frame_begins_anew_in_each_search():
+    """Also where the frame is at the address of the last search's."""
+    search = TransducerBeamSearcher(
+        **network(blank_bias=-50), beam_size=2, max_expansions=7
+    )
+    enc = torch.randn(1, 1, HIDDEN)
+    (first,), *_ = search(enc)
+    assert first
+    for lengths in (None, torch.ones(1)):
+        assert search(enc, lengths)[0] == [first]
