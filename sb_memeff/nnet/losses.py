@@ -159,10 +159,8 @@ class _TransducerLoss(torch.autograd.Function):
         )
         for some in _chunks(cells, vocabulary):
             sample, t, u = _locate(some, rows, columns)
-            planes[:, some] = torch.stack(
-                row_scores(
-                    logits[sample, t, u], symbols[sample, u], blank_index
-                )
+            planes[:, some] = row_scores(
+                logits[sample, t, u], symbols[sample, u], blank_index
             )
         normaliser, blank, target = planes.view(3, batch, rows, columns)
         nll, blank, emission = loss_and_occupancies(

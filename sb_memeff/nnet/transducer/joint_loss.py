@@ -77,9 +77,9 @@ class TransducerJointLoss(nn.Module):
         each computed once. "batched": all at once, the reference.
     max_rows : int, optional
         Rows of a tile. By default 2,048 on a CPU. On other devices, where the
-        host must not be the slower one, as many as make 2^25 logits, but at
-        least 4,096 and at most 32,768; 65,536 are faster still and take more
-        memory.
+        host must not be the slower one, as many as make 2^26 logits, but at
+        least 8,192 and at most 32,768; 65,536 can be faster still and take
+        more memory.
     occupancy_floor : float
         For gradients "tiled" leaves out cells that paths visit with a lower
         probability: the gradient of a cell's logits is at most twice that.
@@ -311,7 +311,7 @@ def _rows_of_tile(enc, vocabulary):
     """See ``max_rows``. The analysis on fake tensors asks for a GPU's."""
     if enc.device.type == "cpu" and not isinstance(enc, FakeTensor):
         return 2048
-    return min(max(2**25 // (vocabulary or 1024), 4096), 32768)
+    return min(max(2**26 // (vocabulary or 1024), 8192), 32768)
 
 
 def _finite_padding(x, lengths):

@@ -55,8 +55,8 @@ def row_scores(logits, target, blank_index):
 
     Returns
     -------
-    tuple of torch.Tensor
-        [N] each: log of the sum of exponentials, blank, target.
+    torch.Tensor
+        [3, N]: log of the sum of exponentials, blank, target.
 
     Example
     -------
@@ -72,7 +72,7 @@ def row_scores(logits, target, blank_index):
     normaliser = logits.logsumexp(1)
     blank = logits[:, blank_index] - normaliser
     picked = logits.gather(1, target[:, None]).squeeze(1)
-    return normaliser, blank, picked - normaliser
+    return torch.stack([normaliser, blank, picked - normaliser])
 
 
 def row_gradient(

@@ -204,7 +204,7 @@ class SumJointPass(TiledPass):
         found = []
         for tile in whole.split(self.max_rows):
             _, logits = self.joint.logits(cells, tile, narrow)
-            found.append(torch.stack(cells.scores(tile, logits)))
+            found.append(cells.scores(tile, logits))
             del logits
         flat[:, whole.places] = torch.cat(found, 1)
 

@@ -118,7 +118,7 @@ def _gradient(
 
 def row_scores(
     logits: torch.Tensor, target: torch.Tensor, blank_index: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> torch.Tensor:
     """See ``sb_memeff.nnet.transducer.rows.row_scores``."""
     logits, target = logits.contiguous(), target.contiguous()
     rows, vocabulary = logits.shape
@@ -134,7 +134,7 @@ def row_scores(
                 BLANK=blank_index,
                 BLOCK=BLOCK,
             )
-    return tuple(scores)
+    return scores
 
 
 def row_gradient(
