@@ -81,7 +81,7 @@ def results(nets, inputs, weigh=False, **options):
     pred = pred.detach().requires_grad_()
     reduction = "none" if weigh else "sum"
     loss = TransducerJointLoss(
-        joint, classifier, reduction=reduction, max_rows=10, **options
+        joint, classifier, reduction=reduction, max_rows=20, **options
     )(enc, pred, *others)
     value = loss
     if weigh:
@@ -233,7 +233,7 @@ def test_backward_twice(kernels):
     for fused in (False, True):
         kernels(fused)
         enc = enc.detach().requires_grad_()
-        loss = TransducerJointLoss(*nets, reduction="none", max_rows=10)
+        loss = TransducerJointLoss(*nets, reduction="none", max_rows=20)
         value = loss(enc, pred, *others).sum()
         value.backward(retain_graph=True)
         value.backward()
