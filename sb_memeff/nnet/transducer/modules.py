@@ -14,6 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from sb_memeff.nnet.random_states import global_sources
+
 __all__ = ["check_modules", "declared_vocabulary", "unchanged"]
 
 
@@ -134,7 +136,7 @@ def unchanged(modules: nn.Module, device: torch.device) -> Iterator[None]:
         for name, buffer in module._buffers.items()
         if buffer is not None
     }
-    states = _random_states(device)
+    states = [(s.write, s.read()) for s in global_sources(device, True)]
     try:
         yield
         for prefix, module in modules.named_modules():
@@ -158,16 +160,3 @@ def unchanged(modules: nn.Module, device: torch.device) -> Iterator[None]:
         for write, state in states:
             write(state)
         raise
-
-
-def _random_states(device):
-    states = [(torch.set_rng_state, torch.get_rng_state())]
-    if device.type not in ("cpu", "meta"):
-        module = torch.get_device_module(device)
-        states.append(
-            (
-                lambda state: module.set_rng_state(state, device),
-                module.get_rng_state(device),
-            )
-        )
-    return states
