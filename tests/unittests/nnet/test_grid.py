@@ -45,6 +45,21 @@ def test_float64_is_left_alone():
     assert torch.equal(net(x), torch.cat((y1, x[:, 2:] + y1.tanh()), 1))
 
 
+def test_float64_is_left_alone_under_autocast_too():
+    """Autocast chooses the precision of float32 operators, not of float64."""
+    torch.manual_seed(0)
+    net = ReversibleSequence([AdditiveCoupling(nn.Tanh(), nn.Tanh())])
+    x = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
+    y1 = x[:, :2] + x[:, 2:].tanh()
+    expected = torch.cat((y1, x[:, 2:] + y1.tanh()), 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        for net.save_memory in (True, False):
+            y = net(x)
+            assert y.dtype == torch.float64
+            assert torch.equal(y, expected)
+        assert net.inverse(y).dtype == torch.float64
+
+
 @pytest.mark.parametrize("bits", [12, None])
 def test_streams_are_copies(bits):
     x = torch.zeros(1, 4, 3)

@@ -105,6 +105,17 @@ def test_reading_waits_for_all(device):
     pending.read()
 
 
+def test_an_error_is_raised_once(device):
+    """Whoever catches it and goes on hears no more of that step."""
+    pending, _ = device
+    pending.report(torch.tensor([True]), "first {}".format)
+    pending.next_forward()
+    with pytest.raises(RuntimeError, match="first 0"):
+        pending.report(torch.tensor([True]), "second {}".format)
+    pending.next_forward()
+    pending.read()
+
+
 def test_warnings_are_logged_once(device, caplog):
     pending, _ = device
     pending.action = "warn"

@@ -87,9 +87,11 @@ def test_a_change_is_undone_inside_and_stands_outside(act):
     assert all(module._buffers[n] is b for n, b in buffers.items())
 
 
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("act", ACTS)
-def test_nothing_is_left_of_a_call_without_record(act):
-    module = Stateful(ACTS[act])
+def test_nothing_is_left_of_a_call_without_record(act, training):
+    """As in the inverse of a chain. A module may count in eval mode too."""
+    module = Stateful(ACTS[act]).train(training)
     before = contents(module)
     with without_trace(module):
         module()

@@ -875,6 +875,30 @@ def test_two_parametrizations_of_one_module():
     assert_same_step(net, twin, signal())
 
 
+@pytest.mark.parametrize("above", ["norm", "library"])
+def test_a_block_that_recomputes_below_another_class_does_not_twice(above):
+    """Blocks may be named again, whoever has changed their class meanwhile."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv1d(4, 4, 3)).double()
+    recompute_blocks(net, "*")
+    if above == "norm":
+        parametrizations.weight_norm(net[0])
+    else:
+        cls = type(net[0])
+        net[0].__class__ = type(f"Sharded{cls.__name__}", (cls,), {})
+    twin = copy.deepcopy(net)
+    assert store_blocks(twin) == ["0"]
+    assert recompute_blocks(net, "*") == ["0"]
+    assert_same_step(net, twin, signal())
+    # Once in forward, once in backward.
+    calls = []
+    net[0]._conv_forward = lambda *args: (
+        calls.append(1) or nn.Conv1d._conv_forward(net[0], *args)
+    )
+    net(signal()).sum().backward()
+    assert len(calls) == 2
+
+
 def test_copies_of_a_network_with_weight_norm_recompute_by_themselves():
     """torch's parametrized copies share their class."""
     net = normed()

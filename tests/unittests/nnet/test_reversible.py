@@ -32,6 +32,7 @@ from sb_memeff.nnet.reversible import (
     guards,
     inversion_errors,
 )
+from sb_memeff.nnet.reversible.walk import Observer
 from sb_memeff.utils.memory import training_step_memory
 
 
@@ -438,6 +439,37 @@ def test_taps_backward_twice_with_retain_graph():
     loss.backward()
     twice = [p.grad for p in net.parameters()]
     assert relative_error(twice, [2 * g for g in once]) < 1e-12
+
+
+@pytest.mark.parametrize("kind", ["couplings", "first", "both"])
+def test_outputs_of_a_tapped_chain_may_be_differentiated_one_by_one(kind):
+    """What one backward pass knows of the total is not left to the next."""
+    net = Tapped(kind, []).double().eval()
+    x = images(dtype=torch.float64).requires_grad_()
+    found = []
+    for module in (net, stored(net)):
+        y, total = module.net(x)
+        wanted = [x, *module.parameters()]
+        gradients_of = {}
+        for name, loss in (
+            ("total", total.square().sum()),
+            ("output", y.square().sum()),
+            ("again", total.square().sum()),
+        ):
+            gradients_of[name] = torch.autograd.grad(
+                loss, wanted, retain_graph=True, allow_unused=True
+            )
+        found.append(gradients_of)
+    for name, reference in found[1].items():
+        ours = found[0][name]
+        ours, reference = (
+            [
+                torch.zeros_like(p) if g is None else g
+                for g, p in zip(gs, wanted)
+            ]
+            for gs in (ours, reference)
+        )
+        assert relative_error(ours, reference) < 1e-9, name
 
 
 def test_a_tap_that_reads_the_state_itself_changes_nothing():
@@ -911,6 +943,29 @@ def test_graph_of_taps_is_freed(backward):
     del y, total
     gc.collect()
     assert all(part() is None for part in parts)
+
+
+@pytest.mark.parametrize("first", ["coupling", "tap"])
+def test_streams_are_freed_after_backward_whatever_needs_a_gradient_first(
+    first,
+):
+    """The loss may live on, in a list of losses for example."""
+    net = chain(3, dropout=0.0)
+    if first == "tap":
+        net.blocks[0].requires_grad_(False)
+        net.blocks.insert(1, read(8))
+    rebuilt = []
+
+    class Watch(Observer):
+        def rebuilt(self, name, streams):
+            rebuilt.extend(map(weakref.ref, streams))
+
+    net._observers.append(Watch)
+    y = net(images())
+    total = sum(part.sum() for part in (y if first == "tap" else (y,)))
+    total.backward()
+    gc.collect()
+    assert rebuilt and all(stream() is None for stream in rebuilt)
 
 
 def test_graph_of_taps_is_freed_after_an_error(monkeypatch):

@@ -215,6 +215,26 @@ def test_a_gradient_may_be_changed_in_place_after_the_step():
             assert torch.equal(other.grad, copy)
 
 
+@pytest.mark.parametrize("kind", CHAINS)
+def test_a_gradient_may_be_changed_in_place_while_backward_goes_on(kind):
+    """As an optimizer does that steps in hooks, to free each gradient."""
+    torch.manual_seed(1)
+    net = Whole(CHAINS[kind]()).double()
+    _, reference, _ = gradients(stored(net), sequences())
+    found = {}
+
+    def take(p):
+        found[p] = p.grad.clone()
+        p.grad.fill_(1e3)
+
+    for p in net.parameters():
+        p.register_post_accumulate_grad_hook(take)
+    _, (of_x, *_), _ = gradients(net, sequences())
+    ours = [of_x, *(found[p] for p in net.parameters())]
+    for a, b in zip(ours, reference, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
 # --- strides -------------------------------------------------------------------
 
 LAYOUTS = {

@@ -397,6 +397,22 @@ def test_either_stream_beyond_the_grid_on_either_side(scale, stream):
     assert x.grad is None
 
 
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_the_edge_of_the_grid_is_beyond_it(sign):
+    """4096 + 2**-12 is rounded to 4096, so that 4096 may stand for either."""
+    net = ReversibleSequence([AdditiveCoupling(nn.Tanh(), nn.Tanh())])
+    x = torch.zeros(2, 4)
+    x[0, 0] = sign * 4096.0
+    y = net(x.requires_grad_())
+    with pytest.raises(RuntimeError, match="reached 4096, beyond 4096"):
+        y.sum().backward()
+    x = x.detach()
+    x[0, 0] = sign * (4096.0 - 2.0**-10)
+    y = net(x.requires_grad_())
+    y.sum().backward()
+    assert x.grad is not None
+
+
 # --- check_invertible ----------------------------------------------------------
 
 

@@ -8,10 +8,17 @@ import pytest
 import torch
 from speechbrain.lobes.models.ECAPA_TDNN import (
     ECAPA_TDNN as SpeechBrainECAPA_TDNN,
+    Res2NetBlock,
+    SEBlock,
 )
 
-from sb_memeff.lobes.models.ECAPA_TDNN import ECAPA_TDNN
+from sb_memeff.lobes.models.ECAPA_TDNN import (
+    ECAPA_TDNN,
+    res2net,
+    squeeze_excite,
+)
 from tests.unittests.lobes.networks import ECAPA as SMALL
+from tests.unittests.nnet.chains import saved_bytes
 
 sys.path.insert(0, str(Path(__file__).parents[4] / "benchmarks"))
 
@@ -116,6 +123,42 @@ def test_memory():
     ours = ecapa.memory_of("same_weights").activation_bytes
     assert ecapa.memory_of("stored").activation_bytes > 6 * ours
     assert ecapa.memory_of("checkpoint").activation_bytes > 3 * ours
+
+
+class Chunks(torch.nn.Module):
+    """A Res2NetBlock as our network runs it."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x):
+        return res2net(self.block, x)
+
+
+def test_res2net_keeps_the_chunks_and_not_what_they_were_cut_from():
+    """The first chunk goes nowhere; each other one is one of the four."""
+    net = Chunks(Res2NetBlock(32, 32, scale=4))
+    x = torch.randn(2, 32, 50, requires_grad=True).tanh()
+    kept, _ = saved_bytes(net, x)
+    assert kept <= 0.75 * x.nbytes + 100
+
+
+def test_a_sum_over_frames_that_float16_cannot_hold():
+    """The mean of what 1,000 frames of 100 hold is 100."""
+    torch.manual_seed(0)
+    block = SEBlock(8, 4, 8)
+    x = torch.full((2, 8, 1000), 100.0)
+    padding = torch.zeros(2, 1, 1000, dtype=torch.bool)
+    padding[1, :, 900:] = True
+    x = x.masked_fill(padding, 0.0)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.mul_(0.1)
+        expected = squeeze_excite(block, x, padding)
+        found = squeeze_excite(block.half(), x.half(), padding)
+    assert expected.std(dim=1).max() > 1
+    torch.testing.assert_close(found.float(), expected, rtol=5e-3, atol=0)
 
 
 def test_errors():

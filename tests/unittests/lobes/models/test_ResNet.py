@@ -37,6 +37,21 @@ def test_activations_in_place_or_not(activation):
     assert all(torch.isfinite(p.grad).all() for p in net.parameters())
 
 
+@pytest.mark.parametrize("block", ["basic", "bottleneck"])
+def test_every_activation_is_the_one_asked_for(block):
+    """Those of the further blocks of a stage too."""
+    net = ResNet(
+        channels=[8, 8, 16, 16],
+        block_sizes=[2, 1, 3, 1],
+        activation=nn.GELU,
+        block=block,
+    )
+    kinds = [
+        type(m) for m in net.modules() if "activation" in type(m).__module__
+    ]
+    assert kinds == [nn.GELU] * (1 + 7)
+
+
 def test_errors():
     with pytest.raises(ValueError, match="ResNet18.*ResNet34, ResNet101"):
         ResNet.from_preset("ResNet18")

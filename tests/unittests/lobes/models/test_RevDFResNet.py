@@ -61,6 +61,16 @@ def test_slices_are_the_function():
     torch.testing.assert_close(found, torch.cat((y1, y2), 1))
 
 
+def test_inner_channels_are_four_times_those_of_a_stream():
+    net = RevDFResNet(channels=[8, 8, 16, 24], block_sizes=[1, 1, 1, 1])
+    couplings = [b for b in net.trunk.blocks if isinstance(b, AdditiveCoupling)]
+    widths = [
+        [body.layers[1].conv.in_channels for body in (*c.f, *c.g)]
+        for c in couplings
+    ]
+    assert widths == [[16, 16], [16, 16], [32, 32], [48, 48]]
+
+
 @pytest.mark.parametrize(
     "strides", [[2, 1, 2, 2], [1, 1, 1, 1], [[1, 2], [2, 2], [1, 2], [3, 1]]]
 )

@@ -11,7 +11,7 @@ from hyperpyyaml import load_hyperpyyaml
 from speechbrain.lobes.models.ECAPA_TDNN import ECAPA_TDNN
 
 from sb_memeff.lobes.models.RevECAPA_TDNN import RevECAPA_TDNN
-from sb_memeff.nnet.reversible import check_invertible
+from sb_memeff.nnet.reversible import AdditiveCoupling, check_invertible
 from sb_memeff.utils.leftovers import no_leftovers
 from tests.unittests.lobes.networks import ECAPA as SMALL
 
@@ -94,6 +94,31 @@ def test_what_lies_behind_the_blocks_is_named_as_in_speechbrains():
         for net in (ECAPA_TDNN(**SMALL), small())
     )
     assert ours == theirs
+
+
+def test_each_block_has_the_kernel_and_dilation_of_speechbrains():
+    options = {
+        **SMALL,
+        "kernel_sizes": [5, 3, 5, 3, 1],
+        "dilations": [1, 2, 3, 5, 1],
+    }
+
+    def convolutions(block):
+        """Kernel and dilation of each convolution in its Res2Net."""
+        return [
+            (layer.conv.conv.kernel_size, layer.conv.conv.dilation)
+            for layer in block.res2net_block.blocks
+        ]
+
+    theirs = [convolutions(b) for b in ECAPA_TDNN(**options).blocks[1:]]
+    couplings = [
+        b
+        for b in small(**options).trunk.blocks
+        if isinstance(b, AdditiveCoupling)
+    ]
+    for function in ("f", "g"):
+        ours = [convolutions(getattr(c, function)) for c in couplings]
+        assert ours == theirs
 
 
 @pytest.mark.parametrize("blocks", [3, 12])

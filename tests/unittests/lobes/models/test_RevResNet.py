@@ -3,9 +3,11 @@
 import pytest
 import torch
 from hyperpyyaml import load_hyperpyyaml
+from torch import nn
 
 from sb_memeff.lobes.models.ResNet import ResNet, stride_pairs
-from sb_memeff.lobes.models.RevResNet import RevResNet
+from sb_memeff.lobes.models.RevResNet import RevResNet, StridedCoupling
+from sb_memeff.nnet.padding import mask, padding_masks
 from sb_memeff.nnet.reversible import check_invertible
 from sb_memeff.utils.leftovers import no_leftovers
 from sb_memeff.utils.memory import training_step_memory
@@ -51,6 +53,21 @@ def test_other_strides(strides, downsampling):
     net.eval()
     alone = net(feats[1:2, :13])
     torch.testing.assert_close(net(feats, lengths)[1:2], alone)
+
+
+def test_a_transition_leaves_padded_frames_zero():
+    """Else the batch norms behind it would count what its own norms add."""
+    torch.manual_seed(0)
+    transition = StridedCoupling("basic", 4, 4, 6, stride=2, stage=1)
+    for norm in (transition.p[0], transition.q[0]):
+        nn.init.normal_(norm.bias)
+    masks = padding_masks(
+        torch.tensor([1.0, 0.5]), torch.rand(2, 12, 8), [1, 2]
+    )
+    streams = [mask(torch.randn(2, 4, 12, 8), masks[0]) for _ in range(2)]
+    for y in transition(streams, masks):
+        assert y.shape == (2, 6, 6, 4)
+        assert y[0].all() and y[1, :, :3].all() and not y[1, :, 3:].any()
 
 
 def test_from_yaml():

@@ -22,7 +22,11 @@ from sb_memeff.lobes.models.ECAPA_TDNN import ECAPA_TDNN
 from sb_memeff.lobes.models.ResNet import ResNet, _ResidualBlock
 from sb_memeff.lobes.models.RevDFResNet import RevDFResNet
 from sb_memeff.lobes.models.RevECAPA_TDNN import RevECAPA_TDNN
-from sb_memeff.lobes.models.RevResNet import RevResNet, StridedCoupling
+from sb_memeff.lobes.models.RevResNet import (
+    ResidualBody,
+    RevResNet,
+    StridedCoupling,
+)
 from sb_memeff.nnet.reversible import AdditiveCoupling, check_invertible
 from sb_memeff.utils.leftovers import no_leftovers
 from sb_memeff.utils.memory import training_step_memory
@@ -379,6 +383,11 @@ def narrow(lobe, name, downsampling):
     )
 
 
+def bodies(net):
+    """The residual functions of a reversible network."""
+    return [m for m in net.modules() if isinstance(m, ResidualBody)]
+
+
 def channels_of(coupling):
     """Channels of both streams together."""
     norms = (m for m in coupling.f.modules() if isinstance(m, nn.BatchNorm2d))
@@ -404,6 +413,13 @@ def test_every_coupling_begins_as_the_identity(lobe, name, downsampling):
             assert torch.equal(y2, block.q(x2[..., ::time, ::frequency]))
             couplings += 1
     assert couplings == sum(lobe.PRESETS[name]["block_sizes"])
+    # Through the last convolution of each function: its input is not zero,
+    # nor is any other weight.
+    last = [m.layers[-1].conv.weight for m in bodies(net)]
+    zero = [p for p in net.parameters() if p.dim() > 1 and not p.any()]
+    assert {id(p) for p in zero} == {id(p) for p in last}
+    net(torch.randn(3, 30, 20)).square().mean().backward()
+    assert all(p.grad.any() for p in last)
 
 
 @each_kind
