@@ -304,8 +304,8 @@ class _Leave(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, walk, as_one, token, sum_token, *extras):
-        ctx.walk = walk
+    def forward(ctx, walk, as_one, total, token, sum_token, *extras):
+        ctx.walk, ctx.total = walk, total
         ctx.set_materialize_grads(False)
         streams, walk.streams = walk.streams, []
         outputs = [walk.format.leave(*streams)] if as_one else streams
@@ -322,6 +322,9 @@ class _Leave(torch.autograd.Function):
         _refuse_double_backward()
         walk = ctx.walk
         *gradients, sum_token = gradients
+        if sum_token is None:
+            # Of a backward pass before, that ended early.
+            ctx.total.gradient = None
         saved = ctx.saved_tensors
         extras, saved = saved[: ctx.extras], saved[ctx.extras :]
         streams = list(saved if len(saved) == 2 else halves(*saved))
@@ -339,6 +342,7 @@ class _Leave(torch.autograd.Function):
         ]
         walk.begin_backward(extras, streams, gradients)
         return (
+            None,
             None,
             None,
             walk.streams[0].new_empty(0),
@@ -396,7 +400,7 @@ def run_without_storing(
             token, value = token
             total.add(value, f"{step.name}.read")
     *outputs, total.token = _Leave.apply(
-        walk, as_one, token, total.token, *extras
+        walk, as_one, total, token, total.token, *extras
     )
     return tuple(outputs)
 

@@ -472,6 +472,28 @@ def test_outputs_of_a_tapped_chain_may_be_differentiated_one_by_one(kind):
         assert relative_error(ours, reference) < 1e-9, name
 
 
+@pytest.mark.parametrize("kind", ["couplings", "first", "both"])
+def test_after_gradients_of_the_last_tap_alone(kind):
+    """Such a backward pass ends before it comes to the first tap."""
+    net = Tapped(kind, []).double().eval()
+    x = images(dtype=torch.float64).requires_grad_()
+    found = []
+    for module in (net, stored(net)):
+        y, total = module.net(x)
+        parameters = list(module.parameters())
+        taps = [b for b in module.net.blocks if isinstance(b, Tap)]
+        last = list(taps[-1].parameters())
+        torch.autograd.grad(total.square().sum(), last, retain_graph=True)
+        found.append(
+            torch.autograd.grad(
+                y.square().sum(), [x, *parameters], allow_unused=True
+            )
+        )
+    for ours, reference in zip(*found, strict=True):
+        assert (ours is None) == (reference is None)
+        assert ours is None or relative_error([ours], [reference]) < 1e-9
+
+
 def test_a_tap_that_reads_the_state_itself_changes_nothing():
     x = images()
     before = x.clone()

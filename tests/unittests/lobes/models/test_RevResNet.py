@@ -1,4 +1,4 @@
-"""Reversible ResNets: what test_reversible_lobes.py does not know of them."""
+"""Reversible ResNets: what test_lobe_contract.py does not know of them."""
 
 import pytest
 import torch
