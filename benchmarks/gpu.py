@@ -26,6 +26,7 @@ import subprocess
 import sys
 import time
 import traceback
+import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,9 +45,9 @@ TOGETHER = {
 ALONE = {
     "machine": 30,
     "joint": 110,
+    "optimizers": 40,
     "steps": 150,
     "ecapa": 40,
-    "optimizers": 40,
     "eleven_gb": 40,
 }
 DTYPES = {"fp32": None, "bf16": "bfloat16", "fp16": "float16"}
@@ -122,6 +123,20 @@ def timed(step, rounds=3, warm=2):
     return found
 
 
+def waits(step):
+    """How often the host waits for the device in a step."""
+    if DEVICE != "cuda":
+        return 0
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing" in str(w.message) for w in seen)
+
+
 def largest_kernels(step, rows=14):
     """What the device spends a step on.
 
@@ -135,7 +150,8 @@ def largest_kernels(step, rows=14):
     Returns
     -------
     dict
-        Launches and milliseconds of all kernels, and of the largest.
+        Launches and milliseconds of all kernels, and of the largest; how
+        often the host waits.
     """
     step()
     synchronize()
@@ -152,6 +168,7 @@ def largest_kernels(step, rows=14):
     ]
     events.sort(reverse=True)
     return {
+        "waits": waits(step),
         "launches": sum(e[1] for e in events),
         "ms": round(sum(e[0] for e in events), 2),
         "kernels": [[round(ms, 3), n, name] for ms, n, name in events[:rows]],
@@ -643,8 +660,10 @@ def optimizers():
     kinds = {
         "torch SGD fused": (torch.optim.SGD, {"momentum": 0.9, **fused}),
         "SGD8bit": (optim.SGD8bit, {"momentum": 0.9}),
+        "SGD8bit fused": (optim.SGD8bit, {"momentum": 0.9, **fused}),
         "torch AdamW fused": (torch.optim.AdamW, fused),
         "AdamW8bit": (optim.AdamW8bit, {}),
+        "AdamW8bit fused": (optim.AdamW8bit, fused),
     }
     with contextlib.suppress(Exception):
         import bitsandbytes as bnb
@@ -662,6 +681,8 @@ def optimizers():
             optimizer = kind(net.parameters(), lr=1e-4, **options)
             found = timed(optimizer.step, 5)
             found["state_mb"] = round(optim.state_bytes(optimizer) / 1e6, 1)
+            counted = largest_kernels(optimizer.step)
+            found |= {name: counted[name] for name in ("launches", "waits")}
             return found
 
         check(f"optimizer {label}", one)

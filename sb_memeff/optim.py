@@ -220,7 +220,7 @@ class _States8bit(torch.optim.Optimizer):
             )
         for group, params in zip(self.param_groups, ready):
             fused, direct, others = self._split(group, params)
-            for some in fused.values():
+            for some in fused:
                 self._update_fused(group, some)
                 # Triton does not tell autograd what it has written.
                 torch.autograd.graph.increment_version(some)
@@ -231,15 +231,15 @@ class _States8bit(torch.optim.Optimizer):
         return loss
 
     def _split(self, group, params):
-        """Parameters for a fused kernel by device, for torch, and others.
+        """Parameters for one launch each, for torch, and others.
 
         torch gets those whose states are in 32 bits, if nothing need be
         copied. The others are those of which something must be, and all in
         their first step, which makes the states.
         """
-        fused, direct, others = {}, [], []
-        # A fused Adam counts steps on the GPU, where a rate may be too.
-        can_fuse = not group["fused"] and not torch.is_tensor(group["lr"])
+        candidates, direct, others = {}, [], []
+        # The host would have to wait for a rate on the GPU.
+        can_fuse = not torch.is_tensor(group["lr"])
         names = [name for name in self._names(group) if name in self.signed]
         for p in params:
             state = self.state.get(p, {})
@@ -266,11 +266,16 @@ class _States8bit(torch.optim.Optimizer):
                     isinstance(x, Quantized8bit) and x.codes.device == p.device
                     for x in states
                 )
-                and runs_fused(p, p.grad)
             ):
-                fused.setdefault(p.device, []).append(p)
+                candidates.setdefault(p.device, []).append(p)
             else:
                 others.append(p)
+        fused = []
+        for some in candidates.values():
+            if runs_fused(*some, *(p.grad for p in some)):
+                fused.append(some)
+            else:
+                others += some
         return fused, direct, others
 
     def _step_direct(self, group, params):
@@ -706,13 +711,12 @@ class _Adam8bit(_States8bit):
             moments += self._quantized(params, name)
             codebooks.append(self._codebook(name, params[0].device))
         steps = [self.state[p]["step"] for p in params]
-        for step in steps:
-            step += 1
+        torch._foreach_add_(steps, 1)
         adam_8bit(
             params,
             [p.grad for p in params],
             moments,
-            [step.item() for step in steps],
+            torch.stack(steps),
             *((x.values, x.middles) for x in codebooks[:2]),
             lr=group["lr"],
             betas=group["betas"],

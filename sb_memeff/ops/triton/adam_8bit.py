@@ -123,7 +123,7 @@ def adam_8bit(
     params: list[torch.Tensor],
     grads: list[torch.Tensor],
     moments: list[list[torch.Tensor]],
-    steps: list[float],
+    steps: torch.Tensor,
     signed: tuple[torch.Tensor, torch.Tensor],
     unsigned: tuple[torch.Tensor, torch.Tensor],
     *,
@@ -145,8 +145,9 @@ def adam_8bit(
         Codes and maxima of the first moments, of the second ones and, with
         amsgrad, of the largest second ones, as
         ``utils.blockwise.Quantized8bit`` holds them.
-    steps : list of float
-        The number of each parameter's step, from 1 on.
+    steps : torch.Tensor
+        The number of each parameter's step, from 1 on: on the CPU, or, so that
+        nobody waits, on the parameters' device.
     signed, unsigned : tuple of torch.Tensor
         Values and middles of a ``utils.blockwise.Codebook``.
     lr, betas, eps, weight_decay : float
@@ -155,13 +156,11 @@ def adam_8bit(
         As torch.optim.Adam's.
     """
     beta1, beta2 = betas
-    corrections = torch.tensor(
-        [
-            [lr / (1 - beta1**step) for step in steps],
-            [(1 - beta2**step) ** 0.5 for step in steps],
-        ]
-    )
-    if params[0].is_cuda:
+    steps = steps.double()
+    corrections = torch.stack(
+        [lr / (1 - beta1**steps), (1 - beta2**steps).sqrt()]
+    ).float()
+    if params[0].is_cuda and not corrections.is_cuda:
         corrections = corrections.pin_memory()
     launch(
         _adam,

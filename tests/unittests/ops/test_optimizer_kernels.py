@@ -26,6 +26,8 @@ CASES = [
     ),
     (AdamW8bit, {"lr": 0.01, "weight_decay": 0.1}),
     (AdamW8bit, {"lr": 0.01, "betas": (0.5, 0.6), "eps": 0.01}),
+    # Counts its steps where the parameters are.
+    (AdamW8bit, {"lr": 0.01, "fused": True}),
     (Adam8bit, {"lr": 0.01, "weight_decay": 0.1, "maximize": True}),
     (Adam8bit, {"lr": 0.01, "betas": (0.5, 0.6), "amsgrad": True}),
 ]
