@@ -11,12 +11,12 @@ import triton
 import triton.language as tl
 
 from sb_memeff.ops.triton.blocks_8bit import (
-    bytes_of,
-    floats_of,
     inside,
     launch,
     load_quantized,
     places,
+    pointer_of,
+    state_of,
     store_quantized,
 )
 
@@ -49,8 +49,8 @@ def _adam(
         table_ptr, tensor_of_ptr, tensors, BLOCKS
     )
     has_value = inside(value, size, ALIGNED)
-    weights = floats_of(table_ptr, tensors, tensor, 0, ALIGNED)
-    gradients = floats_of(table_ptr, tensors, tensor, 1, ALIGNED)
+    weights = pointer_of(table_ptr, tensors, tensor, 0, tl.float32, ALIGNED)
+    gradients = pointer_of(table_ptr, tensors, tensor, 1, tl.float32, ALIGNED)
     weight = tl.load(weights + value, mask=has_value, other=0.0)
     gradient = tl.load(gradients + value, mask=has_value, other=0.0)
     if MAXIMIZE:
@@ -60,8 +60,7 @@ def _adam(
     else:
         gradient += weight_decay * weight
 
-    codes = bytes_of(table_ptr, tensors, tensor, 2, ALIGNED)
-    maxima = floats_of(table_ptr, tensors, tensor, 3, False)
+    codes, maxima = state_of(table_ptr, tensors, tensor, 2, ALIGNED)
     mean = load_quantized(
         codes, maxima, signed_values_ptr, block, value, has_block, has_value
     )
@@ -77,8 +76,7 @@ def _adam(
         has_value,
         True,
     )
-    codes = bytes_of(table_ptr, tensors, tensor, 4, ALIGNED)
-    maxima = floats_of(table_ptr, tensors, tensor, 5, False)
+    codes, maxima = state_of(table_ptr, tensors, tensor, 4, ALIGNED)
     square = load_quantized(
         codes, maxima, values_ptr, block, value, has_block, has_value
     )
@@ -95,8 +93,7 @@ def _adam(
         False,
     )
     if AMSGRAD:
-        codes = bytes_of(table_ptr, tensors, tensor, 6, ALIGNED)
-        maxima = floats_of(table_ptr, tensors, tensor, 7, False)
+        codes, maxima = state_of(table_ptr, tensors, tensor, 6, ALIGNED)
         highest = load_quantized(
             codes, maxima, values_ptr, block, value, has_block, has_value
         )

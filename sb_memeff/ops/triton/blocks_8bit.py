@@ -16,13 +16,13 @@ import triton.language as tl
 from sb_memeff.ops.triton.launch import on_device_of
 
 __all__ = [
-    "bytes_of",
-    "floats_of",
-    "launch",
     "inside",
+    "launch",
     "load_quantized",
     "places",
+    "pointer_of",
     "quantize",
+    "state_of",
     "store_quantized",
 ]
 
@@ -55,27 +55,30 @@ def inside(value, size, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def floats_of(
-    table_ptr, tensors, tensor, ROW: tl.constexpr, ALIGNED: tl.constexpr
+def pointer_of(
+    table_ptr,
+    tensors,
+    tensor,
+    ROW: tl.constexpr,
+    TYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
-    """Address of float32 numbers in a row of addresses."""
+    """Where a tensor in a row of addresses begins."""
     address = tl.load(table_ptr + (2 + ROW) * tensors + tensor)
-    pointer = address.to(tl.pointer_type(tl.float32))
+    pointer = address.to(tl.pointer_type(TYPE))
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
     return pointer
 
 
 @triton.jit
-def bytes_of(
+def state_of(
     table_ptr, tensors, tensor, ROW: tl.constexpr, ALIGNED: tl.constexpr
 ):
-    """Address of uint8 numbers in a row of addresses."""
-    address = tl.load(table_ptr + (2 + ROW) * tensors + tensor)
-    pointer = address.to(tl.pointer_type(tl.uint8))
-    if ALIGNED:
-        pointer = tl.multiple_of(pointer, 16)
-    return pointer
+    """Codes and maxima of a tensor, from a row of addresses and the next."""
+    codes = pointer_of(table_ptr, tensors, tensor, ROW, tl.uint8, ALIGNED)
+    maxima = pointer_of(table_ptr, tensors, tensor, ROW + 1, tl.float32, False)
+    return codes, maxima
 
 
 @triton.jit
@@ -138,15 +141,12 @@ def _quantize(
         table_ptr, tensor_of_ptr, tensors, BLOCKS
     )
     has_value = inside(value, size, ALIGNED)
-    x = tl.load(
-        floats_of(table_ptr, tensors, tensor, 0, ALIGNED) + value,
-        mask=has_value,
-        other=0.0,
-    )
+    x = pointer_of(table_ptr, tensors, tensor, 0, tl.float32, ALIGNED)
+    codes, maxima = state_of(table_ptr, tensors, tensor, 1, ALIGNED)
     store_quantized(
-        x,
-        bytes_of(table_ptr, tensors, tensor, 1, ALIGNED),
-        floats_of(table_ptr, tensors, tensor, 2, False),
+        tl.load(x + value, mask=has_value, other=0.0),
+        codes,
+        maxima,
         middles_ptr,
         block,
         value,

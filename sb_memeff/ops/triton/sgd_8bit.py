@@ -11,12 +11,12 @@ import triton
 import triton.language as tl
 
 from sb_memeff.ops.triton.blocks_8bit import (
-    bytes_of,
-    floats_of,
     inside,
     launch,
     load_quantized,
     places,
+    pointer_of,
+    state_of,
     store_quantized,
 )
 
@@ -43,10 +43,9 @@ def _sgd(
         table_ptr, tensor_of_ptr, tensors, BLOCKS
     )
     has_value = inside(value, size, ALIGNED)
-    weights = floats_of(table_ptr, tensors, tensor, 0, ALIGNED)
-    gradients = floats_of(table_ptr, tensors, tensor, 1, ALIGNED)
-    codes = bytes_of(table_ptr, tensors, tensor, 2, ALIGNED)
-    maxima = floats_of(table_ptr, tensors, tensor, 3, False)
+    weights = pointer_of(table_ptr, tensors, tensor, 0, tl.float32, ALIGNED)
+    gradients = pointer_of(table_ptr, tensors, tensor, 1, tl.float32, ALIGNED)
+    codes, maxima = state_of(table_ptr, tensors, tensor, 2, ALIGNED)
     weight = tl.load(weights + value, mask=has_value, other=0.0)
     gradient = tl.load(gradients + value, mask=has_value, other=0.0)
     buffer = load_quantized(
