@@ -3,7 +3,6 @@
 import importlib.util
 from pathlib import Path
 
-import pytest
 import torch
 
 FOLDER = Path(__file__).parents[2] / "examples"
@@ -46,6 +45,5 @@ def test_eight_bit_optimizer():
     assert loss < max(1e-4, 3 * torch_loss)
 
 
-@pytest.mark.parametrize(("budget", "batch"), [("0.3GB", 8), ("1.3GB", 64)])
-def test_what_fits(budget, batch):
-    assert run("what_fits", budget) == batch
+def test_what_fits():
+    assert run("what_fits", "0.3GB") == 8

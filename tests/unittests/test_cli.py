@@ -285,8 +285,9 @@ def test_profile_compares_rotary_transducers(rotary, memo, tmp_path, capsys):
     # Alone, or after a real step, they are the same.
     assert main(["check", *rotary, "--batch=2", "--seconds=1"]) == 0
     assert memo
-    assert main([*arguments, f"--json={path}"]) == 0
-    assert json.loads(path.read_text()) == found
+    assert main([*arguments[:-1], f"--json={path}"]) == 0
+    (again,) = json.loads(path.read_text())
+    assert again["memory"] == found[0]["memory"]
 
 
 def test_profile_runs_rotary_transducers(rotary, memo, tmp_path, capsys):
