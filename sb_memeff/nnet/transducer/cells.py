@@ -347,6 +347,11 @@ class Gradients:
         [B, U+1, H].
     weights : dict
         Name to parameter, those that need a gradient.
+
+    Attributes
+    ----------
+    weight_sums : dict
+        Name of each such parameter to the sum of its gradient.
     """
 
     def __init__(self, enc, pred, weights):
@@ -359,33 +364,16 @@ class Gradients:
         self.sums = [
             x.new_zeros(x.shape, dtype=wide_dtype(x.dtype)) for x in self.likes
         ]
+        self.weight_sums = dict(zip(self.weights, self.sums[2:], strict=True))
         self.linear = Float32WeightGradients(
             {
-                id(weight): total
-                for weight, total in zip(self.weights.values(), self.sums[2:])
+                id(weight): self.weight_sums[name]
+                for name, weight in self.weights.items()
             }
         )
-        self._names = list(self.weights)
         # How far replays are from forward, in units of what rounding may
         # explain.
         self.deviation = enc.new_zeros(1, dtype=torch.float32)
-
-    def sum_of(self, name):
-        """The sum of a parameter's gradient; None if it needs none.
-
-        Arguments
-        ---------
-        name : str
-            Of the parameter.
-
-        Returns
-        -------
-        torch.Tensor or None
-            What to add to.
-        """
-        if name not in self._names:
-            return None
-        return self.sums[2 + self._names.index(name)]
 
     def run(self, cells, tile):
         """Logits of some cells, to be given to ``add``.

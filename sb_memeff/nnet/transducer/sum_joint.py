@@ -157,14 +157,14 @@ class SumJoint:
         joined, gradient = made
         with torch.autocast(joined.device.type, enabled=False):
             for_joined = gradient @ narrow[0]
-            total = gradients.sum_of(self.names[0])
+            total = gradients.weight_sums.get(self.names[0])
             if total is not None:
                 if self.dtype in HALF:
                     found = wide_product(gradient.t(), joined)
                     _add(total, found, factor)
                 else:
                     total.addmm_(gradient.t(), joined)
-            total = gradients.sum_of(self.names[1])
+            total = gradients.weight_sums.get(self.names[1])
             if total is not None:
                 _add(total, gradient.sum(0, dtype=torch.float32), factor)
         samples = slice(cells.samples.start, cells.samples.stop)
