@@ -11,11 +11,16 @@ import speechbrain.nnet.linear
 import torch
 from speechbrain.nnet.transducer.transducer_joint import Transducer_joint
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sb_memeff.nnet.transducer import rows, sum_joint
 from sb_memeff.nnet.transducer.cells import CellLogits
 from sb_memeff.nnet.transducer.joint_loss import TransducerJointLoss
 from sb_memeff.nnet.transducer.sum_joint import SumJoint
+from sb_memeff.ops.triton import (
+    joint as joint_kernels,
+    logit_rows,
+)
 from tests.unittests.ops.kernels import DEVICE, error, poison
 
 B, T, U, H, V = 3, 7, 4, 33, 11
@@ -75,14 +80,14 @@ def batch(dtype=torch.float32, targets=U):
 
 def results(nets, inputs, weigh=False, **options):
     """Loss and gradients of encoder, predictor and weights."""
-    joint, classifier = copy.deepcopy(nets)
+    net, classifier = copy.deepcopy(nets)
     enc, pred, *others = inputs
     enc = enc.detach().requires_grad_()
     pred = pred.detach().requires_grad_()
-    reduction = "none" if weigh else "sum"
-    loss = TransducerJointLoss(
-        joint, classifier, reduction=reduction, max_rows=20, **options
-    )(enc, pred, *others)
+    options = {"reduction": "none" if weigh else "sum", **options}
+    loss = TransducerJointLoss(net, classifier, **{"max_rows": 20, **options})(
+        enc, pred, *others
+    )
     value = loss
     if weigh:
         value = loss @ torch.tensor([1.0, 0.0, -2.0]).to(loss)
@@ -304,3 +309,54 @@ def test_hooks_on_all_modules_are_called(kernels):
         assert SumJoint.of(CellLogits(*modules()), enc, pred) is None
     finally:
         handle.remove()
+
+
+class Launches(TorchDispatchMode):
+    """Counts what a GPU would launch: torch's operations, Triton's kernels.
+
+    Views and empty tensors are not among them.
+    """
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.count = self.passes = 0
+        self.interpreting = False
+        for module, name in (
+            (joint_kernels, "_join"),
+            (joint_kernels, "_add_rows"),
+            (logit_rows, "_scores"),
+            (logit_rows, "_gradient"),
+        ):
+            kernel = getattr(module, name)
+            monkeypatch.setattr(kernel, "run", self._counted(kernel.run, name))
+
+    def _counted(self, run, name):
+        def launch(*args, **kwargs):
+            self.count += 1
+            self.passes += name == "_join"
+            self.interpreting = True
+            try:
+                return run(*args, **kwargs)
+            finally:
+                self.interpreting = False
+
+        return launch
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not self.interpreting:
+            free = func.is_view or "empty" in func.__name__
+            self.count += not free and "detach" not in func.__name__
+        return func(*args, **(kwargs or {}))
+
+
+def test_launches_of_a_tile(kernels, monkeypatch):
+    """What one more tile costs: no index arithmetic, no casts, no copies."""
+    kernels(True)
+    counts = []
+    for max_rows in (10, 20):
+        with monkeypatch.context() as patch, Launches(patch) as launches:
+            results(modules(), batch(), max_rows=max_rows)
+        counts.append((launches.count, launches.passes))
+    (more, many), (fewer, few) = counts
+    assert many > few > 0
+    assert (more - fewer) / (many - few) <= 6
