@@ -350,7 +350,7 @@ class Launches(TorchDispatchMode):
 
 
 def test_launches_of_a_tile(kernels, monkeypatch):
-    """What one more tile costs: no index arithmetic, no casts, no copies."""
+    """One more tile costs no index arithmetic, casts or copies."""
     kernels(True)
     counts = []
     for max_rows in (10, 20):
