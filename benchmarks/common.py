@@ -1,4 +1,4 @@
-"""What the benchmarks share: the networks compared, and result files.
+"""Shared by the benchmarks: the networks compared, and result files.
 
 Authors
  * The sb_memeff authors 2026

@@ -1,4 +1,4 @@
-"""What fits on a GPU of 11 GB, with and without the means of this package.
+"""The largest batch on a GPU of 11 GB, with and without this package.
 
 By the analysis of ``sb-memeff fit``: the largest batch of a speaker recipe,
 the largest max_batch_len of the transducer recipe for utterances of up to

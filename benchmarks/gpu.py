@@ -138,7 +138,7 @@ def waits(step):
 
 
 def largest_kernels(step, rows=14):
-    """What the device spends a step on.
+    """Kernels that the device spends a step on.
 
     Arguments
     ---------
@@ -176,7 +176,7 @@ def largest_kernels(step, rows=14):
 
 
 def host_time(step, rows=22):
-    """What the host spends a step on, by Python function.
+    """Python functions that the host spends a step on.
 
     Arguments
     ---------
@@ -227,7 +227,7 @@ def autocast(precision):
 
 
 def machine():
-    """What the card does at best."""
+    """Peak bandwidth and FLOPs of the card."""
 
     def found():
         n, k = (1 << 20, 256) if SMALL else (1 << 30, 8192)
@@ -711,7 +711,7 @@ def eleven_gb():
 
 
 def arguments():
-    """What the command line says."""
+    """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--only", nargs="+", default=[*TOGETHER, *ALONE])

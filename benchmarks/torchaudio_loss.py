@@ -1,4 +1,4 @@
-"""What users would pick instead: torchaudio's loss on batched logits.
+"""The usual alternative: torchaudio's loss on batched logits.
 
 Authors
  * The sb_memeff authors 2026

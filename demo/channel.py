@@ -1,4 +1,4 @@
-"""What lies between a mouth and a recording.
+"""The channel between a mouth and a recording.
 
 Authors
  * The sb_memeff authors 2026

@@ -31,7 +31,7 @@ from voices import (
 
 @dataclasses.dataclass(frozen=True)
 class CorpusOptions:
-    """What a corpus consists of: a subclass adds its counts, and a seed.
+    """Settings of a corpus: a subclass adds its counts, and a seed.
 
     FORMAT goes into the hash: any change to what the code writes must change
     it, or caches go stale.

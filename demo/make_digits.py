@@ -50,7 +50,7 @@ SHORTEST, LONGEST = 3, 6
 
 @dataclasses.dataclass(frozen=True)
 class Options(CorpusOptions):
-    """What the corpus consists of.
+    """Settings of the corpus.
 
     Arguments
     ---------

@@ -72,7 +72,7 @@ TIMES = (
 
 @dataclasses.dataclass(frozen=True)
 class Options(CorpusOptions):
-    """What the corpus consists of.
+    """Settings of the corpus.
 
     Arguments
     ---------

@@ -60,7 +60,7 @@ Both take the trials from /path/to/VoxCeleb/veri_test2.txt unless
 
 
 def network_overrides(corpus):
-    """What training and verification have in common.
+    """Arguments common to training and verification.
 
     Arguments
     ---------

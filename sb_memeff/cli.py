@@ -187,7 +187,7 @@ def check(arguments):
 
 
 def parse_overrides(unknown):
-    """What is left of the command line, as keys of the yaml file.
+    """The rest of the command line, as keys of the yaml file.
 
     Arguments
     ---------

@@ -112,7 +112,7 @@ def keep_32bit_states(modules):
 
 
 class _States8bit(torch.optim.Optimizer):
-    """What the 8-bit optimizers share; goes before torch's class.
+    """Base of the 8-bit optimizers; goes before torch's class.
 
     A subclass names its states and settings, and updates some parameters in
     ``_update``.

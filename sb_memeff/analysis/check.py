@@ -41,7 +41,7 @@ LOSS_SCALES = {"fp16": [2.0**n for n in (16, 12, 8, 4, 0)]}
 
 @dataclass
 class CheckReport:
-    """What ``check_recipe`` found.
+    """Result of ``check_recipe``.
 
     Arguments
     ---------

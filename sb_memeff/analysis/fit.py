@@ -1,4 +1,4 @@
-"""What fits into a GPU's memory: the largest batch, or what else is asked.
+"""Finds the largest batch, or another maximum, that fits into a GPU's memory.
 
 Authors
  * The sb_memeff authors 2026
@@ -28,7 +28,7 @@ LONGEST = 25
 
 @dataclass
 class Fit:
-    """What ``fit`` found.
+    """Result of ``fit``.
 
     Arguments
     ---------

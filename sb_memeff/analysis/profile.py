@@ -20,7 +20,7 @@ __all__ = ["Profile", "comparison", "profile", "report"]
 
 @dataclass
 class Profile:
-    """What ``profile`` found.
+    """Result of ``profile``.
 
     Arguments
     ---------
@@ -199,7 +199,7 @@ def _autocast(precision):
 
 
 def _reason(error):
-    """What a network says when a step fails, in a line, and what may help."""
+    """The error of a step that fails, in one line, and what may help."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if "more than 1 value per channel" in lines[0]:
         return "batch norm cannot train on one utterance; take 2 or more."
@@ -207,7 +207,7 @@ def _reason(error):
 
 
 class _NumbaLoss(torch.autograd.Function):
-    """What SpeechBrain 1.1's kernels allocate: gradients of all logits."""
+    """Allocates what SpeechBrain 1.1's kernels do: gradients of all logits."""
 
     @staticmethod
     def forward(ctx, log_probs):

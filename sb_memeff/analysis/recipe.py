@@ -182,7 +182,7 @@ class Recipe:
             raise ValueError(f"{self.path}: {error}") from error
 
     def callee(self, module):
-        """What makes a module.
+        """Finds the callable that makes a module.
 
         Arguments
         ---------
@@ -199,7 +199,7 @@ class Recipe:
         return path if made and isinstance(self.modules[module], dict) else ""
 
     def arguments(self, module):
-        """What a module is made with; objects among it are made.
+        """Arguments that a module is made with; objects among them are made.
 
         Arguments
         ---------
@@ -373,7 +373,7 @@ def _override(path, raw, key, value):
 
 
 def _one_line(error):
-    """What an error says, without line breaks and pictures of the text."""
+    """Text of an error, without line breaks and pictures of the text."""
     mark = getattr(error, "problem_mark", None)
     if mark is not None:
         return f"line {mark.line + 1}: {error.problem}"

@@ -47,7 +47,7 @@ def require_positive(**numbers):
 
 
 class TrainingStep(torch.nn.Module):
-    """What the steps of all families share.
+    """Base of the steps of all families.
 
     Objects of the yaml file are submodules by their names there: ``step.enc``.
 
@@ -96,7 +96,7 @@ class TrainingStep(torch.nn.Module):
 
     @classmethod
     def needs(cls, modules, settings):
-        """What the step needs besides its modules and opt_class.
+        """Keys that the step needs besides its modules and opt_class.
 
         Arguments
         ---------
@@ -222,7 +222,7 @@ class SpeakerStep(TrainingStep):
         return number("batch_size"), seconds
 
     def batch(self, batch, seconds):
-        """What a data loader would give, of noise.
+        """A batch as a data loader gives it, of noise.
 
         Arguments
         ---------
@@ -353,7 +353,7 @@ class TransducerStep(TrainingStep):
         return number("batch_size"), seconds
 
     def batch(self, batch, seconds, tokens=None):
-        """What a data loader would give, of noise and arbitrary tokens.
+        """A batch as a data loader gives it, of noise and arbitrary tokens.
 
         Arguments
         ---------

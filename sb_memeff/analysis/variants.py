@@ -89,7 +89,7 @@ def own_variant(recipe):
 
 
 def variants(recipe):
-    """What to compare a recipe with.
+    """Alternatives to compare a recipe with.
 
     Speaker recipes: the vanilla network with all activations stored and with
     its blocks recomputed, and its reversible twins where there are any.

@@ -1,4 +1,4 @@
-"""What the data preparations of the recipes share.
+"""Shared by the data preparations of the recipes.
 
 Authors
  * The sb_memeff authors 2026

@@ -36,7 +36,7 @@ WIDTH = 128
 def attentive_statistics_pooling(
     pooling, x, lengths=None, save_memory=True, padding=None
 ):
-    """What SpeechBrain's AttentiveStatisticsPooling computes, in less memory.
+    """SpeechBrain's AttentiveStatisticsPooling in less memory.
 
     Arguments
     ---------
@@ -112,7 +112,7 @@ def _statistics(x, weight, eps):
 
 
 def _projection(x, w_x, mask, eps):
-    """What a few channels add to h, [N, A, T]."""
+    """Share of a few channels in h, [N, A, T]."""
     return F.conv1d(x, w_x.transpose(0, 1))
 
 

@@ -81,7 +81,7 @@ def checksum(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class Summary:
-    """What is kept of tensors in forward, to be compared in backward.
+    """Summary of tensors in forward, to be compared in backward.
 
     A checksum of each. Where a difference is not an error, or is to be
     expected, some of the values as well, which tell its size.
@@ -211,7 +211,7 @@ def set_mismatch_action(action: str) -> None:
 
 
 def mismatch_action() -> str:
-    """What a difference leads to, see ``set_mismatch_action``.
+    """Consequence of a difference, see ``set_mismatch_action``.
 
     Returns
     -------

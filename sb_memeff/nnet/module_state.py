@@ -22,7 +22,7 @@ __all__ = ["Changes", "ModuleState", "modules_of", "without_trace"]
 
 @dataclass
 class Changes:
-    """What a call has changed in modules.
+    """Changes that a call has made to modules.
 
     Arguments
     ---------

@@ -353,7 +353,7 @@ def _fits(name, pattern):
 
 
 def _candidates(named, limit=30):
-    """What blocks could be named, numbers as ``*``, the outermost first."""
+    """Names that blocks could have, numbers as ``*``, the outermost first."""
     names = {}
     for name, part in named:
         parts = ["*" if p.isdigit() else p for p in _parts(name)]

@@ -182,7 +182,7 @@ class _KnownValues(TorchDispatchMode):
                 self.before[storage] = storage.clone()
 
     def value(self, tensor):
-        """What a tensor holds, or None."""
+        """Values of a tensor, or None."""
         found = tensor
         if isinstance(tensor, FakeTensor):
             found = getattr(tensor, "_sb_memeff_value", None)
@@ -261,7 +261,7 @@ def _ctc_loss_backward(mode, gradient, log_probs, *others):
 
 
 def _lstm(mode, x, weight, *others):
-    """What oneDNN keeps for backward; FakeTensorMode takes it for nothing.
+    """Workspace that oneDNN keeps for backward; FakeTensorMode overlooks it.
 
     The gates, and states and gradients in rows as long as the longer of
     input and state; measured, and within 3 % of it.

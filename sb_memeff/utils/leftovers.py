@@ -307,7 +307,7 @@ def _read(slots, one):
 
 @functools.cache
 def _slots(kind):
-    """What __slots__ of a class and those above it names."""
+    """Names in __slots__ of a class and those above it."""
     return tuple(
         value
         for parent in kind.__mro__

@@ -164,7 +164,7 @@ class StorageTracker(TorchDispatchMode):
                 block.kind, block.module = kind, module
 
     def at_peak(self):
-        """What was alive when most was.
+        """Storages that were alive at the peak.
 
         Returns
         -------

@@ -120,7 +120,7 @@ def trace(network, input_size, with_lengths=False):
 
 
 def example(network, input_size, with_lengths):
-    """What the network is called with to be traced.
+    """Arguments that the network is traced with.
 
     Arguments
     ---------

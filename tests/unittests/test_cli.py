@@ -262,7 +262,7 @@ def rotary(tmp_path):
 
 @pytest.fixture
 def memo():
-    """What SpeechBrain has memoised: nothing before, nothing fake after."""
+    """SpeechBrain's memo: empty before, without fake tensors after."""
     memo = _get_precomputed_values.memo
     memo.clear()
     yield memo

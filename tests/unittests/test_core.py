@@ -1,4 +1,4 @@
-"""What MemEffBrain does differently, and that Brain still needs it.
+"""How MemEffBrain differs from Brain, and that Brain still needs it.
 
 Authors
  * The sb_memeff authors 2026

@@ -1,4 +1,4 @@
-"""What the demo's corpora share: made once, found again, nothing else deleted.
+"""The demo's corpora: made once, found again, nothing else deleted.
 
 Authors
  * The sb_memeff authors 2026

@@ -886,7 +886,7 @@ def test_expanded_parameter():
 
 
 def test_a_group_that_is_refused_is_not_there():
-    """What was good of it can be added afterwards."""
+    """The good part of it can be added afterwards."""
     optimizer = SGD8bit([nn.Parameter(torch.zeros(2))], lr=0.1)
     good = nn.Parameter(torch.zeros(2))
     refused = {

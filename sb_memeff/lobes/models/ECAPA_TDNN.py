@@ -352,7 +352,7 @@ class Residual(nn.Module):
 
 
 class Aggregated(nn.Module):
-    """What one tap adds to the multi-layer feature aggregation.
+    """Share of one tap in the multi-layer feature aggregation.
 
     A 1x1 convolution over the concatenated taps is a sum over taps, each with
     its columns of the weight.

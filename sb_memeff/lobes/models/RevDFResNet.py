@@ -295,7 +295,7 @@ def sliced_residual(
 
 
 def transition(in_channels, channels, out_channels, stride, stage, activation):
-    """What stands between two stages of Type I.
+    """Transition between two stages of Type I.
 
     Arguments
     ---------

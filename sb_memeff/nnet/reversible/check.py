@@ -20,7 +20,7 @@ __all__ = ["InvertibilityReport", "check_invertible", "inversion_errors"]
 
 @dataclass
 class InvertibilityReport:
-    """What ``check_invertible`` found.
+    """Result of ``check_invertible``.
 
     Arguments
     ---------

@@ -366,7 +366,7 @@ class SpaceToDepth(Invertible):
         self.factor = factor
 
     def extra_repr(self):
-        """What print(module) shows."""
+        """Text that print(module) shows."""
         return f"factor={self.factor}"
 
     def _factors(self, shape):

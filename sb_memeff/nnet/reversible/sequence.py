@@ -97,7 +97,7 @@ class ReversibleSequence(nn.Module):
         self._observers = []
 
     def extra_repr(self):
-        """What print(module) shows."""
+        """Text that print(module) shows."""
         return (
             f"save_memory={self.save_memory}, exact={self.exact}, "
             f"grid_bits={self.grid_bits}"
@@ -338,7 +338,7 @@ def _leading_run(blocks, state):
 
 
 def _read(block, name, stream_format, args, kwargs, *state):
-    """What a tap reads."""
+    """Value that a tap reads."""
     evaluator = Evaluator(block, name, stream_format, args, kwargs)
     return evaluator.read("read", *state)
 

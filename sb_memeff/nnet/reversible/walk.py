@@ -87,7 +87,7 @@ def _step(name, block):
 
 
 class Walk:
-    """What the nodes of one run in one forward pass share.
+    """State shared by the nodes of one run in one forward pass.
 
     Arguments
     ---------

@@ -22,7 +22,7 @@ __all__ = ["Lattice", "forward_backward", "loss_and_occupancies"]
 
 
 class Lattice(NamedTuple):
-    """What forward_backward returns.
+    """Result of forward_backward.
 
     Arguments
     ---------

@@ -39,7 +39,7 @@ def make_brain(cls, path, overrides, place):
 
 
 class Batch:
-    """What the Brains read of a PaddedBatch: names with (data, lengths)."""
+    """The part of a PaddedBatch that Brains read: names with (data, lengths)."""
 
     def __init__(self, **items):
         self.__dict__.update(items)

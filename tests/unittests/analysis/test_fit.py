@@ -1,4 +1,4 @@
-"""What fits: searched for, then profiled."""
+"""The largest batch that fits: searched for, then profiled."""
 
 import pytest
 

@@ -34,7 +34,7 @@ PROFILES = [
 
 @pytest.fixture
 def figure(tmp_path, monkeypatch):
-    """What ``plot_kinds`` has drawn of PROFILES."""
+    """The picture that ``plot_kinds`` has drawn of PROFILES."""
     pyplot = load_pyplot()
     made, closed = [], []
     subplots = pyplot.subplots

@@ -1,4 +1,4 @@
-"""What a recipe is compared with."""
+"""Variants that a recipe is compared with."""
 
 import pytest
 import torch

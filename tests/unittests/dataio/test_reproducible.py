@@ -117,7 +117,7 @@ class Lazily:
 
 @pytest.mark.parametrize("ahead", [1, 7])
 def test_a_lazy_sampler_goes_through_one_stream(ahead):
-    """What others draw meanwhile does not matter, and they see nothing."""
+    """Other draws in between do not matter, and are not affected."""
     with seeded(3, 2, 0, 0, 1):
         expected = list(lazily())
     sampler = SeededSampler(Lazily(), seed=3, ahead=ahead)

@@ -443,7 +443,7 @@ def test_taps_backward_twice_with_retain_graph():
 
 @pytest.mark.parametrize("kind", ["couplings", "first", "both"])
 def test_outputs_of_a_tapped_chain_may_be_differentiated_one_by_one(kind):
-    """What one backward pass knows of the total is not left to the next."""
+    """The total's gradient of one backward pass is not left to the next."""
     net = Tapped(kind, []).double().eval()
     x = images(dtype=torch.float64).requires_grad_()
     found = []

@@ -1,4 +1,4 @@
-"""What a chain changes in place, and what it lets others keep."""
+"""Tensors that a chain changes in place, and those that others may keep."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ class Positional(nn.Module):
 
 
 class Conditioned(nn.Module):
-    """What the sequence is called with is added last."""
+    """An argument of the sequence is added last."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What may change in, during and after a call of f or g."""
+"""Changes of state in, during and after a call of f or g."""
 
 import copy
 import random

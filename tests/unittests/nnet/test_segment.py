@@ -1,4 +1,4 @@
-"""What a segment forgets comes back when backward asks for it."""
+"""Activations that a segment forgets come back when backward asks for them."""
 
 import contextlib
 import copy
@@ -639,7 +639,7 @@ def test_rrelu_fills_its_noise_after_it_was_saved(after):
 
 
 class Counting(nn.Module):
-    """What it returns depends on how often it was called."""
+    """Its result depends on how often it was called."""
 
     def __init__(self, act, **state):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What the tests of Triton kernels share.
+"""Shared by the tests of Triton kernels.
 
 Without a GPU they run in Triton's interpreter, see tests/conftest.py.
 """

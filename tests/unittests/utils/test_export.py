@@ -38,7 +38,7 @@ OVERRIDES = {
 
 @pytest.fixture(params=["resnet", "revnet", "dfresnet", "dfrevnet"])
 def run(request, tmp_path):
-    """What a training run leaves: two checkpoints and its files."""
+    """The files of a training run: two checkpoints and the rest."""
     folder = tmp_path / "run"
     path = RECIPE / "hparams" / f"train_{request.param}.yaml"
     overrides = {**OVERRIDES, "output_folder": str(folder)}

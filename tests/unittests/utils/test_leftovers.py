@@ -174,7 +174,7 @@ MEMOS = {
 
 
 class Lookup:
-    """What a network does that memoises: in all kinds of memos at once."""
+    """A network that memoises, in all kinds of memos at once."""
 
     def __init__(self, length=5, keys="a"):
         self.memos = {name: make() for name, make in MEMOS.items()}

@@ -65,7 +65,7 @@ def modules(kind="sum", dtype=torch.float64):
 
 
 def weights_of(loss):
-    """What a user might do with the samples' losses, negative weights too."""
+    """Sums of the samples' losses that a user might form, negative ones too."""
     weights = torch.tensor([0.5, 0.0, -2.0, 1.0, 0.25], dtype=loss.dtype)
     return (loss * weights).sum() if loss.dim() else 3 * loss
 
@@ -419,7 +419,7 @@ def test_sample_that_is_not_finite_and_is_kept(options, reduction, bad):
 
 @pytest.mark.parametrize("options", [*METHODS.values(), {"method": "batched"}])
 def test_the_last_frame_and_the_last_target_are_no_padding(options):
-    """What is not finite there comes out."""
+    """Non-finite values there come out."""
     loss = TransducerJointLoss(*modules(), reduction="none", **options)
     for which, last in enumerate((6, 3)):
         *given, targets = inputs()
