@@ -173,10 +173,15 @@ def test_what_changes_in_place_while_it_runs_is_refused(build, message):
         assert torch.equal(x, before)
 
 
-def test_an_argument_that_f_changes_is_refused():
-    net = ReversibleSequence([AdditiveCoupling(ChangesArgument(), Scale())])
+@pytest.mark.parametrize("by_name", [False, True])
+def test_an_argument_that_f_changes_is_refused(by_name):
+    net = ReversibleSequence(
+        [AdditiveCoupling(ChangesArgument(), ChangesArgument())]
+    )
+    scale = torch.ones(3, 1, 1, 1)
+    args, kwargs = ((), {"scale": scale}) if by_name else ((scale,), {})
     with pytest.raises(RuntimeError, match="changes extra argument 0"):
-        net(images(), torch.ones(3, 1, 1, 1))
+        net(images(), *args, **kwargs)
 
 
 @pytest.mark.parametrize("save_memory", [True, False])
