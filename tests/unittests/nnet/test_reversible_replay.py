@@ -402,6 +402,30 @@ def test_either_stream_beyond_the_grid_on_either_side(scale, stream):
     assert x.grad is None
 
 
+class Constant(nn.Module):
+    """Adds the same to a whole stream."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.value = nn.Parameter(torch.tensor(value))
+
+    def forward(self, x):
+        return self.value.expand_as(x)
+
+
+@pytest.mark.parametrize("block", [0, 1, 2])
+def test_any_block_may_be_the_one_that_leaves_the_grid(block):
+    """The last one too, though its output is the input of no other."""
+    net = ReversibleSequence(
+        [AdditiveCoupling(Constant(0.0), Constant(0.0)) for _ in range(3)]
+    )
+    net.blocks[block].g.value.data.fill_(5000.0)
+    y = net(torch.zeros(2, 4))
+    with pytest.raises(RuntimeError, match=f"at blocks.{block} the stream re"):
+        y.sum().backward()
+    assert all(p.grad is None for p in net.parameters())
+
+
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_the_edge_of_the_grid_is_beyond_it(sign):
     """4096 + 2**-12 is rounded to 4096, so that 4096 may stand for either."""
