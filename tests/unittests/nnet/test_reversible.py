@@ -1169,6 +1169,24 @@ def test_check_invertible_leaves_everything_as_it_was():
         assert torch.equal(value, before[key]), key
 
 
+def test_check_invertible_begins_both_steps_with_the_same_state():
+    """Else a module that uses what it counts would look wrong."""
+
+    class Warming(nn.Conv2d):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            return super().forward(x) * self.calls
+
+    net = ReversibleSequence(
+        [AdditiveCoupling(Warming(4, 4, 1), Warming(4, 4, 1))]
+    ).double()
+    report = check_invertible(net, images(dtype=torch.float64))
+    assert report.gradient_error < 1e-12
+    assert net.blocks[0].f.calls == 0
+
+
 def test_check_invertible_needs_a_reversible_sequence():
     with pytest.raises(ValueError, match="Conv2d holds no Reversible"):
         check_invertible(nn.Conv2d(1, 1, 1), images(channels=1))
