@@ -431,6 +431,33 @@ def test_taps_in_pure_bfloat16():
     assert y.dtype == total.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("save_memory", [True, False])
+@pytest.mark.parametrize("place", [0, 1])
+def test_taps_that_take_streams_get_them_in_the_dtype_of_the_network(
+    place, save_memory
+):
+    """At the head of a chain, where they are cut, and behind a coupling."""
+
+    class Both(nn.Module):
+        takes_streams = True
+
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(4, 5, 1)
+
+        def forward(self, streams):
+            first, second = streams
+            return self.conv(first) - self.conv(second)
+
+    blocks = [coupling(), coupling()]
+    blocks.insert(place, Tap(Both()))
+    net = ReversibleSequence(blocks, save_memory=save_memory).bfloat16()
+    _, total = net(images().bfloat16())
+    total.square().sum().backward()
+    assert total.dtype == torch.bfloat16
+    assert blocks[place].read.conv.weight.grad.any()
+
+
 def test_taps_backward_twice_with_retain_graph():
     net = Tapped("both", ["output", "total"]).double()
     loss = net(images(dtype=torch.float64)).sum()
