@@ -868,6 +868,13 @@ def test_saved_bytes_do_not_grow_with_depth():
     assert plain > 50 * deep
 
 
+def test_taps_save_nothing_between_couplings():
+    x = images()
+    bare, y = saved_bytes(ReversibleSequence([coupling(), coupling()]), x)
+    tapped, _ = saved_bytes(ReversibleSequence(TAPPED["couplings"]()), x)
+    assert tapped == bare == y.untyped_storage().nbytes()
+
+
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
 def test_peak_of_forward_and_backward_does_not_grow_with_depth(autocast):
     def activations(depth, save_memory):
