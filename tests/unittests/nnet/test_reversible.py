@@ -431,6 +431,33 @@ def test_taps_in_pure_bfloat16():
     assert y.dtype == total.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("save_memory", [True, False])
+@pytest.mark.parametrize("place", [0, 1])
+def test_taps_that_take_streams_get_them_in_the_dtype_of_the_network(
+    place, save_memory
+):
+    """At the head of a chain, where they are cut, and behind a coupling."""
+
+    class Both(nn.Module):
+        takes_streams = True
+
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(4, 5, 1)
+
+        def forward(self, streams):
+            first, second = streams
+            return self.conv(first) - self.conv(second)
+
+    blocks = [coupling(), coupling()]
+    blocks.insert(place, Tap(Both()))
+    net = ReversibleSequence(blocks, save_memory=save_memory).bfloat16()
+    _, total = net(images().bfloat16())
+    total.square().sum().backward()
+    assert total.dtype == torch.bfloat16
+    assert blocks[place].read.conv.weight.grad.any()
+
+
 def test_taps_backward_twice_with_retain_graph():
     net = Tapped("both", ["output", "total"]).double()
     loss = net(images(dtype=torch.float64)).sum()
@@ -841,6 +868,13 @@ def test_saved_bytes_do_not_grow_with_depth():
     assert plain > 50 * deep
 
 
+def test_taps_save_nothing_between_couplings():
+    x = images()
+    bare, y = saved_bytes(ReversibleSequence([coupling(), coupling()]), x)
+    tapped, _ = saved_bytes(ReversibleSequence(TAPPED["couplings"]()), x)
+    assert tapped == bare == y.untyped_storage().nbytes()
+
+
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
 def test_peak_of_forward_and_backward_does_not_grow_with_depth(autocast):
     def activations(depth, save_memory):
@@ -1167,6 +1201,24 @@ def test_check_invertible_leaves_everything_as_it_was():
     assert all(p.grad is None for p in outer.parameters())
     for key, value in outer.state_dict().items():
         assert torch.equal(value, before[key]), key
+
+
+def test_check_invertible_begins_both_steps_with_the_same_state():
+    """Else a module that uses what it counts would look wrong."""
+
+    class Warming(nn.Conv2d):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            return super().forward(x) * self.calls
+
+    net = ReversibleSequence(
+        [AdditiveCoupling(Warming(4, 4, 1), Warming(4, 4, 1))]
+    ).double()
+    report = check_invertible(net, images(dtype=torch.float64))
+    assert report.gradient_error < 1e-12
+    assert net.blocks[0].f.calls == 0
 
 
 def test_check_invertible_needs_a_reversible_sequence():

@@ -173,10 +173,15 @@ def test_what_changes_in_place_while_it_runs_is_refused(build, message):
         assert torch.equal(x, before)
 
 
-def test_an_argument_that_f_changes_is_refused():
-    net = ReversibleSequence([AdditiveCoupling(ChangesArgument(), Scale())])
+@pytest.mark.parametrize("by_name", [False, True])
+def test_an_argument_that_f_changes_is_refused(by_name):
+    net = ReversibleSequence(
+        [AdditiveCoupling(ChangesArgument(), ChangesArgument())]
+    )
+    scale = torch.ones(3, 1, 1, 1)
+    args, kwargs = ((), {"scale": scale}) if by_name else ((scale,), {})
     with pytest.raises(RuntimeError, match="changes extra argument 0"):
-        net(images(), torch.ones(3, 1, 1, 1))
+        net(images(), *args, **kwargs)
 
 
 @pytest.mark.parametrize("save_memory", [True, False])
@@ -395,6 +400,30 @@ def test_either_stream_beyond_the_grid_on_either_side(scale, stream):
     with pytest.raises(RuntimeError, match="blocks.0 the stream reached 500"):
         y.sum().backward()
     assert x.grad is None
+
+
+class Constant(nn.Module):
+    """Adds the same to a whole stream."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.value = nn.Parameter(torch.tensor(value))
+
+    def forward(self, x):
+        return self.value.expand_as(x)
+
+
+@pytest.mark.parametrize("block", [0, 1, 2])
+def test_any_block_may_be_the_one_that_leaves_the_grid(block):
+    """The last one too, though its output is the input of no other."""
+    net = ReversibleSequence(
+        [AdditiveCoupling(Constant(0.0), Constant(0.0)) for _ in range(3)]
+    )
+    net.blocks[block].g.value.data.fill_(5000.0)
+    y = net(torch.zeros(2, 4))
+    with pytest.raises(RuntimeError, match=f"at blocks.{block} the stream re"):
+        y.sum().backward()
+    assert all(p.grad is None for p in net.parameters())
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])

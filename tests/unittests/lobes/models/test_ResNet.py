@@ -52,6 +52,24 @@ def test_every_activation_is_the_one_asked_for(block):
     assert kinds == [nn.GELU] * (1 + 7)
 
 
+@pytest.mark.parametrize("block", ["basic", "bottleneck"])
+def test_every_block_learns_though_it_begins_as_its_shortcut(block):
+    """A zero before its last activation would shut it for ever."""
+    torch.manual_seed(0)
+    net = ResNet(
+        input_size=16,
+        channels=[8, 8, 8, 8],
+        block_sizes=[1, 2, 1, 1],
+        block=block,
+    )
+    net(torch.randn(4, 10, 16)).square().mul(torch.randn(256)).sum().backward()
+    blocks = [part for stage in net.stages for part in stage]
+    assert len(blocks) == 5
+    for part in blocks:
+        weights = [m.weight for m in part.children() if hasattr(m, "weight")]
+        assert any(w.grad.any() for w in weights)
+
+
 def test_errors():
     with pytest.raises(ValueError, match="ResNet18.*ResNet34, ResNet101"):
         ResNet.from_preset("ResNet18")

@@ -6,7 +6,11 @@ from hyperpyyaml import load_hyperpyyaml
 
 from sb_memeff.lobes.models.DFResNet import DFResNet
 from sb_memeff.lobes.models.ResNet import stride_pairs
-from sb_memeff.lobes.models.RevDFResNet import RevDFResNet
+from sb_memeff.lobes.models.RevDFResNet import (
+    RevDFResNet,
+    StridedConvolution,
+)
+from sb_memeff.nnet.padding import mask, padding_masks
 from sb_memeff.nnet.reversible import AdditiveCoupling, check_invertible
 from sb_memeff.utils.leftovers import no_leftovers
 from sb_memeff.utils.memory import training_step_memory
@@ -98,6 +102,18 @@ def test_other_strides(strides, downsampling):
     net.eval()
     alone = net(feats[1:2, :13])
     torch.testing.assert_close(net(feats, lengths)[1:2], alone)
+
+
+def test_a_transition_leaves_padded_frames_zero():
+    """Else the batch norms behind it would count what its kernel reaches."""
+    torch.manual_seed(0)
+    transition = StridedConvolution(8, 6, stride=2, stage=1)
+    masks = padding_masks(
+        torch.tensor([1.0, 0.5]), torch.rand(2, 12, 8), [1, 2]
+    )
+    y = transition(mask(torch.randn(2, 8, 12, 8), masks[0]), masks)
+    assert y.shape == (2, 6, 6, 4)
+    assert y[0].all() and y[1, :, :3].all() and not y[1, :, 3:].any()
 
 
 def test_from_yaml():

@@ -121,6 +121,25 @@ def test_each_block_has_the_kernel_and_dilation_of_speechbrains():
         assert ours == theirs
 
 
+def test_dropout_is_where_speechbrain_has_it():
+    def rates(module):
+        return {
+            name: part.p
+            for name, part in module.named_modules()
+            if isinstance(part, torch.nn.Dropout1d)
+        }
+
+    theirs, ours = ECAPA_TDNN(**SMALL, dropout=0.3), small(dropout=0.3)
+    assert 0.3 in rates(theirs.mfa).values()
+    stem, *others = ours.trunk.blocks
+    assert rates(stem.block) == rates(theirs.blocks[0])
+    couplings = [b for b in others if isinstance(b, AdditiveCoupling)]
+    for coupling, block in zip(couplings, theirs.blocks[1:], strict=True):
+        assert rates(coupling.f) == rates(coupling.g) == rates(block)
+    for name in ("mfa", "asp", "asp_bn", "fc"):
+        assert rates(getattr(ours, name)) == rates(getattr(theirs, name))
+
+
 @pytest.mark.parametrize("blocks", [3, 12])
 @pytest.mark.parametrize("channels", [64, 512, 1024])
 def test_as_many_parameters_as_speechbrains(channels, blocks):
