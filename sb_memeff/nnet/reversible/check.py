@@ -241,4 +241,5 @@ def _relative_error(rebuilt, true):
     error = (rebuilt - true).abs().max()
     if error == 0:
         return 0.0
-    return (error / true.abs().max()).nan_to_num(math.inf).item()
+    error = (error / true.abs().max()).item()
+    return math.inf if math.isnan(error) else error

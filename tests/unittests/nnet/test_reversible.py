@@ -1240,7 +1240,10 @@ class WrongOnce(AdditiveCoupling):
         return (x1, x2), dx
 
 
-@pytest.mark.parametrize("wrong, error", [(1.0, 1 / 6), (math.nan, math.inf)])
+@pytest.mark.parametrize(
+    "wrong, error",
+    [(1.0, 1 / 6), (math.nan, math.inf), (math.inf, math.inf)],
+)
 def test_inversion_errors_are_the_worst_of_all_calls(wrong, error):
     block = WrongOnce(nn.Identity(), nn.Identity(), wrong)
     inner = ReversibleSequence([block, Tap(nn.Identity())])
