@@ -238,8 +238,9 @@ class _States8bit(torch.optim.Optimizer):
         their first step, which makes the states.
         """
         candidates, direct, others = {}, [], []
-        # The host would have to wait for a rate on the GPU.
-        can_fuse = not torch.is_tensor(group["lr"])
+        # The host would have to wait for settings on the GPU.
+        settings = [v for name, v in group.items() if name != "params"]
+        can_fuse = not any(map(torch.is_tensor, tree_leaves(settings)))
         names = [name for name in self._names(group) if name in self.signed]
         for p in params:
             state = self.state.get(p, {})
@@ -262,6 +263,7 @@ class _States8bit(torch.optim.Optimizer):
             elif (
                 can_fuse
                 and states
+                and p.dtype == torch.float32
                 and all(
                     isinstance(x, Quantized8bit) and x.codes.device == p.device
                     for x in states
@@ -272,10 +274,15 @@ class _States8bit(torch.optim.Optimizer):
                 others.append(p)
         fused = []
         for some in candidates.values():
-            if runs_fused(*some, *(p.grad for p in some)):
-                fused.append(some)
-            else:
+            if not runs_fused(*some, *(p.grad for p in some)):
                 others += some
+                continue
+            addresses = [p.data_ptr() for p in some]
+            if len(set(addresses)) < len(some):
+                # Programs must not update one parameter at the same time.
+                others += some
+            else:
+                fused.append(some)
         return fused, direct, others
 
     def _step_direct(self, group, params):

@@ -323,7 +323,9 @@ def channels_are_last(x):
     >>> channels_are_last(x.to(memory_format=torch.channels_last))
     True
     """
-    return not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
+    if x.dim() < 3 or x.is_contiguous():
+        return False
+    return x.movedim(1, -1).is_contiguous()
 
 
 class SpaceToDepth(Invertible):

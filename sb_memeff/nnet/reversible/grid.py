@@ -87,9 +87,11 @@ class StreamFormat:
 
     def on_grid(self, x: torch.Tensor) -> torch.Tensor:
         """A tensor in the dtype and on the grid of the streams."""
-        if self.bits is None:
-            return x.to(self.stream_dtype)
-        return round_to_grid(x, self.bits)
+        # Rounding takes half precision as it is, in one pass.
+        widened = torch.promote_types(x.dtype, torch.float32)
+        if self.bits is None or widened != self.stream_dtype:
+            x = x.to(self.stream_dtype)
+        return x if self.bits is None else round_to_grid(x, self.bits)
 
     def enter(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
         """Two streams from two tensors, or from the halves of one.

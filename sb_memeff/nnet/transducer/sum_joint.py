@@ -244,6 +244,23 @@ def _add(total, found, factor):
         total.addcmul_(found, factor)
 
 
+# As they are when this module is imported: somebody may replace them.
+_FORWARDS = {
+    kind: kind.forward
+    for kind in (
+        Transducer_joint,
+        speechbrain.nnet.linear.Linear,
+        nn.Linear,
+        nn.LeakyReLU,
+        nn.GELU,
+        nn.ReLU,
+        nn.Tanh,
+        nn.Sigmoid,
+        nn.SiLU,
+    )
+}
+
+
 def _activation_of(joint):
     """Name and slope, or None for another joint network."""
     if type(joint) is not Transducer_joint or joint.joint != "sum":
@@ -277,6 +294,7 @@ def _is_watched(modules):
     """Whether somebody sees or changes what single modules compute."""
     return nn.modules.module._has_any_global_hook() or any(
         "forward" in vars(module)
+        or _FORWARDS.get(type(module)) not in (None, type(module).forward)
         or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks

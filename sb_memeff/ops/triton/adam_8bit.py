@@ -39,6 +39,7 @@ def _adam(
     rate2,
     eps,
     weight_decay,
+    DECAYS: tl.constexpr,
     DECOUPLED: tl.constexpr,
     AMSGRAD: tl.constexpr,
     MAXIMIZE: tl.constexpr,
@@ -55,10 +56,11 @@ def _adam(
     gradient = tl.load(gradients + value, mask=has_value, other=0.0)
     if MAXIMIZE:
         gradient = -gradient
-    if DECOUPLED:
-        weight *= 1 - lr * weight_decay
-    else:
-        gradient += weight_decay * weight
+    if DECAYS:  # 0 times an infinite weight would be NaN
+        if DECOUPLED:
+            weight *= 1 - lr * weight_decay
+        else:
+            gradient += weight_decay * weight
 
     codes, maxima = state_of(table_ptr, tensors, tensor, 2, ALIGNED)
     mean = load_quantized(
@@ -171,6 +173,7 @@ def adam_8bit(
         1.0 - beta2,
         float(eps),
         float(weight_decay),
+        DECAYS=weight_decay != 0,
         DECOUPLED=decoupled_weight_decay,
         AMSGRAD=amsgrad,
         MAXIMIZE=maximize,

@@ -27,7 +27,8 @@ def _round(
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     has = place < size
     x = tl.load(x_ptr + place, mask=has, other=0.0).to(tl.float32) * scale
-    # Half to even, as torch rounds. floor and the difference are exact.
+    # Half to even, as torch rounds. Where the difference is not exact it is
+    # far from a half.
     y = tl.floor(x)
     rest = x - y
     odd = y * 0.5 != tl.floor(y * 0.5)

@@ -114,6 +114,7 @@ def _join(
 ):
     cell = tl.program_id(0) * CELLS + tl.arange(0, CELLS)
     feature = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)[None, :]
+    feature = feature.to(tl.int64)
     has_cell = cell < cells
     place = tl.load(places_ptr + cell, mask=has_cell, other=0)
     frame = place // columns
@@ -166,6 +167,7 @@ def _add_rows(
     """
     row = tl.program_id(0).to(tl.int64)
     feature = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)[None, :]
+    feature = feature.to(tl.int64)
     has_feature = feature < features
     # Cells of a tile follow one another: others than these frames have none.
     first = tl.load(places_ptr) // columns

@@ -34,6 +34,7 @@ def _sgd(
     momentum,
     undamped,
     weight_decay,
+    DECAYS: tl.constexpr,
     MAXIMIZE: tl.constexpr,
     NESTEROV: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -53,7 +54,8 @@ def _sgd(
     )
     if MAXIMIZE:
         gradient = -gradient
-    gradient += weight_decay * weight
+    if DECAYS:  # 0 times an infinite weight would be NaN
+        gradient += weight_decay * weight
     buffer = momentum * buffer + undamped * gradient
     update = gradient + momentum * buffer if NESTEROV else buffer
     tl.store(weights + value, weight - lr * update, mask=has_value)
@@ -109,6 +111,7 @@ def sgd_8bit(
         float(momentum),
         1.0 - dampening,
         float(weight_decay),
+        DECAYS=weight_decay != 0,
         MAXIMIZE=maximize,
         NESTEROV=nesterov,
     )

@@ -83,3 +83,11 @@ def test_dtypes(inner, outer, bits):
     streams = stream_format.enter(torch.ones(1, 4, 3, dtype=inner))
     assert [s.dtype for s in streams] == [outer, outer]
     assert stream_format.leave(*streams).dtype == inner
+
+
+@pytest.mark.parametrize("bits", [None, 12])
+@pytest.mark.parametrize("stream", [torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [torch.float16, torch.float32, torch.float64])
+def test_values_of_any_dtype_become_the_streams(value, stream, bits):
+    x = torch.rand(7, dtype=value)
+    assert StreamFormat(stream, bits).on_grid(x).dtype == stream

@@ -170,13 +170,18 @@ def kernels():
             f"sgd_8bit aligned={aligned}",
             sgd_8bit._sgd,
             {**OPTIMIZER, **tables, **dict.fromkeys(numbers, "fp32")},
-            {**constants, "MAXIMIZE": True, "NESTEROV": True},
+            {
+                **constants,
+                "DECAYS": True,
+                "MAXIMIZE": True,
+                "NESTEROV": True,
+            },
             4,
         )
         for name in ("corrections", "signed_values", "signed_middles"):
             tables[f"{name}_ptr"] = "*fp32"
         numbers = ("lr", "rate1", "beta2", "rate2", "eps", "weight_decay")
-        flags = ("DECOUPLED", "AMSGRAD", "MAXIMIZE")
+        flags = ("DECAYS", "DECOUPLED", "AMSGRAD", "MAXIMIZE")
         yield (
             f"adam_8bit aligned={aligned}",
             adam_8bit._adam,

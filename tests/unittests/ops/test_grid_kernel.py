@@ -52,7 +52,14 @@ def test_other_strides_take_the_plain_form(monkeypatch):
         "sb_memeff.nnet.reversible.grid.runs_fused", lambda *tensors: True
     )
     x = torch.randn(2, 6, 4, 5, device=DEVICE)
-    for view in (x[:, ::2], x[..., 1:], x.expand(3, 2, 6, 4, 5)):
+    flat = x.flatten()
+    for view in (
+        x[:, ::2],
+        x[..., 1:],
+        x.expand(3, 2, 6, 4, 5),
+        flat[::2],
+        flat[:1].expand(5),
+    ):
         assert torch.equal(
             round_to_grid(view, 12), round_to_grid(view.contiguous(), 12)
         )

@@ -69,7 +69,7 @@ def step(optimizer, seed, of_block=None):
         for p in group["params"]:
             grad = torch.randn(p.shape, generator=g)
             grad *= 10 ** torch.empty(p.shape).uniform_(-3, 0, generator=g)
-            p.grad = grad.to(DEVICE)
+            p.grad = grad.to(DEVICE, p.dtype)
             if of_block is not None and p.numel() >= 512:
                 p.grad.view(-1)[256:512] = of_block
     optimizer.step()
@@ -233,3 +233,65 @@ def test_a_saved_state_stays_as_it_is(switch, cls):
         step(loaded, 2)
         for p, q in zip(again, after):
             assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("cls", MOMENTUM)
+def test_infinite_weights_without_weight_decay(switch, cls):
+    """A mask of -inf, which gets no gradient, stays where it is."""
+    for fused in (True, False):
+        switch(fused)
+        (p,) = parameters([(64, 80)])
+        p.data[0, 3] = -torch.inf
+        settings = {**MOMENTUM[cls], "weight_decay": 0.0}
+        optimizer = made(cls, [p], settings)
+        for number in range(3):
+            step(optimizer, number)
+        assert p[0, 3] == -torch.inf
+        assert p.isfinite().sum() == p.numel() - 1
+
+
+def test_settings_that_are_tensors_are_plain(switch):
+    betas = torch.tensor(0.9), torch.tensor(0.99)
+    found = []
+    for fused, settings in ((True, betas), (False, (0.9, 0.99))):
+        switch(fused)
+        params = parameters()
+        optimizer = made(
+            AdamW8bit, params, {"betas": settings, "foreach": False}
+        )
+        for number in range(3):
+            step(optimizer, number)
+        found.append(params)
+    for p, q in zip(*found):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group")
+def test_a_parameter_that_is_listed_twice(switch):
+    found = []
+    for fused in (True, False):
+        switch(fused)
+        (p,) = parameters([(64, 80)])
+        optimizer = made(SGD8bit, [p, p], MOMENTUM[SGD8bit])
+        for number in range(3):
+            step(optimizer, number)
+        found.append(p)
+    assert (found[0] - found[1]).abs().max() < 0.1
+    assert found[0].isfinite().all()
+
+
+def test_a_double_leaves_the_others_their_launch(monkeypatch, switch):
+    calls = []
+
+    def launch(kernel, tensors, *arguments, **constants):
+        calls.append(len(tensors[0]))
+        return blocks_8bit.launch(kernel, tensors, *arguments, **constants)
+
+    monkeypatch.setattr("sb_memeff.ops.triton.sgd_8bit.launch", launch)
+    switch(True)
+    params = parameters([(64, 80), (8, 80)])
+    params.append(torch.nn.Parameter(params[0].detach().double()))
+    optimizer = made(SGD8bit, params, MOMENTUM[SGD8bit])
+    for number in range(2):
+        step(optimizer, number)
+    assert calls == [2]

@@ -301,6 +301,13 @@ def test_other_modules_are_called(kernels, kind):
     assert SumJoint.of(CellLogits(*nets), enc, pred) is None
 
 
+def test_a_forward_that_is_replaced_in_the_class(kernels, monkeypatch):
+    kernels(True)
+    enc, pred, *_ = batch()
+    monkeypatch.setattr(nn.Linear, "forward", Shifted.forward)
+    assert SumJoint.of(CellLogits(*modules()), enc, pred) is None
+
+
 def test_hooks_on_all_modules_are_called(kernels):
     kernels(True)
     enc, pred, *_ = batch()
