@@ -155,6 +155,20 @@ def test_autocast(kernels, dtype, weigh):
         assert error(ours, right) < bound
 
 
+def test_float16_bias_gradient_does_not_overflow(kernels):
+    """A sum over rows may be larger than float16 can hold."""
+    nets, inputs, found = modules(), [x[:1] for x in batch()], []
+    for fused in (False, True):
+        kernels(fused)
+        loss = TransducerJointLoss(*nets, reduction="none")
+        with torch.autocast(DEVICE, torch.float16, enabled=fused):
+            value = 2**14 * loss(*inputs).sum()
+        found += torch.autograd.grad(value, nets[1].bias)
+    exact, ours = found
+    assert exact.abs().max() > torch.finfo(torch.float16).max
+    assert error(ours, exact) < 1e-3
+
+
 def test_any_strides(kernels):
     nets, inputs = modules(), batch()
     kernels(False)
