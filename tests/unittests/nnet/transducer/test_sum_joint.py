@@ -115,6 +115,17 @@ def test_as_in_float64(kernels, monkeypatch, activation, dtype):
         assert error(ours, right) < bound
 
 
+def test_float16_is_rounded_where_torch_rounds():
+    """The sum, and then what the activation makes of it."""
+    from sb_memeff.ops.triton.joint import join
+
+    enc, pred, *_ = batch(torch.float16)
+    places = torch.arange(B * T * (U + 1), device=DEVICE)
+    found = join(enc, pred, places, "leaky_relu", 0.2, torch.float16)
+    expected = nn.functional.leaky_relu(enc[:, :, None] + pred[:, None], 0.2)
+    assert torch.equal(found, expected.flatten(0, 2))
+
+
 @pytest.mark.parametrize(
     "options",
     [
