@@ -792,6 +792,7 @@ LAYOUTS = {
     "slice": lambda: torch.randn(64, 100)[:, 10:90],
     "slice_of_rows": lambda: torch.randn(100, 64)[10:90],
     "step_2": lambda: torch.randn(64, 160)[:, ::2],
+    "small": lambda: torch.randn(8, 16),
     "small_step_2": lambda: torch.randn(8, 16)[:, ::2],
     "vector_step_3": lambda: torch.randn(15000)[::3],
 }

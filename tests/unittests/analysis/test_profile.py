@@ -3,10 +3,16 @@
 import pytest
 import torch
 
-from sb_memeff.analysis.profile import comparison, profile, report
+from sb_memeff.analysis.profile import (
+    _speechbrain_loss,
+    comparison,
+    profile,
+    report,
+)
 from sb_memeff.analysis.recipe import read_recipe
 from sb_memeff.analysis.variants import variants
 from sb_memeff.utils.leftovers import no_leftovers
+from sb_memeff.utils.memory import StorageTracker
 from tests.unittests.allocator import allocator_peak, assert_near_allocator
 from tests.unittests.analysis.brains import (
     Batch,
@@ -132,6 +138,14 @@ def test_speechbrains_transducer_loss_holds_logits_and_gradients(tmp_path):
     theirs = found["SpeechBrain's loss"].peak_bytes
     assert theirs - found["tiled"].peak_bytes > 3 * logits
     assert found["batched"].peak_bytes < theirs
+
+
+def test_speechbrains_loss_takes_four_times_its_logits():
+    """Logits, their logarithms, and the gradients of both."""
+    with StorageTracker() as tracker:
+        logits = torch.zeros(2, 5, 3, 100, requires_grad=True)
+        _speechbrain_loss(logits, None, None, None).backward()
+    assert 4 <= tracker.peak / logits.nbytes < 4.1
 
 
 @no_leftovers()  # once for all analyses

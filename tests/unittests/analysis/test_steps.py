@@ -307,6 +307,17 @@ def test_what_forward_gave_is_held_until_the_next_batch():
     assert held == [None]
 
 
+def test_a_transducers_outputs_are_held_until_the_next_batch():
+    path = LIBRISPEECH / "hparams/digits_transducer.yaml"
+    step = read_recipe(path, SMALL_TRANSDUCER).build()
+    step(*step.batch(2, 0.5)).backward()
+    assert step.outputs["encoded"].shape[0] == 2
+    held = []
+    step.CNN.register_forward_pre_hook(lambda *_: held.append(step.outputs))
+    step(*step.batch(3, 0.5))
+    assert held == [None]
+
+
 @pytest.mark.parametrize("batch, seconds", [(0, 1.0), (2, 0.0)])
 def test_batches_of_nothing(batch, seconds):
     path, overrides = speaker_yaml("resnet")

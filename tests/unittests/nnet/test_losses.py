@@ -391,6 +391,8 @@ def call(**changes):
         ({"reduction": "batchmean"}, "reduction='batchmean'"),
         ({"fastemit_lambda": -0.1}, "fastemit_lambda=-0.1"),
         ({"clamp": 0.0}, "clamp=0.0"),
+        ({"fastemit_lambda": torch.nan}, "fastemit_lambda=nan"),
+        ({"clamp": torch.nan}, "clamp=nan"),
         ({"targets": torch.ones(2, 2).long().to("meta")}, "one device"),
     ],
 )

@@ -46,6 +46,17 @@ def test_nearest_code(signed, size):
     assert torch.equal(packed.absmax, maxima)
 
 
+def test_the_largest_value_of_a_block_may_be_negative():
+    """That of the last block too, which may be shorter."""
+    codebook = Codebook(True, CPU)
+    x = torch.full((BLOCK + 2,), 0.1)
+    x[3], x[-1] = -4.0, -2.0
+    packed = codebook.quantize(x)
+    assert packed.absmax.tolist() == [4.0, 2.0]
+    restored = codebook.dequantize(packed)
+    torch.testing.assert_close(restored, x, rtol=0.05, atol=0)
+
+
 @pytest.mark.parametrize("signed", [True, False])
 def test_error_is_at_most_half_a_gap(signed):
     codebook = Codebook(signed, CPU)

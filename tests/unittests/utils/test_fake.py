@@ -176,6 +176,7 @@ def test_a_copy_without_data_shares_what_is_cached():
             self.memo = {"lengths": (1, [torch.tensor([1, 3])])}
             self.positions = torch.arange(3.0)
             self.hidden = [nn.Parameter(torch.ones(3))]
+            self.scale = torch.ones(3, requires_grad=True)
 
     net = Net()
     with fake_tensors():
@@ -183,6 +184,7 @@ def test_a_copy_without_data_shares_what_is_cached():
         lengths = copied.memo["lengths"][1][0]
         assert (lengths + torch.ones(2).long()).tolist() == [2, 4]
         assert copied.hidden[0].requires_grad
+        assert copied.scale.requires_grad and copied.scale is not net.scale
         y = copied(copied.hidden[0] * copied.positions)
         y.sum().backward()
         lengths += 1

@@ -71,6 +71,20 @@ def test_the_peak_is_split_by_what_it_is_for():
     assert memory.allocator_bytes is None
 
 
+def test_what_building_needs_for_a_moment_does_not_count():
+    """Training never holds it together with activations."""
+
+    def build():
+        # As some initialisations do.
+        torch.zeros(100_000)
+        return nn.Linear(10, 10, bias=False)
+
+    memory = training_step_memory(build, (5, 10))
+    # Weight and gradient; input, output and its gradient.
+    assert memory.peak_bytes == 2 * 400 + 3 * 200
+    assert memory.peak_phase == "backward"
+
+
 class Widens(nn.Module):
     """Needs much for a moment, and backward none of it."""
 

@@ -120,6 +120,17 @@ def test_as_in_float64(kernels, monkeypatch, activation, dtype):
         assert error(ours, right) < bound
 
 
+def test_float16_is_rounded_where_torch_rounds():
+    """The sum, and then what the activation makes of it."""
+    from sb_memeff.ops.triton.joint import join
+
+    enc, pred, *_ = batch(torch.float16)
+    places = torch.arange(B * T * (U + 1), device=DEVICE)
+    found = join(enc, pred, places, "leaky_relu", 0.2, torch.float16)
+    expected = nn.functional.leaky_relu(enc[:, :, None] + pred[:, None], 0.2)
+    assert torch.equal(found, expected.flatten(0, 2))
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -158,6 +169,20 @@ def test_autocast(kernels, dtype, weigh):
         assert ours.dtype == theirs.dtype == torch.float32
         bound = max(BOUNDS[dtype], 1.2 * error(theirs, right))
         assert error(ours, right) < bound
+
+
+def test_float16_bias_gradient_does_not_overflow(kernels):
+    """A sum over rows may be larger than float16 can hold."""
+    nets, inputs, found = modules(), [x[:1] for x in batch()], []
+    for fused in (False, True):
+        kernels(fused)
+        loss = TransducerJointLoss(*nets, reduction="none")
+        with torch.autocast(DEVICE, torch.float16, enabled=fused):
+            value = 2**14 * loss(*inputs).sum()
+        found += torch.autograd.grad(value, nets[1].bias)
+    exact, ours = found
+    assert exact.abs().max() > torch.finfo(torch.float16).max
+    assert error(ours, exact) < 1e-3
 
 
 def test_any_strides(kernels):
