@@ -815,6 +815,17 @@ def test_every_epoch_has_crops_of_its_own(looped):
     assert sum(different) > 8
 
 
+def test_processes_have_crops_of_their_own(monkeypatch):
+    seen = []
+    for rank in ("0", "1"):
+        with monkeypatch.context() as patch:
+            # Not distributed: SpeechBrain would share out the items.
+            patch.setenv("RANK", rank)
+            seen.append(loaded(0, shuffle=False))
+    for (ids, x), (other_ids, other_x) in zip(*seen):
+        assert ids == other_ids and not torch.equal(x, other_x)
+
+
 def worker(rank, folder):
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))

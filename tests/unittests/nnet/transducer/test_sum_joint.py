@@ -201,6 +201,24 @@ def test_any_strides(kernels):
             assert error(ours, right) < 2e-6
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_small_inputs_keep_their_digits(activation):
+    """Near 0, where a difference of exponentials would lose them."""
+    nonlinearity = ACTIVATIONS[activation]()
+    enc = torch.logspace(-6, -1, 60, device=DEVICE).view(1, 2, 30)
+    pred = torch.zeros(1, 1, 30, device=DEVICE)
+    found = joint_kernels.join(
+        enc,
+        pred,
+        torch.arange(2, device=DEVICE),
+        activation,
+        getattr(nonlinearity, "negative_slope", 0.0),
+        torch.float32,
+    )
+    exact = nonlinearity(enc[0].double())
+    torch.testing.assert_close(found.double(), exact, rtol=2e-6, atol=0)
+
+
 @pytest.mark.parametrize("frames, targets", [(1, U), (T, 0), (1, 0)])
 def test_one_row_or_column(kernels, frames, targets):
     nets = modules()
