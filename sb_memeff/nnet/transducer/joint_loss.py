@@ -269,9 +269,9 @@ class _Loss(torch.autograd.Function):
         if tiled:
             size = min(GROUP_TILES * cells.max_rows, GROUP_CELLS)
             joint = SumJoint.of(cells.logits, enc, pred)
-            kind = functools.partial(SumJointPass, joint)
-            if joint is None:
-                kind = TiledPass
+            kind = TiledPass
+            if joint is not None:
+                kind = functools.partial(SumJointPass, joint)
         gradients = None
         if module.reduction != "none" and wanted:
             gradients = Gradients(enc, pred, dict(zip(names, weights)))

@@ -116,10 +116,10 @@ class SumJoint:
         """
         from sb_memeff.ops.triton.joint import join
 
-        first = cells.samples.start
+        samples = _samples_of(cells)
         joined = join(
-            cells.enc[first:],
-            cells.pred[first:],
+            cells.enc[samples],
+            cells.pred[samples],
             tile.places,
             self.activation,
             self.slope,
@@ -155,19 +155,21 @@ class SumJoint:
         from sb_memeff.ops.triton.joint import add_input_gradients
 
         joined, gradient = made
+        gradients.linear.factor = factor
         with torch.autocast(joined.device.type, enabled=False):
             for_joined = gradient @ narrow[0]
             total = gradients.weight_sums.get(self.names[0])
             if total is not None:
                 if self.dtype in HALF:
                     found = wide_product(gradient.t(), joined)
-                    _add(total, found, factor)
+                    gradients.linear.add(total, found, total.dtype)
                 else:
                     total.addmm_(gradient.t(), joined)
             total = gradients.weight_sums.get(self.names[1])
             if total is not None:
-                _add(total, gradient.sum(0, dtype=torch.float32), factor)
-        samples = slice(cells.samples.start, cells.samples.stop)
+                found = gradient.sum(0, dtype=torch.float32)
+                gradients.linear.add(total, found, total.dtype)
+        samples = _samples_of(cells)
         add_input_gradients(
             for_joined,
             positions,
@@ -237,11 +239,8 @@ class SumJointPass(TiledPass):
             del joined, gradient
 
 
-def _add(total, found, factor):
-    if factor is None:
-        total += found
-    else:
-        total.addcmul_(found, factor)
+def _samples_of(cells):
+    return slice(cells.samples.start, cells.samples.stop)
 
 
 # As they are when this module is imported: somebody may replace them.

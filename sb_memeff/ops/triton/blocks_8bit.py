@@ -28,8 +28,6 @@ __all__ = [
 
 # Blocks that a program takes: more would take too many registers.
 BLOCKS = 2
-# Rows of the table before those of addresses.
-SIZES, FIRST_PROGRAMS, ADDRESSES = range(3)
 # With addresses and sizes of such multiples loads and stores are vectors.
 ALIGNMENT = 16
 

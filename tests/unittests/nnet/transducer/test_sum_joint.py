@@ -103,6 +103,10 @@ def wide(nets, inputs, **options):
     return results(nets, inputs, **options)
 
 
+def test_every_activation_of_the_kernels_is_tested():
+    assert set(ACTIVATIONS) == set(joint_kernels.ACTIVATIONS)
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", BOUNDS)
 def test_as_in_float64(kernels, monkeypatch, activation, dtype):
