@@ -26,7 +26,7 @@ from step_time_resnet import timed_step
 
 from sb_memeff.lobes.models.ECAPA_TDNN import ECAPA_TDNN
 from sb_memeff.lobes.models.RevECAPA_TDNN import RevECAPA_TDNN
-from sb_memeff.utils.memory import training_step_memory
+from sb_memeff.memory.step import training_step_memory
 
 
 class Pooling(torch.nn.Module):

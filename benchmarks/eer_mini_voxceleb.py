@@ -30,7 +30,7 @@ from sb_memeff.lobes.models.ResNet import ResNet
 from sb_memeff.lobes.models.RevDFResNet import RevDFResNet
 from sb_memeff.lobes.models.RevECAPA_TDNN import RevECAPA_TDNN
 from sb_memeff.lobes.models.RevResNet import RevResNet
-from sb_memeff.utils.memory import training_step_memory
+from sb_memeff.memory.step import training_step_memory
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes/VoxCeleb/SpeakerRec"
 INPUTS = ["--n_mels=40", "--num_workers=0"]

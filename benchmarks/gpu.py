@@ -308,7 +308,7 @@ def exactness():
     """Inversion and gradients of networks, in each precision and layout."""
     from sb_memeff.lobes.models.RevDFResNet import RevDFResNet
     from sb_memeff.lobes.models.RevResNet import RevResNet
-    from sb_memeff.nnet import mismatch
+    from sb_memeff.nnet.replay import mismatch
     from sb_memeff.nnet.reversible import check_invertible
 
     def one(net, x, precision, benchmark, layout):
@@ -442,7 +442,7 @@ def compiled():
     A compiled network adds in another order than an eager one. The stored
     twin, and the distance of both from float64, show how much that is.
     """
-    from sb_memeff.nnet import mismatch
+    from sb_memeff.nnet.replay import mismatch
 
     width = {"base_channels": 8} if SMALL else {}
     shape = (2, 40, 80) if SMALL else (16, 200, 80)

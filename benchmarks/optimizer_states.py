@@ -19,7 +19,7 @@ import torch
 from common import networks, write_results
 
 from sb_memeff import optim
-from sb_memeff.utils.memory import training_step_memory
+from sb_memeff.memory.step import training_step_memory
 
 SGD = {"lr": 1e-4, "momentum": 0.9, "weight_decay": 1e-4}
 ADAM = {"lr": 1e-4, "weight_decay": 1e-4}

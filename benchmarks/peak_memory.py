@@ -17,7 +17,7 @@ from common import RESNETS, networks, write_results
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from sb_memeff.utils.memory import training_step_memory
+from sb_memeff.memory.step import training_step_memory
 
 KINDS = ("stored", "checkpoint", "type_1", "type_2")
 

@@ -32,8 +32,8 @@ from step_time_resnet import timed_step
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
+from sb_memeff.memory.step import training_step_memory
 from sb_memeff.nnet.recompute import recompute_blocks, store_blocks
-from sb_memeff.utils.memory import training_step_memory
 
 
 def ecapa():

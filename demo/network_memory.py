@@ -103,7 +103,7 @@ def compare(base_channels, shape):
     list
         One dict for each network and size, in the order of the table.
     """
-    from sb_memeff.utils.memory import training_step_memory
+    from sb_memeff.memory.step import training_step_memory
 
     rows = []
     for depth, width, size, measure_time in (

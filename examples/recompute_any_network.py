@@ -11,8 +11,8 @@ import copy
 import torch
 from speechbrain.lobes.models.ECAPA_TDNN import ECAPA_TDNN
 
+from sb_memeff.memory.step import training_step_memory
 from sb_memeff.nnet.recompute import recompute_blocks
-from sb_memeff.utils.memory import training_step_memory
 
 CHANNELS = [128, 128, 128, 128, 384]
 

@@ -11,13 +11,13 @@ from functools import partial
 import torch
 from torch import nn
 
+from sb_memeff.memory.step import training_step_memory
 from sb_memeff.nnet.reversible import (
     AdditiveCoupling,
     ReversibleSequence,
     SpaceToDepth,
     check_invertible,
 )
-from sb_memeff.utils.memory import training_step_memory
 
 
 def body(channels):

@@ -11,8 +11,8 @@ Authors
 import torch
 
 from sb_memeff.lobes.models.RevResNet import RevResNet
-from sb_memeff.utils.memory import training_step_memory
-from sb_memeff.utils.sizes import format_bytes, parse_bytes
+from sb_memeff.memory.step import training_step_memory
+from sb_memeff.memory.units import format_bytes, parse_bytes
 
 
 def main(budget="2GB"):

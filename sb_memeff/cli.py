@@ -32,9 +32,12 @@ from sb_memeff.analysis.variants import (
     own_variant,
     variants,
 )
-from sb_memeff.utils.export import export_speaker_model, export_speaker_onnx
-from sb_memeff.utils.leftovers import no_leftovers
-from sb_memeff.utils.sizes import format_bytes
+from sb_memeff.export.speaker_folder import (
+    export_speaker_model,
+    export_speaker_onnx,
+)
+from sb_memeff.memory.leftovers import no_leftovers
+from sb_memeff.memory.units import format_bytes
 
 __all__ = ["main"]
 

@@ -23,7 +23,7 @@ from sb_memeff.dataio.reproducible import (
     SeededSampler,
     set_epoch,
 )
-from sb_memeff.nnet.mismatch import read_mismatches
+from sb_memeff.nnet.replay.mismatch import read_mismatches
 from sb_memeff.optim import keep_32bit_states
 from sb_memeff.utils.checkpoints import (
     NoisePosition,

@@ -1,6 +1,6 @@
 """SGD, Adam and AdamW that keep their states in 8 bits.
 
-Between two steps the states are 8-bit tensors (``utils.blockwise``). A step
+Between two steps the states are 8-bit tensors (``ops.blocks_8bit``). A step
 restores those of a few parameters at a time in float32, lets torch's own
 functions do the update, and packs them again: whatever torch's class of the
 same name does with its arguments, these do too.
@@ -29,8 +29,8 @@ from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 from torch.utils._pytree import tree_leaves
 
+from sb_memeff.ops.blocks_8bit import BLOCK, Codebook, Quantized8bit
 from sb_memeff.ops.dispatch import runs_fused
-from sb_memeff.utils.blockwise import BLOCK, Codebook, Quantized8bit
 
 __all__ = [
     "AdamW8bit",

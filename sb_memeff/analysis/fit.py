@@ -8,13 +8,13 @@ import math
 import pydoc
 from dataclasses import dataclass
 
-from sb_memeff.analysis.bisection import DoesNotFit, largest
 from sb_memeff.analysis.profile import Profile, profile
 from sb_memeff.analysis.recipe import read_recipe
 from sb_memeff.analysis.steps import require_positive
-from sb_memeff.utils.fake import fake_tensors
-from sb_memeff.utils.leftovers import no_leftovers
-from sb_memeff.utils.sizes import format_bytes, parse_bytes
+from sb_memeff.memory.fake import fake_tensors
+from sb_memeff.memory.leftovers import no_leftovers
+from sb_memeff.memory.search import DoesNotFit, largest
+from sb_memeff.memory.units import format_bytes, parse_bytes
 
 __all__ = ["Fit", "fit", "usable"]
 

@@ -6,7 +6,7 @@ Authors
 
 from pathlib import Path
 
-from sb_memeff.utils.memory import KINDS
+from sb_memeff.memory.step import KINDS
 
 __all__ = ["check_picture", "load_pyplot", "plot_kinds"]
 

@@ -12,8 +12,8 @@ from speechbrain.utils.autocast import AMPConfig
 
 from sb_memeff.analysis.steps import require_positive
 from sb_memeff.analysis.variants import own_variant
-from sb_memeff.utils.memory import KINDS, StepMemory, training_step_memory
-from sb_memeff.utils.sizes import format_bytes
+from sb_memeff.memory.step import KINDS, StepMemory, training_step_memory
+from sb_memeff.memory.units import format_bytes
 
 __all__ = ["Profile", "comparison", "profile", "report"]
 

@@ -263,7 +263,7 @@ class Recipe:
         raise ValueError(
             f"{self.path} has the modules {', '.join(modules)}, which are not "
             f"those of a known family ({' or '.join(FAMILIES)}): for any other "
-            f"network give sb_memeff.utils.memory.training_step_memory a step "
+            f"network give sb_memeff.memory.step.training_step_memory a step "
             f"function of your own."
         )
 

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from speechbrain.dataio.dataio import length_to_mask
 from torch.autograd.function import once_differentiable
 
-from sb_memeff.nnet.replay import Recorder
+from sb_memeff.nnet.replay.recorder import Recorder
 
 __all__ = ["attentive_statistics_pooling"]
 

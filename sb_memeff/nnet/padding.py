@@ -7,7 +7,7 @@ Authors
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from sb_memeff.nnet.mismatch import next_forward, report_mismatches
+from sb_memeff.nnet.replay.mismatch import next_forward, report_mismatches
 
 __all__ = ["check_lengths", "mask", "padding_masks"]
 
@@ -40,7 +40,7 @@ def check_lengths(lengths: torch.Tensor | None, x: torch.Tensor) -> None:
 
     On the CPU the values are checked at once. On an accelerator the check
     runs on the device, and the host reads it when that costs no wait (see
-    ``sb_memeff.nnet.mismatch``).
+    ``sb_memeff.nnet.replay.mismatch``).
 
     Arguments
     ---------

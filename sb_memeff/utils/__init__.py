@@ -1,1 +1,1 @@
-"""Around training: memory analysis, checkpoints, export, 8-bit tensors."""
+"""Around training: checkpoints."""

@@ -22,6 +22,7 @@ import pytest
 import soundfile
 import speechbrain as sb
 import torch
+import train as recipe
 import yaml
 from hyperpyyaml import load_hyperpyyaml
 
@@ -37,9 +38,7 @@ from tests.integration.runs import (
 )
 
 RECIPE = Recipe("LibriSpeech/ASR/transducer", "LibriSpeech.csv")
-sys.path.insert(0, str(RECIPE.folder))
 
-import train as recipe  # noqa: E402
 
 RATE = 16000
 # So many that no checkpoint of the killed run falls on the start of a list.

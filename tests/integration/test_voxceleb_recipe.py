@@ -23,8 +23,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import speaker_verification_cosine as verification
 import speechbrain as sb
 import torch
+import train_speaker_embeddings as training
 import yaml
 from hyperpyyaml import load_hyperpyyaml
 
@@ -39,10 +41,7 @@ from tests.integration.runs import (
 )
 
 RECIPE = Recipe("VoxCeleb/SpeakerRec", "VoxCeleb.csv")
-sys.path.insert(0, str(RECIPE.folder))
 
-import speaker_verification_cosine as verification  # noqa: E402
-import train_speaker_embeddings as training  # noqa: E402
 
 RATE = 16000
 SPEAKERS = 8

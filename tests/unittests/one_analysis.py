@@ -9,7 +9,7 @@ Authors
 
 import pytest
 
-from sb_memeff.utils.leftovers import no_leftovers
+from sb_memeff.memory.leftovers import no_leftovers
 
 
 @pytest.fixture(scope="module")

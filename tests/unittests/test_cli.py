@@ -10,9 +10,9 @@ import torch
 from speechbrain.nnet.attention import _get_precomputed_values
 
 from sb_memeff.cli import main, parse_overrides
-from sb_memeff.nnet import replay
-from sb_memeff.utils.memory import KINDS
-from sb_memeff.utils.sizes import format_bytes
+from sb_memeff.memory.step import KINDS
+from sb_memeff.memory.units import format_bytes
+from sb_memeff.nnet.replay import recorder
 from tests.unittests.analysis.shallow import shallow  # noqa: F401
 from tests.unittests.analysis.yaml_files import (
     LIBRISPEECH,
@@ -81,7 +81,7 @@ def test_check_passes(capsys):
 
 def test_check_fails(monkeypatch, capsys):
     # Batch norms count twice.
-    monkeypatch.setattr(replay, "without_trace", lambda *_: nullcontext())
+    monkeypatch.setattr(recorder, "without_trace", lambda *_: nullcontext())
     assert main(["check", *SMALL_REVNET]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert "FAILED: embedding_model.trunk.blocks." in lines[-2]

@@ -40,9 +40,9 @@ from torch.utils.data import (
 )
 
 from sb_memeff.core import MemEffBrain
-from sb_memeff.nnet import mismatch
+from sb_memeff.nnet.replay import mismatch
+from sb_memeff.ops.blocks_8bit import Quantized8bit
 from sb_memeff.optim import Adam8bit, AdamW8bit, SGD8bit
-from sb_memeff.utils.blockwise import Quantized8bit
 from sb_memeff.utils.checkpoints import AtomicCheckpointer
 
 OPTIMIZERS = {

@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_flatten
 
 from sb_memeff.lobes.models.RevResNet import RevResNet
+from sb_memeff.ops.blocks_8bit import BLOCK, VALUES, Quantized8bit
 from sb_memeff.optim import (
     Adam8bit,
     AdamW8bit,
@@ -27,7 +28,6 @@ from sb_memeff.optim import (
     keep_32bit_states,
     state_bytes,
 )
-from sb_memeff.utils.blockwise import BLOCK, VALUES, Quantized8bit
 
 TWINS = {
     SGD8bit: torch.optim.SGD,

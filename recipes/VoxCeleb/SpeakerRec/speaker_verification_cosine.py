@@ -30,7 +30,7 @@ from voxceleb_prepare import (
 )
 
 from sb_memeff.dataio.preparation import open_atomic
-from sb_memeff.utils.export import best_checkpoint
+from sb_memeff.export.speaker_folder import best_checkpoint
 
 logger = get_logger(__name__)
 

@@ -17,10 +17,10 @@ from torch.autograd.graph import get_gradient_edge
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
-from sb_memeff.nnet.module_state import modules_of
-from sb_memeff.nnet.replay import Recorder, Recording
+from sb_memeff.nnet.recompute.segment import nothing_saved
+from sb_memeff.nnet.replay.module_state import modules_of
+from sb_memeff.nnet.replay.recorder import Recorder, Recording
 from sb_memeff.nnet.reversible.grid import StreamFormat
-from sb_memeff.nnet.segment import nothing_saved
 
 __all__ = ["Evaluator", "RecordingEvaluator", "ReplayingEvaluator"]
 

@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from sb_memeff.nnet.mismatch import (
+from sb_memeff.nnet.replay.mismatch import (
     Summary,
     is_read_at_once,
     next_forward,
@@ -141,5 +141,5 @@ def _message(name, before, now):
         f"library chose another algorithm, torch.use_deterministic_algorithms "
         f"or more free GPU memory help. Set save_memory=False to store "
         f"activations, or train on with "
-        f"sb_memeff.nnet.mismatch.set_mismatch_action('warn')."
+        f"sb_memeff.nnet.replay.set_mismatch_action('warn')."
     )

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from sb_memeff.nnet.replay import Recorder, without_trace
+from sb_memeff.nnet.recompute.segment import Segment
+from sb_memeff.nnet.replay.recorder import Recorder, without_trace
 from sb_memeff.nnet.reversible.coupling import Invertible, Tap, halves
 from sb_memeff.nnet.reversible.evaluator import Evaluator
 from sb_memeff.nnet.reversible.grid import StreamFormat
@@ -20,7 +21,6 @@ from sb_memeff.nnet.reversible.walk import (
     TapSumBesideGraph,
     run_without_storing,
 )
-from sb_memeff.nnet.segment import Segment
 
 __all__ = ["ReversibleSequence"]
 

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from sb_memeff.nnet.replay import (
+from sb_memeff.nnet.replay.recorder import (
     Recorder,
     Recording,
     check_fingerprint,

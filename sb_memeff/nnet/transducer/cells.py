@@ -13,7 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.func import functional_call
 
-from sb_memeff.nnet.mismatch import report_mismatches
+from sb_memeff.nnet.replay.mismatch import report_mismatches
 from sb_memeff.nnet.transducer.half_linear import HALF, Float32WeightGradients
 from sb_memeff.nnet.transducer.rows import row_gradient, row_scores, wide_dtype
 

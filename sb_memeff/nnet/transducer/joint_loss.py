@@ -18,8 +18,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from sb_memeff.nnet.losses import transducer_loss
-from sb_memeff.nnet.mismatch import next_forward
-from sb_memeff.nnet.replay import Recorder, check_fingerprint, fingerprint
+from sb_memeff.nnet.replay.mismatch import next_forward
+from sb_memeff.nnet.replay.recorder import (
+    Recorder,
+    check_fingerprint,
+    fingerprint,
+)
 from sb_memeff.nnet.transducer.batch import (
     check_counts,
     check_settings,

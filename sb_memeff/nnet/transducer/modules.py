@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from sb_memeff.nnet.random_states import global_sources
+from sb_memeff.nnet.replay.random_states import global_sources
 
 __all__ = ["check_modules", "declared_vocabulary", "unchanged"]
 

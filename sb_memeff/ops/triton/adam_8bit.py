@@ -143,12 +143,12 @@ def adam_8bit(
     moments : list of list of torch.Tensor
         Codes and maxima of the first moments, of the second ones and, with
         amsgrad, of the largest second ones, as
-        ``utils.blockwise.Quantized8bit`` holds them.
+        ``ops.blocks_8bit.Quantized8bit`` holds them.
     steps : torch.Tensor
         The number of each parameter's step, from 1 on: on the CPU, or, so that
         nobody waits, on the parameters' device.
     signed, unsigned : tuple of torch.Tensor
-        Values and middles of a ``utils.blockwise.Codebook``.
+        Values and middles of a ``ops.blocks_8bit.Codebook``.
     lr, betas, eps, weight_decay : float
         As torch.optim.Adam's.
     decoupled_weight_decay, amsgrad, maximize : bool

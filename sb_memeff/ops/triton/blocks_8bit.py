@@ -157,7 +157,7 @@ def _quantize(
 def quantize(
     x: torch.Tensor, middles: torch.Tensor, signed: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes and maxima; see ``sb_memeff.utils.blockwise.Codebook``.
+    """Codes and maxima; see ``sb_memeff.ops.blocks_8bit.Codebook``.
 
     Arguments
     ---------

@@ -94,9 +94,9 @@ def sgd_8bit(
     params, grads : list of torch.Tensor
         float32, contiguous, on one device.
     codes, maxima : list of torch.Tensor
-        The momenta, as ``utils.blockwise.Quantized8bit`` holds them.
+        The momenta, as ``ops.blocks_8bit.Quantized8bit`` holds them.
     values, middles : torch.Tensor
-        Of a signed ``utils.blockwise.Codebook``.
+        Of a signed ``ops.blocks_8bit.Codebook``.
     lr, momentum, dampening, weight_decay : float
         As torch.optim.SGD's.
     nesterov, maximize : bool

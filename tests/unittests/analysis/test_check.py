@@ -12,8 +12,8 @@ from torch import nn
 
 from sb_memeff.analysis.check import check_recipe
 from sb_memeff.analysis.recipe import read_recipe
-from sb_memeff.nnet import replay
-from sb_memeff.nnet.mismatch import set_mismatch_action
+from sb_memeff.nnet.replay import recorder
+from sb_memeff.nnet.replay.mismatch import set_mismatch_action
 from sb_memeff.nnet.reversible import AdditiveCoupling
 from sb_memeff.nnet.transducer.passes import TiledPass
 from tests.unittests.analysis.yaml_files import (
@@ -246,7 +246,7 @@ def test_what_is_zero_but_for_roundings_need_not_agree():
 
 def test_batch_norms_that_count_twice(monkeypatch):
     monkeypatch.setattr(
-        replay, "without_trace", lambda *_: contextlib.nullcontext()
+        recorder, "without_trace", lambda *_: contextlib.nullcontext()
     )
     report = check(speaker("revnet"))
     where = place(report, "running statistics")

@@ -6,7 +6,7 @@ from sb_memeff.analysis.fit import fit, usable
 from sb_memeff.analysis.profile import Profile, profile
 from sb_memeff.analysis.recipe import read_recipe
 from sb_memeff.lobes.models.ResNet import ResNet
-from sb_memeff.utils.memory import StepMemory
+from sb_memeff.memory.step import StepMemory
 from tests.unittests.analysis.yaml_files import (
     LIBRISPEECH,
     SMALL_TRANSDUCER,

@@ -11,7 +11,7 @@ from sb_memeff.analysis.plot import (
     plot_kinds,
 )
 from sb_memeff.analysis.profile import Profile
-from sb_memeff.utils.memory import KINDS, StepMemory
+from sb_memeff.memory.step import KINDS, StepMemory
 
 GB = 10**9
 

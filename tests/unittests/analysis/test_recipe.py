@@ -256,7 +256,7 @@ def test_unknown_family(tmp_path):
         path,
         "modules net,",
         "speaker or transducer",
-        "sb_memeff.utils.memory.training_step_memory",
+        "sb_memeff.memory.step.training_step_memory",
     )
 
 

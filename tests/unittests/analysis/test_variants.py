@@ -17,10 +17,10 @@ from sb_memeff.lobes.models.ResNet import ResNet
 from sb_memeff.lobes.models.RevDFResNet import RevDFResNet
 from sb_memeff.lobes.models.RevECAPA_TDNN import RevECAPA_TDNN
 from sb_memeff.lobes.models.RevResNet import RevResNet
+from sb_memeff.memory.fake import fake_tensors
+from sb_memeff.memory.leftovers import no_leftovers
 from sb_memeff.nnet.recompute import store_blocks
 from sb_memeff.nnet.transducer.joint_loss import TransducerJointLoss
-from sb_memeff.utils.fake import fake_tensors
-from sb_memeff.utils.leftovers import no_leftovers
 from tests.unittests.analysis.shallow import shallow  # noqa: F401
 from tests.unittests.analysis.yaml_files import (
     LIBRISPEECH,

@@ -4,13 +4,17 @@ import copy
 
 import pytest
 import torch
-from chains import assert_same_state, gradients, relative_error
 from speechbrain.lobes.models.ECAPA_TDNN import AttentiveStatisticsPooling
 from torch import nn
 
+from sb_memeff.memory.step import training_step_memory
 from sb_memeff.nnet import attentive_pooling
 from sb_memeff.nnet.attentive_pooling import attentive_statistics_pooling
-from sb_memeff.utils.memory import training_step_memory
+from tests.unittests.nnet.reversible.chains import (
+    assert_same_state,
+    gradients,
+    relative_error,
+)
 
 
 class Ours(nn.Module):

@@ -17,9 +17,9 @@ import pytest
 import torch
 import torchaudio
 
+from sb_memeff.memory.step import StorageTracker
 from sb_memeff.nnet import losses
 from sb_memeff.nnet.losses import transducer_loss
-from sb_memeff.utils.memory import StorageTracker
 
 DATA = Path(__file__).resolve().parents[2] / "data"
 CASES = json.loads((DATA / "transducer_cases.json").read_text())

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from sb_memeff.nnet import mismatch
+from sb_memeff.memory.fake import fake_tensors
 from sb_memeff.nnet.padding import check_lengths, mask, padding_masks
-from sb_memeff.utils.fake import fake_tensors
+from sb_memeff.nnet.replay import mismatch
 
 
 def test_frames_shrink_as_in_a_strided_convolution():

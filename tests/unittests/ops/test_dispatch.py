@@ -63,7 +63,7 @@ def test_without_triton(monkeypatch, caplog):
 
 
 def test_fake_tensors_run_plain_torch():
-    from sb_memeff.utils.fake import fake_tensors
+    from sb_memeff.memory.fake import fake_tensors
 
     with fake_tensors():
         assert not dispatch.runs_fused(torch.zeros(3))

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from sb_memeff import optim
+from sb_memeff.ops.blocks_8bit import Codebook
 from sb_memeff.ops.triton import blocks_8bit
 from sb_memeff.optim import Adam8bit, AdamW8bit, SGD8bit
-from sb_memeff.utils import blockwise
 from tests.unittests.ops.kernels import DEVICE
 
 # Whole blocks, part of a block, one block, and one that stays in 32 bits.
@@ -89,7 +89,7 @@ def states(optimizer):
 @pytest.mark.parametrize("signed", [True, False])
 def test_codes_are_those_of_the_plain_search(signed):
     torch.manual_seed(0)
-    codebook = blockwise.Codebook(signed, torch.device("cpu"))
+    codebook = Codebook(signed, torch.device("cpu"))
     x = torch.randn(3001) * 10 ** torch.empty(3001).uniform_(-9, 0)
     x[256:512] = 0
     x[512:768] = torch.nan

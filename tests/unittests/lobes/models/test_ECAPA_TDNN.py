@@ -1,9 +1,8 @@
 """SpeechBrain's ECAPA-TDNN in less memory."""
 
 import copy
-import sys
-from pathlib import Path
 
+import ecapa
 import pytest
 import torch
 from speechbrain.lobes.models.ECAPA_TDNN import (
@@ -18,11 +17,7 @@ from sb_memeff.lobes.models.ECAPA_TDNN import (
     squeeze_excite,
 )
 from tests.unittests.lobes.networks import ECAPA as SMALL
-from tests.unittests.nnet.chains import saved_bytes
-
-sys.path.insert(0, str(Path(__file__).parents[4] / "benchmarks"))
-
-import ecapa  # noqa: E402
+from tests.unittests.nnet.reversible.chains import saved_bytes
 
 VARIANTS = [
     {},

@@ -10,10 +10,10 @@ from sb_memeff.lobes.models.RevDFResNet import (
     RevDFResNet,
     StridedConvolution,
 )
+from sb_memeff.memory.leftovers import no_leftovers
+from sb_memeff.memory.step import training_step_memory
 from sb_memeff.nnet.padding import mask, padding_masks
 from sb_memeff.nnet.reversible import AdditiveCoupling, check_invertible
-from sb_memeff.utils.leftovers import no_leftovers
-from sb_memeff.utils.memory import training_step_memory
 from tests.unittests.weights import without_zeros
 
 KINDS = ["strided", "invertible"]

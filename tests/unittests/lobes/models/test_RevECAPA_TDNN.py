@@ -2,22 +2,17 @@
 
 import copy
 import inspect
-import sys
-from pathlib import Path
 
+import ecapa
 import pytest
 import torch
 from hyperpyyaml import load_hyperpyyaml
 from speechbrain.lobes.models.ECAPA_TDNN import ECAPA_TDNN
 
 from sb_memeff.lobes.models.RevECAPA_TDNN import RevECAPA_TDNN
+from sb_memeff.memory.leftovers import no_leftovers
 from sb_memeff.nnet.reversible import AdditiveCoupling, check_invertible
-from sb_memeff.utils.leftovers import no_leftovers
 from tests.unittests.lobes.networks import ECAPA as SMALL
-
-sys.path.insert(0, str(Path(__file__).parents[4] / "benchmarks"))
-
-import ecapa  # noqa: E402
 
 VARIANTS = [
     {},

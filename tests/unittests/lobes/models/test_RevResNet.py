@@ -7,10 +7,10 @@ from torch import nn
 
 from sb_memeff.lobes.models.ResNet import ResNet, stride_pairs
 from sb_memeff.lobes.models.RevResNet import RevResNet, StridedCoupling
+from sb_memeff.memory.leftovers import no_leftovers
+from sb_memeff.memory.step import training_step_memory
 from sb_memeff.nnet.padding import mask, padding_masks
 from sb_memeff.nnet.reversible import check_invertible
-from sb_memeff.utils.leftovers import no_leftovers
-from sb_memeff.utils.memory import training_step_memory
 from tests.unittests.weights import without_zeros
 
 KINDS = ["strided", "invertible"]

@@ -27,9 +27,9 @@ from sb_memeff.lobes.models.RevResNet import (
     RevResNet,
     StridedCoupling,
 )
+from sb_memeff.memory.leftovers import no_leftovers
+from sb_memeff.memory.step import training_step_memory
 from sb_memeff.nnet.reversible import AdditiveCoupling, check_invertible
-from sb_memeff.utils.leftovers import no_leftovers
-from sb_memeff.utils.memory import training_step_memory
 from tests.unittests.lobes.networks import (
     EMBEDDING,
     LETS_PADDING_IN,
@@ -38,7 +38,7 @@ from tests.unittests.lobes.networks import (
     small,
     trained,
 )
-from tests.unittests.nnet.chains import relative_error
+from tests.unittests.nnet.reversible.chains import relative_error
 from tests.unittests.weights import without_zeros
 
 # Each with the vanilla class whose place it takes.

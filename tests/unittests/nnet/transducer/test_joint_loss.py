@@ -14,8 +14,8 @@ from speechbrain.nnet.transducer.transducer_joint import Transducer_joint
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from sb_memeff.memory.step import StorageTracker
 from sb_memeff.nnet.transducer.joint_loss import TransducerJointLoss
-from sb_memeff.utils.memory import StorageTracker
 from tests.unittests.two_processes import run_in_two_processes
 
 H, V = 12, 11

@@ -1,0 +1,1 @@
+"""Trained networks for others to use: SpeechBrain folders, ONNX, TorchScript."""

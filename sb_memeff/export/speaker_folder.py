@@ -1,0 +1,206 @@
+"""Finished speaker models as folders that SpeechBrain's inference loads.
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+import io
+import shutil
+from pathlib import Path
+
+import ruamel.yaml
+import torch
+from hyperpyyaml import load_hyperpyyaml
+from speechbrain.utils.checkpoints import Checkpointer
+
+from sb_memeff.export.standalone import export_onnx
+
+__all__ = ["best_checkpoint", "export_speaker_model", "export_speaker_onnx"]
+
+# What inference needs of a training run's hyperparams.yaml.
+KEYS = (
+    "sample_rate",
+    "compute_features",
+    "mean_var_norm",
+    "embedding_model",
+    "classifier",
+)
+# What it needs besides, for EncoderClassifier and SpeakerRecognition. Scores
+# are cosines of the embeddings as they are: mean_var_norm_emb does nothing.
+INFERENCE_YAML = """
+mean_var_norm_emb: !new:speechbrain.nnet.containers.LengthsCapableSequential
+    - !new:torch.nn.Identity
+
+label_encoder: !new:speechbrain.dataio.encoder.CategoricalEncoder
+
+modules:
+    compute_features: !ref <compute_features>
+    mean_var_norm: !ref <mean_var_norm>
+    mean_var_norm_emb: !ref <mean_var_norm_emb>
+    embedding_model: !ref <embedding_model>
+    classifier: !ref <classifier>
+
+pretrainer: !new:speechbrain.utils.parameter_transfer.Pretrainer
+    loadables:
+        embedding_model: !ref <embedding_model>
+        classifier: !ref <classifier>
+        label_encoder: !ref <label_encoder>
+"""
+
+
+def best_checkpoint(save_folder):
+    """The checkpoint with the lowest ErrorRate, or None.
+
+    Arguments
+    ---------
+    save_folder : str
+        The ``save`` folder of a training run.
+
+    Returns
+    -------
+    Checkpoint or None
+        None if no epoch has been finished.
+    """
+    # Checkpointer would create a folder that does not exist.
+    if not Path(save_folder).is_dir():
+        return None
+    return Checkpointer(save_folder).find_checkpoint(min_key="ErrorRate")
+
+
+def export_speaker_model(output_folder, destination):
+    """Makes a folder for SpeakerRecognition and EncoderClassifier.
+
+    Arguments
+    ---------
+    output_folder : str
+        The ``output_folder`` of a training run with the VoxCeleb recipe.
+    destination : str
+        Folder to write to; it is created.
+
+    Returns
+    -------
+    Checkpoint
+        The checkpoint that was exported.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the run has not finished an epoch, or is none.
+    ValueError
+        If its yaml file lacks something that inference needs.
+
+    Example
+    -------
+    >>> export_speaker_model("results/RevNet34/1986", "model")  # doctest: +SKIP
+    >>> from speechbrain.inference.speaker import SpeakerRecognition
+    >>> model = SpeakerRecognition.from_hparams("model")  # doctest: +SKIP
+    >>> model.verify_files("a.wav", "b.wav")  # doctest: +SKIP
+    """
+    output_folder, destination = Path(output_folder), Path(destination)
+    save_folder = output_folder / "save"
+    hyperparams = output_folder / "hyperparams.yaml"
+    checkpoint = best_checkpoint(save_folder)
+    sources = {
+        "hyperparams.yaml": hyperparams,
+        "label_encoder.ckpt": save_folder / "label_encoder.txt",
+    }
+    if checkpoint is not None:
+        for name in ("embedding_model", "classifier"):
+            sources[f"{name}.ckpt"] = checkpoint.path / f"{name}.ckpt"
+    missing = [path for path in sources.values() if not path.is_file()]
+    if checkpoint is None or missing:
+        what = missing[0] if missing else f"checkpoint in {save_folder}"
+        raise FileNotFoundError(
+            f"There is no {what}: export needs the output_folder of a "
+            f"training run that has finished one epoch at least."
+        )
+    text = inference_yaml(hyperparams)
+
+    destination.mkdir(parents=True, exist_ok=True)
+    for name, path in sources.items():
+        if name != "hyperparams.yaml":
+            shutil.copyfile(path, destination / name)
+    # Last: a folder with a yaml file is complete.
+    (destination / "hyperparams.yaml").write_text(text, encoding="utf-8")
+    return checkpoint
+
+
+def export_speaker_onnx(folder):
+    """Adds the embedding network as ONNX to a folder for inference.
+
+    Arguments
+    ---------
+    folder : str
+        What ``export_speaker_model`` made. ``embedding_model.onnx`` takes
+        the features that ``mean_var_norm`` returns, ``feats`` [B, T, F], and
+        ``lengths`` [B]; see ``sb_memeff.export.standalone``.
+
+    Returns
+    -------
+    Path
+        The file.
+
+    Raises
+    ------
+    ImportError
+        If the package onnx is missing.
+    """
+    folder = Path(folder)
+    with open(folder / "hyperparams.yaml", encoding="utf-8") as f:
+        params = load_hyperpyyaml(f)
+    network = params["embedding_model"]
+    weights = torch.load(
+        folder / "embedding_model.ckpt", map_location="cpu", weights_only=True
+    )
+    network.load_state_dict(weights)
+    second = torch.zeros(1, params["sample_rate"])
+    input_size = params["compute_features"](second).shape[-1]
+    path = folder / "embedding_model.onnx"
+    export_onnx(network, path, input_size, with_lengths=True)
+    return path
+
+
+def inference_yaml(hyperparams):
+    """The yaml text for inference from that of a training run.
+
+    Arguments
+    ---------
+    hyperparams : Path
+        ``hyperparams.yaml`` as SpeechBrain saved it: overrides applied and
+        references resolved.
+
+    Returns
+    -------
+    str
+        The text.
+
+    Raises
+    ------
+    ValueError
+        If a key is missing.
+    """
+    yaml = ruamel.yaml.YAML()
+    run = yaml.load(hyperparams)
+    missing = [key for key in KEYS if key not in run]
+    if missing:
+        raise ValueError(
+            f"{hyperparams} lacks {', '.join(missing)}, which inference needs."
+        )
+    stream = io.StringIO()
+    stream.write("# Made by sb-memeff export from a training run.\n")
+    # Comments of the training yaml file hang on the nodes; they are about
+    # training.
+    kept = ruamel.yaml.comments.CommentedMap((key, run[key]) for key in KEYS)
+    strip_comments(kept)
+    yaml.dump(kept, stream)
+    return stream.getvalue() + INFERENCE_YAML
+
+
+def strip_comments(node):
+    """Removes the comments of a yaml tree in place."""
+    if isinstance(node, (dict, list)):
+        node.ca.items.clear()
+        node.ca.comment = None
+        node.ca.end = []
+        for child in node.values() if isinstance(node, dict) else node:
+            strip_comments(child)

@@ -1,0 +1,319 @@
+"""Blocks of a network that recompute their activations in backward.
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+import copyreg
+import functools
+import inspect
+import math
+import types
+import weakref
+
+import torch
+from speechbrain.utils.logger import get_logger
+from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+
+from sb_memeff.nnet.recompute.segment import Segment
+from sb_memeff.nnet.recompute.selection import find_segments, refuse_nested
+
+__all__ = ["apply_to_blocks", "recompute_blocks", "store_blocks"]
+
+logger = get_logger(__name__)
+
+
+def recompute_blocks(module, blocks, every=1, segment_length=1):
+    """Makes named blocks compute their activations again in backward.
+
+    The module is changed in place and keeps its class (by isinstance), its
+    names, its state_dict and whoever refers to it; copies, pickles, DDP,
+    torch.compile and moves to a device carry the change along, and so does
+    SyncBatchNorm conversion, except for a norm that is a block by itself.
+    Without gradients (under no_grad, in torch.jit) a block is called as it
+    is. A hook on a block runs once a step, hooks on modules inside it once
+    more in backward.
+
+    The second call of a block draws the same random numbers (of torch, Python
+    and numpy, and of generators that are attributes of its modules) and finds
+    buffers and attributes as the first one did; what it changes in them
+    counts once. If its outputs are not the same, bit for bit, backward raises
+    an error that names the block: on a CPU before the block has gradients, on
+    a GPU in the next step at the latest. Under torch.compile the compiler's
+    own recomputation is used; a block that it cannot trace as a whole is run
+    as it is.
+
+    A block may lie inside another: ``[layer?, layer?.*]`` stores what enters
+    the outer blocks, and computes the inner ones twice more.
+
+    Arguments
+    ---------
+    module : torch.nn.Module
+        The network, or any part of it.
+    blocks : str or list of str
+        Names of modules as in ``module.named_modules()``; ``*``, ``?`` and
+        ``[...]`` stand for characters within one part of a name, ``**`` for
+        any number of parts. A block should take a small part of the
+        network's memory, and more than its input: backward holds the
+        activations of one block at a time.
+    every : float
+        Recompute every k-th segment only and store the others: 2 costs half
+        the time and saves half the activations; 1.5 recomputes two of three.
+        At least 1. Add blocks by calling again.
+    segment_length : int
+        So many consecutive blocks (in the order of ``named_modules``) store
+        one input together. For networks that list single layers, as Xvector
+        does: a convolution alone would store its input and save nothing.
+        What the network does between two blocks is not computed again: what
+        it changes there is stored.
+
+    Returns
+    -------
+    list of str
+        The blocks that recompute now.
+
+    Raises
+    ------
+    TypeError
+        If module is none.
+    ValueError
+        If a name fits nothing or what cannot be recomputed (the message
+        lists what there is), for every or segment_length below 1, and for
+        blocks inside each other with every or segment_length other than 1.
+
+    Example
+    -------
+    >>> from speechbrain.lobes.models.ECAPA_TDNN import ECAPA_TDNN
+    >>> net = ECAPA_TDNN(80, channels=[16] * 5, lin_neurons=8)
+    >>> recompute_blocks(net, ["blocks.*", "mfa"])
+    ['blocks.0', 'blocks.1', 'blocks.2', 'blocks.3', 'mfa']
+    >>> net(torch.rand(2, 50, 80)).sum().backward()
+    """
+    names = apply_to_blocks(module, blocks, every, segment_length)
+    logger.info(
+        f"{type(module).__name__}: {len(names)} blocks recompute their "
+        f"activations in backward: {', '.join(names)}."
+    )
+    return names
+
+
+def apply_to_blocks(module, blocks, every, segment_length):
+    segments = find_segments(module, blocks, segment_length)
+    _check_every(every)
+    if every != 1:
+        refuse_nested(segments, f"every={every:g}")
+    names = []
+    # 1e-9: with every = 12 / 7, 7 * every shall be 12.
+    for i in range(math.ceil(len(segments) / every - 1e-9)):
+        queue = _Queue()
+        segment = segments[int(i * every + 1e-9)]
+        for position, (name, block) in enumerate(segment):
+            _make_recompute(block, _Place(name, queue, position))
+            names.append(name)
+    return names
+
+
+def store_blocks(module):
+    """Undoes ``recompute_blocks``: all blocks store their activations.
+
+    Needed for pickles of whole modules (not for a state_dict) that shall be
+    loaded without sb_memeff.
+
+    Arguments
+    ---------
+    module : torch.nn.Module
+        The network.
+
+    Returns
+    -------
+    list of str
+        The blocks that had been recomputed.
+
+    Example
+    -------
+    >>> net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())
+    >>> recompute_blocks(net, "*", segment_length=2)
+    ['0', '1']
+    >>> store_blocks(net)
+    ['0', '1']
+    """
+    names = []
+    for name, part in module.named_modules():
+        if "_recompute_place" in vars(part):
+            # Without a place it stores, also where another library has put a
+            # class of its own on top of ours.
+            del part._recompute_place
+            _change_class(part, _storing)
+            names.append(name)
+    return names
+
+
+def _check_every(every):
+    if not isinstance(every, (int, float)) or not 1 <= every < math.inf:
+        raise ValueError(
+            f"recompute_blocks: every must be a number of at least 1, got "
+            f"{every!r}."
+        )
+
+
+class _Queue:
+    """Blocks that follow each other in one segment."""
+
+    def __init__(self):
+        self._open = None
+
+    def segment(self, position, leaves):
+        """The segment that a call belongs to.
+
+        A call joins the segment of the calls before it if they feed it; a
+        block that is called again, or out of order, begins a new one.
+        """
+        segment = self._open() if self._open is not None else None
+        if segment is None or not (
+            segment.position < position and segment.feeds(leaves)
+        ):
+            segment = Segment()
+            self._open = weakref.ref(segment)
+        return segment
+
+    def __getstate__(self):
+        # Copies and pickles begin with no segment open.
+        return {"_open": None}
+
+
+class _Place:
+    """Where a block stands among those that recompute."""
+
+    def __init__(self, name, queue, position):
+        self.name = name
+        self.queue = queue
+        self.position = position
+
+    def call(self, block, forward, args, kwargs):
+        """Calls a block's own forward, to be computed again if need be."""
+        function = functools.partial(forward, block)
+        if not torch.is_grad_enabled() or torch.jit.is_tracing():
+            return function(*args, **kwargs)
+        return _recompute(self, block, function, args, kwargs)
+
+
+def _recompute(place, block, function, args, kwargs):
+    """Calls the function in the segment to which its block belongs."""
+    segment = place.queue.segment(place.position, tree_leaves((args, kwargs)))
+    result = segment.call(place.name, block, function, args, kwargs)
+    segment.position = place.position
+    return result
+
+
+def _recompute_in_graph(place, block, function, args, kwargs):
+    """Takes the place of ``_recompute`` in a graph of torch.compile.
+
+    The compiler has its own way to compute again, and counts batch statistics
+    once.
+    """
+    return checkpoint(function, *args, use_reentrant=False, **kwargs)
+
+
+@functools.cache
+def _prepare_compiler():
+    """Says how torch.compile treats the call of a block.
+
+    A block that it cannot trace as a whole is not compiled at all: torch's
+    checkpoint would count its batch statistics twice. Not done on import,
+    since it imports the compiler; so does every optimizer of torch.
+    """
+    global _recompute
+    _recompute = torch.compiler.disable(_recompute)
+    torch.compiler.substitute_in_graph(_recompute)(_recompute_in_graph)
+
+
+def _make_recompute(block, place):
+    if not _recomputes(type(block)):
+        _change_class(block, _recomputing)
+    block._recompute_place = place
+
+
+def _recomputes(cls):
+    return any("_stores_as" in vars(c) for c in cls.__mro__)
+
+
+def _change_class(block, change):
+    """Changes the class of a block, below its parametrizations.
+
+    torch.nn.utils.parametrize derives a class for each module that it
+    changes, and goes back to the base of that class when the last
+    parametrization is removed.
+    """
+    cls = type(block)
+    if not parametrize.is_parametrized(block) or not any(
+        name in vars(cls) for name in block.parametrizations
+    ):
+        block.__class__ = change(cls)
+        return
+    # A new class, since copies of the module share the old one.
+    namespace = {
+        k: v
+        for k, v in vars(cls).items()
+        if k not in ("__dict__", "__weakref__")
+    }
+    base = change(cls.__bases__[0])
+    block.__class__ = type(cls)(cls.__name__, (base,), namespace)
+
+
+@functools.cache
+def _recomputing(original):
+    """A class like ``original`` whose forward is computed again in backward.
+
+    A class, since it goes wherever the instance goes: copies, pickles and
+    replicas. An attribute ``forward`` would call the module that it was made
+    for, and forward hooks of others would come in between.
+    """
+    _prepare_compiler()
+
+    def forward(self, *args, **kwargs):
+        if self._recompute_place is None:
+            return original.forward(self, *args, **kwargs)
+        return self._recompute_place.call(self, original.forward, args, kwargs)
+
+    # torch.jit.script compiles the function that this one wraps, and looks up
+    # its names here.
+    scope = getattr(inspect.unwrap(original.forward), "__globals__", globals())
+    forward = types.FunctionType(
+        forward.__code__, scope, closure=forward.__closure__
+    )
+    functools.update_wrapper(forward, original.forward)
+    # SpeechBrain asks whether forward takes lengths, and does not unwrap.
+    forward.__signature__ = inspect.signature(original.forward)
+
+    def __reduce_ex__(self, protocol):
+        reduced = original.__reduce_ex__(self, protocol)
+        if reduced[0] is not copyreg.__newobj__ or "_stores_as" not in vars(
+            type(self)
+        ):
+            return reduced
+        return (_new, (original,), *reduced[2:])
+
+    return type(original)(
+        original.__name__,
+        (original,),
+        {
+            "__doc__": original.__doc__,
+            "__module__": original.__module__,
+            "__qualname__": original.__qualname__,
+            "__reduce_ex__": __reduce_ex__,
+            "_recompute_place": None,
+            "_stores_as": original,
+            "forward": forward,
+        },
+    )
+
+
+def _storing(cls):
+    return vars(cls).get("_stores_as", cls)
+
+
+def _new(original):
+    recomputing = _recomputing(original)
+    return recomputing.__new__(recomputing)

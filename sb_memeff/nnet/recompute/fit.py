@@ -1,0 +1,134 @@
+"""Recomputation of as few blocks as a memory budget allows.
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+import functools
+
+import torch
+from speechbrain.utils.autocast import AMPConfig
+from speechbrain.utils.logger import get_logger
+
+from sb_memeff.memory.fake import without_data
+from sb_memeff.memory.step import training_step_memory
+from sb_memeff.memory.units import format_bytes, parse_bytes
+from sb_memeff.nnet.recompute.blocks import apply_to_blocks, recompute_blocks
+from sb_memeff.nnet.recompute.selection import find_segments, refuse_nested
+
+__all__ = ["fit_recompute"]
+
+logger = get_logger(__name__)
+
+
+def fit_recompute(
+    module,
+    blocks,
+    budget,
+    example,
+    segment_length=1,
+    optimizer=None,
+    precision="fp32",
+):
+    """Recomputes as few of the blocks as a memory budget allows.
+
+    Counts the peak of a training step (parameters, gradients, activations,
+    temporaries and, if asked, optimizer states) on tensors without data: no
+    GPU is needed, and none of the step's arithmetic is done. Convolution
+    workspaces, the CUDA context and what lies outside ``module`` (classifier,
+    augmentation) are not counted: leave room for them.
+
+    Arguments
+    ---------
+    module : torch.nn.Module
+        The network.
+    blocks : str or list of str
+        See ``recompute_blocks``.
+    budget : int or str
+        Bytes, or such as "11GB" or "10.5 GiB".
+    example : list of int or callable
+        Shape of the largest float32 input of a training batch; or a function
+        that calls the module it is given and returns a tensor, such as
+        ``lambda net: net(torch.zeros(16, 250, 640), torch.ones(16))``.
+    segment_length : int
+        See ``recompute_blocks``.
+    optimizer : callable, optional
+        ``!ref <opt_class>``: its states count too.
+    precision : str
+        fp32, fp16 or bf16, as in SpeechBrain's run options.
+
+    Returns
+    -------
+    float
+        The ``every`` that was chosen, None if nothing need be recomputed.
+
+    Raises
+    ------
+    ValueError
+        If the budget cannot be reached; the message says what can. And as
+        ``recompute_blocks``. The module is unchanged then.
+
+    Example
+    -------
+    >>> def block():
+    ...     layers = [torch.nn.Linear(64, 64), torch.nn.Tanh()]
+    ...     return torch.nn.Sequential(*layers, *layers)
+    >>> net = torch.nn.Sequential(*(block() for _ in range(12)))
+    >>> fit_recompute(net, "*", budget="5.5MB", example=[1000, 64])
+    1.5
+    """
+    segments = find_segments(module, blocks, segment_length)
+    refuse_nested(segments, "fit_recompute")
+    count = len(segments)
+    limit = parse_bytes(budget)
+    autocast = AMPConfig.from_name(precision).dtype
+    if autocast == torch.float32:
+        autocast = None
+    if not callable(example):
+        example = tuple(example)
+
+    @functools.cache
+    def peak(recomputed):
+        def build():
+            network = without_data(module)
+            if recomputed:
+                apply_to_blocks(
+                    network, blocks, count / recomputed, segment_length
+                )
+            return network
+
+        return training_step_memory(
+            build, example, optimizer=optimizer, autocast=autocast
+        ).peak_bytes
+
+    who = type(module).__name__
+    if peak(0) <= limit:
+        logger.info(
+            f"{who}: a step takes {format_bytes(peak(0))} with all activations "
+            f"stored; nothing is recomputed."
+        )
+        return None
+    if peak(count) > limit:
+        raise ValueError(
+            f"fit_recompute: {who} does not fit into {format_bytes(limit)}. "
+            f"With all of {blocks} recomputed a step still takes "
+            f"{format_bytes(peak(count))} ({format_bytes(peak(0))} with all "
+            f"activations stored). Name more or smaller blocks, or take a "
+            f"smaller batch."
+        )
+    # The more are recomputed, the less a step takes.
+    too_few, enough = 0, count
+    while enough - too_few > 1:
+        middle = (too_few + enough) // 2
+        if peak(middle) <= limit:
+            enough = middle
+        else:
+            too_few = middle
+    every = count / enough
+    logger.info(
+        f"{who}: with every={every:.4g} a step takes "
+        f"{format_bytes(peak(enough))} of {format_bytes(limit)} "
+        f"({format_bytes(peak(0))} with all activations stored)."
+    )
+    recompute_blocks(module, blocks, every, segment_length)
+    return every

@@ -1,0 +1,123 @@
+"""Which modules of a network a list of name patterns selects.
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+__all__ = ["find_segments", "refuse_nested"]
+
+
+def find_segments(module, blocks, length):
+    """The blocks as lists of (name, module), ``length`` in each."""
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            f"recompute_blocks: module must be a torch.nn.Module, got "
+            f"{type(module).__name__}."
+        )
+    if not isinstance(length, int) or length < 1:
+        raise ValueError(
+            f"recompute_blocks: segment_length must be an integer of at "
+            f"least 1, got {length!r}."
+        )
+    found = _named_blocks(module, blocks)
+    segments = [found[i : i + length] for i in range(0, len(found), length)]
+    if length > 1:
+        refuse_nested(segments, f"segment_length={length}")
+    return segments
+
+
+def _named_blocks(module, patterns):
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    if not patterns:
+        raise ValueError("recompute_blocks: blocks names no module.")
+    named = list(module.named_modules(remove_duplicate=False))
+    found = {}
+    for pattern in patterns:
+        matches = [
+            (name, part)
+            for name, part in named
+            if _fits(_parts(name), _parts(pattern))
+        ]
+        if not matches:
+            raise ValueError(
+                f"recompute_blocks: nothing in {type(module).__name__} is "
+                f"named {pattern!r}. There are: {_candidates(named)}."
+            )
+        callables = [m for m in matches if not isinstance(m[1], _CONTAINERS)]
+        if not callables:
+            name, part = matches[0]
+            raise ValueError(
+                f"recompute_blocks: {name} is a {type(part).__name__}, which "
+                f"is never called. Name what it holds: '{name}.*'."
+            )
+        found.update((part, name) for name, part in reversed(callables))
+    for block, name in found.items():
+        _check_block(name, block)
+    # In the network's order, whatever that of the patterns; by its first name
+    # if a module has several.
+    order = list(module.modules())
+    return [(found[part], part) for part in order if part in found]
+
+
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
+
+def _parts(name):
+    # The module itself is named "".
+    return name.split(".") if name else []
+
+
+def _fits(name, pattern):
+    if not pattern:
+        return not name
+    if pattern[0] == "**":
+        return any(_fits(name[i:], pattern[1:]) for i in range(len(name) + 1))
+    return (
+        bool(name)
+        and fnmatchcase(name[0], pattern[0])
+        and _fits(name[1:], pattern[1:])
+    )
+
+
+def _candidates(named, limit=30):
+    """Names that blocks could have, numbers as ``*``, the outermost first."""
+    names = {}
+    for name, part in named:
+        parts = ["*" if p.isdigit() else p for p in _parts(name)]
+        if parts and not isinstance(part, _CONTAINERS):
+            names[tuple(parts)] = None
+    names = [".".join(parts) for parts in sorted(names, key=len)]
+    if len(names) > limit:
+        names[limit:] = ["..."]
+    return ", ".join(names) or "no modules inside it"
+
+
+def _check_block(name, block):
+    if isinstance(block, torch.jit.ScriptModule):
+        raise ValueError(
+            f"recompute_blocks: {name} is compiled by torch.jit; call "
+            f"recompute_blocks before, or name its neighbours only."
+        )
+    if "forward" in vars(block):
+        raise ValueError(
+            f"recompute_blocks: somebody has replaced forward of this very "
+            f"{name} ({type(block).__name__}); that would hide ours. Call "
+            f"recompute_blocks before."
+        )
+
+
+def refuse_nested(segments, option):
+    names = [name for segment in segments for name, _ in segment]
+    for outer in names:
+        for inner in names:
+            if inner.startswith(f"{outer}."):
+                raise ValueError(
+                    f"recompute_blocks: {inner} lies inside {outer}; that "
+                    f"goes with every=1 and segment_length=1 only, not with "
+                    f"{option}. Call recompute_blocks once for each."
+                )

@@ -1,0 +1,428 @@
+"""Notice when a second computation differs from the first.
+
+Recomputation and inversion are exact only if backward runs the arithmetic of
+forward again: the same algorithm of cuDNN, the same random numbers, the same
+state. A checksum of the result costs one read of it; forward keeps the
+checksum, backward compares. On the CPU a difference is an error at once. On
+an accelerator the comparisons stay on the device. One copy takes those of a
+step to the host when the next one begins, and the host reads them when that
+costs no wait: at the latest in the next backward pass.
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+
+import torch
+from speechbrain.utils.logger import get_logger
+
+__all__ = [
+    "Summary",
+    "checksum",
+    "is_read_at_once",
+    "mismatch_action",
+    "next_forward",
+    "read_arrived",
+    "read_mismatches",
+    "report_mismatches",
+    "set_mismatch_action",
+]
+
+logger = get_logger(__name__)
+
+# Values of a tensor that are kept to tell how large a difference is.
+SAMPLE = 1024
+
+_INTEGER_OF_SIZE = {
+    1: torch.int8,
+    2: torch.int16,
+    4: torch.int32,
+    8: torch.int64,
+}
+
+
+def checksum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sums the bits of a tensor as integers, which wrap around.
+
+    The order of the sum does not matter, so it is the same for any number of
+    threads, any device and any layout.
+
+    Arguments
+    ---------
+    tensor : torch.Tensor
+        Any shape, strides and dtype.
+
+    Returns
+    -------
+    torch.Tensor
+        A scalar of int32 or int64, on the tensor's device.
+
+    Example
+    -------
+    >>> x = torch.rand(3, 4)
+    >>> torch.equal(checksum(x), checksum(x.t().contiguous()))
+    True
+    >>> torch.equal(checksum(x), checksum(x.nextafter(x + 1)))
+    False
+    """
+    bits = tensor.detach()
+    if bits.is_complex():
+        bits = torch.view_as_real(bits)
+    if bits.dtype == torch.bool:
+        bits = bits.to(torch.int8)
+    bits = bits.view(_INTEGER_OF_SIZE[bits.element_size()])
+    # A sum in the dtype of the elements is 20 times as fast as one in int64.
+    wide = torch.int64 if bits.dtype == torch.int64 else torch.int32
+    return bits.sum(dtype=wide)
+
+
+class Summary:
+    """Summary of tensors in forward, to be compared in backward.
+
+    A checksum of each. Where a difference is not an error, or is to be
+    expected, some of the values as well, which tell its size.
+
+    Arguments
+    ---------
+    leaves : iterable
+        Tensors; anything else is passed over.
+    sampled : bool, optional
+        Keep values too. By default if the action is "warn".
+
+    Example
+    -------
+    >>> x = torch.ones(3)
+    >>> before = Summary([x])
+    >>> before.differs(before.again([x + 1]))
+    tensor(True)
+    """
+
+    def __init__(self, leaves: Iterable, sampled: bool | None = None):
+        if sampled is None:
+            sampled = mismatch_action() == "warn"
+        tensors = [x for x in leaves if _is_plain(x)]
+        self.sampled = sampled
+        self.sums = [checksum(x) for x in tensors]
+        self.samples = [sample(x) for x in tensors] if sampled else []
+
+    def again(self, leaves: Iterable) -> Summary:
+        """The same summary of what was computed again."""
+        return Summary(leaves, self.sampled)
+
+    def differs(self, other: Summary) -> torch.Tensor:
+        """Whether a bit differs: a scalar of bool on the tensors' device."""
+        if not self.sums:
+            return torch.tensor(False)
+        device = self.sums[0].device
+        if len(self.sums) != len(other.sums):
+            return torch.tensor(True, device=device)
+        return torch.stack(
+            [(a != b).to(device) for a, b in zip(self.sums, other.sums)]
+        ).any()
+
+    def relative_error(self, other: Summary) -> torch.Tensor:
+        """Largest difference of a sampled value over the largest value."""
+        pairs = list(zip(self.samples, other.samples))
+        return torch.stack(
+            [
+                (a - b).abs().amax() / a.abs().amax().clamp(min=1e-30)
+                for a, b in pairs
+                if a.numel()
+            ]
+            or [torch.zeros(())]
+        ).amax()
+
+    def size_of_difference(self, other: Summary) -> str:
+        """The size in words, for a message; empty without samples."""
+        if not self.samples:
+            return ""
+        error = self.relative_error(other).item()
+        return f" by {error:.2g} of the largest value (in a sample)"
+
+
+def _is_plain(x):
+    return type(x) in (torch.Tensor, torch.nn.Parameter) and (
+        x.layout == torch.strided
+    )
+
+
+def sample(tensor: torch.Tensor) -> torch.Tensor:
+    """Some values of a tensor, without a copy of the others.
+
+    Arguments
+    ---------
+    tensor : torch.Tensor
+        Any shape and strides.
+
+    Returns
+    -------
+    torch.Tensor
+        At most 1,024 values, spread over all axes, in float32 or float64.
+
+    Example
+    -------
+    >>> sample(torch.rand(100, 100, 100)).numel() <= 1024
+    True
+    """
+    tensor, room = tensor.detach(), SAMPLE
+    for axis in range(tensor.dim()):
+        most = max(1, int(room ** (1 / (tensor.dim() - axis)) + 1e-9))
+        step = max(1, -(-tensor.shape[axis] // most))
+        tensor = tensor[(slice(None),) * axis + (slice(None, None, step),)]
+        room //= max(1, tensor.shape[axis])
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    # A copy: a view would keep all of the tensor alive.
+    return tensor.flatten().to(wide, copy=True)
+
+
+def set_mismatch_action(action: str) -> None:
+    """Chooses what a difference between forward and backward leads to.
+
+    In a yaml file: ``__mismatch: !apply:
+    sb_memeff.nnet.replay.set_mismatch_action [warn]``.
+
+    Arguments
+    ---------
+    action : str
+        "error" raises a RuntimeError; "warn" logs each message once and
+        trains on, with gradients that are off by that much.
+
+    Raises
+    ------
+    ValueError
+        For any other action.
+
+    Example
+    -------
+    >>> set_mismatch_action("error")
+    """
+    if action not in ("error", "warn"):
+        raise ValueError(
+            f"set_mismatch_action: action must be 'error' or 'warn', got "
+            f"{action!r}."
+        )
+    _pending.action = action
+
+
+def mismatch_action() -> str:
+    """Consequence of a difference, see ``set_mismatch_action``.
+
+    Returns
+    -------
+    str
+        "error" or "warn".
+    """
+    return _pending.action
+
+
+def report_mismatches(
+    differs: torch.Tensor, describe: Callable[[int], str]
+) -> None:
+    """Takes the outcome of comparisons; raises for what is known to differ.
+
+    Arguments
+    ---------
+    differs : torch.Tensor
+        [N] of bool, on the device of the computation.
+    describe : callable
+        From the number of a comparison that differed to the message of the
+        error. It is called when the host reads, so it must not hold tensors
+        that are large.
+
+    Raises
+    ------
+    RuntimeError
+        If a comparison differs: one of these, if they are on the CPU, or one
+        of an earlier step.
+
+    Example
+    -------
+    >>> report_mismatches(torch.tensor([False, True]), "block {}".format)
+    Traceback (most recent call last):
+        ...
+    RuntimeError: block 1
+    """
+    _pending.report(differs, describe)
+
+
+def next_forward() -> None:
+    """Says that a forward pass begins: what is reported is of a step before.
+
+    Raises
+    ------
+    RuntimeError
+        If a comparison differed and has arrived at the host.
+    """
+    _pending.next_forward()
+
+
+def read_arrived() -> None:
+    """Raises for a comparison that differed, without waiting for others.
+
+    Raises
+    ------
+    RuntimeError
+        If one differs and has arrived at the host.
+    """
+    _pending.read_arrived()
+
+
+def read_mismatches() -> None:
+    """Waits for all comparisons and raises if one differs.
+
+    ``MemEffBrain`` calls it once a step, where SpeechBrain waits for the
+    loss. In a training loop of your own call it after the last step.
+
+    Raises
+    ------
+    RuntimeError
+        If a comparison differs.
+
+    Example
+    -------
+    >>> read_mismatches()
+    """
+    _pending.read()
+
+
+def is_read_at_once(device: torch.device) -> bool:
+    """Whether reading a value of a device makes nobody wait.
+
+    Arguments
+    ---------
+    device : torch.device
+        Of the value.
+
+    Returns
+    -------
+    bool
+        True for the CPU.
+    """
+    return device.type == "cpu"
+
+
+@dataclasses.dataclass(eq=False)
+class _Report:
+    """Comparisons of one call, still on their device."""
+
+    differs: torch.Tensor
+    describe: Callable[[int], str]
+
+
+@dataclasses.dataclass(eq=False)
+class _Copy:
+    """Comparisons of one step on their way to the host."""
+
+    host: torch.Tensor
+    event: object
+    reports: list[_Report]
+
+
+class _Pending:
+    """Comparisons that the host has not read.
+
+    Arguments
+    ---------
+    copy : callable
+        Begins to copy a tensor to the host: returns the copy and an event
+        with ``query`` and ``synchronize``.
+    at_once : callable
+        From the device of comparisons to whether they are read right away.
+    """
+
+    def __init__(self, copy, at_once=lambda device: False):
+        self.action = "error"
+        self._copy = copy
+        self._at_once = at_once
+        # Of the step that runs; and of those before.
+        self._reports = []
+        self._copies = []
+        self._warned = set()
+
+    def report(self, differs, describe):
+        """See report_mismatches."""
+        report = _Report(differs, describe)
+        if self._at_once(differs.device):
+            self._judge([report], differs)
+        else:
+            self._reports.append(report)
+        # Of an earlier step: the host is a whole step ahead of the device at
+        # most, so this hardly ever waits.
+        self._read(lambda copy: True)
+
+    def next_forward(self):
+        """See the function."""
+        self._send()
+        self.read_arrived()
+
+    def read_arrived(self):
+        """See the function."""
+        self._read(lambda copy: copy.event.query())
+
+    def read(self):
+        """See read_mismatches."""
+        self._send()
+        self._read(lambda copy: True)
+
+    def _send(self):
+        reports, self._reports = self._reports, []
+        for device in dict.fromkeys(r.differs.device for r in reports):
+            some = [r for r in reports if r.differs.device == device]
+            # One copy: each allocates pinned memory, which takes a GPU's
+            # driver longer than the computation of a block.
+            differs = torch.cat([r.differs.flatten() for r in some])
+            self._copies.append(_Copy(*self._copy(differs), some))
+
+    def _read(self, due):
+        ready = [copy for copy in self._copies if due(copy)]
+        self._copies = [copy for copy in self._copies if copy not in ready]
+        for copy in ready:
+            copy.event.synchronize()
+            self._judge(copy.reports, copy.host)
+
+    def _judge(self, reports, differs):
+        if not differs.any():
+            return
+        sizes = [report.differs.numel() for report in reports]
+        for report, part in zip(reports, differs.split(sizes), strict=True):
+            for number in part.nonzero().flatten().tolist():
+                self._act(report.describe(number))
+
+    def _act(self, message):
+        if self.action == "error":
+            # Of what else was different the first says enough.
+            self._reports.clear()
+            self._copies.clear()
+            raise RuntimeError(message)
+        if message not in self._warned:
+            self._warned.add(message)
+            logger.warning(message)
+
+
+class _Arrived:
+    """The event of a copy that has been made."""
+
+    def query(self):
+        return True
+
+    def synchronize(self):
+        pass
+
+
+def _copy_to_host(tensor):
+    if tensor.device.type != "cuda":
+        return tensor.cpu(), _Arrived()
+    host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(tensor.device))
+    return host, event
+
+
+_pending = _Pending(_copy_to_host, is_read_at_once)

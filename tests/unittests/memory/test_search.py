@@ -1,0 +1,102 @@
+"""The largest number whose memory is within a limit."""
+
+import math
+import random
+
+import pytest
+
+from sb_memeff.memory.search import DoesNotFit, largest
+
+MOST = 500
+
+
+class Peak:
+    """A function that remembers what it was asked."""
+
+    def __init__(self, function):
+        self.function, self.asked = function, []
+
+    def __call__(self, n):
+        assert n not in self.asked
+        self.asked.append(n)
+        return self.function(n)
+
+
+def straight(rng):
+    a, b = rng.randrange(1000), rng.uniform(0, 20)
+    return lambda n: int(a + b * n)
+
+
+def quadratic(rng):
+    a, b, c = rng.randrange(1000), rng.uniform(0, 5), rng.uniform(0, 0.2)
+    return lambda n: int(a + b * n + c * n * n)
+
+
+def stepped(rng):
+    a, height, width = (rng.randrange(1, 300) for _ in range(3))
+    return lambda n: a + height * (n // width)
+
+
+def flat_at_first(rng):
+    a, bend, b = rng.randrange(1000), rng.randrange(MOST), rng.randrange(1, 50)
+    return lambda n: a + b * max(n - bend, 0)
+
+
+def any_growth(rng):
+    peaks = [rng.randrange(1000)]
+    for _ in range(MOST):
+        peaks.append(peaks[-1] + rng.choice((0, 0, 1, 5, 1000)))
+    return peaks.__getitem__
+
+
+@pytest.mark.parametrize(
+    "kind", [straight, quadratic, stepped, flat_at_first, any_growth]
+)
+def test_largest_is_what_trying_all_finds(kind):
+    rng = random.Random(0)
+    inside = 0
+    for _ in range(400):
+        peak = Peak(kind(rng))
+        first = rng.randrange(20)
+        most = rng.randrange(first, MOST)
+        low, high = peak.function(first), peak.function(most)
+        limit = rng.randrange(low, low + int(1.2 * (high - low)) + 2)
+        expected = max(
+            n for n in range(first, most + 1) if peak.function(n) <= limit
+        )
+        assert largest(peak, limit, first, most) == (
+            expected,
+            peak.function(expected),
+        )
+        assert all(first <= n <= most for n in peak.asked)
+        # Every other step halves what is left, or doubles.
+        assert len(peak.asked) <= 3 + 2 * math.ceil(2 * math.log2(MOST))
+        inside += first < expected < most
+    assert inside > 20
+
+
+def test_a_straight_line_takes_few_steps():
+    rng = random.Random(0)
+    for _ in range(1000):
+        a, b = rng.randrange(10**9), rng.randrange(1, 10**8)
+        first = rng.randrange(1, 5)
+        limit = rng.randrange(a + b * first, 4 * 10**10)
+        peak = Peak(lambda n, a=a, b=b: a + b * n)
+        found, _ = largest(peak, limit, first)
+        assert found == min((limit - a) // b, 2**20)
+        assert len(peak.asked) <= 5
+
+
+def test_what_always_fits_ends_at_the_largest():
+    peak = Peak(lambda n: 7)
+    assert largest(peak, 7) == (2**20, 7)
+    assert len(peak.asked) <= 2 * 20 + 1
+    assert largest(lambda n: n, 10, first=3, most=3) == (3, 3)
+
+
+def test_the_first_does_not_fit():
+    peak = Peak(lambda n: 100 * n)
+    with pytest.raises(DoesNotFit, match="It takes 200 bytes") as caught:
+        largest(peak, 199, first=2)
+    assert caught.value.peak == 200
+    assert peak.asked == [2]

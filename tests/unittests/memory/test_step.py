@@ -1,0 +1,291 @@
+"""Counting bytes."""
+
+import pytest
+import torch
+from speechbrain.nnet.transducer.transducer_joint import Transducer_joint
+from torch import nn
+
+from sb_memeff.lobes.models.ResNet import ResNet
+from sb_memeff.lobes.models.RevECAPA_TDNN import RevECAPA_TDNN
+from sb_memeff.lobes.models.RevResNet import RevResNet
+from sb_memeff.memory.leftovers import no_leftovers
+from sb_memeff.memory.step import (
+    KINDS,
+    ModuleTracker,
+    StorageTracker,
+    training_step_memory,
+)
+from sb_memeff.nnet.transducer.joint_loss import TransducerJointLoss
+from sb_memeff.optim import SGD8bit
+from tests.unittests.allocator import allocator_peak, assert_near_allocator
+
+
+def test_views_and_in_place_results_count_once():
+    with StorageTracker() as tracker:
+        x = torch.zeros(100)
+        y = x.view(10, 10)
+        y.add_(1)
+        assert tracker.alive == tracker.peak == 400
+        del x
+        assert tracker.alive == 400
+        del y
+    assert (tracker.alive, tracker.peak) == (0, 400)
+
+
+def linear_step(batch=50, **options):
+    """One layer of 1000 x 1000 without bias."""
+    return training_step_memory(
+        lambda: nn.Linear(1000, 1000, bias=False), (batch, 1000), **options
+    )
+
+
+def test_a_step_whose_peak_can_be_counted_by_hand():
+    memory = linear_step()
+    weight, activation = 4_000_000, 200_000
+    assert memory.parameters == 1_000_000
+    assert memory.parameter_bytes == weight
+    # The input was there before; the output stays.
+    assert memory.saved_bytes == activation
+    # Weight and gradient; input, output and its gradient.
+    assert memory.peak_bytes == 2 * weight + 3 * activation
+    assert memory.activation_bytes == 3 * activation
+
+
+def test_the_peak_is_split_by_what_it_is_for():
+    memory = linear_step(
+        optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)
+    )
+    assert memory.by_kind == {
+        "parameters": 4_000_000,
+        "buffers": 0,
+        "gradients": 4_000_000,
+        "optimizer states": 4_000_000,
+        "inputs": 200_000,
+        "activations": 200_000,
+        "recomputed": 0,
+        "temporaries": 200_000,
+    }
+    assert tuple(memory.by_kind) == KINDS
+    assert sum(memory.split.values()) == memory.peak_bytes
+    assert memory.peak_phase == "backward"
+    assert memory.allocator_bytes is None
+
+
+def test_what_building_needs_for_a_moment_does_not_count():
+    """Training never holds it together with activations."""
+
+    def build():
+        # As some initialisations do.
+        torch.zeros(100_000)
+        return nn.Linear(10, 10, bias=False)
+
+    memory = training_step_memory(build, (5, 10))
+    # Weight and gradient; input, output and its gradient.
+    assert memory.peak_bytes == 2 * 400 + 3 * 200
+    assert memory.peak_phase == "backward"
+
+
+class Widens(nn.Module):
+    """Needs much for a moment, and backward none of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1000))
+
+    def forward(self, x):
+        with torch.no_grad():
+            mean = x.repeat(50, 1).mean(0)
+        return self.weight * mean
+
+
+def test_what_forward_needs_for_a_moment_is_not_recomputed():
+    memory = training_step_memory(Widens, (8, 1000))
+    assert memory.peak_phase == "forward"
+    kinds = memory.by_kind
+    assert kinds["recomputed"] == 0
+    assert kinds["temporaries"] == 50 * 8 * 4000
+    # The mean, which waits for backward.
+    assert kinds["activations"] == 4000
+
+
+def test_the_peak_is_split_by_module():
+    def build():
+        net = nn.Sequential(
+            nn.BatchNorm1d(100),
+            nn.Sequential(nn.Linear(100, 1000, bias=False), nn.ReLU()),
+            nn.Linear(1000, 10, bias=False),
+        )
+        net.register_parameter("own", nn.Parameter(torch.zeros(7)))
+        return net
+
+    memory = training_step_memory(build, (512, 100), torch.optim.Adam)
+    assert sum(memory.by_module().values()) == memory.peak_bytes
+    assert sum(memory.by_module(1).values()) == memory.peak_bytes
+    names = {n for n, _ in build().named_modules()}
+    assert set(memory.by_module()) <= names
+    assert list(memory.by_module(1))[0] == "1"
+    split = memory.split
+    for name, size in (("1.0", 400_000), ("2", 40_000)):
+        assert split[name, "parameters"] == size
+        # Adam counts the steps, too.
+        assert split[name, "optimizer states"] == 2 * size + 4
+    assert split["2", "gradients"] == 40_000
+    assert ("1.0", "gradients") not in split, "not yet"
+    assert split["", "parameters"] == 28
+    assert ("", "optimizer states") not in split, "nothing used it"
+    assert split["0", "buffers"] == 808
+    # ReLU kept its output and computes the gradient of its input, from that
+    # which the last layer gave it.
+    assert split["1.1", "activations"] == 512 * 1000 * 4
+    assert memory.peak_module == "1.1"
+    assert split["1.1", "temporaries"] == 512 * 1000 * 4
+    assert split["2", "temporaries"] == 512 * 1000 * 4
+
+
+@no_leftovers()  # once for all analyses
+def test_reversible_networks_recompute_and_vanilla_ones_store():
+    def by_kind(network, name):
+        return training_step_memory(
+            lambda: network.from_preset(name, base_channels=8), (8, 100, 80)
+        ).by_kind
+
+    ours, vanilla = by_kind(RevResNet, "RevNet34"), by_kind(ResNet, "ResNet34")
+    assert ours["recomputed"] > ours["activations"] > 0
+    assert vanilla["recomputed"] == 0
+    assert vanilla["activations"] > 10 * ours["activations"]
+
+
+@no_leftovers()  # once for all analyses
+def test_8bit_states_are_counted_as_they_are():
+    def states(optimizer):
+        memory = linear_step(
+            5000, optimizer=lambda p: optimizer(p, lr=0.1, momentum=0.9)
+        )
+        return memory.by_kind["optimizer states"]
+
+    assert states(torch.optim.SGD) == 4_000_000
+    # A scale for every block of values.
+    assert states(SGD8bit) == pytest.approx(1_000_000, rel=0.03)
+
+
+def transducer():
+    """A joint loss on random encodings, the way a step would call it."""
+    loss = TransducerJointLoss(
+        Transducer_joint(),
+        nn.Linear(32, 100),
+        occupancy_floor=0,
+        max_rows=2048,
+    )
+    loss.encoder = nn.Linear(32, 32)
+    return loss
+
+
+def transducer_step(loss):
+    """The loss of 4 samples of 50 frames and 10 targets."""
+    with torch.device(loss.classifier.weight.device):
+        enc = loss.encoder(torch.rand(4, 50, 32))
+        lens = torch.tensor([1.0, 0.5, 1.0, 0.9])
+        targets = torch.ones(4, 10, dtype=torch.long)
+        return loss(enc, torch.rand(4, 11, 32), targets, lens, torch.ones(4))
+
+
+# Channels are those of real networks: to narrower ones oneDNN adds some.
+NETWORKS = {
+    "vanilla": (lambda: ResNet.from_preset("ResNet34"), (2, 50, 80)),
+    "Type I": (lambda: RevResNet.from_preset("RevNet34"), (2, 50, 80)),
+    "Type II": (
+        lambda: RevResNet.from_preset("RevNet34", downsampling="invertible"),
+        (2, 50, 80),
+    ),
+    "ECAPA": (
+        lambda: RevECAPA_TDNN(80, channels=[64] * 4 + [192]),
+        (4, 50, 80),
+    ),
+    "transducer": (transducer, transducer_step),
+}
+
+
+def train(build, step, optimizer):
+    """As the analysis does: forward and backward, a step, both again."""
+    net = build()
+    x = None if callable(step) else torch.zeros(step)
+    updater = optimizer(net.parameters())
+    for last in (False, True):
+        y = step(net) if callable(step) else net(x)
+        y.backward(torch.ones_like(y))
+        del y
+        if not last:
+            updater.step()
+            updater.zero_grad()
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_analysis_agrees_with_the_allocator(name):
+    build, step = NETWORKS[name]
+    torch.manual_seed(0)
+    real = allocator_peak(lambda: train(build, step, torch.optim.Adam))
+    found = training_step_memory(build, step, torch.optim.Adam)
+    assert found.peak_bytes == pytest.approx(real, rel=0.02)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_analysis_agrees_with_the_gpu(name):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    build, step = NETWORKS[name]
+    if not callable(step):
+        step = (32, *step[1:])
+    found = training_step_memory(build, step, torch.optim.Adam)
+    real = training_step_memory(
+        build, step, torch.optim.Adam, fake=False, device="cuda"
+    )
+    assert_near_allocator(found.peak_bytes, real.allocator_bytes)
+
+
+def test_modules_are_followed_through_errors():
+    net = nn.Sequential(nn.Linear(2, 2))
+    with ModuleTracker() as modules:
+        modules.name(net)
+        with pytest.raises(RuntimeError):
+            net(torch.rand(1, 3))
+        assert modules.current() == ("", False)
+
+
+@no_leftovers()  # once for all analyses
+def test_optimizer_states_are_counted():
+    plain = linear_step().peak_bytes
+    momentum = linear_step(
+        optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)
+    ).peak_bytes
+    adam = linear_step(optimizer=torch.optim.Adam).peak_bytes
+    assert momentum - plain == pytest.approx(4e6, rel=0.06)
+    assert adam - plain >= 8e6
+
+
+def test_fake_and_real_tensors_agree():
+    def build():
+        return nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Conv2d(8, 8, 3, padding=1),
+            nn.Flatten(),
+            nn.Linear(8 * 16 * 16, 10),
+        )
+
+    fake = training_step_memory(build, (4, 3, 16, 16))
+    real = training_step_memory(build, (4, 3, 16, 16), fake=False)
+    assert fake.parameters == real.parameters
+    assert fake.saved_bytes == pytest.approx(real.saved_bytes, rel=0.02)
+    assert fake.peak_bytes == pytest.approx(real.peak_bytes, rel=0.02)
+
+
+@no_leftovers()  # once for all analyses
+def test_autocast_changes_what_is_stored():
+    def build():
+        return nn.Sequential(*(nn.Conv1d(8, 8, 3) for _ in range(4)))
+
+    full = training_step_memory(build, (4, 8, 1000))
+    half = training_step_memory(build, (4, 8, 1000), autocast=torch.bfloat16)
+    assert half.saved_bytes < full.saved_bytes

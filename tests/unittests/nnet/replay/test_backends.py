@@ -1,0 +1,79 @@
+"""The flags under which forward and replay run."""
+
+import pytest
+import torch
+from torch import nn
+
+from sb_memeff.nnet.recompute import recompute_blocks
+from sb_memeff.nnet.replay.backends import BackendFlags
+from sb_memeff.nnet.reversible import AdditiveCoupling, ReversibleSequence
+
+cudnn = torch.backends.cudnn
+
+
+@pytest.fixture(autouse=True)
+def flags():
+    """Puts back what the tests change."""
+    with (
+        cudnn.flags(enabled=True, benchmark=True, allow_tf32=True),
+        torch.backends.mkldnn.flags(enabled=True),
+    ):
+        yield
+
+
+# Outside the module: its own list would be put back after the replay.
+SEEN = []
+
+
+class Looking(nn.Module):
+    """Notes the flags that it runs under."""
+
+    def forward(self, x):
+        SEEN.append((cudnn.benchmark, cudnn.conv.fp32_precision))
+        return torch.tanh(x)
+
+
+def reversible(look):
+    return ReversibleSequence([AdditiveCoupling(look, nn.Tanh())])
+
+
+def recomputed(look):
+    net = nn.Sequential(look)
+    recompute_blocks(net, "*")
+    return net
+
+
+@pytest.mark.parametrize("build", [reversible, recomputed])
+def test_benchmark_is_off_and_other_flags_are_those_of_forward(build):
+    SEEN.clear()
+    net = build(Looking())
+    y = net(torch.randn(2, 4, 3, requires_grad=True))
+    assert cudnn.benchmark
+    before = cudnn.conv.fp32_precision
+    cudnn.conv.fp32_precision = "ieee"
+    try:
+        y.sum().backward()
+        assert cudnn.conv.fp32_precision == "ieee"
+    finally:
+        cudnn.conv.fp32_precision = before
+    assert cudnn.benchmark
+    assert SEEN == [(False, before)] * 2
+
+
+def test_flags_come_back_after_an_error():
+    with pytest.raises(ZeroDivisionError):
+        with BackendFlags().applied():
+            assert not cudnn.benchmark
+            raise ZeroDivisionError
+    assert cudnn.benchmark
+
+
+def test_both_interfaces_of_tf32_may_have_been_used():
+    """torch raises an error if the older one is read after the newer."""
+    before = cudnn.rnn.fp32_precision
+    cudnn.rnn.fp32_precision = "ieee"
+    try:
+        with BackendFlags().applied():
+            pass
+    finally:
+        cudnn.rnn.fp32_precision = before
