@@ -14,10 +14,10 @@ import torch
 from speechbrain.utils.autocast import AMPConfig
 from torch import nn
 
-from sb_memeff.nnet.losses import transducer_loss
 from sb_memeff.nnet.recompute import store_blocks
 from sb_memeff.nnet.reversible import inversion_errors
 from sb_memeff.nnet.transducer.joint_loss import TransducerJointLoss
+from sb_memeff.nnet.transducer.logits_loss import transducer_loss
 
 __all__ = ["CheckReport", "check_recipe"]
 

@@ -1,1 +1,25 @@
-"""The neural transducer without its logits."""
+"""The neural transducer's loss without its logits.
+
+=========== =================================================================
+module      contents
+=========== =================================================================
+joint_loss  ``TransducerJointLoss``: joint, classifier and loss in one module
+passes      its methods: forward and backward of a run of samples
+cells       tiles of cells: their logits, scores and gradients
+sum_joint   the same for SpeechBrain's usual joint, by kernels
+half_linear weight gradients of half-precision layers in float32
+lattice     losses and occupancies from the scores of all cells
+rows        scores and gradients of rows of logits
+logits_loss ``transducer_loss``: on logits that are there anyway
+batch       lengths, targets and reduction
+modules     checks of joint and classifier
+=========== =================================================================
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+from sb_memeff.nnet.transducer.joint_loss import TransducerJointLoss
+from sb_memeff.nnet.transducer.logits_loss import transducer_loss
+
+__all__ = ["TransducerJointLoss", "transducer_loss"]

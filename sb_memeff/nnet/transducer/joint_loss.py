@@ -17,7 +17,6 @@ from speechbrain.utils.logger import get_logger
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from sb_memeff.nnet.losses import transducer_loss
 from sb_memeff.nnet.replay.mismatch import next_forward
 from sb_memeff.nnet.replay.recorder import (
     Recorder,
@@ -32,6 +31,7 @@ from sb_memeff.nnet.transducer.batch import (
     reduce,
 )
 from sb_memeff.nnet.transducer.cells import CellLogits, Cells, Gradients
+from sb_memeff.nnet.transducer.logits_loss import transducer_loss
 from sb_memeff.nnet.transducer.modules import (
     check_modules,
     declared_vocabulary,
@@ -74,7 +74,7 @@ class TransducerJointLoss(nn.Module):
         The blank.
     reduction : str
         "speechbrain" (value and gradient of SpeechBrain 1.1's "mean"),
-        "mean", "sum" or "none"; see sb_memeff.nnet.losses.transducer_loss.
+        "mean", "sum" or "none"; see sb_memeff.nnet.transducer.transducer_loss.
     method : str
         "tiled": at most max_rows rows of logits at a time, whatever the
         length of a sample. "samplewise": the logits of one sample at a time,

@@ -18,8 +18,8 @@ import torch
 import torchaudio
 
 from sb_memeff.memory.step import StorageTracker
-from sb_memeff.nnet import losses
-from sb_memeff.nnet.losses import transducer_loss
+from sb_memeff.nnet.transducer import logits_loss
+from sb_memeff.nnet.transducer.logits_loss import transducer_loss
 
 DATA = Path(__file__).resolve().parents[2] / "data"
 CASES = json.loads((DATA / "transducer_cases.json").read_text())
@@ -229,7 +229,7 @@ def test_chunks_are_one_computation(monkeypatch):
     logits, targets = batch()
     whole = torch.autograd.grad(ours(logits, targets).sum(), logits)[0]
     # 13 rows at a time: of no lattice's size.
-    monkeypatch.setattr(losses, "CHUNK", 13 * 11)
+    monkeypatch.setattr(logits_loss, "CHUNK", 13 * 11)
     parts = torch.autograd.grad(ours(logits, targets).sum(), logits)[0]
     assert torch.allclose(whole, parts, rtol=1e-12, atol=1e-15)
 
