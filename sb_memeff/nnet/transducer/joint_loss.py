@@ -219,9 +219,32 @@ class TransducerJointLoss(nn.Module):
         wanted = torch.is_grad_enabled() and any(
             x.requires_grad for x in inputs
         )
-        nll = _Loss.apply(self, cells, list(weights), wanted, *inputs)
+        nll = _Loss.apply(
+            cells,
+            *self._make_pass(cells),
+            list(weights),
+            wanted,
+            wanted and self.reduction != "none",
+            *inputs,
+        )
         _name_samples(nll)
         return reduce(nll, frames, self.reduction)
+
+    def _make_pass(self, cells):
+        """The class for runs of samples with its settings, cells of a run."""
+        if self.method == "samplewise":
+            return functools.partial(
+                WholePass, fastemit_lambda=self.fastemit_lambda
+            ), 1
+        kind = TiledPass
+        joint = SumJoint.of(cells.logits, cells.enc, cells.pred)
+        if joint is not None:
+            kind = functools.partial(SumJointPass, joint)
+        return functools.partial(
+            kind,
+            occupancy_floor=self.occupancy_floor,
+            fastemit_lambda=self.fastemit_lambda,
+        ), min(GROUP_TILES * cells.max_rows, GROUP_CELLS)
 
     def _batched(
         self, enc, pred, targets, enc_lens, target_lens, frames, counts
@@ -266,23 +289,17 @@ class _Loss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, module, cells, names, wanted, enc, pred, *weights):
+    def forward(
+        ctx, cells, make_pass, size, names, wanted, at_once, enc, pred, *weights
+    ):
         recorder = Recorder(enc.device)
-        tiled = module.method == "tiled"
-        kind, size = WholePass, 1
-        if tiled:
-            size = min(GROUP_TILES * cells.max_rows, GROUP_CELLS)
-            joint = SumJoint.of(cells.logits, enc, pred)
-            kind = TiledPass
-            if joint is not None:
-                kind = functools.partial(SumJointPass, joint)
         gradients = None
-        if module.reduction != "none" and wanted:
+        if at_once:
             gradients = Gradients(enc, pred, dict(zip(names, weights)))
         nll, ctx.passes = [], []
         with recorder.autocast(), unchanged(cells.logits, enc.device):
             for group in cells.groups(size):
-                run = kind(module, group, recorder)
+                run = make_pass(group, recorder)
                 nll.append(run.forward(gradients))
                 if gradients is not None:
                     run.backward(gradients)
@@ -308,7 +325,7 @@ class _Loss(torch.autograd.Function):
             gradients = Gradients(enc, pred, dict(zip(ctx.names, weights)))
             for run in ctx.passes:
                 run.backward(gradients, upstream)
-        return None, None, None, None, *gradients.totals(scale)
+        return *[None] * 6, *gradients.totals(scale)
 
 
 def _rows_of_tile(enc, vocabulary):

@@ -21,18 +21,20 @@ class TiledPass:
 
     Arguments
     ---------
-    module : TransducerJointLoss
-        Its settings.
     cells : Cells
         Of the samples.
     recorder : Recorder
         Of the forward pass.
+    occupancy_floor : float
+        As TransducerJointLoss's.
+    fastemit_lambda : float
+        As TransducerJointLoss's.
     """
 
-    def __init__(self, module, cells, recorder):
+    def __init__(self, cells, recorder, occupancy_floor, fastemit_lambda):
         self.max_rows = cells.max_rows
-        self.floor = module.occupancy_floor
-        self.fastemit_lambda = module.fastemit_lambda
+        self.occupancy_floor = occupancy_floor
+        self.fastemit_lambda = fastemit_lambda
         self.cells, self.recorder = cells, recorder
         self.recordings, self.planes, self.nll = [], None, None
 
@@ -98,7 +100,7 @@ class TiledPass:
         places = cells.places()
         _, blank, emission = planes
         # Not "occupancy >= floor": NaN must come out.
-        visited = ~((blank + emission)[places] < self.floor)
+        visited = ~((blank + emission)[places] < self.occupancy_floor)
         if isinstance(visited, FakeTensor):
             # Memory is analysed, and there are no occupancies: all cells.
             visited = torch.ones_like(places, dtype=torch.bool)
@@ -143,16 +145,16 @@ class WholePass:
 
     Arguments
     ---------
-    module : TransducerJointLoss
-        Its settings.
     cells : Cells
         Of one sample.
     recorder : Recorder
         Of the forward pass.
+    fastemit_lambda : float
+        As TransducerJointLoss's.
     """
 
-    def __init__(self, module, cells, recorder):
-        self.fastemit_lambda = module.fastemit_lambda
+    def __init__(self, cells, recorder, fastemit_lambda):
+        self.fastemit_lambda = fastemit_lambda
         self.cells, self.recorder = cells, recorder
         self.recording = self.made = self.nll = None
 

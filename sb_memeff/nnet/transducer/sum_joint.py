@@ -194,10 +194,12 @@ class SumJointPass(TiledPass):
         Recognised in forward.
     *args : tuple
         As TiledPass's.
+    **kwargs : dict
+        As TiledPass's.
     """
 
-    def __init__(self, joint, *args):
-        super().__init__(*args)
+    def __init__(self, joint, *args, **kwargs):
+        super().__init__(*args, **kwargs)
         self.joint = joint
 
     def _score(self, flat):
