@@ -5,9 +5,9 @@ Authors
 """
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 
 from sb_memeff.nnet.replay.mismatch import next_forward, report_mismatches
+from sb_memeff.ops.dispatch import has_values
 
 __all__ = ["check_lengths", "mask", "padding_masks"]
 
@@ -108,10 +108,9 @@ def _not_relative(finding):
 
 
 def _symbolic(tensor):
-    """Whether the values are not there to be looked at."""
+    """Whether the values are not there, or a tracer must not ask for them."""
     return (
-        isinstance(tensor, FakeTensor)
-        or tensor.device.type == "meta"
+        not has_values(tensor)
         or torch.jit.is_tracing()
         or torch.compiler.is_compiling()
         or torch.compiler.is_exporting()

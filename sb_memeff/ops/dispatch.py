@@ -10,8 +10,9 @@ import os
 
 import torch
 from speechbrain.utils.logger import get_logger
+from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["runs_fused"]
+__all__ = ["has_values", "runs_fused"]
 
 logger = get_logger(__name__)
 
@@ -50,6 +51,30 @@ def runs_fused(*tensors: torch.Tensor) -> bool:
         and x.dtype in DTYPES
         for x in tensors
     ) and _available(os.environ.get(SWITCH, "1"))
+
+
+def has_values(tensor: torch.Tensor) -> bool:
+    """Whether the values of a tensor are there to be looked at.
+
+    Those of fake tensors and of the device "meta" are not: only memory is
+    analysed, so whatever takes the same memory again may be left out.
+
+    Arguments
+    ---------
+    tensor : torch.Tensor
+        The tensor.
+
+    Returns
+    -------
+    bool
+        False where only shape, strides, dtype and device are known.
+
+    Example
+    -------
+    >>> has_values(torch.zeros(3)), has_values(torch.zeros(3, device="meta"))
+    (True, False)
+    """
+    return not isinstance(tensor, FakeTensor) and tensor.device.type != "meta"
 
 
 @functools.cache

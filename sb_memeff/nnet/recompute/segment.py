@@ -34,7 +34,6 @@ from dataclasses import dataclass
 from itertools import chain
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
@@ -49,6 +48,7 @@ from sb_memeff.nnet.replay.recorder import (
     check_fingerprint,
     fingerprint,
 )
+from sb_memeff.ops.dispatch import has_values
 
 __all__ = ["Segment", "nothing_saved"]
 
@@ -140,7 +140,7 @@ class Segment:
             recorder=Recorder(
                 _device(everything),
                 # Fake tensors draw no random numbers.
-                not any(isinstance(x, FakeTensor) for x in everything),
+                all(map(has_values, everything)),
             ),
             structure=structure,
             sources=_sources(leaves, origins, list(stored)),

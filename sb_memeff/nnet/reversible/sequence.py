@@ -8,7 +8,6 @@ import functools
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from sb_memeff.nnet.recompute.segment import Segment
 from sb_memeff.nnet.replay.recorder import Recorder, without_trace
@@ -21,6 +20,7 @@ from sb_memeff.nnet.reversible.walk import (
     TapSumBesideGraph,
     run_without_storing,
 )
+from sb_memeff.ops.dispatch import has_values
 
 __all__ = ["ReversibleSequence"]
 
@@ -264,7 +264,7 @@ class ReversibleSequence(nn.Module):
     def _forward_reversible(self, x, args, kwargs):
         stream_format = self._format(x)
         # Fake tensors draw no random numbers and hold no values to look at.
-        real = not isinstance(x, FakeTensor)
+        real = has_values(x)
         recorder = Recorder(x.device, follow_random=real)
         observers = [make() for make in self._observers]
         guarded = self.exact or stream_format.stream_dtype == torch.float64

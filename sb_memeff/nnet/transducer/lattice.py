@@ -14,9 +14,8 @@ Authors
 from typing import NamedTuple
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 
-from sb_memeff.ops.dispatch import runs_fused
+from sb_memeff.ops.dispatch import has_values, runs_fused
 
 __all__ = ["Lattice", "forward_backward", "loss_and_occupancies"]
 
@@ -200,7 +199,7 @@ def _alpha(down, right):
     )
     alpha = torch.full_like(down, -torch.inf)
     alpha[0, :, 1] = 0.0
-    if isinstance(alpha, FakeTensor):
+    if not has_values(alpha):
         # Memory is analysed: all steps take the same.
         diagonals = min(diagonals, 2)
     for n in range(1, diagonals):

@@ -6,10 +6,10 @@ Authors
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from sb_memeff.nnet.transducer.lattice import loss_and_occupancies
 from sb_memeff.nnet.transducer.rows import wide_dtype
+from sb_memeff.ops.dispatch import has_values
 
 __all__ = ["TiledPass", "WholePass"]
 
@@ -101,7 +101,7 @@ class TiledPass:
         _, blank, emission = planes
         # Not "occupancy >= floor": NaN must come out.
         visited = ~((blank + emission)[places] < self.occupancy_floor)
-        if isinstance(visited, FakeTensor):
+        if not has_values(visited):
             # Memory is analysed, and there are no occupancies: all cells.
             visited = torch.ones_like(places, dtype=torch.bool)
         if upstream is not None:
@@ -137,7 +137,7 @@ class TiledPass:
     def _split(self, places):
         tiles = places.split(self.max_rows)
         # Where memory is analysed two tell all: each takes the same.
-        return tiles[:2] if isinstance(places, FakeTensor) else tiles
+        return tiles if has_values(places) else tiles[:2]
 
 
 class WholePass:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from sb_memeff.nnet.transducer import transducer_loss
 from sb_memeff.ops import dispatch
 
 
@@ -74,3 +75,25 @@ def test_subclasses_run_plain_torch(monkeypatch):
     monkeypatch.delenv(dispatch.SWITCH, raising=False)
     x = torch.zeros(3).as_subclass(OnCuda)
     assert x.is_cuda and not dispatch.runs_fused(x)
+
+
+def test_values_that_are_there():
+    from sb_memeff.memory.fake import fake_tensors
+
+    assert dispatch.has_values(torch.zeros(3))
+    assert not dispatch.has_values(torch.zeros(3, device="meta"))
+    with fake_tensors():
+        assert not dispatch.has_values(torch.zeros(3))
+
+
+def test_a_traced_lattice_is_whole():
+    """A tracer sees the values: what it records must be all of the steps."""
+
+    def loss(logits):
+        lens, targets = torch.ones(1), torch.tensor([[1, 2]])
+        return transducer_loss(logits, targets, lens, lens, 0)
+
+    logits = torch.randn(1, 6, 3, 4)
+    traced = torch.jit.trace(loss, (logits,), check_trace=False)
+    other = torch.randn(1, 6, 3, 4)
+    torch.testing.assert_close(traced(other), loss(other))
