@@ -26,6 +26,7 @@ from torch import nn
 from sb_memeff.lobes.features import check_features
 from sb_memeff.nnet.attentive_pooling import attentive_statistics_pooling
 from sb_memeff.nnet.padding import check_lengths, mask
+from sb_memeff.nnet.recompute.segment import Segment
 from sb_memeff.nnet.reversible import ReversibleSequence, Tap
 
 __all__ = ["ECAPA_TDNN"]
@@ -142,8 +143,13 @@ def res2net(block, x, save_memory=True, padding=None):
     for chunk, layer in zip(chunks, block.blocks, strict=True):
         # Stored as a view, the first chunk would keep all of x.
         chunk = chunk.clone() if len(results) == 1 else chunk + results[-1]
-        layer = ReversibleSequence([Layer(layer)], save_memory=save_memory)
-        results.append(layer(chunk, padding))
+        arguments = layer, chunk, padding
+        if save_memory and torch.is_grad_enabled():
+            name = f"{type(block).__name__}.blocks.{len(results) - 1}"
+            result = Segment().call(name, layer, tdnn, arguments, {})
+        else:
+            result = tdnn(*arguments)
+        results.append(result)
     return torch.cat(results, dim=1)
 
 
@@ -254,24 +260,6 @@ def embed(net, trunk, x, lengths, padding=None):
     # Statistics are float32 at least; a network in half precision is not.
     x = net.asp_bn(x.to(net.fc.conv.weight.dtype))
     return net.fc(x).transpose(1, 2)
-
-
-class Layer(nn.Module):
-    """A TDNNBlock that is called with padding, in a chain.
-
-    Arguments
-    ---------
-    block : speechbrain.lobes.models.ECAPA_TDNN.TDNNBlock
-        The block.
-    """
-
-    def __init__(self, block):
-        super().__init__()
-        self.block = block
-
-    def forward(self, x, padding=None):
-        """Runs the block, see ``tdnn``."""
-        return tdnn(self.block, x, padding)
 
 
 class Stem(nn.Module):
