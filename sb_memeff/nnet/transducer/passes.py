@@ -4,6 +4,9 @@ Authors
  * The sb_memeff authors 2026
 """
 
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -11,7 +14,21 @@ from torch._subclasses.fake_tensor import FakeTensor
 from sb_memeff.nnet.transducer.lattice import loss_and_occupancies
 from sb_memeff.nnet.transducer.rows import wide_dtype
 
-__all__ = ["TiledPass", "WholePass"]
+if TYPE_CHECKING:
+    from sb_memeff.nnet.replay import Recorder, Recording
+    from sb_memeff.nnet.transducer.cells import (
+        CellLogits,
+        Cells,
+        Gradients,
+        MadeLogits,
+        Tile,
+    )
+    from sb_memeff.nnet.transducer.joint_loss import TransducerJointLoss
+
+__all__ = ["Planes", "TiledPass", "WholePass"]
+
+# Flat planes of normalisers, and posteriors of blanks and of emissions.
+Planes = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class TiledPass:
@@ -29,14 +46,21 @@ class TiledPass:
         Of the forward pass.
     """
 
-    def __init__(self, module, cells, recorder):
+    def __init__(
+        self,
+        module: "TransducerJointLoss",
+        cells: "Cells",
+        recorder: "Recorder",
+    ):
         self.max_rows = cells.max_rows
         self.floor = module.occupancy_floor
         self.fastemit_lambda = module.fastemit_lambda
         self.cells, self.recorder = cells, recorder
-        self.recordings, self.planes, self.nll = [], None, None
+        self.recordings: list[Recording] = []
+        self.planes: Planes | None = None
+        self.nll: torch.Tensor | None = None
 
-    def forward(self, gradients=None):
+    def forward(self, gradients: "Gradients | None" = None) -> torch.Tensor:
         """The loss of each sample.
 
         Arguments
@@ -56,12 +80,15 @@ class TiledPass:
         flat = planes.flatten(1)
         self._score(flat)
         nll, blank, emission = loss_and_occupancies(
-            *planes[1:], cells.frames, cells.counts, self.fastemit_lambda
+            *planes[1:],
+            frames=cells.frames,
+            targets=cells.counts,
+            fastemit_lambda=self.fastemit_lambda,
         )
         self.planes, self.nll = (flat[0].clone(), blank, emission), nll
         return nll
 
-    def _score(self, flat):
+    def _score(self, flat: torch.Tensor) -> None:
         """Fills in the flat planes of normalisers, blanks and targets."""
         cells, again = self.cells, bool(self.recordings)
         for number, some in enumerate(self._split(cells.places())):
@@ -78,7 +105,9 @@ class TiledPass:
             flat[:, some] = cells.scores(tile, logits)
             del logits
 
-    def backward(self, gradients, upstream=None):
+    def backward(
+        self, gradients: "Gradients", upstream: torch.Tensor | None = None
+    ) -> None:
         """Adds the gradients of the samples.
 
         Arguments
@@ -91,10 +120,10 @@ class TiledPass:
         cells = self.cells
         if self.planes is None:
             # A second backward.
-            nll = self.nll
+            nll = cast(torch.Tensor, self.nll)
             with torch.no_grad():
                 gradients.compare_losses(nll, self.forward())
-        planes, self.planes = self.planes, None
+        planes, self.planes = cast(Planes, self.planes), None
         places = cells.places()
         _, blank, emission = planes
         # Not "occupancy >= floor": NaN must come out.
@@ -106,7 +135,14 @@ class TiledPass:
             visited &= (upstream != 0)[cells.sample_of(places)]
         self._propagate(gradients, planes, places, visited, upstream)
 
-    def _propagate(self, gradients, planes, places, visited, upstream):
+    def _propagate(
+        self,
+        gradients: "Gradients",
+        planes: Planes,
+        places: torch.Tensor,
+        visited: torch.Tensor,
+        upstream: torch.Tensor | None,
+    ) -> None:
         """Adds the gradients of the cells that are visited."""
         cells = self.cells
         normaliser, blank, emission = planes
@@ -132,7 +168,7 @@ class TiledPass:
             )
             del made
 
-    def _split(self, places):
+    def _split(self, places: torch.Tensor) -> Sequence[torch.Tensor]:
         tiles = places.split(self.max_rows)
         # Where memory is analysed two tell all: each takes the same.
         return tiles[:2] if isinstance(places, FakeTensor) else tiles
@@ -151,12 +187,22 @@ class WholePass:
         Of the forward pass.
     """
 
-    def __init__(self, module, cells, recorder):
+    def __init__(
+        self,
+        module: "TransducerJointLoss",
+        cells: "Cells",
+        recorder: "Recorder",
+    ):
         self.fastemit_lambda = module.fastemit_lambda
         self.cells, self.recorder = cells, recorder
-        self.recording = self.made = self.nll = None
+        self.recording: Recording | None = None
+        # What Gradients.add takes.
+        self.made: (
+            tuple[MadeLogits, torch.Tensor, torch.Tensor, torch.Tensor] | None
+        ) = None
+        self.nll: torch.Tensor | None = None
 
-    def forward(self, gradients=None):
+    def forward(self, gradients: "Gradients | None" = None) -> torch.Tensor:
         """The loss of the sample; arguments as TiledPass's."""
         cells = self.cells
         call, tile = _Call(cells.logits), cells.tile(cells.places())
@@ -167,11 +213,13 @@ class WholePass:
         made, self.recording = self.recorder.record(
             call, gradients.run, cells, tile
         )
-        self.nll, *parts = self._lattice(tile, made[0])
-        self.made = made, *parts
+        nll, normaliser, blank, emission = self._lattice(tile, made[0])
+        self.nll, self.made = nll, (made, normaliser, blank, emission)
         return self.nll
 
-    def backward(self, gradients, upstream=None):
+    def backward(
+        self, gradients: "Gradients", upstream: torch.Tensor | None = None
+    ) -> None:
         """Adds the gradients of the sample; arguments as TiledPass's."""
         cells = self.cells
         if upstream is not None and upstream[cells.samples.start] == 0:
@@ -181,20 +229,22 @@ class WholePass:
             tile = cells.tile(cells.places())
             with self.recorder.replay(cells.logits, self.recording):
                 again = gradients.run(cells, tile)
-            nll, *parts = self._lattice(tile, again[0])
-            gradients.compare_losses(self.nll, nll)
-            made = again, *parts
+            nll, normaliser, blank, emission = self._lattice(tile, again[0])
+            gradients.compare_losses(cast(torch.Tensor, self.nll), nll)
+            made = again, normaliser, blank, emission
         gradients.add(*made, upstream)
 
-    def _lattice(self, tile, logits):
+    def _lattice(
+        self, tile: "Tile", logits: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         cells = self.cells
         normaliser, *scores = cells.scores(tile, logits.detach())
         shape = 1, int(cells.frames), int(cells.counts) + 1
         nll, blank, emission = loss_and_occupancies(
             *(s.view(shape) for s in scores),
-            cells.frames,
-            cells.counts,
-            self.fastemit_lambda,
+            frames=cells.frames,
+            targets=cells.counts,
+            fastemit_lambda=self.fastemit_lambda,
         )
         return nll, normaliser, blank, emission
 
@@ -202,10 +252,10 @@ class WholePass:
 class _Call(nn.Module):
     """The modules as a Recorder needs them, with any function to call."""
 
-    def __init__(self, logits):
+    def __init__(self, logits: "CellLogits"):
         super().__init__()
         self.logits = logits
 
-    def forward(self, function, *args):
+    def forward(self, function: Callable[..., Any], *args: Any) -> Any:
         """Calls the function."""
         return function(*args)
