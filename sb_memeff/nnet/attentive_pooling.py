@@ -182,6 +182,7 @@ class _OverChannels(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    # pyrefly: ignore[bad-override]
     def backward(ctx, gradient, dx):
         x, *tensors = (t.detach() for t in ctx.saved_tensors)
         shared, weights = tensors[: ctx.count], tensors[ctx.count :]

@@ -180,6 +180,7 @@ class _TransducerLoss(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    # pyrefly: ignore[bad-override]
     def backward(ctx, upstream):
         logits, normaliser, cells, symbols, blank, emission = ctx.saved_tensors
         logits = logits.detach()
