@@ -21,7 +21,9 @@ import inspect
 import math
 import types
 import weakref
+from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
+from typing import Any, SupportsIndex, cast
 
 import torch
 from speechbrain.utils.autocast import AMPConfig
@@ -41,7 +43,12 @@ __all__ = ["fit_recompute", "recompute_blocks", "store_blocks"]
 logger = get_logger(__name__)
 
 
-def recompute_blocks(module, blocks, every=1, segment_length=1):
+def recompute_blocks(
+    module: nn.Module,
+    blocks: str | Sequence[str],
+    every: float = 1,
+    segment_length: int = 1,
+) -> list[str]:
     """Makes named blocks compute their activations again in backward.
 
     The module is changed in place and keeps its class (by isinstance), its
@@ -115,7 +122,12 @@ def recompute_blocks(module, blocks, every=1, segment_length=1):
     return names
 
 
-def _apply(module, blocks, every, segment_length):
+def _apply(
+    module: nn.Module,
+    blocks: str | Sequence[str],
+    every: float,
+    segment_length: int,
+) -> list[str]:
     segments = _segments(module, blocks, segment_length)
     _check_every(every)
     if every != 1:
@@ -131,7 +143,7 @@ def _apply(module, blocks, every, segment_length):
     return names
 
 
-def store_blocks(module):
+def store_blocks(module: nn.Module) -> list[str]:
     """Undoes ``recompute_blocks``: all blocks store their activations.
 
     Needed for pickles of whole modules (not for a state_dict) that shall be
@@ -167,14 +179,15 @@ def store_blocks(module):
 
 
 def fit_recompute(
-    module,
-    blocks,
-    budget,
-    example,
-    segment_length=1,
-    optimizer=None,
-    precision="fp32",
-):
+    module: nn.Module,
+    blocks: str | Sequence[str],
+    budget: int | str,
+    example: Sequence[int] | Callable[[], Any],
+    segment_length: int = 1,
+    optimizer: Callable[[list[torch.Tensor]], torch.optim.Optimizer]
+    | None = None,
+    precision: str = "fp32",
+) -> float | None:
     """Recomputes as few of the blocks as a memory budget allows.
 
     Counts the peak of a training step (parameters, gradients, activations,
@@ -233,8 +246,8 @@ def fit_recompute(
         example = tuple(example)
 
     @functools.cache
-    def peak(recomputed):
-        def build():
+    def peak(recomputed: int) -> int:
+        def build() -> nn.Module:
             network = without_data(module)
             if recomputed:
                 _apply(network, blocks, count / recomputed, segment_length)
@@ -280,7 +293,9 @@ def fit_recompute(
 # --- names -------------------------------------------------------------------
 
 
-def _segments(module, blocks, length):
+def _segments(
+    module: nn.Module, blocks: str | Sequence[str], length: int
+) -> list[list[tuple[str, nn.Module]]]:
     """The blocks as lists of (name, module), ``length`` in each."""
     if not isinstance(module, nn.Module):
         raise TypeError(
@@ -299,7 +314,9 @@ def _segments(module, blocks, length):
     return segments
 
 
-def _named_blocks(module, patterns):
+def _named_blocks(
+    module: nn.Module, patterns: str | Sequence[str]
+) -> list[tuple[str, nn.Module]]:
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
     if not patterns:
         raise ValueError("recompute_blocks: blocks names no module.")
@@ -335,12 +352,12 @@ def _named_blocks(module, patterns):
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
-def _parts(name):
+def _parts(name: str) -> list[str]:
     # The module itself is named "".
     return name.split(".") if name else []
 
 
-def _fits(name, pattern):
+def _fits(name: list[str], pattern: list[str]) -> bool:
     if not pattern:
         return not name
     if pattern[0] == "**":
@@ -352,7 +369,7 @@ def _fits(name, pattern):
     )
 
 
-def _candidates(named, limit=30):
+def _candidates(named: list[tuple[str, nn.Module]], limit: int = 30) -> str:
     """Names that blocks could have, numbers as ``*``, the outermost first."""
     names = {}
     for name, part in named:
@@ -365,7 +382,7 @@ def _candidates(named, limit=30):
     return ", ".join(names) or "no modules inside it"
 
 
-def _check_block(name, block):
+def _check_block(name: str, block: nn.Module) -> None:
     if isinstance(block, torch.jit.ScriptModule):
         raise ValueError(
             f"recompute_blocks: {name} is compiled by torch.jit; call "
@@ -379,7 +396,9 @@ def _check_block(name, block):
         )
 
 
-def _refuse_nested(segments, option):
+def _refuse_nested(
+    segments: list[list[tuple[str, nn.Module]]], option: str
+) -> None:
     names = [name for segment in segments for name, _ in segment]
     for outer in names:
         for inner in names:
@@ -391,7 +410,7 @@ def _refuse_nested(segments, option):
                 )
 
 
-def _check_every(every):
+def _check_every(every: float) -> None:
     if not isinstance(every, (int, float)) or not 1 <= every < math.inf:
         raise ValueError(
             f"recompute_blocks: every must be a number of at least 1, got "
@@ -408,7 +427,7 @@ class _Queue:
     def __init__(self):
         self._open = None
 
-    def segment(self, position, leaves):
+    def segment(self, position: int, leaves: Iterable[object]) -> Segment:
         """The segment that a call belongs to.
 
         A call joins the segment of the calls before it if they feed it; a
@@ -422,7 +441,7 @@ class _Queue:
             self._open = weakref.ref(segment)
         return segment
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, None]:
         # Copies and pickles begin with no segment open.
         return {"_open": None}
 
@@ -430,12 +449,18 @@ class _Queue:
 class _Place:
     """Where a block stands among those that recompute."""
 
-    def __init__(self, name, queue, position):
+    def __init__(self, name: str, queue: _Queue, position: int):
         self.name = name
         self.queue = queue
         self.position = position
 
-    def call(self, block, forward, args, kwargs):
+    def call(
+        self,
+        block: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
         """Calls a block's own forward, to be computed again if need be."""
         function = functools.partial(forward, block)
         if not torch.is_grad_enabled() or torch.jit.is_tracing():
@@ -443,7 +468,13 @@ class _Place:
         return _recompute(self, block, function, args, kwargs)
 
 
-def _recompute(place, block, function, args, kwargs):
+def _recompute(
+    place: _Place,
+    block: nn.Module,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
     """Calls the function in the segment to which its block belongs."""
     segment = place.queue.segment(place.position, tree_leaves((args, kwargs)))
     result = segment.call(place.name, block, function, args, kwargs)
@@ -451,7 +482,13 @@ def _recompute(place, block, function, args, kwargs):
     return result
 
 
-def _recompute_in_graph(place, block, function, args, kwargs):
+def _recompute_in_graph(
+    place: _Place,
+    block: nn.Module,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
     """Takes the place of ``_recompute`` in a graph of torch.compile.
 
     The compiler has its own way to compute again, and counts batch statistics
@@ -461,7 +498,7 @@ def _recompute_in_graph(place, block, function, args, kwargs):
 
 
 @functools.cache
-def _prepare_compiler():
+def _prepare_compiler() -> None:
     """Says how torch.compile treats the call of a block.
 
     A block that it cannot trace as a whole is not compiled at all: torch's
@@ -473,17 +510,20 @@ def _prepare_compiler():
     torch.compiler.substitute_in_graph(_recompute)(_recompute_in_graph)
 
 
-def _make_recompute(block, place):
+def _make_recompute(block: nn.Module, place: _Place) -> None:
     if not _recomputes(type(block)):
         _change_class(block, _recomputing)
-    block._recompute_place = place
+    # Not an object of torch: Module keeps any.
+    block._recompute_place = cast(Any, place)
 
 
-def _recomputes(cls):
+def _recomputes(cls: type[nn.Module]) -> bool:
     return any("_stores_as" in vars(c) for c in cls.__mro__)
 
 
-def _change_class(block, change):
+def _change_class(
+    block: nn.Module, change: Callable[[type[nn.Module]], type[nn.Module]]
+) -> None:
     """Changes the class of a block, below its parametrizations.
 
     torch.nn.utils.parametrize derives a class for each module that it
@@ -492,7 +532,8 @@ def _change_class(block, change):
     """
     cls = type(block)
     if not parametrize.is_parametrized(block) or not any(
-        name in vars(cls) for name in block.parametrizations
+        name in vars(cls)
+        for name in cast(nn.ModuleDict, block.parametrizations)
     ):
         block.__class__ = change(cls)
         return
@@ -507,7 +548,7 @@ def _change_class(block, change):
 
 
 @functools.cache
-def _recomputing(original):
+def _recomputing(original: type[nn.Module]) -> type[nn.Module]:
     """A class like ``original`` whose forward is computed again in backward.
 
     A class, since it goes wherever the instance goes: copies, pickles and
@@ -516,7 +557,7 @@ def _recomputing(original):
     """
     _prepare_compiler()
 
-    def forward(self, *args, **kwargs):
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self._recompute_place is None:
             return original.forward(self, *args, **kwargs)
         return self._recompute_place.call(self, original.forward, args, kwargs)
@@ -529,13 +570,13 @@ def _recomputing(original):
     )
     functools.update_wrapper(forward, original.forward)
     # SpeechBrain asks whether forward takes lengths, and does not unwrap.
-    forward.__signature__ = inspect.signature(original.forward)
+    cast(Any, forward).__signature__ = inspect.signature(original.forward)
 
-    def __reduce_ex__(self, protocol):
+    def __reduce_ex__(self: Any, protocol: SupportsIndex) -> Any:
         reduced = original.__reduce_ex__(self, protocol)
-        if reduced[0] is not copyreg.__newobj__ or "_stores_as" not in vars(
-            type(self)
-        ):
+        if reduced[0] is not cast(
+            Any, copyreg
+        ).__newobj__ or "_stores_as" not in vars(type(self)):
             return reduced
         return (_new, (original,), *reduced[2:])
 
@@ -554,10 +595,10 @@ def _recomputing(original):
     )
 
 
-def _storing(cls):
+def _storing(cls: type[nn.Module]) -> type[nn.Module]:
     return vars(cls).get("_stores_as", cls)
 
 
-def _new(original):
+def _new(original: type[nn.Module]) -> nn.Module:
     recomputing = _recomputing(original)
     return recomputing.__new__(recomputing)

@@ -209,7 +209,11 @@ class ReversibleSequence(nn.Module):
             ):
                 evaluator = Evaluator(block, name, stream_format, args, kwargs)
                 (y1, y2), recording = recorder.record(
-                    block.inverse_streams, y1, y2, evaluator, shape
+                    cast(Invertible, block).inverse_streams,
+                    y1,
+                    y2,
+                    evaluator,
+                    shape,
                 )
                 if recording.random_states:
                     raise RuntimeError(

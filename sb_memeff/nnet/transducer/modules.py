@@ -5,7 +5,7 @@ Authors
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import speechbrain.nnet.linear
 import torch
@@ -110,7 +110,9 @@ def declared_vocabulary(classifier: nn.Module) -> int | None:
 
 
 @contextlib.contextmanager
-def unchanged(modules: nn.Module, device: torch.device) -> Iterator[None]:
+def unchanged(
+    modules: nn.Module, device: torch.device
+) -> Generator[None, None, None]:
     """Calls inside must not change buffers; an error leaves no trace.
 
     Arguments

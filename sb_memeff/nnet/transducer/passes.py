@@ -227,7 +227,9 @@ class WholePass:
         made, self.made = self.made, None
         if made is None:
             tile = cells.tile(cells.places())
-            with self.recorder.replay(cells.logits, self.recording):
+            with self.recorder.replay(
+                cells.logits, cast("Recording", self.recording)
+            ):
                 again = gradients.run(cells, tile)
             nll, normaliser, blank, emission = self._lattice(tile, again[0])
             gradients.compare_losses(cast(torch.Tensor, self.nll), nll)
