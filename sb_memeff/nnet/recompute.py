@@ -182,9 +182,9 @@ def fit_recompute(
     module: nn.Module,
     blocks: str | Sequence[str],
     budget: int | str,
-    example: Sequence[int] | Callable[[], Any],
+    example: Sequence[int] | Callable[[Any], torch.Tensor],
     segment_length: int = 1,
-    optimizer: Callable[[list[torch.Tensor]], torch.optim.Optimizer]
+    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
     | None = None,
     precision: str = "fp32",
 ) -> float | None:

@@ -5,7 +5,7 @@ Authors
 """
 
 import contextlib
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 
 import speechbrain.nnet.linear
 import torch
