@@ -22,10 +22,14 @@ Authors
 
 import copy
 import logging
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import torch
 from speechbrain.utils.logger import get_logger
+from torch import nn
 from torch.optim.adam import adam
+from torch.optim.optimizer import ParamsT
 from torch.optim.sgd import sgd
 from torch.utils._pytree import tree_leaves
 
@@ -42,6 +46,10 @@ __all__ = [
 
 logger = get_logger(__name__)
 
+# As torch.optim has them: settings with parameters, and states by name.
+Group = dict[str, Any]
+State = dict[str, Any]
+
 # States of so many values are in float32 at the same time, unless one
 # parameter alone has more.
 CHUNK = 1 << 22
@@ -49,7 +57,7 @@ CHUNK = 1 << 22
 BITSANDBYTES = "__bnb_optimizer_quant_state__"
 
 
-def state_bytes(optimizer):
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of all tensors in the state of an optimizer.
 
     Arguments
@@ -80,7 +88,7 @@ def state_bytes(optimizer):
     )
 
 
-def keep_32bit_states(modules):
+def keep_32bit_states(modules: nn.Module | dict[str, nn.Module]) -> None:
     """Makes 8-bit optimizers keep 32-bit states for all embeddings.
 
     Their gradients are zero but for a few rows, and of very different sizes.
@@ -108,7 +116,8 @@ def keep_32bit_states(modules):
         modules = torch.nn.ModuleDict(modules)
     for module in modules.modules():
         if isinstance(module, (torch.nn.Embedding, torch.nn.EmbeddingBag)):
-            module.weight.optim_bits = 32
+            # As bitsandbytes marks parameters.
+            cast(Any, module.weight).optim_bits = 32
 
 
 class _States8bit(torch.optim.Optimizer):
@@ -120,16 +129,22 @@ class _States8bit(torch.optim.Optimizer):
 
     # All states, those without which a checkpoint is of another kind, and
     # those that can be in 8 bits with the codebook of each.
-    states = ()
-    needed = frozenset()
-    signed = {}
+    states: tuple[str, ...] = ()
+    needed: frozenset[str] = frozenset()
+    signed: dict[str, bool] = {}
     # What bitsandbytes calls state1, state2.
-    bitsandbytes = ()
+    bitsandbytes: tuple[str, ...] = ()
     # Settings without which a checkpoint is of another kind. (torch adds
     # those that its older versions did not have.)
-    settings = frozenset()
+    settings: frozenset[str] = frozenset()
 
-    def __init__(self, params, *args, min_8bit_size=4096, **kwargs):
+    def __init__(
+        self,
+        params: ParamsT,
+        *args: Any,
+        min_8bit_size: int = 4096,
+        **kwargs: Any,
+    ):
         super().__init__(params, *args, **kwargs)
         for name in ("capturable", "differentiable"):
             if self.defaults.get(name):
@@ -142,14 +157,14 @@ class _States8bit(torch.optim.Optimizer):
         self.defaults["min_8bit_size"] = min_8bit_size
         for group in self.param_groups:
             group.setdefault("min_8bit_size", min_8bit_size)
-        self._codebooks = {}
+        self._codebooks: dict[tuple[bool, torch.device], Codebook] = {}
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         # Copies and pickles do not have them.
         self._codebooks = {}
 
-    def add_param_group(self, param_group):
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds parameters, as torch's class does.
 
         Arguments
@@ -187,7 +202,7 @@ class _States8bit(torch.optim.Optimizer):
                 raise error
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates the parameters.
 
         Arguments
@@ -230,7 +245,11 @@ class _States8bit(torch.optim.Optimizer):
                 self._step_some(group, some)
         return loss
 
-    def _split(self, group, params):
+    def _split(
+        self, group: Group, params: list[torch.Tensor]
+    ) -> tuple[
+        list[list[torch.Tensor]], list[torch.Tensor], list[torch.Tensor]
+    ]:
         """Parameters for one launch each, for torch, and others.
 
         torch gets those whose states are in 32 bits, if nothing need be
@@ -248,8 +267,8 @@ class _States8bit(torch.optim.Optimizer):
             if not (
                 p.dtype in (torch.float32, torch.float64)
                 and p.is_contiguous()
-                and p.grad.is_contiguous()
-                and p.grad.dtype == p.dtype
+                and cast(torch.Tensor, p.grad).is_contiguous()
+                and cast(torch.Tensor, p.grad).dtype == p.dtype
             ):
                 others.append(p)
             elif not self._in_8bit(group, p):
@@ -285,17 +304,20 @@ class _States8bit(torch.optim.Optimizer):
                 fused.append(some)
         return fused, direct, others
 
-    def _step_direct(self, group, params):
+    def _step_direct(self, group: Group, params: list[torch.Tensor]) -> None:
         states = [self.state.get(p, {}) for p in params]
-        self._update(group, params, [p.grad for p in params], states)
+        self._update(group, params, _gradients(params), states)
         for p, state in zip(params, states):
             if state:
                 self.state[p] = state
 
-    def _step_some(self, group, params):
+    def _step_some(self, group: Group, params: list[torch.Tensor]) -> None:
         weights = [_dense(p) for p in params]
         pairs = list(zip(params, weights))
-        grads = [_laid_out_like(weight, p.grad) for p, weight in pairs]
+        grads = [
+            _laid_out_like(weight, cast(torch.Tensor, p.grad))
+            for p, weight in pairs
+        ]
         states = [self._unpack(group, p, weight) for p, weight in pairs]
         self._update(group, weights, grads, states)
         for (p, weight), state in zip(pairs, states):
@@ -306,30 +328,40 @@ class _States8bit(torch.optim.Optimizer):
             if state:
                 self.state[p] = state
 
-    def _names(self, group):
+    def _names(self, group: Group) -> list[str]:
         """States that a parameter has with these settings."""
         raise NotImplementedError
 
-    def _update(self, group, params, grads, states):
+    def _update(
+        self,
+        group: Group,
+        params: list[torch.Tensor],
+        grads: list[torch.Tensor],
+        states: list[State],
+    ) -> None:
         """Updates parameters and their states, all unpacked, in place."""
         raise NotImplementedError
 
-    def _update_fused(self, group, params):
+    def _update_fused(self, group: Group, params: list[torch.Tensor]) -> None:
         """Updates parameters of one device, and their 8 bits, in place."""
         raise NotImplementedError
 
-    def _quantized(self, params, name):
+    def _quantized(
+        self, params: list[torch.Tensor], name: str
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Codes and maxima of a state of some parameters."""
         states = [self.state[p][name] for p in params]
         return [x.codes for x in states], [x.absmax for x in states]
 
-    def _codebook(self, name, device):
+    def _codebook(self, name: str, device: torch.device) -> Codebook:
         key = (self.signed[name], device)
         if key not in self._codebooks:
             self._codebooks[key] = Codebook(*key)
         return self._codebooks[key]
 
-    def _unpack(self, group, p, weight):
+    def _unpack(
+        self, group: Group, p: torch.Tensor, weight: torch.Tensor
+    ) -> State:
         state = {}
         for name in self._names(group):
             value = self.state.get(p, {}).get(name)
@@ -343,7 +375,7 @@ class _States8bit(torch.optim.Optimizer):
                 )
         return state
 
-    def _pack(self, group, p, state):
+    def _pack(self, group: Group, p: torch.Tensor, state: State) -> State:
         if not self._in_8bit(group, p):
             return state
         return {
@@ -352,11 +384,11 @@ class _States8bit(torch.optim.Optimizer):
         }
 
     @staticmethod
-    def _in_8bit(group, p):
+    def _in_8bit(group: Group, p: torch.Tensor) -> bool:
         keep = getattr(p, "optim_bits", 8) == 32
         return p.numel() >= group["min_8bit_size"] and not keep
 
-    def state_bytes(self):
+    def state_bytes(self) -> int:
         """Bytes of all states; 0 before the first step.
 
         Returns
@@ -366,7 +398,7 @@ class _States8bit(torch.optim.Optimizer):
         """
         return state_bytes(self)
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         """The state as torch's class of the same name would save it.
 
         The states are tensors on the CPU, which that class can load. Besides,
@@ -379,7 +411,7 @@ class _States8bit(torch.optim.Optimizer):
             ``state`` and ``param_groups``.
         """
 
-        def unpack(_, saved):
+        def unpack(_: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
             saved["state"] = {
                 key: self._saved(value) if isinstance(value, dict) else value
                 for key, value in saved["state"].items()
@@ -393,7 +425,7 @@ class _States8bit(torch.optim.Optimizer):
         finally:
             hook.remove()
 
-    def _saved(self, state):
+    def _saved(self, state: State) -> State:
         cpu = torch.device("cpu")
         result = {}
         for name, value in state.items():
@@ -409,7 +441,7 @@ class _States8bit(torch.optim.Optimizer):
             result[name] = value
         return result
 
-    def load_state_dict(self, state_dict):
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what this class, torch's or bitsandbytes' has saved.
 
         The settings in the checkpoint replace those given, as in torch; a
@@ -429,7 +461,9 @@ class _States8bit(torch.optim.Optimizer):
         """
         states = {}
 
-        def restore(_, loaded):
+        def restore(
+            _: torch.optim.Optimizer, loaded: dict[str, Any]
+        ) -> dict[str, Any] | None:
             groups = self._restored_groups(loaded)
             if groups is None:
                 # torch's class says what is wrong.
@@ -452,7 +486,7 @@ class _States8bit(torch.optim.Optimizer):
             for hook in hooks:
                 hook.remove()
 
-    def _restored_groups(self, loaded):
+    def _restored_groups(self, loaded: dict[str, Any]) -> list[Group] | None:
         """Settings and numbers of the parameters; None if they do not fit."""
         given, saved = self.param_groups, loaded["param_groups"]
         if [len(g["params"]) for g in given] != [
@@ -473,7 +507,12 @@ class _States8bit(torch.optim.Optimizer):
             groups.append({**kept, **old})
         return groups
 
-    def _restored_states(self, saved, groups, states):
+    def _restored_states(
+        self,
+        saved: dict[Any, Any],
+        groups: list[Group],
+        states: dict[torch.Tensor, State],
+    ) -> dict[Any, Any]:
         """Fills in the states of all parameters; gives what is left."""
         numbers = set()
         for new, old in zip(self.param_groups, groups):
@@ -485,25 +524,27 @@ class _States8bit(torch.optim.Optimizer):
                     states[p] = state
         return {k: v for k, v in saved.items() if k not in numbers}
 
-    def _other_kind(self, what):
+    def _other_kind(self, what: str) -> ValueError:
         return ValueError(
             f"The checkpoint {what}: it was written by another kind of "
             f"optimizer than {type(self).__name__}. Name that one in "
             "opt_class, or begin in a new output_folder."
         )
 
-    def _restored(self, group, p, number, saved):
+    def _restored(
+        self, group: Group, p: torch.Tensor, number: int, saved: State
+    ) -> State:
         names = list(saved)
-        saved = self._from_bitsandbytes(saved)
+        found = self._from_bitsandbytes(saved)
         known = {*self.states, *map(_maxima, self.signed)}
-        if saved is None or not self.needed <= set(saved) <= known:
+        if found is None or not self.needed <= set(found) <= known:
             raise self._other_kind(
                 f"holds the states {sorted(names)} of parameter {number}, not "
                 f"{sorted(self.states)}"
             )
         state = {}
         for name in self.states:
-            value = saved.get(name)
+            value = found.get(name)
             if value is None:
                 continue
             if name == "step":
@@ -517,12 +558,14 @@ class _States8bit(torch.optim.Optimizer):
                     )
                 value = _laid_out_like(p, value.clone())
                 if self._in_8bit(group, p):
-                    maxima = saved.get(_maxima(name))
+                    maxima = found.get(_maxima(name))
                     value = self._packed(name, value, maxima)
             state[name] = value
         return state
 
-    def _packed(self, name, value, maxima=None):
+    def _packed(
+        self, name: str, value: torch.Tensor, maxima: torch.Tensor | None = None
+    ) -> Quantized8bit:
         codebook = self._codebook(name, value.device)
         if maxima is not None:
             packed = codebook.requantize(value, maxima)
@@ -531,11 +574,11 @@ class _States8bit(torch.optim.Optimizer):
                 return packed
         return codebook.quantize(value)
 
-    def _settings_from_bitsandbytes(self, group):
+    def _settings_from_bitsandbytes(self, group: Group) -> Group:
         """Settings by torch's names; what it does not say is left out."""
         raise NotImplementedError
 
-    def _from_bitsandbytes(self, saved):
+    def _from_bitsandbytes(self, saved: State) -> State | None:
         """States by torch's names; None if they are of another kind."""
         if not _has_bitsandbytes_states(saved):
             return saved
@@ -603,10 +646,10 @@ class SGD8bit(_States8bit, torch.optim.SGD):
         ("lr", "momentum", "dampening", "weight_decay", "nesterov")
     )
 
-    def _names(self, group):
+    def _names(self, group: Group) -> list[str]:
         return list(self.states) if group["momentum"] else []
 
-    def _settings_from_bitsandbytes(self, group):
+    def _settings_from_bitsandbytes(self, group: Group) -> Group:
         # RMSprop, Adagrad and Lion call their only state by the same name.
         momentum, *others = group["betas"]
         if group["eps"] or any(others):
@@ -617,7 +660,13 @@ class SGD8bit(_States8bit, torch.optim.SGD):
         names = ("lr", "weight_decay", "params")
         return {name: group[name] for name in names} | {"momentum": momentum}
 
-    def _update(self, group, params, grads, states):
+    def _update(
+        self,
+        group: Group,
+        params: list[torch.Tensor],
+        grads: list[torch.Tensor],
+        states: list[State],
+    ) -> None:
         momenta = [state.get("momentum_buffer") for state in states]
         sgd(
             params,
@@ -636,13 +685,13 @@ class SGD8bit(_States8bit, torch.optim.SGD):
             for state, momentum in zip(states, momenta):
                 state["momentum_buffer"] = momentum
 
-    def _update_fused(self, group, params):
+    def _update_fused(self, group: Group, params: list[torch.Tensor]) -> None:
         from sb_memeff.ops.triton.sgd_8bit import sgd_8bit
 
         codebook = self._codebook("momentum_buffer", params[0].device)
         sgd_8bit(
             params,
-            [p.grad for p in params],
+            _gradients(params),
             *self._quantized(params, "momentum_buffer"),
             codebook.values,
             codebook.middles,
@@ -666,10 +715,10 @@ class _Adam8bit(_States8bit):
     bitsandbytes = ("exp_avg", "exp_avg_sq")
     settings = frozenset(("lr", "betas", "eps", "weight_decay", "amsgrad"))
 
-    def _names(self, group):
+    def _names(self, group: Group) -> list[str]:
         return list(self.states[: 4 if group["amsgrad"] else 3])
 
-    def _settings_from_bitsandbytes(self, group):
+    def _settings_from_bitsandbytes(self, group: Group) -> Group:
         # AdEMAMix has a third beta; its alpha is 0 in the other classes.
         if len(group["betas"]) != 2 or group.get("alpha"):
             raise self._other_kind(
@@ -679,7 +728,13 @@ class _Adam8bit(_States8bit):
         names = ("lr", "betas", "eps", "weight_decay", "params")
         return {name: group[name] for name in names}
 
-    def _update(self, group, params, grads, states):
+    def _update(
+        self,
+        group: Group,
+        params: list[torch.Tensor],
+        grads: list[torch.Tensor],
+        states: list[State],
+    ) -> None:
         for p, state in zip(params, states):
             for name in self._names(group):
                 if name in state:
@@ -708,7 +763,7 @@ class _Adam8bit(_States8bit):
             fused=group["fused"],
         )
 
-    def _update_fused(self, group, params):
+    def _update_fused(self, group: Group, params: list[torch.Tensor]) -> None:
         from sb_memeff.ops.triton.adam_8bit import adam_8bit
 
         moments, codebooks = [], []
@@ -721,7 +776,7 @@ class _Adam8bit(_States8bit):
         torch._foreach_add_(steps, 1)
         adam_8bit(
             params,
-            [p.grad for p in params],
+            _gradients(params),
             moments,
             torch.stack(steps),
             *((x.values, x.middles) for x in codebooks[:2]),
@@ -800,11 +855,11 @@ class AdamW8bit(_Adam8bit, torch.optim.AdamW):
     """
 
 
-def _has_bitsandbytes_states(state):
+def _has_bitsandbytes_states(state: State) -> bool:
     return "state1" in {**state, **state.get(BITSANDBYTES, {})}
 
 
-def _is_bitsandbytes(group, states):
+def _is_bitsandbytes(group: Group, states: dict[Any, State]) -> bool:
     # torch's classes with betas have these two, or one of them.
     if not {"betas", "eps"} <= set(group) or {"amsgrad", "foreach"} & set(
         group
@@ -814,12 +869,17 @@ def _is_bitsandbytes(group, states):
     return all(map(_has_bitsandbytes_states, of_group))
 
 
-def _state_dtype(p):
+def _gradients(params: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Gradients of parameters that have one."""
+    return cast(list[torch.Tensor], [p.grad for p in params])
+
+
+def _state_dtype(p: torch.Tensor) -> torch.dtype:
     # Half precision would lose small updates of a momentum.
     return p.dtype if p.dtype == torch.float64 else torch.float32
 
 
-def _dense(p):
+def _dense(p: torch.Tensor) -> torch.Tensor:
     """The values of a parameter in the precision of its states.
 
     It is the parameter itself where it can be. torch's fused functions take
@@ -832,25 +892,27 @@ def _dense(p):
     return p.to(_state_dtype(p))
 
 
-def _laid_out_like(p, value):
+def _laid_out_like(p: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     # torch's fused functions do not look at the strides.
     if value.stride() == p.stride():
         return value.to(p.device, _state_dtype(p))
     return torch.empty_like(p, dtype=_state_dtype(p)).copy_(value)
 
 
-def _step_tensor(step, group, p):
+def _step_tensor(
+    step: torch.Tensor | float, group: Group, p: torch.Tensor
+) -> torch.Tensor:
     # torch's fused functions count on the parameters' device.
     return torch.tensor(
         float(step), device=p.device if group["fused"] else None
     )
 
 
-def _maxima(name):
+def _maxima(name: str) -> str:
     return f"{name}_absmax"
 
 
-def _chunks(params):
+def _chunks(params: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
     chunk, values = [], 0
     for p in params:
         if chunk and values + p.numel() > CHUNK:
@@ -862,13 +924,13 @@ def _chunks(params):
         yield chunk
 
 
-def _same(a, b):
+def _same(a: Any, b: Any) -> bool:
     if torch.is_tensor(a) and torch.is_tensor(b):
         return torch.equal(a.cpu(), b.cpu())
     return a is b or bool(a == b)
 
 
-def _log_differences(name, given, saved):
+def _log_differences(name: str, given: list[Group], saved: list[Group]) -> None:
     for number, (new, old) in enumerate(zip(given, saved)):
         differences = {
             key: f"{key}={old[key]} (given: {new[key]})"

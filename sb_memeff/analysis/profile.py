@@ -218,6 +218,7 @@ class _NumbaLoss(torch.autograd.Function):
         return log_probs.new_zeros(len(log_probs)).mean()
 
     @staticmethod
+    # pyrefly: ignore[bad-override]
     def backward(ctx, upstream):
         """Scales them in place."""
         return ctx.gradient.mul_(upstream.view(-1, 1, 1, 1))

@@ -4,6 +4,8 @@ Authors
  * The sb_memeff authors 2026
 """
 
+from typing import Any
+
 import torch
 from speechbrain.decoders import transducer
 
@@ -56,17 +58,25 @@ class TransducerBeamSearcher(transducer.TransducerBeamSearcher):
     2
     """
 
-    def __init__(self, *args, max_expansions=100, **kwargs):
+    def __init__(self, *args: Any, max_expansions: int = 100, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if max_expansions < 1:
             raise ValueError(
                 f"max_expansions={max_expansions} must be at least 1."
             )
         self.max_expansions = max_expansions
-        self._frame, self._expansions = None, 0
+        self._frame: int | None = None
+        self._expansions = 0
 
     @torch.no_grad()
-    def forward(self, tn_output, wav_lens=None):
+    def forward(
+        self, tn_output: torch.Tensor, wav_lens: torch.Tensor | None = None
+    ) -> tuple[
+        list[list[int]],
+        torch.Tensor | None,
+        list[list[list[int]]] | None,
+        list[list[torch.Tensor]] | None,
+    ]:
         """Searches.
 
         Arguments
@@ -103,7 +113,9 @@ class TransducerBeamSearcher(transducer.TransducerBeamSearcher):
             [s[0] for s in nbest_scores],
         )
 
-    def _greedy(self, tn_output, frames):
+    def _greedy(
+        self, tn_output: torch.Tensor, frames: list[int]
+    ) -> list[list[int]]:
         # From one utterance's end to the next one's, then on with the others.
         hyps = [[] for _ in frames]
         alive = list(range(len(frames)))
@@ -120,7 +132,9 @@ class TransducerBeamSearcher(transducer.TransducerBeamSearcher):
             done = end
         return hyps
 
-    def _joint_forward_step(self, h_i, out_PN):
+    def _joint_forward_step(
+        self, h_i: torch.Tensor, out_PN: torch.Tensor
+    ) -> torch.Tensor:
         log_probs = super()._joint_forward_step(h_i, out_PN)
         if self.beam_size > 1:
             frame = h_i.data_ptr()

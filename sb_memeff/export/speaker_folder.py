@@ -7,11 +7,13 @@ Authors
 import io
 import shutil
 from pathlib import Path
+from typing import Any, cast
 
 import ruamel.yaml
+import ruamel.yaml.comments
 import torch
 from hyperpyyaml import load_hyperpyyaml
-from speechbrain.utils.checkpoints import Checkpointer
+from speechbrain.utils.checkpoints import Checkpoint, Checkpointer
 
 from sb_memeff.export.standalone import export_onnx
 
@@ -48,7 +50,7 @@ pretrainer: !new:speechbrain.utils.parameter_transfer.Pretrainer
 """
 
 
-def best_checkpoint(save_folder):
+def best_checkpoint(save_folder: str | Path) -> Checkpoint | None:
     """The checkpoint with the lowest ErrorRate, or None.
 
     Arguments
@@ -67,7 +69,9 @@ def best_checkpoint(save_folder):
     return Checkpointer(save_folder).find_checkpoint(min_key="ErrorRate")
 
 
-def export_speaker_model(output_folder, destination):
+def export_speaker_model(
+    output_folder: str | Path, destination: str | Path
+) -> Checkpoint:
     """Makes a folder for SpeakerRecognition and EncoderClassifier.
 
     Arguments
@@ -125,7 +129,7 @@ def export_speaker_model(output_folder, destination):
     return checkpoint
 
 
-def export_speaker_onnx(folder):
+def export_speaker_onnx(folder: str | Path) -> Path:
     """Adds the embedding network as ONNX to a folder for inference.
 
     Arguments
@@ -160,7 +164,7 @@ def export_speaker_onnx(folder):
     return path
 
 
-def inference_yaml(hyperparams):
+def inference_yaml(hyperparams: Path) -> str:
     """The yaml text for inference from that of a training run.
 
     Arguments
@@ -196,11 +200,12 @@ def inference_yaml(hyperparams):
     return stream.getvalue() + INFERENCE_YAML
 
 
-def strip_comments(node):
+def strip_comments(node: Any) -> None:
     """Removes the comments of a yaml tree in place."""
     if isinstance(node, (dict, list)):
-        node.ca.items.clear()
-        node.ca.comment = None
-        node.ca.end = []
+        comments = cast(Any, node).ca
+        comments.items.clear()
+        comments.comment = None
+        comments.end = []
         for child in node.values() if isinstance(node, dict) else node:
             strip_comments(child)

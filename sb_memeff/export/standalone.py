@@ -19,6 +19,9 @@ Authors
 import contextlib
 import importlib.util
 import warnings
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -30,7 +33,12 @@ __all__ = ["export_onnx", "trace"]
 FRAMES = 101
 
 
-def export_onnx(network, path, input_size, with_lengths=False):
+def export_onnx(
+    network: nn.Module,
+    path: str | Path,
+    input_size: int,
+    with_lengths: bool = False,
+) -> None:
     """Writes a network as an ONNX file.
 
     The file's inputs are ``feats`` [B, T, input_size] and, if asked for,
@@ -88,7 +96,9 @@ def export_onnx(network, path, input_size, with_lengths=False):
         )
 
 
-def trace(network, input_size, with_lengths=False):
+def trace(
+    network: nn.Module, input_size: int, with_lengths: bool = False
+) -> torch.jit.ScriptModule:
     """A network as TorchScript, to ``save`` and load in C++ or Python.
 
     It is called like the network, in inference. B and T are free.
@@ -116,10 +126,15 @@ def trace(network, input_size, with_lengths=False):
     """
     inputs = example(network, input_size, with_lengths)
     with for_inference(network):
-        return torch.jit.trace(network, inputs, check_trace=False)
+        return cast(
+            torch.jit.ScriptModule,
+            torch.jit.trace(network, inputs, check_trace=False),
+        )
 
 
-def example(network, input_size, with_lengths):
+def example(
+    network: nn.Module, input_size: int, with_lengths: bool
+) -> tuple[torch.Tensor, ...]:
     """Arguments that the network is traced with.
 
     Arguments
@@ -147,7 +162,7 @@ def example(network, input_size, with_lengths):
 
 
 @contextlib.contextmanager
-def for_inference(network):
+def for_inference(network: nn.Module) -> Generator[None, None, None]:
     """Evaluation mode without gradients, and afterwards as it was.
 
     Arguments
@@ -156,7 +171,7 @@ def for_inference(network):
         The network.
     """
     modes = [(module, module.training) for module in network.modules()]
-    saving = [
+    saving: list[tuple[Any, Any]] = [
         (module, module.save_memory)
         for module in network.modules()
         if hasattr(module, "save_memory")
@@ -180,7 +195,7 @@ def for_inference(network):
 
 
 @contextlib.contextmanager
-def affine_norms(network):
+def affine_norms(network: nn.Module) -> Generator[None, None, None]:
     """Gives batch norms without weights ones and zeros for a while.
 
     The exporter would make them itself, and fails where it has lost track of
@@ -191,7 +206,7 @@ def affine_norms(network):
     network : torch.nn.Module
         The network.
     """
-    plain = [
+    plain: list[Any] = [
         module
         for module in network.modules()
         if isinstance(module, nn.modules.batchnorm._BatchNorm)

@@ -4,16 +4,22 @@ Authors
  * The sb_memeff authors 2026
 """
 
+from typing import Any, ClassVar, TypeVar
+
 __all__ = ["Presets"]
+
+_Network = TypeVar("_Network", bound="Presets")
 
 
 class Presets:
     """Adds ``from_preset`` to a network class that lists its PRESETS."""
 
-    PRESETS = {}
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
 
     @classmethod
-    def from_preset(cls, name, **overrides):
+    def from_preset(
+        cls: type[_Network], name: str, **overrides: Any
+    ) -> _Network:
         """Builds a network by name.
 
         Arguments
@@ -41,7 +47,7 @@ class Presets:
         return cls(**cls.preset_arguments(name, **overrides))
 
     @classmethod
-    def preset_arguments(cls, name, **overrides):
+    def preset_arguments(cls, name: str, **overrides: Any) -> dict[str, Any]:
         """The arguments that a preset stands for.
 
         Arguments

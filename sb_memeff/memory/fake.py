@@ -11,8 +11,12 @@ import gc
 import logging
 import types
 import weakref
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
+from typing import Any, cast
 
 import torch
+from torch import nn
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -36,7 +40,7 @@ MOST_FLOATING = 2**12
 
 
 @contextlib.contextmanager
-def fake_tensors():
+def fake_tensors() -> Generator[None, None, None]:
     """Tensors made meanwhile are fake, but small ones keep their values.
 
     torch's FakeTensorMode knows no values at all, so that code which looks at
@@ -76,7 +80,7 @@ def fake_tensors():
 
 
 @contextlib.contextmanager
-def _quiet():
+def _quiet() -> Generator[None, None, None]:
     """Keeps torch from logging, with a traceback, errors that it raises."""
     logger = logging.getLogger(FakeTensorMode.__module__)
     before, logger.disabled = logger.disabled, True
@@ -89,7 +93,7 @@ def _quiet():
 class _KnownValues(TorchDispatchMode):
     """Computes small tensors beside their fakes."""
 
-    def __init__(self, fake):
+    def __init__(self, fake: FakeTensorMode):
         super().__init__()
         self.fake = fake
         # Storages that were changed by something unknown.
@@ -97,7 +101,8 @@ class _KnownValues(TorchDispatchMode):
         # What real storages held before an operator changed them.
         self.before = weakref.WeakKeyDictionary()
 
-    def __exit__(self, *error):
+    # pyrefly: ignore[bad-override]
+    def __exit__(self, *error: Any) -> Any:
         """Gives real tensors back their values."""
         result = super().__exit__(*error)
         with torch._C._DisableTorchDispatch():
@@ -105,7 +110,13 @@ class _KnownValues(TorchDispatchMode):
                 storage.copy_(values)
         return result
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: Collection[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         """Runs the operator on fakes and, if all is known, on values."""
         kwargs = kwargs or {}
         tensors = [
@@ -151,7 +162,7 @@ class _KnownValues(TorchDispatchMode):
             self.spoil(func, args, kwargs)
         return result
 
-    def refuse_others(self, tensors):
+    def refuse_others(self, tensors: Iterable[torch.Tensor]) -> None:
         """Raises for fakes that are not of this mode."""
         for x in tensors:
             if isinstance(x, FakeTensor) and x.fake_mode is not self.fake:
@@ -160,7 +171,7 @@ class _KnownValues(TorchDispatchMode):
                     f"shape {list(x.shape)}: make it anew."
                 )
 
-    def converted(self, tensor):
+    def converted(self, tensor: torch.Tensor) -> FakeTensor:
         """The fake of a real tensor, always the same one."""
         if isinstance(tensor, FakeTensor):
             return tensor
@@ -174,14 +185,14 @@ class _KnownValues(TorchDispatchMode):
         self.remember(fake, tensor)
         return fake
 
-    def remember_before(self, tensor):
+    def remember_before(self, tensor: torch.Tensor) -> None:
         """Keeps what a real tensor holds, to be given back."""
         storage = tensor.untyped_storage()
         if not isinstance(tensor, FakeTensor) and storage not in self.before:
             with torch._C._DisableTorchDispatch():
                 self.before[storage] = storage.clone()
 
-    def value(self, tensor):
+    def value(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """Values of a tensor, or None."""
         found = tensor
         if isinstance(tensor, FakeTensor):
@@ -190,7 +201,9 @@ class _KnownValues(TorchDispatchMode):
             return None
         return found
 
-    def positions(self, indices):
+    def positions(
+        self, indices: Iterable[torch.Tensor | None]
+    ) -> list[torch.Tensor | None]:
         """Known masks among indices as numbers, whose count is known too."""
         found = []
         for index in indices:
@@ -203,39 +216,45 @@ class _KnownValues(TorchDispatchMode):
                 found.append(index)
         return found
 
-    def on_values(self, func, args, kwargs):
+    def on_values(
+        self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """Runs the operator on values."""
         args, kwargs = tree_map_only(torch.Tensor, self.value, (args, kwargs))
         # Below this mode there is only FakeTensorMode.
         with torch._C._DisableTorchDispatch():
             return func(*args, **kwargs)
 
-    def faked(self, result):
+    def faked(self, result: Any) -> Any:
         """The fakes of tensors, which remember them."""
 
-        def fake(value):
+        def fake(value: torch.Tensor) -> FakeTensor:
             tensor = self.fake.from_tensor(value)
             self.remember(tensor, value)
             return tensor
 
         return tree_map_only(torch.Tensor, fake, result)
 
-    def remember(self, result, values):
+    def remember(self, result: Any, values: Any) -> None:
         """Lets fakes know their values."""
         for tensor, value in zip(
             tree_leaves(result), tree_leaves(values), strict=True
         ):
             if isinstance(tensor, FakeTensor):
-                tensor._sb_memeff_value = value
+                cast(Any, tensor)._sb_memeff_value = value
 
-    def spoil(self, func, args, kwargs):
+    def spoil(
+        self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         """Forgets what the operator overwrites."""
         for tensor in self.overwritten(func, args, kwargs):
             value = self.value(tensor)
             if value is not None:
                 self.spoilt.add(value.untyped_storage())
 
-    def overwritten(self, func, args, kwargs):
+    def overwritten(
+        self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Iterator[torch.Tensor]:
         """The tensors that the operator writes into."""
         for number, name in _overwritten(func):
             given = args[number] if number < len(args) else kwargs.get(name)
@@ -244,23 +263,38 @@ class _KnownValues(TorchDispatchMode):
                     yield tensor
 
 
-def _ctc_loss(mode, log_probs, targets, frames, counts, *options):
+def _ctc_loss(
+    mode: _KnownValues,
+    log_probs: torch.Tensor,
+    targets: torch.Tensor,
+    frames: torch.Tensor,
+    counts: torch.Tensor,
+    *options: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss and alphas; FakeTensorMode has nothing for lengths in tensors."""
     rows, batch, _ = log_probs.shape
     with torch._C._DisableTorchDispatch():
-        columns = 2 * int(mode.value(counts).max()) + 1
+        known = cast(torch.Tensor, mode.value(counts))
+        columns = 2 * int(known.max()) + 1
     return (
         log_probs.new_empty(batch),
         log_probs.new_empty(batch, rows, columns),
     )
 
 
-def _ctc_loss_backward(mode, gradient, log_probs, *others):
+def _ctc_loss_backward(
+    mode: _KnownValues,
+    gradient: torch.Tensor,
+    log_probs: torch.Tensor,
+    *others: Any,
+) -> torch.Tensor:
     """The gradient of the log-probabilities."""
     return torch.empty_like(log_probs)
 
 
-def _lstm(mode, x, weight, *others):
+def _lstm(
+    mode: _KnownValues, x: torch.Tensor, weight: torch.Tensor, *others: Any
+) -> tuple[torch.Tensor, ...]:
     """Workspace that oneDNN keeps for backward; FakeTensorMode overlooks it.
 
     The gates, and states and gradients in rows as long as the longer of
@@ -275,7 +309,7 @@ def _lstm(mode, x, weight, *others):
     return (*outputs, x.new_empty(4 * batch * kept, dtype=torch.uint8))
 
 
-_IMITATIONS = {
+_IMITATIONS: dict[OpOverload, Callable[..., Any]] = {
     torch.ops.aten.mkldnn_rnn_layer.default: _lstm,
     torch.ops.aten._ctc_loss.Tensor: _ctc_loss,
     torch.ops.aten._ctc_loss_backward.Tensor: _ctc_loss_backward,
@@ -283,7 +317,7 @@ _IMITATIONS = {
 
 
 @functools.cache
-def _overwritten(func):
+def _overwritten(func: OpOverload) -> list[tuple[int, str]]:
     return [
         (number, argument.name)
         for number, argument in enumerate(func._schema.arguments)
@@ -291,11 +325,11 @@ def _overwritten(func):
     ]
 
 
-def _most(tensor):
+def _most(tensor: torch.Tensor) -> int:
     return MOST_FLOATING if tensor.is_floating_point() else MOST_WHOLE
 
 
-def without_data(module):
+def without_data(module: nn.Module) -> nn.Module:
     """A copy of a module whose parameters and buffers are new and hold nothing.
 
     Under ``fake_tensors`` they take no memory. Other tensors in the module,
@@ -326,7 +360,7 @@ def without_data(module):
     return copy.deepcopy(module, known)
 
 
-def _tensors_in(module):
+def _tensors_in(module: nn.Module) -> Iterator[torch.Tensor]:
     """All tensors that copying a module would copy, however deep."""
     found, queue = {}, [module]
     while queue:
@@ -343,7 +377,7 @@ def _tensors_in(module):
 _NOT_COPIED = (type, types.ModuleType, types.FunctionType, weakref.ref)
 
 
-def _like(tensor):
+def _like(tensor: torch.Tensor) -> torch.Tensor:
     new = torch.empty_strided(
         tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device
     )

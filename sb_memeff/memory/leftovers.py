@@ -13,7 +13,8 @@ import functools
 import gc
 import types
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable
+from typing import Any
 
 from speechbrain.utils.logger import get_logger
 from torch._subclasses.fake_tensor import FakeTensor
@@ -44,7 +45,7 @@ MOST_CACHED = 100
 
 
 @contextlib.contextmanager
-def no_leftovers() -> Iterator[None]:
+def no_leftovers() -> Generator[None, None, None]:
     """Lets no object that was there before keep a fake tensor made meanwhile.
 
     Where an entry of a container, an attribute, a variable of a closure or a
@@ -88,7 +89,7 @@ def no_leftovers() -> Iterator[None]:
 
 
 # Of the outermost analysis.
-_before = []
+_before: list["_Before"] = []
 
 
 class _Before:
@@ -96,16 +97,18 @@ class _Before:
 
     def __init__(self):
         # Alive until the end, so that no id is used twice.
-        self._objects = []
+        self._objects: list[list[Any]] = []
         # Id to (container, copy of what it held).
-        self._held = {}
-        self._slots = {}
-        self._fakes = set()
+        self._held: dict[int, tuple[Any, Any]] = {}
+        self._slots: dict[int, dict[types.MemberDescriptorType, Any]] = {}
+        self._fakes: set[int] = set()
         with _without_collector():
             self._add(gc.get_objects())
 
     @contextlib.contextmanager
-    def and_what_is_new(self, module):
+    def and_what_is_new(
+        self, module: types.ModuleType
+    ) -> Generator[None, None, None]:
         """Adds a module and the objects that are made meanwhile."""
         # Now nothing is in the youngest generation.
         gc.collect(0)
@@ -113,7 +116,7 @@ class _Before:
             yield
             self._add([*gc.get_objects(generation=0), vars(module)])
 
-    def _add(self, objects):
+    def _add(self, objects: list[Any]) -> None:
         self._objects.append(objects)
         by_type = defaultdict(list)
         for one in objects:
@@ -146,17 +149,17 @@ class _Before:
             ]
             self._hold(plain, map(dict.copy, plain))
 
-    def _hold(self, containers, copies):
+    def _hold(self, containers: list[Any], copies: Iterable[Any]) -> None:
         pairs = zip(containers, copies, strict=True)
         self._held.update(zip(map(id, containers), pairs, strict=True))
 
-    def forget(self):
+    def forget(self) -> None:
         """Lets go of all objects."""
         # They hold one another.
         for known in (self._objects, self._held, self._slots):
             known.clear()
 
-    def restore(self):
+    def restore(self) -> None:
         """Takes the fakes made since then out of the objects of then."""
         with _without_collector():
             leftovers = self._leftovers()
@@ -174,11 +177,11 @@ class _Before:
                         f"which cannot be taken out of it: make it anew."
                     )
 
-    def _leftovers(self):
+    def _leftovers(self) -> list[FakeTensor]:
         found = [x for x in gc.get_objects() if type(x) is FakeTensor]
         return [x for x in found if id(x) not in self._fakes]
 
-    def _holders(self, level):
+    def _holders(self, level: list[Any]) -> tuple[dict[int, Any], list[Any]]:
         """New objects that lead to leftovers, by id; and what holds those."""
         old = {id(one) for objects in self._objects for one in objects}
         old.update(self._held)
@@ -206,7 +209,7 @@ class _Before:
             del found
         return leading, list(holders.values())
 
-    def _clean(self, holder, new):
+    def _clean(self, holder: Any, new: dict[int, Any]) -> bool:
         """Whether all could be taken out that leads to leftovers."""
         _, before = self._held.get(id(holder), (None, {}))
         if isinstance(holder, dict):
@@ -228,7 +231,7 @@ class _Before:
             for one in gc.get_referents(holder)
         )
 
-    def _clean_cache(self, cached):
+    def _clean_cache(self, cached: Any) -> bool:
         # Its entries cannot be looked into, but those that have come since
         # then can be told from those that were there.
         entries = next(
@@ -247,7 +250,7 @@ class _Before:
 # --- taking what leads to a leftover out of one object -----------------------
 
 
-def _clean_dict(holder, before, new):
+def _clean_dict(holder: Any, before: Any, new: dict[int, Any]) -> bool:
     kind = OrderedDict if isinstance(holder, OrderedDict) else dict
     target, put, drop = holder, kind.__setitem__, kind.__delitem__
     for owner in gc.get_referrers(holder):
@@ -264,7 +267,7 @@ def _clean_dict(holder, before, new):
     return True
 
 
-def _clean_sequence(holder, before, new):
+def _clean_sequence(holder: Any, before: Any, new: dict[int, Any]) -> bool:
     known = set(map(id, before))
     added = [x for x in holder if id(x) not in new and id(x) not in known]
     holder.clear()
@@ -273,7 +276,12 @@ def _clean_sequence(holder, before, new):
     return True
 
 
-def _clean_slots(slots, holder, before, new):
+def _clean_slots(
+    slots: Iterable[types.MemberDescriptorType],
+    holder: Any,
+    before: Any,
+    new: dict[int, Any],
+) -> bool:
     for slot, value in _read(slots, holder).items():
         if id(value) in new:
             slot.__delete__(holder)
@@ -287,14 +295,16 @@ def _clean_slots(slots, holder, before, new):
 _CELL = (types.CellType.cell_contents,)
 
 
-def _content(cell):
+def _content(cell: types.CellType) -> dict[Any, Any]:
     try:
         return {_CELL[0]: cell.cell_contents}
     except ValueError:
         return {}
 
 
-def _read(slots, one):
+def _read(
+    slots: Iterable[types.MemberDescriptorType], one: object
+) -> dict[types.MemberDescriptorType, Any]:
     """Slot to value, without those that are empty."""
     values = {}
     for slot in slots:
@@ -306,7 +316,7 @@ def _read(slots, one):
 
 
 @functools.cache
-def _slots(kind):
+def _slots(kind: type) -> tuple[types.MemberDescriptorType, ...]:
     """Names in __slots__ of a class and those above it."""
     return tuple(
         value
@@ -317,12 +327,12 @@ def _slots(kind):
     )
 
 
-def _has_attributes(kind):
+def _has_attributes(kind: type) -> bool:
     # Functions get a dict when they are asked for it; they are many.
     return kind.__dictoffset__ != 0 and kind is not types.FunctionType
 
 
-def _attributes(one):
+def _attributes(one: object) -> dict[str, Any] | None:
     """The dict of an object's attributes, or None."""
     try:
         # A class may do anything if it is asked by vars().
@@ -332,14 +342,14 @@ def _attributes(one):
     return space if isinstance(space, dict) else None
 
 
-def _name(one):
+def _name(one: object) -> str:
     kind = type(one)
     name = getattr(one, "__qualname__", "")
     return f"{name} (a {kind.__module__}.{kind.__qualname__})".strip()
 
 
 @contextlib.contextmanager
-def _without_collector():
+def _without_collector() -> Generator[None, None, None]:
     """Lists of all objects grow; the collector would walk them each time."""
     enabled = gc.isenabled()
     gc.disable()

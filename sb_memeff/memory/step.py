@@ -8,9 +8,13 @@ import bisect
 import contextlib
 import weakref
 from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import nn
+from torch._ops import OpOverload
 from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
@@ -58,8 +62,11 @@ class Block:
 
     __slots__ = ("size", "born", "died", "phase", "module", "kind")
 
-    def __init__(self, size, born, phase, module, recomputed):
-        self.size, self.born, self.died = size, born, None
+    def __init__(
+        self, size: int, born: int, phase: str, module: str, recomputed: bool
+    ):
+        self.size, self.born = size, born
+        self.died: int | None = None
         self.phase, self.module = phase, module
         self.kind = "recomputed" if recomputed else "temporaries"
 
@@ -89,24 +96,34 @@ class StorageTracker(TorchDispatchMode):
     (4000, 8000)
     """
 
-    def __init__(self, but=(), modules=None):
+    def __init__(
+        self,
+        but: Iterable[torch.Tensor] = (),
+        modules: "ModuleTracker | None" = None,
+    ):
         super().__init__()
         self.alive = 0
         self.phase = "build"
-        self.blocks = []
+        self.blocks: list[Block] = []
         self._modules = modules
         self._clock = 0
-        self._known = weakref.WeakKeyDictionary(
-            (x.untyped_storage(), None) for x in but
-        )
+        self._known: weakref.WeakKeyDictionary[
+            torch.UntypedStorage, Block | None
+        ] = weakref.WeakKeyDictionary((x.untyped_storage(), None) for x in but)
         self.restart()
 
-    def restart(self):
+    def restart(self) -> None:
         """Forgets the peak so far."""
         self.peak, self._peak_time = self.alive, self._clock
         self.peak_phase, self.peak_module = self.phase, ""
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: Collection[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         """Runs the operator and counts what it takes and returns."""
         result = func(*args, **(kwargs or {}))
         tensors = [result]
@@ -118,7 +135,7 @@ class StorageTracker(TorchDispatchMode):
                 self._count(leaf.untyped_storage())
         return result
 
-    def _count(self, storage):
+    def _count(self, storage: torch.UntypedStorage) -> None:
         if storage in self._known:
             return
         module, running = "", False
@@ -140,12 +157,12 @@ class StorageTracker(TorchDispatchMode):
             self.peak_phase, self.peak_module = self.phase, module
         weakref.finalize(storage, self._free, block)
 
-    def _free(self, block):
+    def _free(self, block: Block) -> None:
         self._clock += 1
         block.died = self._clock
         self.alive -= block.size
 
-    def label(self, kind, tensors):
+    def label(self, kind: str, tensors: Iterable[tuple[str, object]]) -> None:
         """Says what tensors are for.
 
         Arguments
@@ -163,7 +180,7 @@ class StorageTracker(TorchDispatchMode):
             if block is not None:
                 block.kind, block.module = kind, module
 
-    def at_peak(self):
+    def at_peak(self) -> Counter[tuple[str, str]]:
         """Storages that were alive at the peak.
 
         Returns
@@ -201,11 +218,13 @@ class ModuleTracker:
     """
 
     def __init__(self):
-        self._names = weakref.WeakKeyDictionary()
-        self._stack = []
+        self._names: weakref.WeakKeyDictionary[nn.Module, str] = (
+            weakref.WeakKeyDictionary()
+        )
+        self._stack: list[str] = []
         self._numbers, self._makers = [0], [""]
 
-    def name(self, model):
+    def name(self, model: nn.Module) -> None:
         """Learns the names of a model's modules.
 
         Arguments
@@ -215,7 +234,7 @@ class ModuleTracker:
         """
         self._names.update((m, name) for name, m in model.named_modules())
 
-    def __enter__(self):
+    def __enter__(self) -> "ModuleTracker":
         """Begins to follow."""
         self._hooks = [
             register_module_forward_pre_hook(self._enter),
@@ -223,12 +242,12 @@ class ModuleTracker:
         ]
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: object) -> None:
         """Ends."""
         for hook in self._hooks:
             hook.remove()
 
-    def current(self):
+    def current(self) -> tuple[str, bool]:
         """The module at work.
 
         Returns
@@ -246,16 +265,16 @@ class ModuleTracker:
         place = bisect.bisect_right(self._numbers, number) - 1
         return self._makers[place], False
 
-    def _enter(self, module, inputs):
+    def _enter(self, module: nn.Module, inputs: Any) -> None:
         outer = self._stack[-1] if self._stack else ""
         self._stack.append(self._names.get(module, outer))
         self._mark()
 
-    def _leave(self, module, inputs, output):
+    def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
         self._stack.pop()
         self._mark()
 
-    def _mark(self):
+    def _mark(self) -> None:
         self._numbers.append(torch._C._autograd._get_sequence_nr())
         self._makers.append(self._stack[-1] if self._stack else "")
 
@@ -292,23 +311,23 @@ class StepMemory:
     peak_bytes: int
     peak_phase: str
     peak_module: str
-    split: dict
+    split: dict[tuple[str, str], int]
     allocator_bytes: int | None = None
 
     @property
-    def activation_bytes(self):
+    def activation_bytes(self) -> int:
         """The peak beyond parameters and their gradients."""
         return self.peak_bytes - 2 * self.parameter_bytes
 
     @property
-    def by_kind(self):
+    def by_kind(self) -> dict[str, int]:
         """Kind to bytes of the peak, in the order of KINDS; sums to it."""
         found = dict.fromkeys(KINDS, 0)
         for (_, kind), size in self.split.items():
             found[kind] += size
         return found
 
-    def by_module(self, depth=None):
+    def by_module(self, depth: int | None = None) -> dict[str, int]:
         """Module to bytes of the peak, the largest first.
 
         Arguments
@@ -328,8 +347,14 @@ class StepMemory:
 
 
 def training_step_memory(
-    build_model, step, optimizer=None, autocast=None, fake=True, device="cpu"
-):
+    build_model: Callable[[], nn.Module],
+    step: Sequence[int] | Callable[[Any], torch.Tensor],
+    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+    | None = None,
+    autocast: torch.dtype | None = None,
+    fake: bool = True,
+    device: str = "cpu",
+) -> StepMemory:
     """Measures forward, backward and (if asked) the optimizer's step.
 
     Arguments
@@ -385,9 +410,17 @@ def training_step_memory(
     return measure(build_model, step, optimizer, autocast, fake, device)
 
 
-def _measure(build_model, step, optimizer, autocast, fake, device):
+def _measure(
+    build_model: Callable[[], nn.Module],
+    step: Sequence[int] | Callable[[Any], torch.Tensor],
+    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None,
+    autocast: torch.dtype | None,
+    fake: bool,
+    device: str,
+) -> StepMemory:
     kind = torch.device(device).type
     on_gpu = kind == "cuda" and not fake
+    saved = others = 0
     if on_gpu:
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -407,7 +440,7 @@ def _measure(build_model, step, optimizer, autocast, fake, device):
         else:
             x = torch.zeros(step, device="cpu" if fake else device)
 
-            def run(model):
+            def run(model: nn.Module) -> torch.Tensor:
                 return model(x)
 
         for block in tracker.blocks:
@@ -432,7 +465,7 @@ def _measure(build_model, step, optimizer, autocast, fake, device):
             del y
             owned = list(_owned(model.named_parameters()))
             tracker.label("gradients", ((m, p.grad) for m, p in owned))
-            if not last:
+            if not last and updater:
                 tracker.phase = "step"
                 updater.step()
                 for module, parameter in owned:
@@ -456,7 +489,7 @@ def _measure(build_model, step, optimizer, autocast, fake, device):
     return memory
 
 
-def _tensors(state):
+def _tensors(state: object) -> Iterator[torch.Tensor]:
     """All tensors of an optimizer's state, those in its objects too."""
     for leaf in tree_leaves(state):
         if isinstance(leaf, torch.Tensor):
@@ -465,7 +498,9 @@ def _tensors(state):
             yield from _tensors(vars(leaf))
 
 
-def _owned(named):
+def _owned(
+    named: Iterable[tuple[str, torch.Tensor]],
+) -> Iterator[tuple[str, torch.Tensor]]:
     """(module, tensor) of (name, tensor)."""
     for name, tensor in named:
         yield name.rpartition(".")[0], tensor

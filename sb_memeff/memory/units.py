@@ -10,7 +10,7 @@ import re
 __all__ = ["format_bytes", "parse_bytes"]
 
 
-def parse_bytes(size):
+def parse_bytes(size: float | str) -> int:
     """The number of bytes that a size such as "11GB" stands for.
 
     Arguments
@@ -52,7 +52,7 @@ def parse_bytes(size):
     return int(number)
 
 
-def format_bytes(size):
+def format_bytes(size: int) -> str:
     """A number of bytes for people.
 
     Arguments

@@ -17,11 +17,14 @@ Authors
  * The sb_memeff authors 2026
 """
 
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from speechbrain.dataio.dataio import length_to_mask
+from speechbrain.lobes.models.ECAPA_TDNN import AttentiveStatisticsPooling
 from torch.autograd.function import once_differentiable
 
 from sb_memeff.nnet.replay.recorder import Recorder
@@ -34,8 +37,12 @@ WIDTH = 128
 
 
 def attentive_statistics_pooling(
-    pooling, x, lengths=None, save_memory=True, padding=None
-):
+    pooling: AttentiveStatisticsPooling,
+    x: torch.Tensor,
+    lengths: torch.Tensor | None = None,
+    save_memory: bool = True,
+    padding: torch.Tensor | None = None,
+) -> torch.Tensor:
     """SpeechBrain's AttentiveStatisticsPooling in less memory.
 
     Arguments
@@ -105,18 +112,29 @@ def attentive_statistics_pooling(
     return pooled.transpose(1, 2).flatten(1).unsqueeze(2)
 
 
-def _statistics(x, weight, eps):
+def _statistics(
+    x: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     mean = (weight * x).sum(2, keepdim=True)
     var = (weight * (x - mean).square()).sum(2, keepdim=True)
     return mean, var.clamp(eps).sqrt()
 
 
-def _projection(x, w_x, mask, eps):
+def _projection(
+    x: torch.Tensor, w_x: torch.Tensor, mask: torch.Tensor, eps: float
+) -> torch.Tensor:
     """Share of a few channels in h, [N, A, T]."""
     return F.conv1d(x, w_x.transpose(0, 1))
 
 
-def _context(x, w_x, w_mean, w_std, mask, eps):
+def _context(
+    x: torch.Tensor,
+    w_x: torch.Tensor,
+    w_mean: torch.Tensor,
+    w_std: torch.Tensor,
+    mask: torch.Tensor,
+    eps: float,
+) -> torch.Tensor:
     """The same with the context: their means and deviations."""
     weight = mask / mask.sum(2, keepdim=True)
     mean, std = (s.to(x.dtype) for s in _statistics(x, weight, eps))
@@ -125,13 +143,27 @@ def _context(x, w_x, w_mean, w_std, mask, eps):
     return h + F.conv1d(std, w_std.transpose(0, 1))
 
 
-def _attend(x, a, v, c, mask, eps):
+def _attend(
+    x: torch.Tensor,
+    a: torch.Tensor,
+    v: torch.Tensor,
+    c: torch.Tensor | None,
+    mask: torch.Tensor,
+    eps: float,
+) -> torch.Tensor:
     """Weighted mean and deviation of a few channels, [N, channels, 2]."""
     e = F.conv1d(a.to(v.dtype), v, c).masked_fill(mask == 0, float("-inf"))
     return torch.cat(_statistics(x, F.softmax(e, dim=2), eps), dim=2)
 
 
-def _over_channels(function, join, save_memory, x, shared, weights):
+def _over_channels(
+    function: Callable[..., torch.Tensor],
+    join: Literal["sum", "cat"],
+    save_memory: bool,
+    x: torch.Tensor,
+    shared: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor]:
     """function(x, *shared, *weights), a few channels at a time.
 
     The slices' results are added up ("sum") or stand side by side ("cat").
@@ -146,11 +178,19 @@ def _over_channels(function, join, save_memory, x, shared, weights):
     return _joined(function, join, x, shared, weights), x
 
 
-def _slices(x, weights):
+def _slices(
+    x: torch.Tensor, weights: Sequence[torch.Tensor]
+) -> Iterator[tuple[torch.Tensor, ...]]:
     return zip(x.split(WIDTH, 1), *(w.split(WIDTH) for w in weights))
 
 
-def _joined(function, join, x, shared, weights):
+def _joined(
+    function: Callable[..., torch.Tensor],
+    join: Literal["sum", "cat"],
+    x: torch.Tensor,
+    shared: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor],
+) -> torch.Tensor:
     results = (
         function(part, *shared, *parts) for part, *parts in _slices(x, weights)
     )
@@ -169,7 +209,14 @@ class _OverChannels(torch.autograd.Function):
     """``_joined`` that stores its inputs and computes slices again."""
 
     @staticmethod
-    def forward(ctx, function, join, count, x, *tensors):
+    def forward(
+        ctx: Any,
+        function: Callable[..., torch.Tensor],
+        join: Literal["sum", "cat"],
+        count: int,
+        x: torch.Tensor,
+        *tensors: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.function = function
         ctx.join = join
         ctx.count = count
@@ -182,7 +229,10 @@ class _OverChannels(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient, dx):
+    # pyrefly: ignore[bad-override]
+    def backward(
+        ctx: Any, gradient: torch.Tensor, dx: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
         x, *tensors = (t.detach() for t in ctx.saved_tensors)
         shared, weights = tensors[: ctx.count], tensors[ctx.count :]
         if dx is None:

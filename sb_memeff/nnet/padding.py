@@ -100,14 +100,14 @@ def check_lengths(lengths: torch.Tensor | None, x: torch.Tensor) -> None:
     )
 
 
-def _not_relative(finding):
+def _not_relative(finding: str) -> str:
     return (
         f"lengths must be relative, in (0, 1]; {finding}. Divide the number "
         f"of frames of each utterance by that of the batch."
     )
 
 
-def _symbolic(tensor):
+def _symbolic(tensor: torch.Tensor) -> bool:
     """Whether the values are not there, or a tracer must not ask for them."""
     return (
         not has_values(tensor)

@@ -29,11 +29,13 @@ class TemporalStatisticsPooling(nn.Module):
     torch.Size([2, 320])
     """
 
-    def __init__(self, eps=1e-7):
+    def __init__(self, eps: float = 1e-7):
         super().__init__()
         self.eps = eps
 
-    def forward(self, x, padding=None):
+    def forward(
+        self, x: torch.Tensor, padding: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Pools.
 
         Arguments

@@ -53,7 +53,7 @@ class Quantized8bit:
     absmax: torch.Tensor
 
     @property
-    def nbytes(self):
+    def nbytes(self) -> int:
         """Bytes that it takes."""
         return self.codes.nbytes + self.absmax.nbytes
 
@@ -83,7 +83,7 @@ class Codebook:
     tensor([-0.9906,  0.0000,  0.1019,  4.0000])
     """
 
-    def __init__(self, signed, device):
+    def __init__(self, signed: bool, device: torch.device):
         values = torch.tensor(VALUES[signed])
         middles = (values[1:] + values[:-1]) / 2
         self.signed = signed
@@ -99,7 +99,7 @@ class Codebook:
         self.middles = torch.cat([middles, middles.new_tensor([torch.inf])])
         self.middles = self.middles.to(device)
 
-    def quantize(self, x):
+    def quantize(self, x: torch.Tensor) -> Quantized8bit:
         """Rounds each value to the nearest one that has a code.
 
         Arguments
@@ -137,7 +137,9 @@ class Codebook:
                 codes.clamp_(min=1)
         return Quantized8bit(codes.view(x.shape), absmax)
 
-    def requantize(self, x, absmax):
+    def requantize(
+        self, x: torch.Tensor, absmax: torch.Tensor
+    ) -> Quantized8bit:
         """Finds the codes of values that were in 8 bits before.
 
         Arguments
@@ -158,7 +160,7 @@ class Codebook:
         absmax = absmax.to(flat.device, torch.float32, copy=True)
         return Quantized8bit(self._nearest(flat, absmax).view(x.shape), absmax)
 
-    def dequantize(self, packed):
+    def dequantize(self, packed: Quantized8bit) -> torch.Tensor:
         """Restores the values.
 
         Arguments
@@ -175,7 +177,9 @@ class Codebook:
             packed.codes, packed.absmax, self.values, BLOCK, torch.float32
         )
 
-    def _nearest(self, flat, absmax):
+    def _nearest(
+        self, flat: torch.Tensor, absmax: torch.Tensor
+    ) -> torch.Tensor:
         codes = torch.empty_like(flat, dtype=torch.uint8)
         for start in range(0, flat.numel(), SLICE):
             part = flat[start : start + SLICE]
@@ -193,7 +197,7 @@ class Codebook:
         return codes
 
 
-def _block_maxima(flat):
+def _block_maxima(flat: torch.Tensor) -> torch.Tensor:
     if not flat.numel():
         return flat
     whole = flat.numel() // BLOCK * BLOCK

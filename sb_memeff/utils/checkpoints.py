@@ -9,10 +9,13 @@ import logging
 import os
 import random
 import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from speechbrain.augment.time_domain import AddNoise
+from speechbrain.augment.time_domain import AddNoise, AddReverb
 from speechbrain.utils.checkpoints import (
     Checkpoint,
     Checkpointer,
@@ -22,6 +25,9 @@ from speechbrain.utils.checkpoints import (
 )
 from speechbrain.utils.distributed import ddp_barrier, if_main_process
 from speechbrain.utils.logger import get_logger
+
+if TYPE_CHECKING:
+    from sb_memeff.dataio.reproducible import SeededSampler
 
 __all__ = [
     "AtomicCheckpointer",
@@ -60,13 +66,13 @@ class AtomicCheckpointer(Checkpointer):
     PARTIAL = "partial-"
     REPLACED = ".replaced"
 
-    def _new_checkpoint_dirpath(self):
+    def _new_checkpoint_dirpath(self) -> Path:
         return self._partial(super()._new_checkpoint_dirpath())
 
-    def _custom_checkpoint_dirpath(self, name):
+    def _custom_checkpoint_dirpath(self, name: str) -> Path:
         return self._partial(super()._custom_checkpoint_dirpath(name))
 
-    def _partial(self, path):
+    def _partial(self, path: Path) -> Path:
         for left in self.checkpoints_dir.glob(self.PARTIAL + "*"):
             shutil.rmtree(left)
         # Of runs that were killed between giving the name and removing.
@@ -75,18 +81,18 @@ class AtomicCheckpointer(Checkpointer):
                 self._remove(old)
         return path.with_name(self.PARTIAL + path.name)
 
-    def _list_checkpoint_dirs(self):
+    def _list_checkpoint_dirs(self) -> list[Path]:
         return [
             path
             for path in super()._list_checkpoint_dirs()
             if not self._is_replaced(path)
         ]
 
-    def _is_replaced(self, path):
+    def _is_replaced(self, path: Path) -> bool:
         name = path.name.removesuffix(self.REPLACED)
         return name != path.name and path.with_name(name).exists()
 
-    def _put_in_place(self, partial, path):
+    def _put_in_place(self, partial: Path, path: Path) -> None:
         """Gives a complete checkpoint its name, in place of another one."""
         old = path.with_name(path.name + self.REPLACED)
         if path.exists():
@@ -95,15 +101,19 @@ class AtomicCheckpointer(Checkpointer):
         if old.exists():
             self._remove(old)
 
-    def _remove(self, path):
+    def _remove(self, path: Path) -> None:
         # Killed within rmtree, it must not be taken for a checkpoint.
         removed = path.with_name(self.PARTIAL + path.name)
         os.replace(path, removed)
         shutil.rmtree(removed)
 
     def save_checkpoint(
-        self, meta={}, end_of_epoch=True, name=None, verbosity=logging.INFO
-    ):
+        self,
+        meta: dict[str, Any] = {},
+        end_of_epoch: bool = True,
+        name: str | None = None,
+        verbosity: int = logging.INFO,
+    ) -> Checkpoint | None:
         """Saves a checkpoint; arguments as in Checkpointer."""
         saved = super().save_checkpoint(
             meta, end_of_epoch, name, verbosity=logging.DEBUG
@@ -123,14 +133,14 @@ class AtomicCheckpointer(Checkpointer):
 
     def save_and_keep_only(
         self,
-        meta={},
-        end_of_epoch=True,
-        name=None,
-        num_to_keep=1,
-        keep_recent=True,
-        importance_keys=(),
-        **kwargs,
-    ):
+        meta: dict[str, Any] = {},
+        end_of_epoch: bool = True,
+        name: str | None = None,
+        num_to_keep: int = 1,
+        keep_recent: bool = True,
+        importance_keys: Iterable[Callable[[Checkpoint], Any]] = (),
+        **kwargs: Any,
+    ) -> None:
         """Saves a checkpoint, then deletes; arguments as in Checkpointer.
 
         Checkpointer adds to the list that it is given, the one of its default
@@ -166,7 +176,7 @@ class RandomState:
     """
 
     @mark_as_saver
-    def save(self, path):
+    def save(self, path: str | Path) -> None:
         """Saves the state of all processes.
 
         Arguments
@@ -177,7 +187,7 @@ class RandomState:
         _save_of_all(_get_states(), path)
 
     @mark_as_loader
-    def load(self, path, end_of_epoch):
+    def load(self, path: str | Path, end_of_epoch: bool) -> None:
         """Loads the state of this process.
 
         Arguments
@@ -204,13 +214,15 @@ class NoisePosition:
         Where the waveforms are.
     """
 
-    def __init__(self, augmentation, device):
+    def __init__(
+        self, augmentation: AddNoise | AddReverb, device: str | torch.device
+    ):
         self.augmentation = augmentation
         self.device = device
         self._loaded = None
 
     @mark_as_saver
-    def save(self, path):
+    def save(self, path: str | Path) -> None:
         """Saves the position.
 
         Arguments
@@ -226,7 +238,7 @@ class NoisePosition:
         _save_of_all(position, path)
 
     @mark_as_loader
-    def load(self, path, end_of_epoch):
+    def load(self, path: str | Path, end_of_epoch: bool) -> None:
         """Loads the position, for ``resume``.
 
         Arguments
@@ -238,7 +250,7 @@ class NoisePosition:
         """
         self._loaded = _load_own(path)
 
-    def resume(self):
+    def resume(self) -> None:
         """Goes to the position that was loaded, if one was.
 
         Not done by ``load``: who evaluates a checkpoint needs no noises.
@@ -277,12 +289,12 @@ class SamplerPosition:
         That of the training data.
     """
 
-    def __init__(self, sampler):
+    def __init__(self, sampler: "SeededSampler"):
         self.sampler = sampler
         self._loaded = None
 
     @mark_as_saver
-    def save(self, path):
+    def save(self, path: str | Path) -> None:
         """Saves the position.
 
         Arguments
@@ -296,7 +308,7 @@ class SamplerPosition:
         _save_of_all(position, path)
 
     @mark_as_loader
-    def load(self, path, end_of_epoch):
+    def load(self, path: str | Path, end_of_epoch: bool) -> None:
         """Loads the position, for ``resume``.
 
         Arguments
@@ -308,20 +320,20 @@ class SamplerPosition:
         """
         self._loaded = _load_own(path), end_of_epoch
 
-    def resume(self):
+    def resume(self) -> None:
         """Goes to the position that was loaded, if one was."""
-        position, end_of_epoch = self._loaded or (None, None)
+        position, end_of_epoch = self._loaded or (None, False)
         self._loaded = None
         if position is not None:
             self.sampler.resume(position, end_of_epoch)
 
 
-def _distributed():
+def _distributed() -> bool:
     distributed = torch.distributed
     return distributed.is_available() and distributed.is_initialized()
 
 
-def _save_of_all(value, path):
+def _save_of_all(value: object, path: str | Path) -> None:
     values = [value]
     if _distributed():
         values *= torch.distributed.get_world_size()
@@ -330,7 +342,7 @@ def _save_of_all(value, path):
         torch.save(values, path)
 
 
-def _load_own(path):
+def _load_own(path: str | Path) -> Any:
     values = torch.load(path, map_location="cpu")
     rank, processes = 0, 1
     if _distributed():
@@ -345,8 +357,8 @@ def _load_own(path):
     return values[rank]
 
 
-def _get_states():
-    kind, keys, *position = np.random.get_state()
+def _get_states() -> dict[str, Any]:
+    kind, keys, *position = cast(tuple[Any, ...], np.random.get_state())
     states = {
         "python": random.getstate(),
         "numpy": [kind, keys.tolist(), *position],
@@ -357,7 +369,7 @@ def _get_states():
     return states
 
 
-def _set_states(states):
+def _set_states(states: dict[str, Any]) -> None:
     random.setstate(states["python"])
     np.random.set_state(tuple(states["numpy"]))
     torch.set_rng_state(states["torch"])

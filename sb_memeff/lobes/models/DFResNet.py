@@ -9,6 +9,10 @@ Authors
  * The sb_memeff authors 2026
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
 from torch import nn
 
 from sb_memeff.lobes.models.ResNet import (
@@ -51,7 +55,9 @@ class InvertedBottleneck(Bottleneck):
     torch.Size([1, 8, 20, 10])
     """
 
-    def __init__(self, channels, activation=nn.ReLU):
+    def __init__(
+        self, channels: int, activation: Callable[..., nn.Module] = nn.ReLU
+    ):
         inside = self.expansion * channels
         super().__init__(
             channels,
@@ -81,12 +87,19 @@ class DownSampling(nn.Module):
     torch.Size([1, 16, 20, 5])
     """
 
-    def __init__(self, in_channels, out_channels, stride):
+    def __init__(
+        self, in_channels: int, out_channels: int, stride: int | tuple[int, int]
+    ):
         super().__init__()
         self.conv = conv3x3(in_channels, out_channels, stride)
         self.norm = nn.BatchNorm2d(out_channels)
 
-    def forward(self, x, padding=None, padding_in=None):
+    def forward(
+        self,
+        x: torch.Tensor,
+        padding: torch.Tensor | None = None,
+        padding_in: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Runs the layer.
 
         Arguments
@@ -172,7 +185,9 @@ class DFResNet(StagedNetwork):
     }
 
     @classmethod
-    def preset_arguments(cls, name, base_channels=32, **overrides):
+    def preset_arguments(
+        cls, name: str, base_channels: int = 32, **overrides: Any
+    ) -> dict[str, Any]:
         """The arguments that a preset stands for.
 
         Arguments
@@ -195,12 +210,12 @@ class DFResNet(StagedNetwork):
 
     def __init__(
         self,
-        input_size=80,
-        activation=nn.ReLU,
-        channels=(32, 64, 128, 256),
-        block_sizes=(3, 3, 9, 3),
-        strides=(1, 2, 2, 2),
-        lin_neurons=256,
+        input_size: int = 80,
+        activation: Callable[..., nn.Module] = nn.ReLU,
+        channels: Sequence[int] = (32, 64, 128, 256),
+        block_sizes: Sequence[int] = (3, 3, 9, 3),
+        strides: Sequence[int | Sequence[int]] = (1, 2, 2, 2),
+        lin_neurons: int = 256,
     ):
         check_stages(strides, channels=channels, block_sizes=block_sizes)
         super().__init__(
@@ -215,7 +230,13 @@ class DFResNet(StagedNetwork):
         )
 
 
-def depth_first_stage(in_channels, channels, size, stride, activation):
+def depth_first_stage(
+    in_channels: int,
+    channels: int,
+    size: int,
+    stride: tuple[int, int],
+    activation: Callable[..., nn.Module],
+) -> list[nn.Module]:
     """A down-sampling layer, where one is needed, and inverted bottlenecks.
 
     Arguments
@@ -236,7 +257,7 @@ def depth_first_stage(in_channels, channels, size, stride, activation):
     list of torch.nn.Module
         The layers.
     """
-    layers = []
+    layers: list[nn.Module] = []
     if stride != (1, 1) or in_channels != channels:
         layers.append(DownSampling(in_channels, channels, stride))
     layers += (InvertedBottleneck(channels, activation) for _ in range(size))

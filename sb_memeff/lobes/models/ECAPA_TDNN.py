@@ -16,10 +16,17 @@ Authors
  * The sb_memeff authors 2026
 """
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
+
 import torch
 import torch.nn.functional as F
 from speechbrain.lobes.models.ECAPA_TDNN import (
     ECAPA_TDNN as SpeechBrainECAPA_TDNN,
+    Res2NetBlock,
+    SEBlock,
+    SERes2NetBlock,
+    TDNNBlock,
 )
 from torch import nn
 
@@ -28,6 +35,9 @@ from sb_memeff.nnet.attentive_pooling import attentive_statistics_pooling
 from sb_memeff.nnet.padding import check_lengths, mask
 from sb_memeff.nnet.recompute.segment import Segment
 from sb_memeff.nnet.reversible import ReversibleSequence, Tap
+
+if TYPE_CHECKING:
+    from sb_memeff.lobes.models.RevECAPA_TDNN import RevECAPA_TDNN
 
 __all__ = ["ECAPA_TDNN"]
 
@@ -67,13 +77,15 @@ class ECAPA_TDNN(SpeechBrainECAPA_TDNN):
     torch.Size([5, 1, 192])
     """
 
-    def __init__(self, *args, save_memory=True, **kwargs):
+    def __init__(self, *args: Any, save_memory: bool = True, **kwargs: Any):
         super().__init__(*args, **kwargs)
         conv = self.mfa.conv.conv
-        check_aggregation(self.channels, *conv.kernel_size, conv.groups)
+        check_aggregation(self.channels, *conv.kernel_size, groups=conv.groups)
         self.save_memory = save_memory
 
-    def forward(self, x, lengths=None):
+    def forward(
+        self, x: torch.Tensor, lengths: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Computes embeddings.
 
         Arguments
@@ -97,7 +109,9 @@ class ECAPA_TDNN(SpeechBrainECAPA_TDNN):
         return embed(self, trunk, x, lengths)
 
 
-def tdnn(block, x, padding=None):
+def tdnn(
+    block: TDNNBlock, x: torch.Tensor, padding: torch.Tensor | None = None
+) -> torch.Tensor:
     """A TDNNBlock, without the copy that SpeechBrain makes to pad by 0.
 
     Arguments
@@ -119,7 +133,12 @@ def tdnn(block, x, padding=None):
     return mask(x, padding)
 
 
-def res2net(block, x, save_memory=True, padding=None):
+def res2net(
+    block: Res2NetBlock,
+    x: torch.Tensor,
+    save_memory: bool = True,
+    padding: torch.Tensor | None = None,
+) -> torch.Tensor:
     """A Res2NetBlock that holds the intermediates of one chunk at a time.
 
     Arguments
@@ -153,7 +172,13 @@ def res2net(block, x, save_memory=True, padding=None):
     return torch.cat(results, dim=1)
 
 
-def se_res2net(block, x, lengths=None, save_memory=True, padding=None):
+def se_res2net(
+    block: SERes2NetBlock,
+    x: torch.Tensor,
+    lengths: torch.Tensor | None = None,
+    save_memory: bool = True,
+    padding: torch.Tensor | None = None,
+) -> torch.Tensor:
     """TDNN, Res2Net, TDNN, squeeze and excitation: a block less its shortcut.
 
     Arguments
@@ -183,7 +208,9 @@ def se_res2net(block, x, lengths=None, save_memory=True, padding=None):
     return squeeze_excite(block.se_block, x, padding)
 
 
-def squeeze_excite(block, x, padding):
+def squeeze_excite(
+    block: SEBlock, x: torch.Tensor, padding: torch.Tensor
+) -> torch.Tensor:
     """An SEBlock that counts the frames of each utterance exactly.
 
     Arguments
@@ -209,7 +236,13 @@ def squeeze_excite(block, x, padding):
     return scale * x
 
 
-def embed(net, trunk, x, lengths, padding=None):
+def embed(
+    net: "ECAPA_TDNN | RevECAPA_TDNN",
+    trunk: ReversibleSequence,
+    x: torch.Tensor,
+    lengths: torch.Tensor | None,
+    padding: torch.Tensor | None = None,
+) -> torch.Tensor:
     """From features to embeddings, with the head of an ECAPA-TDNN.
 
     Arguments
@@ -238,7 +271,7 @@ def embed(net, trunk, x, lengths, padding=None):
     ValueError
         If the shape of x does not fit, or lengths are not relative.
     """
-    first = trunk.blocks[0].block.conv.conv
+    first = cast(Stem, trunk.blocks[0]).block.conv.conv
     check_features(x, first.in_channels, first.weight.dtype)
     check_lengths(lengths, x)
     save_memory = trunk.save_memory
@@ -273,12 +306,14 @@ class Stem(nn.Module):
         To follow it, where the channels change.
     """
 
-    def __init__(self, block, shortcut=None):
+    def __init__(self, block: TDNNBlock, shortcut: nn.Module | None = None):
         super().__init__()
         self.block = block
         self.shortcut = shortcut
 
-    def forward(self, x, padding=None, **_):
+    def forward(
+        self, x: torch.Tensor, padding: torch.Tensor | None = None, **_: object
+    ) -> torch.Tensor:
         """Runs the block.
 
         Arguments
@@ -311,11 +346,17 @@ class Residual(nn.Module):
         The block.
     """
 
-    def __init__(self, block):
+    def __init__(self, block: SERes2NetBlock):
         super().__init__()
         self.block = block
 
-    def forward(self, x, lengths, save_memory, **_):
+    def forward(
+        self,
+        x: torch.Tensor,
+        lengths: torch.Tensor | None,
+        save_memory: bool,
+        **_: object,
+    ) -> torch.Tensor:
         """Runs the block.
 
         Arguments
@@ -351,11 +392,17 @@ class Aggregated(nn.Module):
         Number of the tap.
     """
 
-    def __init__(self, number):
+    def __init__(self, number: int):
         super().__init__()
         self.number = number
 
-    def forward(self, x, weights, bias, **_):
+    def forward(
+        self,
+        x: torch.Tensor,
+        weights: Sequence[torch.Tensor],
+        bias: torch.Tensor | None,
+        **_: object,
+    ) -> torch.Tensor:
         """Reads from the state of the chain.
 
         Arguments
@@ -378,7 +425,9 @@ class Aggregated(nn.Module):
         return F.conv1d(x, weights[self.number], bias)
 
 
-def check_aggregation(channels, kernel_size, groups):
+def check_aggregation(
+    channels: Sequence[int], kernel_size: int, groups: int
+) -> None:
     """The aggregation must be a sum over blocks.
 
     Arguments

@@ -10,8 +10,11 @@ Authors
 
 import inspect
 import math
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import Any, Literal, cast
 
+import torch
 from torch import nn
 
 from sb_memeff.lobes.features import check_features
@@ -22,7 +25,12 @@ from sb_memeff.nnet.pooling import TemporalStatisticsPooling
 __all__ = ["BasicBlock", "Bottleneck", "Embedding", "ResNet", "StagedNetwork"]
 
 
-def conv3x3(in_channels, out_channels, stride=1, groups=1):
+def conv3x3(
+    in_channels: int,
+    out_channels: int,
+    stride: int | tuple[int, int] = 1,
+    groups: int = 1,
+) -> nn.Conv2d:
     """A 3x3 convolution that keeps the size (up to its stride)."""
     return nn.Conv2d(
         in_channels,
@@ -35,12 +43,16 @@ def conv3x3(in_channels, out_channels, stride=1, groups=1):
     )
 
 
-def conv1x1(in_channels, out_channels, stride=1):
+def conv1x1(
+    in_channels: int, out_channels: int, stride: int | tuple[int, int] = 1
+) -> nn.Conv2d:
     """A pointwise convolution."""
     return nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False)
 
 
-def stride_pairs(strides):
+def stride_pairs(
+    strides: Sequence[int | Sequence[int]],
+) -> list[tuple[int, int]]:
     """Strides as (time, frequency); one number stands for both.
 
     Arguments
@@ -58,13 +70,18 @@ def stride_pairs(strides):
     >>> stride_pairs([1, (1, 2)])
     [(1, 1), (1, 2)]
     """
-    return [
-        tuple(stride) if isinstance(stride, (list, tuple)) else (stride, stride)
-        for stride in strides
-    ]
+    return cast(
+        list[tuple[int, int]],
+        [
+            tuple(stride)
+            if isinstance(stride, (list, tuple))
+            else (stride, stride)
+            for stride in strides
+        ],
+    )
 
 
-def make_activation(kind):
+def make_activation(kind: Callable[..., nn.Module]) -> nn.Module:
     """An activation, in place where it can be.
 
     Batch norm keeps its input and not its output, so that the output may be
@@ -78,7 +95,13 @@ def make_activation(kind):
 class _ResidualBlock(nn.Module):
     """activation(body(x) + shortcut(x)); subclasses set up the body."""
 
-    def __init__(self, in_channels, out_channels, stride, activation):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int | tuple[int, int],
+        activation: Callable[..., nn.Module],
+    ):
         super().__init__()
         self.activation = make_activation(activation)
         self.shortcut = None
@@ -88,7 +111,9 @@ class _ResidualBlock(nn.Module):
                 nn.BatchNorm2d(out_channels),
             )
 
-    def join(self, x, body, padding):
+    def join(
+        self, x: torch.Tensor, body: torch.Tensor, padding: torch.Tensor | None
+    ) -> torch.Tensor:
         """The sum and its activation, padded frames zero."""
         x = x if self.shortcut is None else self.shortcut(x)
         return self.activation(mask(body + x, padding))
@@ -117,7 +142,13 @@ class BasicBlock(_ResidualBlock):
 
     expansion = 1
 
-    def __init__(self, in_channels, channels, stride=1, activation=nn.ReLU):
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        stride: int | tuple[int, int] = 1,
+        activation: Callable[..., nn.Module] = nn.ReLU,
+    ):
         super().__init__(in_channels, channels, stride, activation)
         self.conv1 = conv3x3(in_channels, channels, stride)
         self.bn1 = nn.BatchNorm2d(channels)
@@ -125,11 +156,16 @@ class BasicBlock(_ResidualBlock):
         self.bn2 = nn.BatchNorm2d(channels)
 
     @property
-    def last_norm(self):
+    def last_norm(self) -> nn.BatchNorm2d:
         """The normalisation just before the sum."""
         return self.bn2
 
-    def forward(self, x, padding=None, padding_in=None):
+    def forward(
+        self,
+        x: torch.Tensor,
+        padding: torch.Tensor | None = None,
+        padding_in: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Runs the block.
 
         Arguments
@@ -179,12 +215,12 @@ class Bottleneck(_ResidualBlock):
 
     def __init__(
         self,
-        in_channels,
-        channels,
-        stride=1,
-        activation=nn.ReLU,
-        out_channels=None,
-        groups=1,
+        in_channels: int,
+        channels: int,
+        stride: int | tuple[int, int] = 1,
+        activation: Callable[..., nn.Module] = nn.ReLU,
+        out_channels: int | None = None,
+        groups: int = 1,
     ):
         out_channels = out_channels or channels * self.expansion
         super().__init__(in_channels, out_channels, stride, activation)
@@ -196,11 +232,16 @@ class Bottleneck(_ResidualBlock):
         self.bn3 = nn.BatchNorm2d(out_channels)
 
     @property
-    def last_norm(self):
+    def last_norm(self) -> nn.BatchNorm2d:
         """The normalisation just before the sum."""
         return self.bn3
 
-    def forward(self, x, padding=None, padding_in=None):
+    def forward(
+        self,
+        x: torch.Tensor,
+        padding: torch.Tensor | None = None,
+        padding_in: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Runs the block.
 
         Arguments
@@ -245,13 +286,13 @@ class Embedding(nn.Module):
     torch.Size([4, 8])
     """
 
-    def __init__(self, in_neurons, lin_neurons):
+    def __init__(self, in_neurons: int, lin_neurons: int):
         super().__init__()
         self.norm_stats = nn.BatchNorm1d(in_neurons, affine=False)
         self.fc_embed = nn.Linear(in_neurons, lin_neurons)
         self.norm_embed = nn.BatchNorm1d(lin_neurons, affine=False)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Computes the embedding.
 
         Arguments
@@ -297,14 +338,14 @@ class StagedNetwork(Presets, nn.Module):
 
     def __init__(
         self,
-        input_size,
-        activation,
-        stem_channels,
-        channels,
-        block_sizes,
-        strides,
-        lin_neurons,
-        make_stage,
+        input_size: int,
+        activation: Callable[..., nn.Module],
+        stem_channels: int,
+        channels: Sequence[int],
+        block_sizes: Sequence[int],
+        strides: Sequence[int | Sequence[int]],
+        lin_neurons: int,
+        make_stage: Callable[..., list[nn.Module]],
     ):
         super().__init__()
         strides = stride_pairs(strides)
@@ -328,9 +369,13 @@ class StagedNetwork(Presets, nn.Module):
         for block in self.modules():
             if isinstance(block, _ResidualBlock):
                 # Each block begins as its shortcut (Goyal et al., 2017).
-                nn.init.zeros_(block.last_norm.weight)
+                nn.init.zeros_(
+                    cast(BasicBlock | Bottleneck, block).last_norm.weight
+                )
 
-    def forward(self, x, lengths=None):
+    def forward(
+        self, x: torch.Tensor, lengths: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Computes embeddings.
 
         Arguments
@@ -359,7 +404,9 @@ class StagedNetwork(Presets, nn.Module):
         if masks[0] is not None:
             x = x.masked_fill(masks[0], 0.0)
         x = self.activation(mask(self.bn1(self.conv1(x)), masks[0]))
-        for stage, blocks in enumerate(self.stages):
+        for stage, blocks in enumerate(
+            cast(Iterable[nn.ModuleList], self.stages)
+        ):
             before = masks[stage]
             for block in blocks:
                 x = block(x, masks[stage + 1], before)
@@ -370,7 +417,14 @@ class StagedNetwork(Presets, nn.Module):
 BLOCKS = {"basic": BasicBlock, "bottleneck": Bottleneck}
 
 
-def residual_stage(kind, in_channels, channels, size, stride, activation):
+def residual_stage(
+    kind: type[BasicBlock] | type[Bottleneck],
+    in_channels: int,
+    channels: int,
+    size: int,
+    stride: int | tuple[int, int],
+    activation: Callable[..., nn.Module],
+) -> list[nn.Module]:
     """Residual blocks, the first of which has the stride.
 
     Arguments
@@ -457,7 +511,9 @@ class ResNet(StagedNetwork):
     }
 
     @classmethod
-    def preset_arguments(cls, name, base_channels=32, **overrides):
+    def preset_arguments(
+        cls, name: str, base_channels: int = 32, **overrides: Any
+    ) -> dict[str, Any]:
         """The arguments that a preset stands for.
 
         Arguments
@@ -482,13 +538,13 @@ class ResNet(StagedNetwork):
 
     def __init__(
         self,
-        input_size=80,
-        activation=nn.ReLU,
-        channels=(32, 64, 128, 256),
-        block_sizes=(3, 4, 6, 3),
-        strides=(1, 2, 2, 2),
-        lin_neurons=256,
-        block="basic",
+        input_size: int = 80,
+        activation: Callable[..., nn.Module] = nn.ReLU,
+        channels: Sequence[int] = (32, 64, 128, 256),
+        block_sizes: Sequence[int] = (3, 4, 6, 3),
+        strides: Sequence[int | Sequence[int]] = (1, 2, 2, 2),
+        lin_neurons: int = 256,
+        block: Literal["basic", "bottleneck"] = "basic",
     ):
         check_block(block, BLOCKS)
         check_stages(strides, channels=channels, block_sizes=block_sizes)
@@ -510,7 +566,7 @@ class ResNet(StagedNetwork):
         )
 
 
-def bands(input_size, strides):
+def bands(input_size: int, strides: Sequence[tuple[int, int]]) -> int:
     """Bands that the last stage has.
 
     Arguments
@@ -528,7 +584,7 @@ def bands(input_size, strides):
     return math.ceil(input_size / math.prod(f for _, f in strides))
 
 
-def check_block(block, known):
+def check_block(block: str, known: Iterable[str]) -> None:
     """A known block.
 
     Arguments
@@ -549,7 +605,9 @@ def check_block(block, known):
         )
 
 
-def check_stages(strides, **sizes):
+def check_stages(
+    strides: Sequence[int | Sequence[int]], **sizes: Sequence[int]
+) -> None:
     """Four stages of positive sizes.
 
     Arguments
@@ -579,7 +637,7 @@ def check_stages(strides, **sizes):
         )
 
 
-def initialise(network):
+def initialise(network: nn.Module) -> None:
     """He initialisation of the convolutions, as in SpeechBrain's ResNet.
 
     Arguments

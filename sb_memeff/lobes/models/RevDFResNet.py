@@ -25,8 +25,11 @@ Authors
  * The sb_memeff authors 2026
 """
 
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Literal
 
+import torch
 from torch import nn
 
 from sb_memeff.lobes.models.DFResNet import BLOCK_SIZES, GOLDEN_GEMINI
@@ -68,14 +71,21 @@ class StridedConvolution(nn.Module):
     couplings = 0
 
     def __init__(
-        self, in_channels, out_channels, stride, stage=0, activation=nn.ReLU
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int | tuple[int, int],
+        stage: int = 0,
+        activation: Callable[..., nn.Module] = nn.ReLU,
     ):
         super().__init__()
         conv = conv3x3(in_channels, out_channels, stride)
         self.layer = NormActConv(in_channels, conv, activation)
         self.stage = stage
 
-    def forward(self, x, masks=None):
+    def forward(
+        self, x: torch.Tensor, masks: Sequence[torch.Tensor] | None = None
+    ) -> torch.Tensor:
         """Runs the layer.
 
         Arguments
@@ -95,7 +105,7 @@ class StridedConvolution(nn.Module):
         return mask(self.layer(x, masks[self.stage - 1]), masks[self.stage])
 
 
-def half(block_sizes):
+def half(block_sizes: Sequence[int]) -> list[int]:
     """Couplings instead of blocks: each has two residual functions."""
     return [(size + 1) // 2 for size in block_sizes]
 
@@ -219,17 +229,17 @@ class RevDFResNet(ReversibleNetwork):
 
     def __init__(
         self,
-        input_size=80,
-        activation=nn.ReLU,
-        channels=(32, 64, 256, 256),
-        block_sizes=(2, 2, 5, 2),
-        strides=(1, 2, 2, 2),
-        lin_neurons=256,
-        inner_channels=None,
-        pool_channels=None,
-        slices=(1, 1, 1, 1),
-        downsampling="strided",
-        save_memory=True,
+        input_size: int = 80,
+        activation: Callable[..., nn.Module] = nn.ReLU,
+        channels: Sequence[int] = (32, 64, 256, 256),
+        block_sizes: Sequence[int] = (2, 2, 5, 2),
+        strides: Sequence[int | Sequence[int]] = (1, 2, 2, 2),
+        lin_neurons: int = 256,
+        inner_channels: Sequence[int] | None = None,
+        pool_channels: int | None = None,
+        slices: Sequence[int] = (1, 1, 1, 1),
+        downsampling: Literal["strided", "invertible"] = "strided",
+        save_memory: bool = True,
     ):
         if inner_channels is None:
             inner_channels = [2 * c for c in channels]
@@ -256,8 +266,13 @@ class RevDFResNet(ReversibleNetwork):
 
 
 def sliced_residual(
-    slices, in_channels, channels, out_channels, stage, activation
-):
+    slices: Sequence[int],
+    in_channels: int,
+    channels: int,
+    out_channels: int,
+    stage: int,
+    activation: Callable[..., nn.Module],
+) -> nn.ModuleList:
     """An inverted bottleneck as a list of its slices, for a coupling.
 
     Arguments
@@ -294,7 +309,14 @@ def sliced_residual(
     )
 
 
-def transition(in_channels, channels, out_channels, stride, stage, activation):
+def transition(
+    in_channels: int,
+    channels: int,
+    out_channels: int,
+    stride: tuple[int, int],
+    stage: int,
+    activation: Callable[..., nn.Module],
+) -> StridedConvolution:
     """Transition between two stages of Type I.
 
     Arguments

@@ -12,7 +12,9 @@ Authors
 """
 
 import math
+from collections.abc import Callable, Sequence
 
+import torch
 from speechbrain.lobes.models.ECAPA_TDNN import (
     AttentiveStatisticsPooling,
     BatchNorm1d,
@@ -74,15 +76,15 @@ class SERes2NetBody(nn.Module):
 
     def __init__(
         self,
-        channels,
-        inner_channels,
-        res2net_scale=8,
-        se_channels=128,
-        kernel_size=3,
-        dilation=1,
-        activation=nn.ReLU,
-        groups=1,
-        dropout=0.0,
+        channels: int,
+        inner_channels: int,
+        res2net_scale: int = 8,
+        se_channels: int = 128,
+        kernel_size: int = 3,
+        dilation: int = 1,
+        activation: Callable[..., nn.Module] = nn.ReLU,
+        groups: int = 1,
+        dropout: float = 0.0,
     ):
         super().__init__()
         options = {
@@ -97,7 +99,13 @@ class SERes2NetBody(nn.Module):
         self.tdnn2 = TDNNBlock(inner_channels, channels, 1, 1, **options)
         self.se_block = SEBlock(channels, se_channels, channels)
 
-    def forward(self, x, padding=None, save_memory=True, **_):
+    def forward(
+        self,
+        x: torch.Tensor,
+        padding: torch.Tensor | None = None,
+        save_memory: bool = True,
+        **_: object,
+    ) -> torch.Tensor:
         """Runs the function.
 
         Arguments
@@ -186,21 +194,21 @@ class RevECAPA_TDNN(nn.Module):
 
     def __init__(
         self,
-        input_size,
-        device="cpu",
-        lin_neurons=192,
-        activation=nn.ReLU,
-        channels=(512, 512, 512, 512, 1536),
-        kernel_sizes=(5, 3, 3, 3, 1),
-        dilations=(1, 2, 3, 4, 1),
-        attention_channels=128,
-        res2net_scale=8,
-        se_channels=128,
-        global_context=True,
-        groups=(1, 1, 1, 1, 1),
-        dropout=0.0,
-        inner_channels=None,
-        save_memory=True,
+        input_size: int,
+        device: str = "cpu",
+        lin_neurons: int = 192,
+        activation: Callable[..., nn.Module] = nn.ReLU,
+        channels: Sequence[int] = (512, 512, 512, 512, 1536),
+        kernel_sizes: Sequence[int] = (5, 3, 3, 3, 1),
+        dilations: Sequence[int] = (1, 2, 3, 4, 1),
+        attention_channels: int = 128,
+        res2net_scale: int = 8,
+        se_channels: int = 128,
+        global_context: bool = True,
+        groups: Sequence[int] = (1, 1, 1, 1, 1),
+        dropout: float = 0.0,
+        inner_channels: int | None = None,
+        save_memory: bool = True,
     ):
         super().__init__()
         for name, values in (
@@ -281,15 +289,17 @@ class RevECAPA_TDNN(nn.Module):
         )
 
     @property
-    def save_memory(self):
+    def save_memory(self) -> bool:
         """Whether activations are computed again instead of stored."""
         return self.trunk.save_memory
 
     @save_memory.setter
-    def save_memory(self, value):
+    def save_memory(self, value: bool) -> None:
         self.trunk.save_memory = value
 
-    def forward(self, x, lengths=None):
+    def forward(
+        self, x: torch.Tensor, lengths: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Computes embeddings.
 
         Arguments
@@ -309,7 +319,9 @@ class RevECAPA_TDNN(nn.Module):
         return embed(self, self.trunk, x, None, padding)
 
 
-def check_kernels(kernel_sizes, dilations):
+def check_kernels(
+    kernel_sizes: Sequence[int], dilations: Sequence[int]
+) -> None:
     """Each convolution must keep the number of frames.
 
     Arguments
@@ -333,7 +345,13 @@ def check_kernels(kernel_sizes, dilations):
             )
 
 
-def matching_width(channels, res2net_scale, se_channels, kernel_size, groups):
+def matching_width(
+    channels: int,
+    res2net_scale: int,
+    se_channels: int,
+    kernel_size: int,
+    groups: int,
+) -> int:
     """Inner channels that give a coupling the parameters of one block.
 
     Arguments
@@ -355,7 +373,7 @@ def matching_width(channels, res2net_scale, se_channels, kernel_size, groups):
         A multiple of res2net_scale and groups.
     """
 
-    def parameters(outside, inside):
+    def parameters(outside: int, inside: int) -> int:
         chunk = inside // res2net_scale
         res2net = (res2net_scale - 1) * (kernel_size * chunk + 3) * chunk
         tdnn = (2 * outside // groups + 3) * inside + 3 * outside
@@ -369,7 +387,9 @@ def matching_width(channels, res2net_scale, se_channels, kernel_size, groups):
     )
 
 
-def check_inner_channels(inner_channels, res2net_scale, groups):
+def check_inner_channels(
+    inner_channels: int, res2net_scale: int, groups: int
+) -> None:
     """Res2Net splits them in chunks, and groups in groups.
 
     Arguments

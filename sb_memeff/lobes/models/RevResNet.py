@@ -19,8 +19,11 @@ Authors
 """
 
 import math
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, cast
 
+import torch
 from torch import nn
 
 from sb_memeff.lobes.features import check_features
@@ -45,6 +48,9 @@ from sb_memeff.nnet.reversible import (
     SpaceToDepth,
 )
 
+if TYPE_CHECKING:
+    from sb_memeff.lobes.models.RevDFResNet import StridedConvolution
+
 __all__ = ["ReversibleNetwork", "RevResNet"]
 
 
@@ -67,13 +73,20 @@ class NormActConv(nn.Module):
     torch.Size([1, 8, 6, 6])
     """
 
-    def __init__(self, in_channels, conv, activation):
+    def __init__(
+        self,
+        in_channels: int,
+        conv: nn.Conv2d,
+        activation: Callable[..., nn.Module],
+    ):
         super().__init__()
         self.norm = nn.BatchNorm2d(in_channels)
         self.activation = make_activation(activation)
         self.conv = conv
 
-    def forward(self, x, padding=None):
+    def forward(
+        self, x: torch.Tensor, padding: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Runs the layer.
 
         Arguments
@@ -91,7 +104,12 @@ class NormActConv(nn.Module):
         return self.conv(self.activation(mask(self.norm(x), padding)))
 
 
-def basic_convolutions(in_channels, channels, out_channels, stride):
+def basic_convolutions(
+    in_channels: int,
+    channels: int,
+    out_channels: int,
+    stride: int | tuple[int, int],
+) -> list[nn.Conv2d]:
     """Two 3x3 convolutions."""
     return [
         conv3x3(in_channels, channels, stride),
@@ -99,7 +117,12 @@ def basic_convolutions(in_channels, channels, out_channels, stride):
     ]
 
 
-def bottleneck_convolutions(in_channels, channels, out_channels, stride):
+def bottleneck_convolutions(
+    in_channels: int,
+    channels: int,
+    out_channels: int,
+    stride: int | tuple[int, int],
+) -> list[nn.Conv2d]:
     """1x1, 3x3 and 1x1 convolutions."""
     return [
         conv1x1(in_channels, channels),
@@ -108,7 +131,12 @@ def bottleneck_convolutions(in_channels, channels, out_channels, stride):
     ]
 
 
-def inverted_convolutions(in_channels, channels, out_channels, stride):
+def inverted_convolutions(
+    in_channels: int,
+    channels: int,
+    out_channels: int,
+    stride: int | tuple[int, int],
+) -> list[nn.Conv2d]:
     """1x1, depthwise 3x3 and 1x1 convolutions."""
     return [
         conv1x1(in_channels, channels),
@@ -158,13 +186,13 @@ class ResidualBody(nn.Module):
 
     def __init__(
         self,
-        block,
-        in_channels,
-        channels,
-        out_channels,
-        stride=1,
-        stage=0,
-        activation=nn.ReLU,
+        block: str,
+        in_channels: int,
+        channels: int,
+        out_channels: int,
+        stride: int | tuple[int, int] = 1,
+        stage: int = 0,
+        activation: Callable[..., nn.Module] = nn.ReLU,
     ):
         super().__init__()
         convs = BODIES[block](in_channels, channels, out_channels, stride)
@@ -175,7 +203,9 @@ class ResidualBody(nn.Module):
         before = stage if stride in (1, (1, 1)) else stage - 1
         self.stages = [before] * (len(convs) - 1) + [stage]
 
-    def forward(self, x, masks=None):
+    def forward(
+        self, x: torch.Tensor, masks: Sequence[torch.Tensor] | None = None
+    ) -> torch.Tensor:
         """Runs the function.
 
         Arguments
@@ -193,6 +223,8 @@ class ResidualBody(nn.Module):
         for layer, stage in zip(self.layers, self.stages, strict=True):
             padding = None if masks is None else masks[stage]
             x = layer(x, padding)
+        # There is a layer at least.
+        # pyrefly: ignore[unbound-name]
         return mask(x, padding)
 
 
@@ -215,11 +247,13 @@ class Stem(nn.Module):
     torch.Size([2, 8, 50, 80])
     """
 
-    def __init__(self, channels, stride=1):
+    def __init__(self, channels: int, stride: int | tuple[int, int] = 1):
         super().__init__()
         self.conv = conv3x3(1, channels, stride)
 
-    def forward(self, x, masks=None):
+    def forward(
+        self, x: torch.Tensor, masks: Sequence[torch.Tensor] | None = None
+    ) -> torch.Tensor:
         """Runs the stem.
 
         Arguments
@@ -280,13 +314,13 @@ class StridedCoupling(nn.Module):
 
     def __init__(
         self,
-        block,
-        in_channels,
-        channels,
-        out_channels,
-        stride,
-        stage=0,
-        activation=nn.ReLU,
+        block: str,
+        in_channels: int,
+        channels: int,
+        out_channels: int,
+        stride: int | tuple[int, int],
+        stage: int = 0,
+        activation: Callable[..., nn.Module] = nn.ReLU,
     ):
         super().__init__()
         (self.stride,) = stride_pairs([stride])
@@ -317,7 +351,11 @@ class StridedCoupling(nn.Module):
             activation,
         )
 
-    def forward(self, streams, masks=None):
+    def forward(
+        self,
+        streams: tuple[torch.Tensor, torch.Tensor],
+        masks: Sequence[torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Runs the transition.
 
         Arguments
@@ -337,7 +375,12 @@ class StridedCoupling(nn.Module):
         y2 = self._shortcut(self.q, x2, masks) + self.g(y1, masks)
         return y1, y2
 
-    def _shortcut(self, function, x, masks):
+    def _shortcut(
+        self,
+        function: nn.Module,
+        x: torch.Tensor,
+        masks: Sequence[torch.Tensor] | None,
+    ) -> torch.Tensor:
         # Strided before it is normalised: a quarter of the memory.
         time, frequency = self.stride
         y = function(x[..., ::time, ::frequency])
@@ -363,7 +406,12 @@ class PooledStatistics(nn.Module):
     torch.Size([2, 80])
     """
 
-    def __init__(self, in_channels, channels=None, activation=nn.ReLU):
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int | None = None,
+        activation: Callable[..., nn.Module] = nn.ReLU,
+    ):
         super().__init__()
         self.narrow = None
         if channels is not None:
@@ -374,7 +422,9 @@ class PooledStatistics(nn.Module):
         self.activation = make_activation(activation)
         self.pooling = TemporalStatisticsPooling()
 
-    def forward(self, x, masks=None):
+    def forward(
+        self, x: torch.Tensor, masks: Sequence[torch.Tensor] | None = None
+    ) -> torch.Tensor:
         """Pools.
 
         Arguments
@@ -435,8 +485,12 @@ class ReversibleNetwork(Presets, nn.Module):
 
     @classmethod
     def preset_arguments(
-        cls, name, downsampling="strided", base_channels=32, **overrides
-    ):
+        cls,
+        name: str,
+        downsampling: Literal["strided", "invertible"] = "strided",
+        base_channels: int = 32,
+        **overrides: Any,
+    ) -> dict[str, Any]:
         """The arguments that a preset stands for.
 
         Arguments
@@ -472,18 +526,18 @@ class ReversibleNetwork(Presets, nn.Module):
 
     def __init__(
         self,
-        input_size,
-        activation,
-        channels,
-        inner_channels,
-        block_sizes,
-        strides,
-        lin_neurons,
-        pool_channels,
-        downsampling,
-        save_memory,
-        make_residual,
-        make_transition,
+        input_size: int,
+        activation: Callable[..., nn.Module],
+        channels: Sequence[int],
+        inner_channels: Sequence[int],
+        block_sizes: Sequence[int],
+        strides: Sequence[int | Sequence[int]],
+        lin_neurons: int,
+        pool_channels: int | None,
+        downsampling: Literal["strided", "invertible"],
+        save_memory: bool,
+        make_residual: Callable[..., nn.Module],
+        make_transition: "Callable[..., StridedCoupling | StridedConvolution]",
     ):
         super().__init__()
         check_downsampling(downsampling)
@@ -504,7 +558,7 @@ class ReversibleNetwork(Presets, nn.Module):
             check_volume(channels, strides)
         self.input_size = input_size
         self.strides = strides
-        blocks = [Stem(channels[0], strides[0])]
+        blocks: list[nn.Module] = [Stem(channels[0], strides[0])]
         width = channels[0] // 2
         for stage in range(4):
             out = channels[stage] // 2
@@ -538,18 +592,21 @@ class ReversibleNetwork(Presets, nn.Module):
                 # Each coupling begins as the identity, as the vanilla blocks
                 # begin as their shortcuts. Else each adds a variance of its
                 # own to a stream, and Type I hardly begins to learn.
-                nn.init.zeros_(body.layers[-1].conv.weight)
+                last = cast(NormActConv, body.layers[-1])
+                nn.init.zeros_(last.conv.weight)
 
     @property
-    def save_memory(self):
+    def save_memory(self) -> bool:
         """Whether activations are computed again instead of stored."""
         return self.trunk.save_memory
 
     @save_memory.setter
-    def save_memory(self, value):
+    def save_memory(self, value: bool) -> None:
         self.trunk.save_memory = value
 
-    def forward(self, x, lengths=None):
+    def forward(
+        self, x: torch.Tensor, lengths: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Computes embeddings.
 
         Arguments
@@ -571,7 +628,7 @@ class ReversibleNetwork(Presets, nn.Module):
         ValueError
             If the shape of x does not fit, or lengths are not relative.
         """
-        stem = self.trunk.blocks[0]
+        stem = cast(Stem, self.trunk.blocks[0])
         check_features(x, self.input_size, stem.conv.weight.dtype)
         masks = padding_masks(lengths, x, [1, *(t for t, _ in self.strides)])
         return self.embedding(self.trunk(x, masks))
@@ -689,17 +746,17 @@ class RevResNet(ReversibleNetwork):
 
     def __init__(
         self,
-        input_size=80,
-        activation=nn.ReLU,
-        channels=(64, 128, 256, 512),
-        block_sizes=(2, 2, 3, 2),
-        strides=(1, 2, 2, 2),
-        lin_neurons=256,
-        block="basic",
-        inner_channels=None,
-        pool_channels=None,
-        downsampling="strided",
-        save_memory=True,
+        input_size: int = 80,
+        activation: Callable[..., nn.Module] = nn.ReLU,
+        channels: Sequence[int] = (64, 128, 256, 512),
+        block_sizes: Sequence[int] = (2, 2, 3, 2),
+        strides: Sequence[int | Sequence[int]] = (1, 2, 2, 2),
+        lin_neurons: int = 256,
+        block: Literal["basic", "bottleneck"] = "basic",
+        inner_channels: Sequence[int] | None = None,
+        pool_channels: int | None = None,
+        downsampling: Literal["strided", "invertible"] = "strided",
+        save_memory: bool = True,
     ):
         check_block(block, BLOCKS)
         if inner_channels is None:
@@ -721,7 +778,9 @@ class RevResNet(ReversibleNetwork):
         )
 
 
-def scale_widths(widths, base_channels):
+def scale_widths(
+    widths: int | list[int], base_channels: int
+) -> int | list[int]:
     """The widths of a preset for another width of its first stage.
 
     Arguments
@@ -742,7 +801,9 @@ def scale_widths(widths, base_channels):
         If one of them would not be whole.
     """
     if isinstance(widths, list):
-        return [scale_widths(width, base_channels) for width in widths]
+        return [
+            cast(int, scale_widths(width, base_channels)) for width in widths
+        ]
     if base_channels < 1 or widths * base_channels % 32:
         raise ValueError(
             f"base_channels={base_channels} does not scale a width of "
@@ -752,7 +813,7 @@ def scale_widths(widths, base_channels):
     return widths * base_channels // 32
 
 
-def check_downsampling(downsampling):
+def check_downsampling(downsampling: str) -> None:
     """Names the two kinds if it is neither.
 
     Arguments
@@ -772,7 +833,9 @@ def check_downsampling(downsampling):
         )
 
 
-def check_volume(channels, strides):
+def check_volume(
+    channels: Sequence[int], strides: Sequence[tuple[int, int]]
+) -> None:
     """Invertible down-sampling keeps the number of values.
 
     Arguments

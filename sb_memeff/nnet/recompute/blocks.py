@@ -10,9 +10,12 @@ import inspect
 import math
 import types
 import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, SupportsIndex, cast
 
 import torch
 from speechbrain.utils.logger import get_logger
+from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
@@ -25,7 +28,12 @@ __all__ = ["apply_to_blocks", "recompute_blocks", "store_blocks"]
 logger = get_logger(__name__)
 
 
-def recompute_blocks(module, blocks, every=1, segment_length=1):
+def recompute_blocks(
+    module: nn.Module,
+    blocks: str | Sequence[str],
+    every: float = 1,
+    segment_length: int = 1,
+) -> list[str]:
     """Makes named blocks compute their activations again in backward.
 
     The module is changed in place and keeps its class (by isinstance), its
@@ -99,7 +107,12 @@ def recompute_blocks(module, blocks, every=1, segment_length=1):
     return names
 
 
-def apply_to_blocks(module, blocks, every, segment_length):
+def apply_to_blocks(
+    module: nn.Module,
+    blocks: str | Sequence[str],
+    every: float,
+    segment_length: int,
+) -> list[str]:
     segments = find_segments(module, blocks, segment_length)
     _check_every(every)
     if every != 1:
@@ -115,7 +128,7 @@ def apply_to_blocks(module, blocks, every, segment_length):
     return names
 
 
-def store_blocks(module):
+def store_blocks(module: nn.Module) -> list[str]:
     """Undoes ``recompute_blocks``: all blocks store their activations.
 
     Needed for pickles of whole modules (not for a state_dict) that shall be
@@ -150,7 +163,7 @@ def store_blocks(module):
     return names
 
 
-def _check_every(every):
+def _check_every(every: float) -> None:
     if not isinstance(every, (int, float)) or not 1 <= every < math.inf:
         raise ValueError(
             f"recompute_blocks: every must be a number of at least 1, got "
@@ -164,7 +177,7 @@ class _Queue:
     def __init__(self):
         self._open = None
 
-    def segment(self, position, leaves):
+    def segment(self, position: int, leaves: Iterable[object]) -> Segment:
         """The segment that a call belongs to.
 
         A call joins the segment of the calls before it if they feed it; a
@@ -178,7 +191,7 @@ class _Queue:
             self._open = weakref.ref(segment)
         return segment
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, None]:
         # Copies and pickles begin with no segment open.
         return {"_open": None}
 
@@ -186,12 +199,18 @@ class _Queue:
 class _Place:
     """Where a block stands among those that recompute."""
 
-    def __init__(self, name, queue, position):
+    def __init__(self, name: str, queue: _Queue, position: int):
         self.name = name
         self.queue = queue
         self.position = position
 
-    def call(self, block, forward, args, kwargs):
+    def call(
+        self,
+        block: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
         """Calls a block's own forward, to be computed again if need be."""
         function = functools.partial(forward, block)
         if not torch.is_grad_enabled() or torch.jit.is_tracing():
@@ -199,7 +218,13 @@ class _Place:
         return _recompute(self, block, function, args, kwargs)
 
 
-def _recompute(place, block, function, args, kwargs):
+def _recompute(
+    place: _Place,
+    block: nn.Module,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
     """Calls the function in the segment to which its block belongs."""
     segment = place.queue.segment(place.position, tree_leaves((args, kwargs)))
     result = segment.call(place.name, block, function, args, kwargs)
@@ -207,7 +232,13 @@ def _recompute(place, block, function, args, kwargs):
     return result
 
 
-def _recompute_in_graph(place, block, function, args, kwargs):
+def _recompute_in_graph(
+    place: _Place,
+    block: nn.Module,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
     """Takes the place of ``_recompute`` in a graph of torch.compile.
 
     The compiler has its own way to compute again, and counts batch statistics
@@ -217,7 +248,7 @@ def _recompute_in_graph(place, block, function, args, kwargs):
 
 
 @functools.cache
-def _prepare_compiler():
+def _prepare_compiler() -> None:
     """Says how torch.compile treats the call of a block.
 
     A block that it cannot trace as a whole is not compiled at all: torch's
@@ -229,17 +260,20 @@ def _prepare_compiler():
     torch.compiler.substitute_in_graph(_recompute)(_recompute_in_graph)
 
 
-def _make_recompute(block, place):
+def _make_recompute(block: nn.Module, place: _Place) -> None:
     if not _recomputes(type(block)):
         _change_class(block, _recomputing)
-    block._recompute_place = place
+    # Not an object of torch: Module keeps any.
+    block._recompute_place = cast(Any, place)
 
 
-def _recomputes(cls):
+def _recomputes(cls: type[nn.Module]) -> bool:
     return any("_stores_as" in vars(c) for c in cls.__mro__)
 
 
-def _change_class(block, change):
+def _change_class(
+    block: nn.Module, change: Callable[[type[nn.Module]], type[nn.Module]]
+) -> None:
     """Changes the class of a block, below its parametrizations.
 
     torch.nn.utils.parametrize derives a class for each module that it
@@ -248,7 +282,8 @@ def _change_class(block, change):
     """
     cls = type(block)
     if not parametrize.is_parametrized(block) or not any(
-        name in vars(cls) for name in block.parametrizations
+        name in vars(cls)
+        for name in cast(nn.ModuleDict, block.parametrizations)
     ):
         block.__class__ = change(cls)
         return
@@ -263,7 +298,7 @@ def _change_class(block, change):
 
 
 @functools.cache
-def _recomputing(original):
+def _recomputing(original: type[nn.Module]) -> type[nn.Module]:
     """A class like ``original`` whose forward is computed again in backward.
 
     A class, since it goes wherever the instance goes: copies, pickles and
@@ -272,7 +307,7 @@ def _recomputing(original):
     """
     _prepare_compiler()
 
-    def forward(self, *args, **kwargs):
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self._recompute_place is None:
             return original.forward(self, *args, **kwargs)
         return self._recompute_place.call(self, original.forward, args, kwargs)
@@ -285,13 +320,13 @@ def _recomputing(original):
     )
     functools.update_wrapper(forward, original.forward)
     # SpeechBrain asks whether forward takes lengths, and does not unwrap.
-    forward.__signature__ = inspect.signature(original.forward)
+    cast(Any, forward).__signature__ = inspect.signature(original.forward)
 
-    def __reduce_ex__(self, protocol):
+    def __reduce_ex__(self: Any, protocol: SupportsIndex) -> Any:
         reduced = original.__reduce_ex__(self, protocol)
-        if reduced[0] is not copyreg.__newobj__ or "_stores_as" not in vars(
-            type(self)
-        ):
+        if reduced[0] is not cast(
+            Any, copyreg
+        ).__newobj__ or "_stores_as" not in vars(type(self)):
             return reduced
         return (_new, (original,), *reduced[2:])
 
@@ -310,10 +345,10 @@ def _recomputing(original):
     )
 
 
-def _storing(cls):
+def _storing(cls: type[nn.Module]) -> type[nn.Module]:
     return vars(cls).get("_stores_as", cls)
 
 
-def _new(original):
+def _new(original: type[nn.Module]) -> nn.Module:
     recomputing = _recomputing(original)
     return recomputing.__new__(recomputing)

@@ -5,10 +5,13 @@ Authors
 """
 
 import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from speechbrain.utils.autocast import AMPConfig
 from speechbrain.utils.logger import get_logger
+from torch import nn
 
 from sb_memeff.memory.fake import without_data
 from sb_memeff.memory.step import training_step_memory
@@ -22,14 +25,15 @@ logger = get_logger(__name__)
 
 
 def fit_recompute(
-    module,
-    blocks,
-    budget,
-    example,
-    segment_length=1,
-    optimizer=None,
-    precision="fp32",
-):
+    module: nn.Module,
+    blocks: str | Sequence[str],
+    budget: int | str,
+    example: Sequence[int] | Callable[[Any], torch.Tensor],
+    segment_length: int = 1,
+    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+    | None = None,
+    precision: str = "fp32",
+) -> float | None:
     """Recomputes as few of the blocks as a memory budget allows.
 
     Counts the peak of a training step (parameters, gradients, activations,
@@ -88,8 +92,8 @@ def fit_recompute(
         example = tuple(example)
 
     @functools.cache
-    def peak(recomputed):
-        def build():
+    def peak(recomputed: int) -> int:
+        def build() -> nn.Module:
             network = without_data(module)
             if recomputed:
                 apply_to_blocks(

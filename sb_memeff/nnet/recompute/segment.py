@@ -30,12 +30,20 @@ Authors
 import contextlib
 import threading
 import weakref
+from collections.abc import Callable, Generator, Iterable, Sequence, Set
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any, NoReturn, cast
 
 import torch
+from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import (
+    TreeSpec,
+    tree_flatten,
+    tree_leaves,
+    tree_unflatten,
+)
 
 from sb_memeff.nnet.replay.mismatch import (
     checksum,
@@ -43,6 +51,7 @@ from sb_memeff.nnet.replay.mismatch import (
     report_mismatches,
 )
 from sb_memeff.nnet.replay.recorder import (
+    Fingerprint,
     Recorder,
     Recording,
     check_fingerprint,
@@ -71,10 +80,10 @@ class Segment:
     def __init__(self):
         # For whoever decides what belongs together: where the last call was.
         self.position = -1
-        self._calls = []
-        self._values = {}
+        self._calls: list[_Call] = []
+        self._values: dict[tuple[int, int], tuple[torch.Tensor, int]] = {}
 
-    def feeds(self, leaves):
+    def feeds(self, leaves: Iterable[object]) -> bool:
         """Whether one of these is an output of the segment, unchanged.
 
         Arguments
@@ -89,7 +98,14 @@ class Segment:
         """
         return any(self._origin(leaf) is not None for leaf in leaves)
 
-    def call(self, name, block, function, args, kwargs):
+    def call(
+        self,
+        name: str,
+        block: nn.Module,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
         """Calls a function, and makes autograd forget what it saves.
 
         Arguments
@@ -154,7 +170,7 @@ class Segment:
         number = len(self._calls)
         weights = [(p, p._version) for p in block.parameters()]
 
-        def pack(tensor):
+        def pack(tensor: torch.Tensor) -> "_Slot":
             slot = _Slot(self, number, len(call.slots))
             call.slots.append((weakref.ref(slot), tensor.shape, tensor.dtype))
             return slot
@@ -177,7 +193,7 @@ class Segment:
         self._calls.append(call)
         return result
 
-    def _origin(self, leaf):
+    def _origin(self, leaf: object) -> tuple[int, int] | None:
         """(number of the call, place in its output) that a tensor is."""
         if isinstance(leaf, torch.Tensor):
             for number, call in enumerate(self._calls):
@@ -186,7 +202,7 @@ class Segment:
                         return number, place
         return None
 
-    def value(self, slot):
+    def value(self, slot: "_Slot") -> torch.Tensor:
         """The tensor that a slot stands for; it is handed out once."""
         if slot.call >= len(self._calls):
             raise RuntimeError(
@@ -205,7 +221,7 @@ class Segment:
             )
         return tensor
 
-    def _recompute(self):
+    def _recompute(self) -> None:
         last = max(n for n, call in enumerate(self._calls) if call.wanted())
         calls = self._calls[: last + 1]
         for call in calls:
@@ -222,7 +238,7 @@ class Segment:
 
 
 @contextlib.contextmanager
-def nothing_saved():
+def nothing_saved() -> Generator[None, None, None]:
     """Inside, autograd keeps no tensor: no graph that is built can be used.
 
     Segments inside are plain calls, for they have nothing to forget.
@@ -254,14 +270,14 @@ forward; set save_memory=False.
 _inside = threading.local()
 
 
-def _never_opened(nothing):
+def _never_opened(nothing: object) -> NoReturn:
     raise RuntimeError(
         "A function of a reversible block calls backward in its own forward; "
         "set save_memory=False."
     )
 
 
-def _changes_its_input(name):
+def _changes_its_input(name: str) -> RuntimeError:
     return RuntimeError(
         f"{name} cannot be computed again: it changes its input in place, and "
         f"the input is all that would be stored. Set inplace=False in it, or "
@@ -274,13 +290,13 @@ class _Slot:
 
     __slots__ = ("segment", "call", "index", "__weakref__")
 
-    def __init__(self, segment, call, index):
+    def __init__(self, segment: Segment, call: int, index: int):
         self.segment = segment
         self.call = call
         self.index = index
 
 
-def _open(slot):
+def _open(slot: _Slot) -> torch.Tensor:
     return slot.segment.value(slot)
 
 
@@ -292,12 +308,15 @@ class _Storage(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, anchor, *tensors):
+    def forward(
+        ctx: Any, anchor: torch.Tensor, *tensors: torch.Tensor
+    ) -> torch.Tensor:
         ctx.save_for_backward(*tensors)
         return torch.empty(0)
 
     @staticmethod
-    def backward(ctx, gradient):
+    # pyrefly: ignore[bad-override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> NoReturn:
         raise AssertionError("nothing depends on this output")
 
 
@@ -307,32 +326,36 @@ class _Call:
 
     name: str
     block: torch.nn.Module
-    function: object
+    function: Callable[..., Any]
     recorder: Recorder
-    structure: object
-    sources: list
-    requires_grad: list
+    structure: TreeSpec
+    sources: list[tuple[str, Any]]
+    requires_grad: list[bool]
     storage: torch.Tensor
     recording: Recording | None = None
     # Parameters that the call changed in place, by id.
-    written: set | frozenset = frozenset()
-    fingerprint: tuple = ()
-    outputs: list = ()
-    checksums: list = ()
-    input_checksums: list = ()
+    written: Set[int] = frozenset()
+    fingerprint: Fingerprint = ([], [], frozenset())
+    outputs: Sequence[tuple[Callable[[], object], int | None]] = ()
+    checksums: Sequence[torch.Tensor] = ()
+    input_checksums: Sequence[torch.Tensor] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         # (weak reference, shape, dtype) of all that autograd wanted to save.
-        self.slots = []
-        self.input_differs = []
+        self.slots: list[
+            tuple[weakref.ref[_Slot], torch.Size, torch.dtype]
+        ] = []
+        self.input_differs: list[torch.Tensor] = []
 
-    def wanted(self):
+    def wanted(self) -> set[int]:
         """Indices of the slots that the graph still holds."""
         return {i for i, (slot, *_) in enumerate(self.slots) if slot()}
 
-    def arguments(self, results):
+    def arguments(
+        self, results: list[list[Any]]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments, given the outputs of the segment's earlier calls."""
-        stored = self.storage.grad_fn.saved_tensors
+        stored = cast(Any, self.storage.grad_fn).saved_tensors
         if self.input_checksums:
             # The caller's hooks may store less than the whole tensor, and
             # then the outputs may differ.
@@ -354,7 +377,9 @@ class _Call:
             leaves.append(what)
         return tree_unflatten(leaves, self.structure)
 
-    def again(self, results):
+    def again(
+        self, results: list[list[Any]]
+    ) -> tuple[dict[int, tuple[torch.Tensor, int]], Any]:
         """Repeats the call.
 
         Returns
@@ -367,7 +392,7 @@ class _Call:
         values = {}
         count = 0
 
-        def keep(tensor):
+        def keep(tensor: torch.Tensor) -> None:
             nonlocal count
             self._check_repetition(count, tensor)
             if count in wanted:
@@ -377,7 +402,7 @@ class _Call:
 
         args, kwargs = self.arguments(results)
         with (
-            self.recorder.replay(self.block, self.recording),
+            self.recorder.replay(self.block, cast(Recording, self.recording)),
             _parameters_copied(self.block, self.written),
             saved_tensors_hooks(keep, _open),
         ):
@@ -387,7 +412,7 @@ class _Call:
         self._compare(_checksums(result))
         return values, result
 
-    def _compare(self, checksums):
+    def _compare(self, checksums: list[torch.Tensor]) -> None:
         """Reports outputs that are not those of forward, bit for bit."""
         if len(checksums) != len(self.checksums):
             self._does_not_repeat(f"returned {len(checksums)} tensors")
@@ -405,7 +430,7 @@ class _Call:
                 differs &= ~flag.to(device)
             report_mismatches(differs, lambda number: message)
 
-    def _check_repetition(self, index, tensor):
+    def _check_repetition(self, index: int, tensor: torch.Tensor) -> None:
         shape, dtype = torch.Size(), None
         if index < len(self.slots):
             _, shape, dtype = self.slots[index]
@@ -414,7 +439,7 @@ class _Call:
                 f"saved {tensor.dtype} {tuple(tensor.shape)} at place {index}"
             )
 
-    def _does_not_repeat(self, what):
+    def _does_not_repeat(self, what: str) -> NoReturn:
         raise RuntimeError(
             _REPEAT.format(
                 name=self.name,
@@ -435,7 +460,7 @@ _REPEAT = (
 )
 
 
-def _checksums(result):
+def _checksums(result: object) -> list[torch.Tensor]:
     """A checksum of each tensor that has bits to look at."""
     return [
         checksum(leaf.detach().resolve_conj().resolve_neg())
@@ -449,20 +474,23 @@ def _checksums(result):
 
 
 @contextlib.contextmanager
-def _parameters_copied(block, written):
+def _parameters_copied(
+    block: nn.Module, written: Set[int]
+) -> Generator[None, None, None]:
     """Modules work on copies of the parameters whose ids are given.
 
     A second call must not write them again: other graphs may need them as
     they are now.
     """
-    replaced = []
-    copies = {}
+    replaced: list[tuple[dict[str, Any], str, Any]] = []
+    copies: dict[int, torch.Tensor] = {}
     for part in block.modules() if written else ():
         for name, parameter in part._parameters.items():
             if id(parameter) in written:
                 replaced.append((part._parameters, name, parameter))
-                copy = parameter.detach().clone()
-                copy.requires_grad_(parameter.requires_grad)
+                written_to = cast(torch.nn.Parameter, parameter)
+                copy = written_to.detach().clone()
+                copy.requires_grad_(written_to.requires_grad)
                 copies.setdefault(id(parameter), copy)
     for place, name, parameter in replaced:
         place[name] = copies[id(parameter)]
@@ -473,21 +501,23 @@ def _parameters_copied(block, written):
             place[name] = parameter
 
 
-def _in_backward():
+def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def _saved_elsewhere():
+def _saved_elsewhere() -> bool:
     """Whether hooks of the caller decide how saved tensors are stored."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
-def _requires_grad(leaf):
+def _requires_grad(leaf: object) -> bool:
     return isinstance(leaf, torch.Tensor) and leaf.requires_grad
 
 
-def _sources(leaves, origins, stored):
-    found = []
+def _sources(
+    leaves: list[Any], origins: list[tuple[int, int] | None], stored: list[int]
+) -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
     for leaf, origin in zip(leaves, origins, strict=True):
         if origin is not None:
             found.append(("computed", origin))
@@ -500,13 +530,13 @@ def _sources(leaves, origins, stored):
     return found
 
 
-def _reference(leaf):
+def _reference(leaf: object) -> tuple[Callable[[], object], int | None]:
     if isinstance(leaf, torch.Tensor):
         return weakref.ref(leaf), leaf._version
     return (lambda: None), None
 
 
-def _device(tensors):
+def _device(tensors: Iterable[torch.Tensor]) -> torch.device:
     for tensor in tensors:
         if tensor.device.type not in ("cpu", "meta"):
             return tensor.device

@@ -4,6 +4,7 @@ Authors
  * The sb_memeff authors 2026
 """
 
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 import torch
@@ -12,7 +13,9 @@ from torch import nn
 __all__ = ["find_segments", "refuse_nested"]
 
 
-def find_segments(module, blocks, length):
+def find_segments(
+    module: nn.Module, blocks: str | Sequence[str], length: int
+) -> list[list[tuple[str, nn.Module]]]:
     """The blocks as lists of (name, module), ``length`` in each."""
     if not isinstance(module, nn.Module):
         raise TypeError(
@@ -31,7 +34,9 @@ def find_segments(module, blocks, length):
     return segments
 
 
-def _named_blocks(module, patterns):
+def _named_blocks(
+    module: nn.Module, patterns: str | Sequence[str]
+) -> list[tuple[str, nn.Module]]:
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
     if not patterns:
         raise ValueError("recompute_blocks: blocks names no module.")
@@ -67,12 +72,12 @@ def _named_blocks(module, patterns):
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
-def _parts(name):
+def _parts(name: str) -> list[str]:
     # The module itself is named "".
     return name.split(".") if name else []
 
 
-def _fits(name, pattern):
+def _fits(name: list[str], pattern: list[str]) -> bool:
     if not pattern:
         return not name
     if pattern[0] == "**":
@@ -84,7 +89,7 @@ def _fits(name, pattern):
     )
 
 
-def _candidates(named, limit=30):
+def _candidates(named: list[tuple[str, nn.Module]], limit: int = 30) -> str:
     """Names that blocks could have, numbers as ``*``, the outermost first."""
     names = {}
     for name, part in named:
@@ -97,7 +102,7 @@ def _candidates(named, limit=30):
     return ", ".join(names) or "no modules inside it"
 
 
-def _check_block(name, block):
+def _check_block(name: str, block: nn.Module) -> None:
     if isinstance(block, torch.jit.ScriptModule):
         raise ValueError(
             f"recompute_blocks: {name} is compiled by torch.jit; call "
@@ -111,7 +116,9 @@ def _check_block(name, block):
         )
 
 
-def refuse_nested(segments, option):
+def refuse_nested(
+    segments: list[list[tuple[str, nn.Module]]], option: str
+) -> None:
     names = [name for segment in segments for name, _ in segment]
     for outer in names:
         for inner in names:

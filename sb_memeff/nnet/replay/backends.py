@@ -11,7 +11,8 @@ Authors
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Generator
+from typing import Any
 
 import torch
 
@@ -63,7 +64,7 @@ class BackendFlags:
         self._wanted = {**_read_all(), "cudnn.benchmark": False}
 
     @contextlib.contextmanager
-    def applied(self) -> Iterator[None]:
+    def applied(self) -> Generator[None, None, None]:
         """Sets the flags of forward, with cuDNN's benchmark off."""
         now = _read_all()
         others = {
@@ -80,12 +81,12 @@ class BackendFlags:
 
 # A compiler cannot trace it, and need not.
 @torch.compiler.disable
-def _read_all():
+def _read_all() -> dict[str, Any]:
     values = {name: _read(name) for name in _known_flags()}
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _read(name):
+def _read(name: str) -> Any:
     try:
         if name == _MATMUL:
             return torch.get_float32_matmul_precision()
@@ -94,7 +95,7 @@ def _read(name):
         return None
 
 
-def _write(wanted):
+def _write(wanted: dict[str, Any]) -> None:
     for name, value in wanted.items():
         # Not without need: writing to one interface may spoil the other.
         if value is None or _read(name) == value:
@@ -106,14 +107,14 @@ def _write(wanted):
 
 
 @functools.cache
-def _known_flags():
+def _known_flags() -> list[str]:
     # The older interface first: it changes what the newer one says.
     others = [name for name in _FLAGS + _TF32 if hasattr(*_locate(name))]
     return [_MATMUL, *_OLDER_TF32, *others]
 
 
 @functools.cache
-def _locate(name):
+def _locate(name: str) -> tuple[Any, str]:
     """The object in torch.backends that has a flag, and the flag's name."""
     *path, flag = name.split(".")
     return functools.reduce(getattr, path, torch.backends), flag

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
+from typing import Any, Literal, TypeGuard
 
 import torch
 from speechbrain.utils.logger import get_logger
@@ -144,7 +145,7 @@ class Summary:
         return f" by {error:.2g} of the largest value (in a sample)"
 
 
-def _is_plain(x):
+def _is_plain(x: Any) -> TypeGuard[torch.Tensor]:
     return type(x) in (torch.Tensor, torch.nn.Parameter) and (
         x.layout == torch.strided
     )
@@ -181,7 +182,7 @@ def sample(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.flatten().to(wide, copy=True)
 
 
-def set_mismatch_action(action: str) -> None:
+def set_mismatch_action(action: Literal["error", "warn"]) -> None:
     """Chooses what a difference between forward and backward leads to.
 
     In a yaml file: ``__mismatch: !apply:
@@ -210,7 +211,7 @@ def set_mismatch_action(action: str) -> None:
     _pending.action = action
 
 
-def mismatch_action() -> str:
+def mismatch_action() -> Literal["error", "warn"]:
     """Consequence of a difference, see ``set_mismatch_action``.
 
     Returns
@@ -320,7 +321,7 @@ class _Copy:
     """Comparisons of one step on their way to the host."""
 
     host: torch.Tensor
-    event: object
+    event: torch.cuda.Event | _Arrived
     reports: list[_Report]
 
 
@@ -336,16 +337,24 @@ class _Pending:
         From the device of comparisons to whether they are read right away.
     """
 
-    def __init__(self, copy, at_once=lambda device: False):
-        self.action = "error"
+    def __init__(
+        self,
+        copy: Callable[
+            [torch.Tensor], tuple[torch.Tensor, torch.cuda.Event | _Arrived]
+        ],
+        at_once: Callable[[torch.device], bool] = lambda device: False,
+    ):
+        self.action: Literal["error", "warn"] = "error"
         self._copy = copy
         self._at_once = at_once
         # Of the step that runs; and of those before.
-        self._reports = []
-        self._copies = []
-        self._warned = set()
+        self._reports: list[_Report] = []
+        self._copies: list[_Copy] = []
+        self._warned: set[str] = set()
 
-    def report(self, differs, describe):
+    def report(
+        self, differs: torch.Tensor, describe: Callable[[int], str]
+    ) -> None:
         """See report_mismatches."""
         report = _Report(differs, describe)
         if self._at_once(differs.device):
@@ -356,21 +365,21 @@ class _Pending:
         # most, so this hardly ever waits.
         self._read(lambda copy: True)
 
-    def next_forward(self):
+    def next_forward(self) -> None:
         """See the function."""
         self._send()
         self.read_arrived()
 
-    def read_arrived(self):
+    def read_arrived(self) -> None:
         """See the function."""
         self._read(lambda copy: copy.event.query())
 
-    def read(self):
+    def read(self) -> None:
         """See read_mismatches."""
         self._send()
         self._read(lambda copy: True)
 
-    def _send(self):
+    def _send(self) -> None:
         reports, self._reports = self._reports, []
         for device in dict.fromkeys(r.differs.device for r in reports):
             some = [r for r in reports if r.differs.device == device]
@@ -379,14 +388,14 @@ class _Pending:
             differs = torch.cat([r.differs.flatten() for r in some])
             self._copies.append(_Copy(*self._copy(differs), some))
 
-    def _read(self, due):
+    def _read(self, due: Callable[[_Copy], bool]) -> None:
         ready = [copy for copy in self._copies if due(copy)]
         self._copies = [copy for copy in self._copies if copy not in ready]
         for copy in ready:
             copy.event.synchronize()
             self._judge(copy.reports, copy.host)
 
-    def _judge(self, reports, differs):
+    def _judge(self, reports: list[_Report], differs: torch.Tensor) -> None:
         if not differs.any():
             return
         sizes = [report.differs.numel() for report in reports]
@@ -394,7 +403,7 @@ class _Pending:
             for number in part.nonzero().flatten().tolist():
                 self._act(report.describe(number))
 
-    def _act(self, message):
+    def _act(self, message: str) -> None:
         if self.action == "error":
             # Of what else was different the first says enough.
             self._reports.clear()
@@ -408,14 +417,16 @@ class _Pending:
 class _Arrived:
     """The event of a copy that has been made."""
 
-    def query(self):
+    def query(self) -> bool:
         return True
 
-    def synchronize(self):
+    def synchronize(self) -> None:
         pass
 
 
-def _copy_to_host(tensor):
+def _copy_to_host(
+    tensor: torch.Tensor,
+) -> tuple[torch.Tensor, torch.cuda.Event | _Arrived]:
     if tensor.device.type != "cuda":
         return tensor.cpu(), _Arrived()
     host = torch.empty_like(tensor, device="cpu", pin_memory=True)

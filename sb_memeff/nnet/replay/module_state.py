@@ -10,8 +10,9 @@ Authors
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,9 +38,9 @@ class Changes:
         place. How they were before is not kept.
     """
 
-    buffers: dict = field(default_factory=dict)
-    attributes: dict = field(default_factory=dict)
-    written: set = field(default_factory=set)
+    buffers: dict[tuple[nn.Module, str], Any] = field(default_factory=dict)
+    attributes: dict[tuple[nn.Module, str], Any] = field(default_factory=dict)
+    written: set[tuple[nn.Module, str]] = field(default_factory=set)
 
 
 class ModuleState:
@@ -59,11 +60,11 @@ class ModuleState:
     ['running_mean', 'running_var']
     """
 
-    def __init__(self, function):
+    def __init__(self, function: object):
         self._modules = modules_of(function)
-        self._buffers = {}
-        self._attributes = {}
-        copies = {}
+        self._buffers: dict[tuple[nn.Module, str], Any] = {}
+        self._attributes: dict[tuple[nn.Module, str], Any] = {}
+        copies: dict[int, tuple[Any, Any]] = {}
         for module in self._modules:
             for name, buffer in module._buffers.items():
                 kept = buffer
@@ -74,7 +75,7 @@ class ModuleState:
                 kept = _copied(value, copies)
                 self._attributes[module, name] = value, _version(value), kept
 
-    def attribute_values(self) -> list:
+    def attribute_values(self) -> list[Any]:
         """All attributes of the modules.
 
         Returns
@@ -116,7 +117,9 @@ class ModuleState:
 
 
 @contextlib.contextmanager
-def without_trace(function, changes: Changes | None = None) -> Iterator[None]:
+def without_trace(
+    function: object, changes: Changes | None = None
+) -> Generator[None, None, None]:
     """Changes that are made inside to buffers and attributes are forgotten.
 
     Arguments
@@ -133,7 +136,7 @@ def without_trace(function, changes: Changes | None = None) -> Iterator[None]:
     changes = changes or Changes()
     modules = modules_of(function)
     before = [(m, dict(m._buffers), dict(attributes(m))) for m in modules]
-    copies = {}
+    copies: dict[int, tuple[Any, Any]] = {}
     for module, buffers, values in before:
         for name, value in values.items():
             if (module, name) in changes.written:
@@ -162,7 +165,7 @@ def without_trace(function, changes: Changes | None = None) -> Iterator[None]:
             module._buffers.update(buffers)
 
 
-def modules_of(function) -> list[nn.Module]:
+def modules_of(function: object) -> list[nn.Module]:
     """A module and all inside it, in the order of ``modules()``.
 
     In a fifth of its time: that counts, several times in each call of each
@@ -185,8 +188,10 @@ def modules_of(function) -> list[nn.Module]:
     """
     # Looked up at every call: SpeechBrain replaces BatchNorm by SyncBatchNorm
     # after the network was built.
-    waiting = [function] if isinstance(function, nn.Module) else []
-    found = {}
+    waiting: list[nn.Module | None] = (
+        [function] if isinstance(function, nn.Module) else []
+    )
+    found: dict[nn.Module, None] = {}
     while waiting:
         module = waiting.pop()
         if module is not None and module not in found:
@@ -195,7 +200,7 @@ def modules_of(function) -> list[nn.Module]:
     return list(found)
 
 
-def attributes(module: nn.Module) -> list[tuple[str, object]]:
+def attributes(module: nn.Module) -> list[tuple[str, Any]]:
     """The attributes of a module in which its code may keep state.
 
     Arguments
@@ -233,7 +238,7 @@ _CONTAINERS = (list, dict, set)
 _ABSENT = object()
 
 
-def _ignores_buffers(module):
+def _ignores_buffers(module: nn.Module) -> bool:
     """Whether the values of its buffers make no difference, or no change."""
     # By forward: classes that inherit from them may use what they count.
     return type(module).forward in (
@@ -242,11 +247,11 @@ def _ignores_buffers(module):
     )
 
 
-def _may_change_buffers(module):
+def _may_change_buffers(module: nn.Module) -> bool:
     return module.training or not _ignores_buffers(module)
 
 
-def _copied(value, copies):
+def _copied(value: Any, copies: dict[int, tuple[Any, Any]]) -> Any:
     """A copy of a list, dict or set; anything else as it is."""
     if type(value) not in _CONTAINERS:
         return value
@@ -255,13 +260,13 @@ def _copied(value, copies):
     return copies.setdefault(id(value), (value.copy(), value))[0]
 
 
-def _version(value):
+def _version(value: object) -> int | None:
     if isinstance(value, torch.Tensor) and not value.is_inference():
         return value._version
     return None
 
 
-def _other_contents(now, kept):
+def _other_contents(now: Any, kept: Any) -> bool:
     """Whether a list, dict or set holds other objects than its copy."""
     if type(now) not in _CONTAINERS:
         return False
@@ -276,7 +281,7 @@ def _other_contents(now, kept):
     return any(a is not b for a, b in zip(now, kept, strict=True))
 
 
-def _put(place, name, value):
+def _put(place: dict[str, Any], name: str, value: object) -> None:
     if value is _ABSENT:
         place.pop(name, None)
     else:

@@ -13,7 +13,7 @@ import random
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ class Source:
     """
 
     read: Callable[[], Any]
-    write: Callable[[Any], None]
+    write: Callable[[Any], object]
 
 
 def global_sources(device: torch.device, follow_torch: bool) -> list[Source]:
@@ -68,7 +68,9 @@ def global_sources(device: torch.device, follow_torch: bool) -> list[Source]:
     >>> x == random.random()
     True
     """
-    sources = [Source(random.getstate, random.setstate), _NUMPY]
+    # Like a Source, with a memory.
+    numpy_source = cast(Source, _NUMPY)
+    sources = [Source(random.getstate, random.setstate), numpy_source]
     if follow_torch:
         sources.append(Source(torch.get_rng_state, torch.set_rng_state))
         if device.type != "cpu":
@@ -162,7 +164,7 @@ _GENERATORS = (
 )
 
 
-def equal_states(a: object, b: object) -> bool:
+def equal_states(a: Any, b: Any) -> bool:
     """Whether two states of one generator are the same.
 
     Arguments
@@ -203,23 +205,30 @@ class _NumpyGlobal:
     """
 
     def __init__(self):
-        self._bytes = self._state = None
+        self._bytes: tuple[int, bytes] | None = None
+        self._state: dict[str, Any] | None = None
 
-    def read(self):
+    def read(self) -> dict[str, Any]:
         """The state, the same object if nothing has been drawn since."""
         now = _twister_bytes(np.random.get_bit_generator())
-        if now is None or now != self._bytes or self._state["has_gauss"]:
+        if (
+            now is None
+            or now != self._bytes
+            or cast(dict[str, Any], self._state)["has_gauss"]
+        ):
             self._state = np.random.get_state(legacy=False)
             self._bytes = now
-        return self._state
+        return cast(dict[str, Any], self._state)
 
-    def write(self, state):
+    def write(self, state: dict[str, Any]) -> None:
         """Takes what ``read`` has returned."""
         np.random.set_state(state)
         self._bytes = None
 
 
-def _twister_bytes(generator):
+def _twister_bytes(
+    generator: np.random.BitGenerator,
+) -> tuple[int, bytes] | None:
     """Where it is and what it holds; None for another kind of generator."""
     if not _TWISTER_IS_READABLE or type(generator) is not np.random.MT19937:
         return None
@@ -227,7 +236,7 @@ def _twister_bytes(generator):
     return address, ctypes.string_at(address, _TWISTER_SIZE)
 
 
-def _twister_is_readable():
+def _twister_is_readable() -> bool:
     """Whether this numpy keeps 624 words of 32 bits and a position."""
     generator = np.random.MT19937(0)
     state = generator.state["state"]

@@ -12,10 +12,12 @@ Authors
 """
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Callable, Generator, Iterable, Set
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.utils import parametrize
 
 from sb_memeff.nnet.replay.backends import BackendFlags
@@ -26,6 +28,7 @@ from sb_memeff.nnet.replay.module_state import (
     without_trace,
 )
 from sb_memeff.nnet.replay.random_states import (
+    Source,
     equal_states,
     generators_among,
     global_sources,
@@ -41,6 +44,10 @@ __all__ = [
 ]
 
 
+# Of modules: their weights, their modes, and the ids of weights left out.
+Fingerprint = tuple[list["_Weight | None"], list[bool], Set[int]]
+
+
 @dataclass
 class Recording:
     """State that one call of one function found, as far as a replay needs it.
@@ -54,7 +61,7 @@ class Recording:
         Buffers and attributes of modules that the call changed.
     """
 
-    random_states: list | None = None
+    random_states: list[tuple[Source, Any]] | None = None
     changes: Changes = field(default_factory=Changes)
 
 
@@ -83,7 +90,7 @@ class Recorder:
     True
     """
 
-    def __init__(self, device, follow_random=True):
+    def __init__(self, device: torch.device, follow_random: bool = True):
         self.device = device
         self.follow_random = follow_random
         kind = device.type
@@ -91,7 +98,7 @@ class Recorder:
         self.autocast_dtype = torch.get_autocast_dtype(kind)
         self.flags = BackendFlags()
 
-    def autocast(self):
+    def autocast(self) -> torch.autocast:
         """The autocast state of the forward pass, as a context.
 
         Autocast's cache of converted weights stays off: a weight converted
@@ -110,7 +117,9 @@ class Recorder:
             cache_enabled=False,
         )
 
-    def record(self, function, *args, **kwargs):
+    def record(
+        self, function: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> tuple[Any, Recording]:
         """Calls ``function`` and notes what a replay will need.
 
         Arguments
@@ -132,7 +141,9 @@ class Recorder:
         return result, recording
 
     @contextlib.contextmanager
-    def recording(self, function, arguments: Iterable[object] = ()):
+    def recording(
+        self, function: Callable[..., Any], arguments: Iterable[object] = ()
+    ) -> Generator[Recording, None, None]:
         """Notes what a replay will need of the one call inside this context.
 
         Arguments
@@ -163,7 +174,9 @@ class Recorder:
         recording.changes = before.changes()
 
     @contextlib.contextmanager
-    def replay(self, function, recording):
+    def replay(
+        self, function: object, recording: Recording
+    ) -> Generator[None, None, None]:
         """Inside this context ``function`` repeats the call that was recorded.
 
         Afterwards generators, buffers, attributes and batch statistics are as
@@ -196,7 +209,9 @@ class Recorder:
             for (source, _), state in zip(drawn, now, strict=True):
                 source.write(state)
 
-    def _sources(self, attributes, arguments):
+    def _sources(
+        self, attributes: Iterable[object], arguments: Iterable[object]
+    ) -> "list[Source]":
         """All generators that a call may draw from."""
         own = generators_among(attributes) + generators_among(arguments)
         found = {id(generator): generator for generator in own}
@@ -207,7 +222,7 @@ class Recorder:
 
 
 @contextlib.contextmanager
-def _without_cached_weights():
+def _without_cached_weights() -> Generator[None, None, None]:
     """Inside, ``parametrize.cached()`` of the caller is not in force.
 
     A weight that was computed before a call, or in another one, has a graph
@@ -221,7 +236,9 @@ def _without_cached_weights():
         parametrize._cache_enabled, parametrize._cache = saved
 
 
-def fingerprint(module, ignore=frozenset()):
+def fingerprint(
+    module: nn.Module, ignore: Set[int] = frozenset()
+) -> Fingerprint:
     """Notes weights and modes, which a second call must find unchanged.
 
     Arguments
@@ -258,7 +275,7 @@ class _Weight:
 
     __slots__ = ("storage", "key")
 
-    def __init__(self, parameter):
+    def __init__(self, parameter: torch.Tensor):
         # Held: when ``p.data = ...`` has freed it, another may get its
         # address.
         self.storage = parameter.untyped_storage()
@@ -269,11 +286,14 @@ class _Weight:
             parameter.requires_grad,
         )
 
-    def __eq__(self, other):
-        return self.key == other.key
+    def __eq__(self, other: object) -> bool:
+        # One that was left out is None.
+        return isinstance(other, _Weight) and self.key == other.key
 
 
-def check_fingerprint(before, module, owner, prefix=""):
+def check_fingerprint(
+    before: Fingerprint, module: nn.Module, owner: str, prefix: str = ""
+) -> None:
     """Raises if weights or training mode changed since forward.
 
     Arguments

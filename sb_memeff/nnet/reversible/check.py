@@ -8,9 +8,12 @@ import contextlib
 import copy
 import functools
 import math
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import nn
 
 from sb_memeff.nnet.reversible.sequence import ReversibleSequence
 from sb_memeff.nnet.reversible.walk import Observer
@@ -37,12 +40,14 @@ class InvertibilityReport:
 
     inversion_error: float
     gradient_error: float
-    blocks: dict
-    parameters: dict
+    blocks: dict[str, float]
+    parameters: dict[str, float]
 
-    def __str__(self):
-        block = max(self.blocks, key=self.blocks.get, default="no block")
-        parameter = max(self.parameters, key=self.parameters.get)
+    def __str__(self) -> str:
+        block = max(
+            self.blocks, key=self.blocks.__getitem__, default="no block"
+        )
+        parameter = max(self.parameters, key=self.parameters.__getitem__)
         return (
             f"inversion error {self.inversion_error:.3g} (most in {block}), "
             f"gradient error {self.gradient_error:.3g} against stored "
@@ -51,7 +56,9 @@ class InvertibilityReport:
         )
 
 
-def check_invertible(module, x, *args, **kwargs):
+def check_invertible(
+    module: nn.Module, x: torch.Tensor, *args: Any, **kwargs: Any
+) -> InvertibilityReport:
     """Compares backward's activations and gradients with stored ones.
 
     It works on a copy: weights, statistics, gradients and the random state
@@ -125,7 +132,7 @@ def check_invertible(module, x, *args, **kwargs):
 _ASLEEP = 1e-3
 
 
-def _awake(module):
+def _awake(module: nn.Module) -> nn.Module:
     """Draws what is zero, so that every f and g of the chains does something."""
     generator = torch.Generator().manual_seed(0)
     chains = [m for m in module.modules() if isinstance(m, ReversibleSequence)]
@@ -140,11 +147,17 @@ def _awake(module):
     return module
 
 
-def _norm(tensors):
+def _norm(tensors: Iterable[torch.Tensor]) -> float:
     return math.sqrt(sum(t.square().sum().item() for t in tensors))
 
 
-def _gradients(module, x, args, kwargs, save_memory):
+def _gradients(
+    module: nn.Module,
+    x: torch.Tensor,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    save_memory: bool,
+) -> dict[str, torch.Tensor]:
     for part in module.modules():
         if isinstance(part, ReversibleSequence):
             part.save_memory = save_memory
@@ -159,7 +172,9 @@ def _gradients(module, x, args, kwargs, save_memory):
     named.update(
         (n, p) for n, p in module.named_parameters() if p.requires_grad
     )
-    gradients = torch.autograd.grad(loss, named.values(), allow_unused=True)
+    gradients = torch.autograd.grad(
+        loss, tuple(named.values()), allow_unused=True
+    )
     return {
         name: gradient
         for name, gradient in zip(named, gradients, strict=True)
@@ -168,7 +183,9 @@ def _gradients(module, x, args, kwargs, save_memory):
 
 
 @contextlib.contextmanager
-def inversion_errors(module):
+def inversion_errors(
+    module: nn.Module,
+) -> Generator[dict[str, float], None, None]:
     """Compares what backward rebuilds with what forward saw, meanwhile.
 
     For this the streams before every block are stored.
@@ -213,29 +230,29 @@ def inversion_errors(module):
 class _InversionErrors(Observer):
     """Compares the streams before each block in forward and in backward."""
 
-    def __init__(self, errors, prefix):
+    def __init__(self, errors: dict[str, float], prefix: str):
         self.errors, self.prefix = errors, prefix
         self.before = {}
 
-    def entered(self, names, streams):
+    def entered(self, names: list[str], streams: list[torch.Tensor]) -> None:
         """Stores the streams before the first block."""
         self.names = names
         self.computed(None, streams)
 
-    def computed(self, name, streams):
+    def computed(self, name: str | None, streams: list[torch.Tensor]) -> None:
         """Stores the streams before the next block."""
         number = 0 if name is None else self.names.index(name) + 1
         if number < len(self.names):
             self.before[self.names[number]] = [s.clone() for s in streams]
 
-    def rebuilt(self, name, streams):
+    def rebuilt(self, name: str, streams: list[torch.Tensor]) -> None:
         """Keeps the largest error of all calls of a block."""
         worst = max(map(_relative_error, streams, self.before[name]))
         name = self.prefix + name
         self.errors[name] = max(worst, self.errors.get(name, 0.0))
 
 
-def _relative_error(rebuilt, true):
+def _relative_error(rebuilt: torch.Tensor, true: torch.Tensor) -> float:
     if not true.numel():
         return 0.0
     error = (rebuilt - true).abs().max()

@@ -7,10 +7,18 @@ Authors
 """
 
 import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+if TYPE_CHECKING:
+    from sb_memeff.nnet.reversible.evaluator import (
+        Evaluator,
+        ReplayingEvaluator,
+    )
 
 __all__ = [
     "AdditiveCoupling",
@@ -21,8 +29,11 @@ __all__ = [
     "halves",
 ]
 
+# Both streams, or what belongs to them.
+Pair = tuple[torch.Tensor, torch.Tensor]
 
-def halves(x):
+
+def halves(x: torch.Tensor) -> Pair:
     """The two streams of a tensor.
 
     Arguments
@@ -52,18 +63,20 @@ def halves(x):
             f"the input has shape {tuple(x.shape)}. Use an even number of "
             f"channels."
         )
-    return x.chunk(2, dim=1)
+    return cast(Pair, x.chunk(2, dim=1))
 
 
 class _Plain:
     """Evaluates a block on its own: plain autograd, no grid."""
 
-    def __init__(self, block, args, kwargs):
+    def __init__(
+        self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ):
         self.block = block
         self.args = args
         self.kwargs = kwargs
 
-    def value(self, function, stream):
+    def value(self, function: str, stream: torch.Tensor) -> torch.Tensor:
         """The increment, see ``Evaluator.value``."""
         module = self.block.get_submodule(function)
         return module(stream, *self.args, **self.kwargs)
@@ -77,7 +90,9 @@ class Invertible(nn.Module):
     evaluator``), which decides about gradients, dtypes and rounding.
     """
 
-    def forward_streams(self, x1, x2, evaluator):
+    def forward_streams(
+        self, x1: torch.Tensor, x2: torch.Tensor, evaluator: "Evaluator"
+    ) -> Pair:
         """The map.
 
         Arguments
@@ -96,7 +111,13 @@ class Invertible(nn.Module):
         """
         raise NotImplementedError
 
-    def inverse_streams(self, y1, y2, evaluator, shape):
+    def inverse_streams(
+        self,
+        y1: torch.Tensor,
+        y2: torch.Tensor,
+        evaluator: "Evaluator",
+        shape: tuple[int, ...],
+    ) -> Pair:
         """The map undone.
 
         Arguments
@@ -117,7 +138,13 @@ class Invertible(nn.Module):
         """
         raise NotImplementedError
 
-    def backward_streams(self, y, dy, evaluator, shape):
+    def backward_streams(
+        self,
+        y: list[torch.Tensor],
+        dy: list[torch.Tensor],
+        evaluator: "ReplayingEvaluator",
+        shape: tuple[int, ...],
+    ) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
         """The map undone and differentiated, with one evaluation of each h.
 
         Arguments
@@ -140,7 +167,7 @@ class Invertible(nn.Module):
         """
         raise NotImplementedError
 
-    def stream_shape(self, shape):
+    def stream_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of one stream after the map, from that before it.
 
         Arguments
@@ -155,7 +182,7 @@ class Invertible(nn.Module):
         """
         return shape
 
-    def stream_shape_before(self, shape):
+    def stream_shape_before(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Undoes ``stream_shape``, as if nothing had been padded.
 
         Arguments
@@ -170,7 +197,9 @@ class Invertible(nn.Module):
         """
         return shape
 
-    def forward(self, x, *args, **kwargs):
+    def forward(
+        self, x: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
         """The map on its own, by plain autograd and plain arithmetic.
 
         Arguments
@@ -187,10 +216,16 @@ class Invertible(nn.Module):
         torch.Tensor
             Both streams after the map.
         """
-        plain = _Plain(self, args, kwargs)
+        plain = cast("Evaluator", _Plain(self, args, kwargs))
         return torch.cat(self.forward_streams(*halves(x), plain), dim=1)
 
-    def inverse(self, y, *args, input_shape=None, **kwargs):
+    def inverse(
+        self,
+        y: torch.Tensor,
+        *args: Any,
+        input_shape: tuple[int, ...] | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
         """``forward`` undone, by plain arithmetic.
 
         Arguments
@@ -214,7 +249,7 @@ class Invertible(nn.Module):
             shape = self.stream_shape_before(y1.shape)
         else:
             shape = (input_shape[0], input_shape[1] // 2, *input_shape[2:])
-        plain = _Plain(self, args, kwargs)
+        plain = cast("Evaluator", _Plain(self, args, kwargs))
         return torch.cat(self.inverse_streams(y1, y2, plain, shape), dim=1)
 
 
@@ -245,7 +280,7 @@ class AdditiveCoupling(Invertible):
     torch.Size([2, 8])
     """
 
-    def __init__(self, f, g):
+    def __init__(self, f: nn.Module, g: nn.Module):
         super().__init__()
         for name, module in (("f", f), ("g", g)):
             if not isinstance(module, nn.Module):
@@ -258,7 +293,9 @@ class AdditiveCoupling(Invertible):
         self.f = f
         self.g = g
 
-    def forward_streams(self, x1, x2, evaluator):
+    def forward_streams(
+        self, x1: torch.Tensor, x2: torch.Tensor, evaluator: "Evaluator"
+    ) -> Pair:
         """y1 = x1 + f(x2), y2 = x2 + g(y1)."""
         y1, y2 = x1, x2
         for f in self._summands("f"):
@@ -267,7 +304,13 @@ class AdditiveCoupling(Invertible):
             y2 = y2 + evaluator.value(g, y1)
         return y1, y2
 
-    def inverse_streams(self, y1, y2, evaluator, shape):
+    def inverse_streams(
+        self,
+        y1: torch.Tensor,
+        y2: torch.Tensor,
+        evaluator: "Evaluator",
+        shape: tuple[int, ...],
+    ) -> Pair:
         """x2 = y2 - g(y1), x1 = y1 - f(x2)."""
         x1, x2 = y1, y2
         for g in self._summands("g"):
@@ -276,7 +319,13 @@ class AdditiveCoupling(Invertible):
             x1 = x1 - evaluator.value(f, x2)
         return x1, x2
 
-    def backward_streams(self, y, dy, evaluator, shape):
+    def backward_streams(
+        self,
+        y: list[torch.Tensor],
+        dy: list[torch.Tensor],
+        evaluator: "ReplayingEvaluator",
+        shape: tuple[int, ...],
+    ) -> tuple[Pair, Pair]:
         """dx1 = dy1 + g'(y1)^T dy2, dx2 = dy2 + f'(x2)^T dx1."""
         y2, y1 = y.pop(), y.pop()
         d2, d1 = dy.pop(), dy.pop()
@@ -293,18 +342,18 @@ class AdditiveCoupling(Invertible):
             d2 = d2 + pullback(d1)
         return (y1, y2), (d1, d2)
 
-    def _summands(self, name):
+    def _summands(self, name: str) -> list[str]:
         function = getattr(self, name)
         if isinstance(function, nn.ModuleList):
             return [f"{name}.{i}" for i in range(len(function))]
         return [name]
 
 
-def _for_any_size():
+def _for_any_size() -> bool:
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
-def channels_are_last(x):
+def channels_are_last(x: torch.Tensor) -> bool:
     """Whether a stream is laid out as in torch.channels_last.
 
     Arguments
@@ -357,9 +406,12 @@ class SpaceToDepth(Invertible):
     torch.Size([1, 16, 3, 4])
     """
 
-    def __init__(self, factor=2):
+    def __init__(self, factor: int | Sequence[int] = 2):
         super().__init__()
-        factors = factor if isinstance(factor, (tuple, list)) else (factor,)
+        factors = cast(
+            Sequence[int],
+            factor if isinstance(factor, (tuple, list)) else (factor,),
+        )
         if any(int(f) != f or f < 1 for f in factors):
             raise ValueError(
                 f"SpaceToDepth: factor must be whole and at least 1, "
@@ -367,14 +419,14 @@ class SpaceToDepth(Invertible):
             )
         self.factor = factor
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         """Text that print(module) shows."""
         return f"factor={self.factor}"
 
-    def _factors(self, shape):
+    def _factors(self, shape: Sequence[int]) -> tuple[int, ...]:
         axes = len(shape) - 2
         if not isinstance(self.factor, (tuple, list)):
-            return (self.factor,) * axes
+            return (cast(int, self.factor),) * axes
         if len(self.factor) != axes:
             raise ValueError(
                 f"SpaceToDepth: factor {tuple(self.factor)} is for "
@@ -383,7 +435,7 @@ class SpaceToDepth(Invertible):
             )
         return tuple(self.factor)
 
-    def stream_shape(self, shape):
+    def stream_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """See Invertible.stream_shape."""
         factors = self._factors(shape)
         sizes = (
@@ -391,13 +443,13 @@ class SpaceToDepth(Invertible):
         )
         return (shape[0], shape[1] * math.prod(factors), *sizes)
 
-    def stream_shape_before(self, shape):
+    def stream_shape_before(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """See Invertible.stream_shape_before."""
         factors = self._factors(shape)
         sizes = (s * f for s, f in zip(shape[2:], factors, strict=True))
         return (shape[0], shape[1] // math.prod(factors), *sizes)
 
-    def down(self, x):
+    def down(self, x: torch.Tensor) -> torch.Tensor:
         """One stream, [N, C, T, F] to [N, C*t*f, T/t, F/f].
 
         Arguments
@@ -433,7 +485,7 @@ class SpaceToDepth(Invertible):
         x = x.permute(0, 1, *inner, *axes)
         return x.reshape(x.shape[0], channels, *sizes)
 
-    def up(self, y, shape):
+    def up(self, y: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         """One stream back; also the gradient, since ``down`` is orthogonal.
 
         Arguments
@@ -469,15 +521,29 @@ class SpaceToDepth(Invertible):
             return y.movedim(1, -1).contiguous().movedim(-1, 1)
         return y.contiguous()
 
-    def forward_streams(self, x1, x2, evaluator):
+    def forward_streams(
+        self, x1: torch.Tensor, x2: torch.Tensor, evaluator: "Evaluator"
+    ) -> Pair:
         """Each stream down-sampled."""
         return self.down(x1), self.down(x2)
 
-    def inverse_streams(self, y1, y2, evaluator, shape):
+    def inverse_streams(
+        self,
+        y1: torch.Tensor,
+        y2: torch.Tensor,
+        evaluator: "Evaluator",
+        shape: tuple[int, ...],
+    ) -> Pair:
         """Each stream up-sampled."""
         return self.up(y1, shape), self.up(y2, shape)
 
-    def backward_streams(self, y, dy, evaluator, shape):
+    def backward_streams(
+        self,
+        y: list[torch.Tensor],
+        dy: list[torch.Tensor],
+        evaluator: "ReplayingEvaluator",
+        shape: tuple[int, ...],
+    ) -> tuple[Pair, Pair]:
         """The streams and their gradients up-sampled."""
         y1, y2 = y
         d1, d2 = dy
@@ -515,7 +581,7 @@ class Tap(Invertible):
     torch.Size([2, 7])
     """
 
-    def __init__(self, read):
+    def __init__(self, read: nn.Module):
         super().__init__()
         if not isinstance(read, nn.Module):
             raise TypeError(
@@ -524,14 +590,28 @@ class Tap(Invertible):
             )
         self.read = read
 
-    def forward_streams(self, x1, x2, evaluator):
+    def forward_streams(
+        self, x1: torch.Tensor, x2: torch.Tensor, evaluator: "Evaluator"
+    ) -> Pair:
         """Both streams as they are."""
         return x1, x2
 
-    def inverse_streams(self, y1, y2, evaluator, shape):
+    def inverse_streams(
+        self,
+        y1: torch.Tensor,
+        y2: torch.Tensor,
+        evaluator: "Evaluator",
+        shape: tuple[int, ...],
+    ) -> Pair:
         """Both streams as they are."""
         return y1, y2
 
-    def backward_streams(self, y, dy, evaluator, shape):
+    def backward_streams(
+        self,
+        y: list[torch.Tensor],
+        dy: list[torch.Tensor],
+        evaluator: "ReplayingEvaluator",
+        shape: tuple[int, ...],
+    ) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
         """Everything as it is."""
         return y, dy

@@ -9,11 +9,12 @@ Authors
  * The sb_memeff authors 2026
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
@@ -47,8 +48,8 @@ class Evaluator:
         block: nn.Module,
         name: str,
         stream_format: StreamFormat,
-        args: tuple = (),
-        kwargs: dict | None = None,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ):
         self.block = block
         self.name = name
@@ -97,7 +98,12 @@ class Evaluator:
         self._check_tensor(function, value, "a tap")
         return value
 
-    def call(self, function: str, given, streams) -> torch.Tensor:
+    def call(
+        self,
+        function: str,
+        given: torch.Tensor | tuple[torch.Tensor, ...],
+        streams: Sequence[torch.Tensor],
+    ) -> torch.Tensor:
         """Calls a submodule with its argument and the extra ones.
 
         Arguments
@@ -137,10 +143,15 @@ class Evaluator:
                 raise self._in_place(function, what)
         return result
 
-    def _call(self, function, module, given):
+    def _call(
+        self,
+        function: str,
+        module: nn.Module,
+        given: torch.Tensor | tuple[torch.Tensor, ...],
+    ) -> torch.Tensor:
         return module(given, *self.args, **self.kwargs)
 
-    def _in_place(self, function, what):
+    def _in_place(self, function: str, what: str) -> RuntimeError:
         return RuntimeError(
             f"{self._full_name(function)} changes {what} in place while it "
             f"runs, so that backward could not compute the same again. Set "
@@ -148,7 +159,9 @@ class Evaluator:
             f"max_norm may limit its norm after the optimizer's step instead."
         )
 
-    def _given(self, function, streams):
+    def _given(
+        self, function: str, streams: Sequence[torch.Tensor]
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
         if not getattr(
             self.block.get_submodule(function), "takes_streams", False
         ):
@@ -157,10 +170,10 @@ class Evaluator:
             streams = self.format.enter(*streams)
         return tuple(s.to(self.format.inner_dtype) for s in streams)
 
-    def _full_name(self, function):
+    def _full_name(self, function: str) -> str:
         return ".".join(part for part in (self.name, function) if part)
 
-    def _check_tensor(self, function, value, place):
+    def _check_tensor(self, function: str, value: object, place: str) -> None:
         if not isinstance(value, torch.Tensor):
             raise TypeError(
                 f"{self._full_name(function)} returned "
@@ -168,7 +181,9 @@ class Evaluator:
                 f"tensor."
             )
 
-    def _check_increment(self, function, value, stream):
+    def _check_increment(
+        self, function: str, value: torch.Tensor, stream: torch.Tensor
+    ) -> None:
         self._check_tensor(function, value, "a coupling")
         if value.shape != stream.shape:
             raise ValueError(
@@ -189,7 +204,7 @@ class RecordingEvaluator(Evaluator):
         As Evaluator's.
     """
 
-    def __init__(self, recorder: Recorder, *args):
+    def __init__(self, recorder: Recorder, *args: Any):
         super().__init__(*args)
         self.recorder = recorder
         self.recordings: dict[str, Recording] = {}
@@ -198,19 +213,24 @@ class RecordingEvaluator(Evaluator):
     # once: some modules take a faster path without, and torch.compile builds
     # other code, both of which round differently.
 
-    def value(self, function, stream):
+    def value(self, function: str, stream: torch.Tensor) -> torch.Tensor:
         """The increment, computed as ``ReplayingEvaluator.vjp`` does."""
         with torch.enable_grad(), nothing_saved():
             stream = stream.detach().requires_grad_()
             return super().value(function, stream).detach()
 
-    def read(self, function, *streams):
+    def read(self, function: str, *streams: torch.Tensor) -> torch.Tensor:
         """Returns what a function reads, computed as in a replay."""
         with torch.enable_grad(), nothing_saved():
-            streams = [s.detach().requires_grad_() for s in streams]
-            return super().read(function, *streams).detach()
+            leaves = [s.detach().requires_grad_() for s in streams]
+            return super().read(function, *leaves).detach()
 
-    def _call(self, function, module, given):
+    def _call(
+        self,
+        function: str,
+        module: nn.Module,
+        given: torch.Tensor | tuple[torch.Tensor, ...],
+    ) -> torch.Tensor:
         with self.recorder.recording(module) as recording:
             result = super()._call(function, module, given)
         self.recordings[function] = recording
@@ -245,7 +265,7 @@ class ReplayingEvaluator(Evaluator):
         recordings: dict[str, Recording],
         weights: dict[str, torch.Tensor],
         extras: list[torch.Tensor],
-        *args,
+        *args: Any,
     ):
         super().__init__(*args)
         self.recorder = recorder
@@ -257,7 +277,12 @@ class ReplayingEvaluator(Evaluator):
         # Of gradients that have been handed out.
         self._storages: set[int] = set()
 
-    def _call(self, function, module, given):
+    def _call(
+        self,
+        function: str,
+        module: nn.Module,
+        given: torch.Tensor | tuple[torch.Tensor, ...],
+    ) -> torch.Tensor:
         with self.recorder.replay(module, self.recordings[function]):
             return functional_call(
                 module,
@@ -293,7 +318,7 @@ class ReplayingEvaluator(Evaluator):
         # The pullback needs the graph of the value, not its storage.
         graph = _edge(value)
 
-        def pullback(gradient):
+        def pullback(gradient: torch.Tensor) -> torch.Tensor:
             return self._pull(function, graph, gradient, [stream])[0]
 
         return increment, pullback
@@ -320,10 +345,10 @@ class ReplayingEvaluator(Evaluator):
         list of torch.Tensor
             One for each stream.
         """
-        streams = [s.detach().requires_grad_() for s in streams]
+        leaves = [s.detach().requires_grad_() for s in streams]
         with torch.enable_grad():
-            graph = _edge(self.read(function, *streams))
-        return self._pull(function, graph, gradient, streams)
+            graph = _edge(self.read(function, *leaves))
+        return self._pull(function, graph, gradient, leaves)
 
     def gradients(self) -> list[torch.Tensor | None]:
         """Gradients of the extra arguments and the weights, in that order.
@@ -333,7 +358,7 @@ class ReplayingEvaluator(Evaluator):
         wanted = (*self.extras, *self.weights.values())
         return [self._gradients.get(key) for key in {id(x): 0 for x in wanted}]
 
-    def _own(self, gradient):
+    def _own(self, gradient: torch.Tensor) -> torch.Tensor:
         """A gradient with memory of its own.
 
         autograd hands out one tensor for several weights that are added up,
@@ -346,7 +371,7 @@ class ReplayingEvaluator(Evaluator):
         self._storages.add(place)
         return gradient
 
-    def _weights_of(self, function):
+    def _weights_of(self, function: str) -> dict[str, torch.Tensor]:
         prefix = f"{function}."
         return {
             name.removeprefix(prefix): weight
@@ -354,7 +379,13 @@ class ReplayingEvaluator(Evaluator):
             if name.startswith(prefix)
         }
 
-    def _pull(self, function, graph, gradient, streams):
+    def _pull(
+        self,
+        function: str,
+        graph: tuple[GradientEdge | None, torch.dtype],
+        gradient: torch.Tensor,
+        streams: Sequence[torch.Tensor],
+    ) -> list[torch.Tensor]:
         edge, dtype = graph
         if edge is None:
             return [torch.zeros_like(s) for s in streams]
@@ -382,7 +413,12 @@ class ReplayingEvaluator(Evaluator):
         ]
 
 
-def _versions(module, streams, args, kwargs):
+def _versions(
+    module: nn.Module,
+    streams: Sequence[torch.Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> list[tuple[str, torch.Tensor, int]]:
     """(name, tensor, version) of all that a call must not change in place."""
     if torch.compiler.is_compiling():
         return []
@@ -404,6 +440,6 @@ def _versions(module, streams, args, kwargs):
     ]
 
 
-def _edge(value):
+def _edge(value: torch.Tensor) -> tuple[GradientEdge | None, torch.dtype]:
     edge = get_gradient_edge(value) if value.requires_grad else None
     return edge, value.dtype

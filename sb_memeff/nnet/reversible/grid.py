@@ -8,6 +8,7 @@ Authors
 """
 
 import dataclasses
+from typing import Any
 
 import torch
 
@@ -42,7 +43,7 @@ def round_to_grid(x: torch.Tensor, bits: int) -> torch.Tensor:
     return _rounded(x, bits)
 
 
-def _rounded(x, bits):
+def _rounded(x: torch.Tensor, bits: int) -> torch.Tensor:
     """On the grid, in float32 or float64."""
     if runs_fused(x) and (x.is_contiguous() or channels_are_last(x)):
         from sb_memeff.ops.triton import grid
@@ -56,12 +57,13 @@ def _rounded(x, bits):
 
 class _RoundToGrid(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, bits):
+    def forward(ctx: Any, x: torch.Tensor, bits: int) -> torch.Tensor:
         ctx.dtype = x.dtype
         return _rounded(x, bits)
 
     @staticmethod
-    def backward(ctx, gradient):
+    # pyrefly: ignore[bad-override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         return gradient.to(ctx.dtype), None
 
 

@@ -5,6 +5,7 @@ Authors
 """
 
 import math
+from typing import cast
 
 import torch
 
@@ -38,7 +39,7 @@ class StreamGuard(Observer):
         False only looks whether streams leave the grid.
     """
 
-    def __init__(self, bits, compare=True):
+    def __init__(self, bits: int | None, compare: bool = True):
         self.bits = bits
         self.compare = compare
         self._extremes = []
@@ -47,26 +48,27 @@ class StreamGuard(Observer):
         self._reports = []
         next_forward()
 
-    def entered(self, names, streams):
+    def entered(self, names: list[str], streams: list[torch.Tensor]) -> None:
         """Describes the streams before the first block."""
         self._names = names
         if names:
             self._look(names[0], streams)
             self._before[names[0]] = self._summary(streams)
 
-    def computed(self, name, streams):
+    def computed(self, name: str, streams: list[torch.Tensor]) -> None:
         """Describes the streams before the next block."""
         self._look(name, streams)
         number = self._names.index(name) + 1
         if number < len(self._names):
             self._before[self._names[number]] = self._summary(streams)
 
-    def backward_begins(self):
+    def backward_begins(self) -> None:
         """Raises if |x| reached 2**(24 - bits), or for an earlier step."""
         read_arrived()
         if not self._extremes:
             return
-        limit = 2.0 ** (24 - self.bits)
+        bits = cast(int, self.bits)
+        limit = 2.0 ** (24 - bits)
         if self._farthest is None:
             extremes = torch.stack([pair for _, pair in self._extremes])
             # The only wait for the device, also where couplings stand in
@@ -81,13 +83,13 @@ class StreamGuard(Observer):
                 raise RuntimeError(
                     f"ReversibleSequence: at {name} the stream reached "
                     f"{value:.6g}, beyond {limit:.6g}, where float32 cannot "
-                    f"hold multiples of 2**-{self.bits}: the inverse would no "
+                    f"hold multiples of 2**-{bits}: the inverse would no "
                     f"longer be exact. Lower the learning rate or the scale of "
-                    f"the blocks, or set grid_bits={self.bits - 3} (a coarser "
+                    f"the blocks, or set grid_bits={bits - 3} (a coarser "
                     f"grid that reaches 8 times as far)."
                 )
 
-    def rebuilt(self, name, streams):
+    def rebuilt(self, name: str, streams: list[torch.Tensor]) -> None:
         """Compares; on the CPU a difference is an error at once."""
         if not self.compare:
             return
@@ -103,19 +105,19 @@ class StreamGuard(Observer):
         if is_read_at_once(differs.device):
             self.backward_ends()
 
-    def backward_ends(self):
+    def backward_ends(self) -> None:
         """Hands the comparisons to the host, all in one copy."""
         reports, self._reports = self._reports, []
         if not reports:
             return
 
-        def message(number):
+        def message(number: int) -> str:
             name, _, before, now = reports[number]
             return _message(name, before, now)
 
         report_mismatches(torch.stack([r[1] for r in reports]), message)
 
-    def _look(self, name, streams):
+    def _look(self, name: str, streams: list[torch.Tensor]) -> None:
         if self.bits is not None:
             for stream in streams:
                 extremes = (
@@ -125,13 +127,13 @@ class StreamGuard(Observer):
                 )
                 self._extremes.append((name, torch.stack(tuple(extremes))))
 
-    def _summary(self, streams):
+    def _summary(self, streams: list[torch.Tensor]) -> Summary | None:
         if not self.compare:
             return None
         return Summary(streams, sampled=True if self.bits is None else None)
 
 
-def _message(name, before, now):
+def _message(name: str, before: Summary, now: Summary) -> str:
     return (
         f"ReversibleSequence: backward rebuilt another input of {name} than "
         f"forward had: it differs{before.size_of_difference(now)}, and gradients would "

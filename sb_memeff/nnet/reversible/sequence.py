@@ -5,13 +5,15 @@ Authors
 """
 
 import functools
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
 from sb_memeff.nnet.recompute.segment import Segment
 from sb_memeff.nnet.replay.recorder import Recorder, without_trace
-from sb_memeff.nnet.reversible.coupling import Invertible, Tap, halves
+from sb_memeff.nnet.reversible.coupling import Invertible, Pair, Tap, halves
 from sb_memeff.nnet.reversible.evaluator import Evaluator
 from sb_memeff.nnet.reversible.grid import StreamFormat
 from sb_memeff.nnet.reversible.guards import StreamGuard
@@ -21,6 +23,9 @@ from sb_memeff.nnet.reversible.walk import (
     run_without_storing,
 )
 from sb_memeff.ops.dispatch import has_values
+
+if TYPE_CHECKING:
+    from sb_memeff.nnet.reversible.walk import Observer
 
 __all__ = ["ReversibleSequence"]
 
@@ -80,7 +85,13 @@ class ReversibleSequence(nn.Module):
     torch.Size([2, 8, 20])
     """
 
-    def __init__(self, blocks, save_memory=True, exact=True, grid_bits=12):
+    def __init__(
+        self,
+        blocks: Iterable[nn.Module],
+        save_memory: bool = True,
+        exact: bool = True,
+        grid_bits: int = 12,
+    ):
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         if len(self.blocks) == 0:
@@ -96,14 +107,16 @@ class ReversibleSequence(nn.Module):
         # Called without arguments, each makes an Observer of one forward pass.
         self._observers = []
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         """Text that print(module) shows."""
         return (
             f"save_memory={self.save_memory}, exact={self.exact}, "
             f"grid_bits={self.grid_bits}"
         )
 
-    def forward(self, x, *args, **kwargs):
+    def forward(
+        self, x: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Runs the chain.
 
         Arguments
@@ -143,7 +156,13 @@ class ReversibleSequence(nn.Module):
             return self._forward_reversible(x, args, kwargs)
         return self._forward_stored(x, args, kwargs)
 
-    def inverse(self, y, *args, input_shape=None, **kwargs):
+    def inverse(
+        self,
+        y: torch.Tensor,
+        *args: Any,
+        input_shape: tuple[int, ...] | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
         """Computes the input back from the output, without gradients.
 
         Batch norms in training mode use the statistics of the batch and count
@@ -190,7 +209,11 @@ class ReversibleSequence(nn.Module):
             ):
                 evaluator = Evaluator(block, name, stream_format, args, kwargs)
                 (y1, y2), recording = recorder.record(
-                    block.inverse_streams, y1, y2, evaluator, shape
+                    cast(Invertible, block).inverse_streams,
+                    y1,
+                    y2,
+                    evaluator,
+                    shape,
                 )
                 if recording.random_states:
                     raise RuntimeError(
@@ -201,33 +224,38 @@ class ReversibleSequence(nn.Module):
                     )
             return stream_format.leave(y1, y2)
 
-    def _stream_shapes(self, last, input_shape):
+    def _stream_shapes(
+        self, last: tuple[int, ...], input_shape: tuple[int, ...] | None
+    ) -> list[torch.Size]:
         # The shape of a stream before each block.
+        blocks = cast(Sequence[Invertible], self.blocks)
         if input_shape is None:
             shape = last
-            for block in reversed(self.blocks):
+            for block in reversed(blocks):
                 shape = block.stream_shape_before(shape)
         else:
             shape = (input_shape[0], input_shape[1] // 2, *input_shape[2:])
         shapes = []
-        for block in self.blocks:
+        for block in blocks:
             shapes.append(torch.Size(shape))
             shape = block.stream_shape(shape)
         if tuple(shape) != tuple(last):
+            first = (shapes[0][0], 2 * shapes[0][1], *shapes[0][2:])
+            given = first if input_shape is None else input_shape
             raise ValueError(
                 f"ReversibleSequence.inverse: an input of shape "
-                f"{tuple(input_shape)} gives streams of {tuple(shape)}, the "
+                f"{tuple(given)} gives streams of {tuple(shape)}, the "
                 f"output holds streams of {tuple(last)}."
             )
         return shapes
 
-    def _named_blocks(self):
+    def _named_blocks(self) -> list[tuple[str, nn.Module]]:
         return [
             (f"blocks.{name}", block)
             for name, block in self.blocks.named_children()
         ]
 
-    def _format(self, x):
+    def _format(self, x: torch.Tensor) -> StreamFormat:
         # Autocast picks the precision inside f by itself; without it, the
         # modules expect what they were called with.
         inner = x.dtype
@@ -237,10 +265,12 @@ class ReversibleSequence(nn.Module):
         exact = self.exact and stream == torch.float32
         return StreamFormat(inner, self.grid_bits if exact else None)
 
-    def _forward_stored(self, x, args, kwargs):
+    def _forward_stored(
+        self, x: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         stream_format = self._format(x)
         total = TapSum(stream_format)
-        state = (x,)
+        state: Sequence[torch.Tensor] = (x,)
         for name, block in self._named_blocks():
             evaluator = Evaluator(block, name, stream_format, args, kwargs)
             if isinstance(block, Tap):
@@ -248,7 +278,7 @@ class ReversibleSequence(nn.Module):
             elif isinstance(block, Invertible):
                 if len(state) == 1:
                     state = stream_format.enter(*state)
-                state = block.forward_streams(*state, evaluator)
+                state = block.forward_streams(*cast(Pair, state), evaluator)
             else:
                 state = _call(block, stream_format, args, kwargs, *state)
         output = stream_format.leave(*state)
@@ -261,7 +291,9 @@ class ReversibleSequence(nn.Module):
         reason="a reversible chain is not compiled; save_memory=False, which "
         "stores its activations, can be",
     )
-    def _forward_reversible(self, x, args, kwargs):
+    def _forward_reversible(
+        self, x: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         stream_format = self._format(x)
         # Fake tensors draw no random numbers and hold no values to look at.
         real = has_values(x)
@@ -283,8 +315,15 @@ class ReversibleSequence(nn.Module):
             total.release()
 
     def _run_blocks(
-        self, state, stream_format, total, recorder, observers, args, kwargs
-    ):
+        self,
+        state: tuple[torch.Tensor, ...],
+        stream_format: StreamFormat,
+        total: TapSumBesideGraph,
+        recorder: Recorder,
+        observers: "list[Observer]",
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[torch.Tensor, ...]:
         """The state after all blocks; what taps read is added to total."""
         blocks = self._named_blocks()
         while blocks:
@@ -324,7 +363,9 @@ class ReversibleSequence(nn.Module):
         return state
 
 
-def _leading_run(blocks, state):
+def _leading_run(
+    blocks: list[tuple[str, nn.Module]], state: tuple[torch.Tensor, ...]
+) -> list[tuple[str, Invertible]]:
     """The invertible blocks at the head of what is left of the chain."""
     run = []
     for name, block in blocks:
@@ -337,17 +378,30 @@ def _leading_run(blocks, state):
     return run
 
 
-def _read(block, name, stream_format, args, kwargs, *state):
+def _read(
+    block: nn.Module,
+    name: str,
+    stream_format: StreamFormat,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *state: torch.Tensor,
+) -> torch.Tensor:
     """Value that a tap reads."""
     evaluator = Evaluator(block, name, stream_format, args, kwargs)
     return evaluator.read("read", *state)
 
 
-def _call(block, stream_format, args, kwargs, *state):
+def _call(
+    block: nn.Module,
+    stream_format: StreamFormat,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *state: torch.Tensor,
+) -> tuple[torch.Tensor, ...]:
     """The state after a block that is not invertible."""
     if getattr(block, "takes_streams", False):
         if len(state) == 1:
-            state = stream_format.enter(*state)
+            state = cast(Pair, stream_format.enter(*state))
         given = tuple(s.to(stream_format.inner_dtype) for s in state)
     else:
         given = stream_format.leave(*state)

@@ -16,6 +16,8 @@ Authors
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -27,7 +29,7 @@ from sb_memeff.nnet.replay.recorder import (
     check_fingerprint,
     fingerprint,
 )
-from sb_memeff.nnet.reversible.coupling import Invertible, Tap, halves
+from sb_memeff.nnet.reversible.coupling import Invertible, Pair, Tap, halves
 from sb_memeff.nnet.reversible.evaluator import (
     RecordingEvaluator,
     ReplayingEvaluator,
@@ -61,7 +63,7 @@ class _Step:
     """One block of a run and what its node needs in backward."""
 
     name: str
-    block: nn.Module
+    block: Invertible
     # By all their names, and the first name of each that needs a gradient.
     parameters: dict[str, nn.Parameter]
     weights: list[str]
@@ -71,7 +73,7 @@ class _Step:
     fingerprint: tuple = ()
 
 
-def _step(name, block):
+def _step(name: str, block: Invertible) -> _Step:
     parameters = dict(block.named_parameters(remove_duplicate=False))
     first = {id(p): n for n, p in reversed(parameters.items())}
     return _Step(
@@ -106,16 +108,24 @@ class Walk:
     """
 
     def __init__(
-        self, blocks, stream_format, recorder, observers, args, kwargs
+        self,
+        blocks: list[tuple[str, Invertible]],
+        stream_format: StreamFormat,
+        recorder: Recorder,
+        observers: list[Observer],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ):
         self.format: StreamFormat = stream_format
         self.recorder: Recorder = recorder
         self.observers: list[Observer] = observers
         self.steps = [_step(name, block) for name, block in blocks]
         flat, self._structure = tree_flatten((args, kwargs))
-        self.extras = [x for x in flat if isinstance(x, torch.Tensor)]
+        self.extras: list[torch.Tensor] | None = [
+            x for x in flat if isinstance(x, torch.Tensor)
+        ]
         # Tensors are saved by the last node, as autograd saves them.
-        self._others = [
+        self._others: list[Any] = [
             None if isinstance(x, torch.Tensor) else x for x in flat
         ]
         self._places = [
@@ -127,15 +137,21 @@ class Walk:
 
     def tensors(self, step: _Step) -> list[torch.Tensor]:
         """Tensors for which a block's node returns gradients."""
-        return [self.extras[i] for i in self._wanted] + [
+        extras = cast(list[torch.Tensor], self.extras)
+        return [extras[i] for i in self._wanted] + [
             step.parameters[name] for name in step.weights
         ]
 
-    def forget_extras(self):
+    def forget_extras(self) -> None:
         """Leaves them to autograd, see ``begin_backward``."""
         self.extras = None
 
-    def begin_backward(self, extras, streams, gradients):
+    def begin_backward(
+        self,
+        extras: list[torch.Tensor],
+        streams: list[torch.Tensor],
+        gradients: list[torch.Tensor],
+    ) -> None:
         """Starts from the end of the run."""
         # Before any gradient is formed; each block looks again at its own.
         for step in self.steps:
@@ -145,14 +161,14 @@ class Walk:
         self.extras = extras
         self.streams, self.gradients = streams, gradients
 
-    def end_backward(self):
+    def end_backward(self) -> None:
         """Frees what only this backward pass needed."""
         self.streams, self.gradients, self.extras = [], [], None
         for observer in self.observers:
             observer.backward_ends()
 
     @staticmethod
-    def check(step: _Step):
+    def check(step: _Step) -> None:
         """Raises if weights or mode of a block changed since forward."""
         check_fingerprint(
             step.fingerprint, step.block, "ReversibleSequence", f"{step.name}."
@@ -162,7 +178,8 @@ class Walk:
         """For a block, in backward."""
         self.check(step)
         flat = list(self._others)
-        for number, (place, x) in enumerate(zip(self._places, self.extras)):
+        extras = cast(list[torch.Tensor], self.extras)
+        for number, (place, x) in enumerate(zip(self._places, extras)):
             needs_gradient = number in self._wanted
             flat[place] = x.detach().requires_grad_(needs_gradient)
         parameters = step.parameters
@@ -185,7 +202,13 @@ class Walk:
             *tree_unflatten(flat, self._structure),
         )
 
-    def record(self, step: _Step, function):
+    def record(
+        self,
+        step: _Step,
+        function: Callable[
+            [torch.Tensor, torch.Tensor, RecordingEvaluator], Any
+        ],
+    ) -> Any:
         """Runs a block in forward and records what its node needs."""
         evaluator = RecordingEvaluator(
             self.recorder,
@@ -199,11 +222,13 @@ class Walk:
         step.strides = [x.stride() for x in self.streams]
         step.recordings = evaluator.recordings
         with self.recorder.autocast():
-            return function(*self.streams, evaluator)
+            return function(*cast(Pair, self.streams), evaluator)
 
-    def _flat(self):
+    def _flat(self) -> list[Any]:
         flat = list(self._others)
-        for place, x in zip(self._places, self.extras):
+        for place, x in zip(
+            self._places, cast(list[torch.Tensor], self.extras)
+        ):
             flat[place] = x
         return flat
 
@@ -212,7 +237,7 @@ class _Enter(torch.autograd.Function):
     """From tensors to streams in the walk."""
 
     @staticmethod
-    def forward(ctx, walk, *tensors):
+    def forward(ctx: Any, walk: Walk, *tensors: torch.Tensor) -> torch.Tensor:
         ctx.walk = walk
         ctx.dtypes = [x.dtype for x in tensors]
         walk.streams = walk.format.enter(*tensors)
@@ -222,7 +247,10 @@ class _Enter(torch.autograd.Function):
         return walk.streams[0].new_empty(0)
 
     @staticmethod
-    def backward(ctx, token):
+    # pyrefly: ignore[bad-override]
+    def backward(
+        ctx: Any, token: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
         gradients = ctx.walk.gradients
         ctx.walk.end_backward()
         if len(ctx.dtypes) == 1:
@@ -236,7 +264,13 @@ class _Undo(torch.autograd.Function):
     """An invertible block."""
 
     @staticmethod
-    def forward(ctx, walk, step, token, *tensors):
+    def forward(
+        ctx: Any,
+        walk: Walk,
+        step: _Step,
+        token: torch.Tensor,
+        *tensors: torch.Tensor,
+    ) -> torch.Tensor:
         ctx.walk, ctx.step = walk, step
         walk.streams = list(walk.record(step, step.block.forward_streams))
         for observer in walk.observers:
@@ -244,7 +278,10 @@ class _Undo(torch.autograd.Function):
         return token.new_empty(0)
 
     @staticmethod
-    def backward(ctx, token):
+    # pyrefly: ignore[bad-override]
+    def backward(
+        ctx: Any, token: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
         _refuse_double_backward()
         walk, step = ctx.walk, ctx.step
         evaluator = walk.evaluator(step)
@@ -270,17 +307,28 @@ class _Read(torch.autograd.Function):
     """A tap: what it reads is an output, the streams pass."""
 
     @staticmethod
-    def forward(ctx, walk, step, token, *tensors):
+    def forward(
+        ctx: Any,
+        walk: Walk,
+        step: _Step,
+        token: torch.Tensor,
+        *tensors: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.walk, ctx.step = walk, step
         ctx.set_materialize_grads(False)
 
-        def read(x1, x2, evaluator):
+        def read(
+            x1: torch.Tensor, x2: torch.Tensor, evaluator: RecordingEvaluator
+        ) -> torch.Tensor:
             return evaluator.read("read", x1, x2)
 
         return token.new_empty(0), walk.record(step, read)
 
     @staticmethod
-    def backward(ctx, token, gradient):
+    # pyrefly: ignore[bad-override]
+    def backward(
+        ctx: Any, token: torch.Tensor, gradient: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
         _refuse_double_backward()
         walk, step = ctx.walk, ctx.step
         found = [None] * (len(ctx.needs_input_grad) - 3)
@@ -304,7 +352,15 @@ class _Leave(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, walk, as_one, total, token, sum_token, *extras):
+    def forward(
+        ctx: Any,
+        walk: Walk,
+        as_one: bool,
+        total: TapSumBesideGraph,
+        token: torch.Tensor,
+        sum_token: torch.Tensor,
+        *extras: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
         ctx.walk, ctx.total = walk, total
         ctx.set_materialize_grads(False)
         streams, walk.streams = walk.streams, []
@@ -318,29 +374,30 @@ class _Leave(torch.autograd.Function):
         return (*outputs, outputs[0].new_empty(0))
 
     @staticmethod
-    def backward(ctx, *gradients):
+    def backward(
+        ctx: Any, *gradients: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
         _refuse_double_backward()
         walk = ctx.walk
-        *gradients, sum_token = gradients
+        *given, sum_token = gradients
         if sum_token is None:
             # Of a backward pass before, that ended early.
             ctx.total.gradient = None
         saved = ctx.saved_tensors
         extras, saved = saved[: ctx.extras], saved[ctx.extras :]
         streams = list(saved if len(saved) == 2 else halves(*saved))
-        if len(gradients) == 1 and gradients[0] is not None:
-            gradients = halves(*gradients)
-        elif len(gradients) == 1:
-            gradients = (None, None)
-        gradients = [
+        if len(given) == 1:
+            given = [None, None] if given[0] is None else halves(given[0])
+        of_streams = [
             torch.zeros_like(s) if g is None else _alone(g.to(s.dtype))
-            for g, s in zip(gradients, streams, strict=True)
+            for g, s in zip(given, streams, strict=True)
         ]
+        del given
         streams = [
             _alone(_laid_out(s, stride))
             for s, stride in zip(streams, ctx.strides, strict=True)
         ]
-        walk.begin_backward(extras, streams, gradients)
+        walk.begin_backward(extras, streams, of_streams)
         return (
             None,
             None,
@@ -359,8 +416,8 @@ def run_without_storing(
     total: TapSumBesideGraph,
     recorder: Recorder,
     observers: list[Observer],
-    args: tuple,
-    kwargs: dict,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> tuple[torch.Tensor, ...]:
     """Runs invertible blocks and stores their last output only.
 
@@ -391,7 +448,7 @@ def run_without_storing(
         One tensor, or two streams.
     """
     walk = Walk(blocks, stream_format, recorder, observers, args, kwargs)
-    extras = walk.extras
+    extras = cast(list[torch.Tensor], walk.extras)
     token = _Enter.apply(walk, *tensors)
     for step in walk.steps:
         node = _Read if isinstance(step.block, Tap) else _Undo
@@ -429,7 +486,7 @@ class TapSum:
             )
         self._add(value)
 
-    def _add(self, value):
+    def _add(self, value: torch.Tensor) -> None:
         if self.value is None:
             self.dtype = value.dtype
             # A copy: what is added to from here on has no other owner.
@@ -439,7 +496,7 @@ class TapSum:
 
     def result(self) -> torch.Tensor:
         """The sum in the dtype that the first tap read."""
-        return self.value.to(self.dtype)
+        return cast(torch.Tensor, self.value).to(self.dtype)
 
 
 class TapSumBesideGraph(TapSum):
@@ -459,10 +516,10 @@ class TapSumBesideGraph(TapSum):
     def __init__(self, stream_format: StreamFormat, device: torch.device):
         super().__init__(stream_format)
         # autograd refuses a gradient on another device, even an empty one.
-        self.token = torch.empty(0, device=device)
+        self.token: torch.Tensor | None = torch.empty(0, device=device)
         self.gradient: torch.Tensor | None = None
 
-    def _add(self, value):
+    def _add(self, value: torch.Tensor) -> None:
         self.token = _AddToSum.apply(self, self.token, value)
 
     def result(self) -> torch.Tensor:
@@ -480,7 +537,12 @@ class TapSumBesideGraph(TapSum):
 
 class _AddToSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, total, token, value):
+    def forward(
+        ctx: Any,
+        total: TapSumBesideGraph,
+        token: torch.Tensor,
+        value: torch.Tensor,
+    ) -> torch.Tensor:
         ctx.total, ctx.dtype = total, value.dtype
         ctx.first = total.value is None
         TapSum._add(total, value)
@@ -488,7 +550,10 @@ class _AddToSum(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, token):
+    # pyrefly: ignore[bad-override]
+    def backward(
+        ctx: Any, token: torch.Tensor
+    ) -> tuple[None, torch.Tensor, torch.Tensor | None]:
         gradient = ctx.total.gradient
         if ctx.first:
             ctx.total.gradient = None
@@ -500,19 +565,22 @@ class _AddToSum(torch.autograd.Function):
 
 class _ReadSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, total, token):
+    def forward(
+        ctx: Any, total: TapSumBesideGraph, token: torch.Tensor
+    ) -> torch.Tensor:
         ctx.total = total
-        value, total.value = total.value, None
+        value, total.value = cast(torch.Tensor, total.value), None
         return value.to(total.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient):
+    # pyrefly: ignore[bad-override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, torch.Tensor]:
         ctx.total.gradient = gradient
         return None, gradient.new_empty(0)
 
 
-def _laid_out(x, stride):
+def _laid_out(x: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
     """A tensor with these strides."""
     if x.stride() == stride:
         return x
@@ -521,14 +589,14 @@ def _laid_out(x, stride):
     ).copy_(x)
 
 
-def _alone(x):
+def _alone(x: torch.Tensor) -> torch.Tensor:
     """A tensor whose storage holds nothing else that would live as long."""
     if x.untyped_storage().nbytes() > x.numel() * x.element_size():
         return x.clone()
     return x
 
 
-def _refuse_double_backward():
+def _refuse_double_backward() -> None:
     if torch.is_grad_enabled():
         raise RuntimeError(
             "ReversibleSequence: double backward (create_graph=True) is not "

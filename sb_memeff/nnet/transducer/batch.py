@@ -4,10 +4,13 @@ Authors
  * The sb_memeff authors 2026
 """
 
+from typing import Any, Literal, get_args
+
 import torch
 
 __all__ = [
     "REDUCTIONS",
+    "Reduction",
     "check_counts",
     "check_settings",
     "check_tensors",
@@ -15,7 +18,8 @@ __all__ = [
     "reduce",
 ]
 
-REDUCTIONS = ("speechbrain", "mean", "sum", "none")
+Reduction = Literal["speechbrain", "mean", "sum", "none"]
+REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 INTEGERS = (
     torch.int8,
     torch.int16,
@@ -28,7 +32,9 @@ INTEGERS = (
 )
 
 
-def check_settings(reduction, fastemit_lambda, clamp):
+def check_settings(
+    reduction: Reduction, fastemit_lambda: float, clamp: float | None
+) -> None:
     """Checks the settings that both losses have.
 
     Arguments
@@ -59,7 +65,12 @@ def check_settings(reduction, fastemit_lambda, clamp):
         )
 
 
-def check_tensors(batch, lengths, targets, others):
+def check_tensors(
+    batch: int,
+    lengths: dict[str, torch.Tensor],
+    targets: torch.Tensor,
+    others: dict[str, torch.Tensor],
+) -> None:
     """Checks what both losses are called with, shapes of their own aside.
 
     Arguments
@@ -94,7 +105,7 @@ def check_tensors(batch, lengths, targets, others):
         )
 
 
-def count(lengths, size, what):
+def count(lengths: torch.Tensor, size: int, what: str) -> torch.Tensor:
     """Relative lengths as SpeechBrain has them, in frames or targets.
 
     ``check_counts`` finds those that mean nothing.
@@ -135,7 +146,14 @@ def count(lengths, size, what):
     return (lengths.double() * size).round().long()
 
 
-def check_counts(lengths, frames, counts, targets, blank_index, vocabulary):
+def check_counts(
+    lengths: tuple[torch.Tensor, torch.Tensor],
+    frames: torch.Tensor,
+    counts: torch.Tensor,
+    targets: torch.Tensor,
+    blank_index: int,
+    vocabulary: int | None,
+) -> None:
     """Checks lengths and targets of a batch. The host waits once.
 
     Arguments
@@ -203,7 +221,9 @@ def check_counts(lengths, frames, counts, targets, blank_index, vocabulary):
     )
 
 
-def reduce(nll, frames, reduction):
+def reduce(
+    nll: torch.Tensor, frames: torch.Tensor, reduction: Reduction
+) -> torch.Tensor:
     """Reduces the losses of the samples.
 
     Arguments
@@ -241,10 +261,13 @@ def reduce(nll, frames, reduction):
 
 class _SpeechBrainMean(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, nll, frames):
+    def forward(
+        ctx: Any, nll: torch.Tensor, frames: torch.Tensor
+    ) -> torch.Tensor:
         ctx.samples = len(nll)
         return (nll / frames.to(nll)).mean()
 
     @staticmethod
-    def backward(ctx, gradient):
+    # pyrefly: ignore[bad-override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         return gradient.expand(ctx.samples), None

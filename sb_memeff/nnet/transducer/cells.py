@@ -7,6 +7,8 @@ Authors
 import contextlib
 import copy
 import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -40,12 +42,12 @@ class CellLogits(nn.Module):
     torch.Size([7, 10])
     """
 
-    def __init__(self, joint, classifier):
+    def __init__(self, joint: nn.Module, classifier: nn.Module):
         super().__init__()
         self.joint = joint
         self.classifier = classifier
 
-    def forward(self, enc, pred):
+    def forward(self, enc: torch.Tensor, pred: torch.Tensor) -> torch.Tensor:
         """Logits of cells.
 
         Arguments
@@ -64,7 +66,9 @@ class CellLogits(nn.Module):
         return self.classifier(joined.flatten(0, 2))
 
 
-def cells_inside(frames, counts, rows, columns):
+def cells_inside(
+    frames: torch.Tensor, counts: torch.Tensor, rows: int, columns: int
+) -> torch.Tensor:
     """The cells inside the lattices of a padded batch.
 
     Arguments
@@ -94,7 +98,7 @@ def cells_inside(frames, counts, rows, columns):
     return inside.flatten().nonzero().squeeze(1)
 
 
-def following(targets, counts):
+def following(targets: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """The target that follows in each column of the lattice.
 
     Arguments
@@ -144,7 +148,7 @@ class Tile:
     pred_row: torch.Tensor
     target: torch.Tensor
 
-    def split(self, size):
+    def split(self, size: int) -> "list[Tile]":
         """Cuts them into tiles.
 
         Arguments
@@ -194,34 +198,35 @@ class Cells:
 
     def __init__(
         self,
-        logits,
-        enc,
-        pred,
-        targets,
-        frames,
-        counts,
-        blank_index,
-        clamp=None,
-        check_vocabulary=None,
-        max_rows=None,
+        logits: CellLogits,
+        enc: torch.Tensor,
+        pred: torch.Tensor,
+        targets: torch.Tensor,
+        frames: torch.Tensor,
+        counts: torch.Tensor,
+        blank_index: int,
+        clamp: float | None = None,
+        check_vocabulary: Callable[[int], None] | None = None,
+        max_rows: int | None = None,
     ):
         self.logits = logits
         # Any strides: rows are gathered from where they are.
         self.enc, self.pred = enc.detach(), pred.detach()
         self.check_vocabulary = check_vocabulary
         self.blank_index, self.clamp = blank_index, clamp
-        self.max_rows = max_rows
+        # A pass over tiles needs it.
+        self.max_rows = cast(int, max_rows)
         self.rows, self.columns = enc.shape[1], pred.shape[1]
         self.samples = range(len(enc))
         self.frames, self.counts = frames, counts
         self.following = following(targets, counts)
 
     @property
-    def shape(self):
+    def shape(self) -> tuple[int, int, int]:
         """Shape of a plane with a place for each cell, padding too."""
         return len(self.samples), self.rows, self.columns
 
-    def places(self):
+    def places(self) -> torch.Tensor:
         """Places of the cells in a flat plane.
 
         Returns
@@ -231,7 +236,7 @@ class Cells:
         """
         return cells_inside(self.frames, self.counts, self.rows, self.columns)
 
-    def groups(self, size):
+    def groups(self, size: int) -> "Iterator[Cells]":
         """Cuts the batch into runs of samples.
 
         Arguments
@@ -254,7 +259,7 @@ class Cells:
             )
             yield group
 
-    def sample_of(self, places):
+    def sample_of(self, places: torch.Tensor) -> torch.Tensor:
         """The number of each cell's sample in the batch.
 
         Arguments
@@ -269,7 +274,7 @@ class Cells:
         """
         return places // (self.rows * self.columns) + self.samples.start
 
-    def tile(self, places):
+    def tile(self, places: torch.Tensor) -> Tile:
         """Locates some cells in the batch.
 
         Arguments
@@ -292,7 +297,7 @@ class Cells:
         target = self.following.flatten().index_select(0, pred_row)
         return Tile(places, sample, frame, pred_row, target)
 
-    def inputs(self, tile):
+    def inputs(self, tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows of encoder and predictor of some cells.
 
         Arguments
@@ -307,7 +312,7 @@ class Cells:
         """
         return _rows(self.enc, tile.enc_row), _rows(self.pred, tile.pred_row)
 
-    def run(self, tile):
+    def run(self, tile: Tile) -> torch.Tensor:
         """Logits of some cells.
 
         Arguments
@@ -322,18 +327,22 @@ class Cells:
         """
         return self.logits(*self.inputs(tile))
 
-    def scores(self, tile, logits):
+    def scores(self, tile: Tile, logits: torch.Tensor) -> torch.Tensor:
         """Normaliser, blank and target of cells; see rows.row_scores."""
         if self.check_vocabulary is not None:
             self.check_vocabulary(logits.shape[1])
         return row_scores(logits, tile.target, self.blank_index)
 
 
-def _rows(x, row):
+def _rows(x: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
     """Rows of [A, B, H], taken as [A B, H]; where its strides allow, fast."""
     if x.is_contiguous():
         return x.flatten(0, 1).index_select(0, row)
     return x[row // x.shape[1], row % x.shape[1]]
+
+
+# Logits, the rows that they are made of, and where they are.
+MadeLogits = tuple[torch.Tensor, tuple[torch.Tensor, ...], Cells, Tile]
 
 
 class Gradients:
@@ -354,7 +363,12 @@ class Gradients:
         Name of each such parameter to the sum of its gradient.
     """
 
-    def __init__(self, enc, pred, weights):
+    def __init__(
+        self,
+        enc: torch.Tensor,
+        pred: torch.Tensor,
+        weights: dict[str, torch.Tensor],
+    ):
         # Not the parameters themselves: their hooks are for the sum.
         self.weights = {
             name: p.detach().requires_grad_() for name, p in weights.items()
@@ -375,7 +389,7 @@ class Gradients:
         # explain.
         self.deviation = enc.new_zeros(1, dtype=torch.float32)
 
-    def run(self, cells, tile):
+    def run(self, cells: Cells, tile: Tile) -> MadeLogits:
         """Logits of some cells, to be given to ``add``.
 
         Arguments
@@ -395,12 +409,21 @@ class Gradients:
             logits = functional_call(cells.logits, self.weights, rows)
         return logits, rows, cells, tile
 
-    def _linear_layers(self, rows):
+    def _linear_layers(
+        self, rows: torch.Tensor
+    ) -> contextlib.AbstractContextManager[Any]:
         if rows.dtype in HALF or torch.is_autocast_enabled(rows.device.type):
             return self.linear
         return contextlib.nullcontext()
 
-    def add(self, made, normaliser, blank, emission, upstream=None):
+    def add(
+        self,
+        made: MadeLogits,
+        normaliser: torch.Tensor,
+        blank: torch.Tensor,
+        emission: torch.Tensor,
+        upstream: torch.Tensor | None = None,
+    ) -> None:
         """Propagates back through the logits of some cells.
 
         Arguments
@@ -444,15 +467,15 @@ class Gradients:
 
     def of_logits(
         self,
-        cells,
-        tile,
-        logits,
-        normaliser,
-        blank,
-        emission,
-        upstream,
-        overwrite=False,
-    ):
+        cells: Cells,
+        tile: Tile,
+        logits: torch.Tensor,
+        normaliser: torch.Tensor,
+        blank: torch.Tensor,
+        emission: torch.Tensor,
+        upstream: torch.Tensor | None,
+        overwrite: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The gradient of some cells' logits; see rows.row_gradient.
 
         Arguments
@@ -494,7 +517,7 @@ class Gradients:
             overwrite,
         )
 
-    def compare_losses(self, nll, again):
+    def compare_losses(self, nll: torch.Tensor, again: torch.Tensor) -> None:
         """Whether a replay found the losses of forward, as ``add`` for rows.
 
         Arguments
@@ -510,7 +533,7 @@ class Gradients:
         largest = relative.nan_to_num_(0, 0, 0).amax()
         self.deviation = self.deviation.maximum((1e3 * largest).float())
 
-    def totals(self, scale=None):
+    def totals(self, scale: torch.Tensor | None = None) -> list[torch.Tensor]:
         """The sums, in the dtypes of what they belong to. Call it once.
 
         Arguments
@@ -536,7 +559,7 @@ class Gradients:
         return [total.to(x.dtype) for total, x in zip(self.sums, self.likes)]
 
 
-def _describe_mismatch(_):
+def _describe_mismatch(_: int) -> str:
     return (
         "TransducerJointLoss: joint or classifier computed other logits in "
         "backward than in forward, so gradients would be wrong. They draw "

@@ -9,6 +9,9 @@ Authors
  * The sb_memeff authors 2026
 """
 
+from collections.abc import Callable, Collection
+from typing import Any
+
 import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
@@ -61,21 +64,37 @@ class Float32WeightGradients(TorchFunctionMode):
         self.sums = sums
         self.factor = None
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Collection[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         """Takes the place of torch.nn.functional.linear."""
         kwargs = kwargs or {}
         if func is functional.linear:
             return self._linear(*args, **kwargs)
         return func(*args, **kwargs)
 
-    def _linear(self, input, weight, bias=None):
+    def _linear(
+        self,
+        input: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         dtype = _dtype_of_linear(input, weight, bias)
         if dtype not in HALF or weight.dim() != 2:
             return functional.linear(input, weight, bias)
         totals = self.sums.get(id(weight)), self.sums.get(id(bias))
         return _HalfLinear.apply(input, weight, bias, dtype, self, totals)
 
-    def add(self, total, found, dtype):
+    def add(
+        self,
+        total: torch.Tensor | None,
+        found: torch.Tensor,
+        dtype: torch.dtype,
+    ) -> torch.Tensor | None:
         """Adds to a sum, or returns what autograd shall hand on."""
         if total is None:
             return found.to(dtype)
@@ -86,7 +105,9 @@ class Float32WeightGradients(TorchFunctionMode):
         return None
 
 
-def _dtype_of_linear(input, weight, bias):
+def _dtype_of_linear(
+    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.dtype | None:
     """The dtype in which torch computes the layer, or None if it would not."""
     tensors = [x for x in (input, weight, bias) if x is not None]
     kind = input.device.type
@@ -102,7 +123,15 @@ def _dtype_of_linear(input, weight, bias):
 
 class _HalfLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, input, weight, bias, dtype, mode, totals):
+    def forward(
+        ctx: Any,
+        input: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        dtype: torch.dtype,
+        mode: Float32WeightGradients,
+        totals: tuple[torch.Tensor | None, torch.Tensor | None],
+    ) -> torch.Tensor:
         rows, narrow = input.to(dtype), weight.to(dtype)
         ctx.save_for_backward(rows, narrow)
         ctx.mode, ctx.totals = mode, totals
@@ -114,7 +143,10 @@ class _HalfLinear(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient):
+    # pyrefly: ignore[bad-override]
+    def backward(
+        ctx: Any, gradient: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
         rows, weight = ctx.saved_tensors
         add, totals = ctx.mode.add, ctx.totals
         for_input = for_weight = for_bias = None
@@ -131,7 +163,7 @@ class _HalfLinear(torch.autograd.Function):
         return for_input, for_weight, for_bias, None, None, None
 
 
-def wide_product(a, b):
+def wide_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """The product of two half-precision matrices, in float32.
 
     Arguments

@@ -11,6 +11,8 @@ Authors
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from speechbrain.utils.logger import get_logger
@@ -23,6 +25,7 @@ from sb_memeff.nnet.replay.recorder import (
     fingerprint,
 )
 from sb_memeff.nnet.transducer.batch import (
+    Reduction,
     check_counts,
     check_settings,
     check_tensors,
@@ -117,15 +120,15 @@ class TransducerJointLoss(nn.Module):
 
     def __init__(
         self,
-        joint,
-        classifier,
-        blank_index=0,
-        reduction="speechbrain",
-        method="tiled",
-        max_rows=None,
-        occupancy_floor=1e-8,
-        fastemit_lambda=0.0,
-        clamp=None,
+        joint: nn.Module,
+        classifier: nn.Module,
+        blank_index: int = 0,
+        reduction: Reduction = "speechbrain",
+        method: Literal["tiled", "samplewise", "batched"] = "tiled",
+        max_rows: int | None = None,
+        occupancy_floor: float = 1e-8,
+        fastemit_lambda: float = 0.0,
+        clamp: float | None = None,
     ):
         super().__init__()
         check_settings(reduction, fastemit_lambda, clamp)
@@ -149,7 +152,14 @@ class TransducerJointLoss(nn.Module):
         self.fastemit_lambda = fastemit_lambda
         self.clamp = clamp
 
-    def forward(self, enc, pred, targets, enc_lens, target_lens):
+    def forward(
+        self,
+        enc: torch.Tensor,
+        pred: torch.Tensor,
+        targets: torch.Tensor,
+        enc_lens: torch.Tensor,
+        target_lens: torch.Tensor,
+    ) -> torch.Tensor:
         """Computes the loss.
 
         Arguments
@@ -247,8 +257,15 @@ class TransducerJointLoss(nn.Module):
         ), min(GROUP_TILES * cells.max_rows, GROUP_CELLS)
 
     def _batched(
-        self, enc, pred, targets, enc_lens, target_lens, frames, counts
-    ):
+        self,
+        enc: torch.Tensor,
+        pred: torch.Tensor,
+        targets: torch.Tensor,
+        enc_lens: torch.Tensor,
+        target_lens: torch.Tensor,
+        frames: torch.Tensor,
+        counts: torch.Tensor,
+    ) -> torch.Tensor:
         enc, pred = (
             _finite_padding(enc, frames),
             _finite_padding(pred, counts + 1),
@@ -271,10 +288,10 @@ class TransducerJointLoss(nn.Module):
 class _CheckOnce:
     """Checks targets against the vocabulary when its size is first seen."""
 
-    def __init__(self, check, vocabulary):
+    def __init__(self, check: Callable[[int], None], vocabulary: int | None):
         self.check, self.vocabulary = check, vocabulary
 
-    def __call__(self, vocabulary):
+    def __call__(self, vocabulary: int) -> None:
         if vocabulary != self.vocabulary:
             self.check(vocabulary)
             self.vocabulary = vocabulary
@@ -290,8 +307,17 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, cells, make_pass, size, names, wanted, at_once, enc, pred, *weights
-    ):
+        ctx: Any,
+        cells: Cells,
+        make_pass: Callable[[Cells, Recorder], TiledPass | WholePass],
+        size: int,
+        names: list[str],
+        wanted: bool,
+        at_once: bool,
+        enc: torch.Tensor,
+        pred: torch.Tensor,
+        *weights: torch.Tensor,
+    ) -> torch.Tensor:
         recorder = Recorder(enc.device)
         gradients = None
         if at_once:
@@ -312,7 +338,10 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, upstream):
+    # pyrefly: ignore[bad-override]
+    def backward(
+        ctx: Any, upstream: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
         enc, pred, *weights = ctx.saved_tensors
         gradients, ctx.gradients = ctx.gradients, None
         scale = None
@@ -328,20 +357,20 @@ class _Loss(torch.autograd.Function):
         return *[None] * 6, *gradients.totals(scale)
 
 
-def _rows_of_tile(enc, vocabulary):
+def _rows_of_tile(enc: torch.Tensor, vocabulary: int | None) -> int:
     """See ``max_rows``. The analysis on fake tensors asks for a GPU's."""
     if enc.device.type == "cpu" and has_values(enc):
         return 2048
     return min(max(2**26 // (vocabulary or 1024), 8192), 32768)
 
 
-def _finite_padding(x, lengths):
+def _finite_padding(x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     """NaN in padding times a gradient of 0 would be NaN."""
     padding = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
     return x.masked_fill(padding[..., None] & ~x.isfinite(), 0)
 
 
-def _name_samples(nll):
+def _name_samples(nll: torch.Tensor) -> None:
     if not has_values(nll):
         # Analysed, not computed: there is no value to look at.
         return
@@ -354,7 +383,13 @@ def _name_samples(nll):
         )
 
 
-def _check_inputs(enc, pred, targets, enc_lens, target_lens):
+def _check_inputs(
+    enc: torch.Tensor,
+    pred: torch.Tensor,
+    targets: torch.Tensor,
+    enc_lens: torch.Tensor,
+    target_lens: torch.Tensor,
+) -> None:
     if enc.dim() != 3 or 0 in enc.shape:
         raise ValueError(
             f"enc must be [B, T, H] and not empty, not {list(enc.shape)}."

@@ -38,7 +38,12 @@ class Lattice(NamedTuple):
     target: torch.Tensor
 
 
-def forward_backward(blank, target, frames, targets):
+def forward_backward(
+    blank: torch.Tensor,
+    target: torch.Tensor,
+    frames: torch.Tensor,
+    targets: torch.Tensor,
+) -> Lattice:
     """Sums over all paths, and says how likely each transition is.
 
     The two posteriors are the gradient of the log-likelihood with respect to
@@ -123,7 +128,13 @@ def forward_backward(blank, target, frames, targets):
     )
 
 
-def loss_and_occupancies(blank, target, frames, targets, fastemit_lambda=0.0):
+def loss_and_occupancies(
+    blank: torch.Tensor,
+    target: torch.Tensor,
+    frames: torch.Tensor,
+    targets: torch.Tensor,
+    fastemit_lambda: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The loss of each sample, and what the gradients of its rows are made of.
 
     Arguments
@@ -163,7 +174,9 @@ def loss_and_occupancies(blank, target, frames, targets, fastemit_lambda=0.0):
     )
 
 
-def _take(plane, t, u):
+def _take(
+    plane: torch.Tensor, t: torch.Tensor, u: torch.Tensor
+) -> torch.Tensor:
     """plane[b, t[b], u[b]], -inf outside."""
     batch, rows, columns = plane.shape
     outside = (t < 0) | (u < 0) | (t >= rows) | (u >= columns)
@@ -172,7 +185,7 @@ def _take(plane, t, u):
     return taken.masked_fill(outside, -torch.inf)
 
 
-def _alpha(down, right):
+def _alpha(down: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Log-sums over the paths from (0, 0) to every cell.
 
     Cells of a diagonal depend on the one before it only: one step each.
@@ -212,14 +225,16 @@ def _alpha(down, right):
     return _unskewed_view(alpha, rows, columns)
 
 
-def _skew(scores, diagonals, columns):
+def _skew(scores: torch.Tensor, diagonals: int, columns: int) -> torch.Tensor:
     samples, rows, _ = scores.shape
     skewed = scores.new_full((diagonals, samples, columns + 1), -torch.inf)
     _unskewed_view(skewed, rows, columns).copy_(scores)
     return skewed
 
 
-def _unskewed_view(skewed, rows, columns):
+def _unskewed_view(
+    skewed: torch.Tensor, rows: int, columns: int
+) -> torch.Tensor:
     """Cell (i, j) is at [i + j, :, j + 1]."""
     diagonal, sample, column = skewed.stride()
     return skewed.as_strided(

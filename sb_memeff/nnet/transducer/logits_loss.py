@@ -4,9 +4,13 @@ Authors
  * The sb_memeff authors 2026
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
 from sb_memeff.nnet.transducer.batch import (
+    Reduction,
     check_counts,
     check_settings,
     check_tensors,
@@ -24,16 +28,16 @@ CHUNK = 1 << 22
 
 
 def transducer_loss(
-    logits,
-    targets,
-    input_lens,
-    target_lens,
-    blank_index,
-    reduction="speechbrain",
-    fastemit_lambda=0.0,
-    clamp=None,
-    overwrite_logits=False,
-):
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    input_lens: torch.Tensor,
+    target_lens: torch.Tensor,
+    blank_index: int,
+    reduction: Reduction = "speechbrain",
+    fastemit_lambda: float = 0.0,
+    clamp: float | None = None,
+    overwrite_logits: bool = False,
+) -> torch.Tensor:
     """Transducer loss, for speechbrain.nnet.losses.transducer_loss.
 
     Needs neither numba nor CUDA, and one tensor of the size of the logits
@@ -117,7 +121,12 @@ def transducer_loss(
     return reduce(nll, frames, reduction)
 
 
-def _check_shapes(logits, targets, input_lens, target_lens):
+def _check_shapes(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    input_lens: torch.Tensor,
+    target_lens: torch.Tensor,
+) -> None:
     if logits.dim() != 4 or 0 in logits.shape or not len(logits):
         raise ValueError(
             "logits must be [B, T, U+1, V] and not empty, not "
@@ -141,16 +150,16 @@ class _TransducerLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
-        logits,
-        targets,
-        frames,
-        counts,
-        blank_index,
-        fastemit_lambda,
-        clamp,
-        overwrite_logits,
-    ):
+        ctx: Any,
+        logits: torch.Tensor,
+        targets: torch.Tensor,
+        frames: torch.Tensor,
+        counts: torch.Tensor,
+        blank_index: int,
+        fastemit_lambda: float,
+        clamp: float | None,
+        overwrite_logits: bool,
+    ) -> torch.Tensor:
         batch, rows, columns, vocabulary = logits.shape
         cells = cells_inside(frames, counts, rows, columns)
         symbols = following(targets, counts)
@@ -180,7 +189,10 @@ class _TransducerLoss(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, upstream):
+    # pyrefly: ignore[bad-override]
+    def backward(
+        ctx: Any, upstream: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
         logits, normaliser, cells, symbols, blank, emission = ctx.saved_tensors
         logits = logits.detach()
         _, rows, columns, vocabulary = logits.shape
@@ -210,11 +222,13 @@ class _TransducerLoss(torch.autograd.Function):
         return gradient, *[None] * 7
 
 
-def _locate(cells, rows, columns):
+def _locate(
+    cells: torch.Tensor, rows: int, columns: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Sample, frame and number of targets of flat places in [B, T, U+1]."""
     frame = cells // columns
     return frame // rows, frame % rows, cells % columns
 
 
-def _chunks(cells, vocabulary):
+def _chunks(cells: torch.Tensor, vocabulary: int) -> Sequence[torch.Tensor]:
     return cells.split(max(1, CHUNK // vocabulary))

@@ -5,7 +5,7 @@ Authors
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import speechbrain.nnet.linear
 import torch
@@ -53,7 +53,7 @@ method="batched", or call eval() of this module before.
                 raise ValueError(f"{name} ({type(module).__name__}) {reason}")
 
 
-def _mixes(module, rows):
+def _mixes(module: nn.Module, rows: bool) -> str | None:
     """Why a module is not for cells one by one, or None."""
     if isinstance(module, (_BatchNorm, _InstanceNorm)):
         own = (
@@ -110,7 +110,9 @@ def declared_vocabulary(classifier: nn.Module) -> int | None:
 
 
 @contextlib.contextmanager
-def unchanged(modules: nn.Module, device: torch.device) -> Iterator[None]:
+def unchanged(
+    modules: nn.Module, device: torch.device
+) -> Generator[None, None, None]:
     """Calls inside must not change buffers; an error leaves no trace.
 
     Arguments
@@ -141,11 +143,14 @@ def unchanged(modules: nn.Module, device: torch.device) -> Iterator[None]:
         yield
         for prefix, module in modules.named_modules():
             for name, buffer in module._buffers.items():
-                was, version, clone = before.get((module, name), [None] * 3)
-                same = buffer is was and buffer._version == version
                 # A table that is made in the first call is no change.
-                if was is None or same or torch.equal(buffer, clone):
+                if (module, name) not in before:
                     continue
+                was, version, clone = before[module, name]
+                if buffer is not None:
+                    same = buffer is was and buffer._version == version
+                    if same or torch.equal(buffer, clone):
+                        continue
                 raise ValueError(
                     f"{prefix} ({type(module).__name__}) changes its buffer "
                     f"{name} in every call, and a batch takes many calls. "

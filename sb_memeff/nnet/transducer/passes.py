@@ -4,14 +4,28 @@ Authors
  * The sb_memeff authors 2026
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
 import torch
 from torch import nn
 
+from sb_memeff.nnet.replay.recorder import Recorder, Recording
+from sb_memeff.nnet.transducer.cells import (
+    CellLogits,
+    Cells,
+    Gradients,
+    MadeLogits,
+    Tile,
+)
 from sb_memeff.nnet.transducer.lattice import loss_and_occupancies
 from sb_memeff.nnet.transducer.rows import wide_dtype
 from sb_memeff.ops.dispatch import has_values
 
-__all__ = ["TiledPass", "WholePass"]
+__all__ = ["Planes", "TiledPass", "WholePass"]
+
+# Flat planes of normalisers, and posteriors of blanks and of emissions.
+Planes = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class TiledPass:
@@ -31,14 +45,22 @@ class TiledPass:
         As TransducerJointLoss's.
     """
 
-    def __init__(self, cells, recorder, occupancy_floor, fastemit_lambda):
+    def __init__(
+        self,
+        cells: Cells,
+        recorder: Recorder,
+        occupancy_floor: float,
+        fastemit_lambda: float,
+    ):
         self.max_rows = cells.max_rows
         self.occupancy_floor = occupancy_floor
         self.fastemit_lambda = fastemit_lambda
         self.cells, self.recorder = cells, recorder
-        self.recordings, self.planes, self.nll = [], None, None
+        self.recordings: list[Recording] = []
+        self.planes: Planes | None = None
+        self.nll: torch.Tensor | None = None
 
-    def forward(self, gradients=None):
+    def forward(self, gradients: Gradients | None = None) -> torch.Tensor:
         """The loss of each sample.
 
         Arguments
@@ -58,12 +80,15 @@ class TiledPass:
         flat = planes.flatten(1)
         self._score(flat)
         nll, blank, emission = loss_and_occupancies(
-            *planes[1:], cells.frames, cells.counts, self.fastemit_lambda
+            *planes[1:],
+            frames=cells.frames,
+            targets=cells.counts,
+            fastemit_lambda=self.fastemit_lambda,
         )
         self.planes, self.nll = (flat[0].clone(), blank, emission), nll
         return nll
 
-    def _score(self, flat):
+    def _score(self, flat: torch.Tensor) -> None:
         """Fills in the flat planes of normalisers, blanks and targets."""
         cells, again = self.cells, bool(self.recordings)
         for number, some in enumerate(self._split(cells.places())):
@@ -80,7 +105,9 @@ class TiledPass:
             flat[:, some] = cells.scores(tile, logits)
             del logits
 
-    def backward(self, gradients, upstream=None):
+    def backward(
+        self, gradients: Gradients, upstream: torch.Tensor | None = None
+    ) -> None:
         """Adds the gradients of the samples.
 
         Arguments
@@ -93,10 +120,10 @@ class TiledPass:
         cells = self.cells
         if self.planes is None:
             # A second backward.
-            nll = self.nll
+            nll = cast(torch.Tensor, self.nll)
             with torch.no_grad():
                 gradients.compare_losses(nll, self.forward())
-        planes, self.planes = self.planes, None
+        planes, self.planes = cast(Planes, self.planes), None
         places = cells.places()
         _, blank, emission = planes
         # Not "occupancy >= floor": NaN must come out.
@@ -108,7 +135,14 @@ class TiledPass:
             visited &= (upstream != 0)[cells.sample_of(places)]
         self._propagate(gradients, planes, places, visited, upstream)
 
-    def _propagate(self, gradients, planes, places, visited, upstream):
+    def _propagate(
+        self,
+        gradients: Gradients,
+        planes: Planes,
+        places: torch.Tensor,
+        visited: torch.Tensor,
+        upstream: torch.Tensor | None,
+    ) -> None:
         """Adds the gradients of the cells that are visited."""
         cells = self.cells
         normaliser, blank, emission = planes
@@ -134,7 +168,7 @@ class TiledPass:
             )
             del made
 
-    def _split(self, places):
+    def _split(self, places: torch.Tensor) -> Sequence[torch.Tensor]:
         tiles = places.split(self.max_rows)
         # Where memory is analysed two tell all: each takes the same.
         return tiles if has_values(places) else tiles[:2]
@@ -153,12 +187,19 @@ class WholePass:
         As TransducerJointLoss's.
     """
 
-    def __init__(self, cells, recorder, fastemit_lambda):
+    def __init__(
+        self, cells: Cells, recorder: Recorder, fastemit_lambda: float
+    ):
         self.fastemit_lambda = fastemit_lambda
         self.cells, self.recorder = cells, recorder
-        self.recording = self.made = self.nll = None
+        self.recording: Recording | None = None
+        # What Gradients.add takes.
+        self.made: (
+            tuple[MadeLogits, torch.Tensor, torch.Tensor, torch.Tensor] | None
+        ) = None
+        self.nll: torch.Tensor | None = None
 
-    def forward(self, gradients=None):
+    def forward(self, gradients: Gradients | None = None) -> torch.Tensor:
         """The loss of the sample; arguments as TiledPass's."""
         cells = self.cells
         call, tile = _Call(cells.logits), cells.tile(cells.places())
@@ -169,11 +210,13 @@ class WholePass:
         made, self.recording = self.recorder.record(
             call, gradients.run, cells, tile
         )
-        self.nll, *parts = self._lattice(tile, made[0])
-        self.made = made, *parts
+        nll, normaliser, blank, emission = self._lattice(tile, made[0])
+        self.nll, self.made = nll, (made, normaliser, blank, emission)
         return self.nll
 
-    def backward(self, gradients, upstream=None):
+    def backward(
+        self, gradients: Gradients, upstream: torch.Tensor | None = None
+    ) -> None:
         """Adds the gradients of the sample; arguments as TiledPass's."""
         cells = self.cells
         if upstream is not None and upstream[cells.samples.start] == 0:
@@ -181,22 +224,26 @@ class WholePass:
         made, self.made = self.made, None
         if made is None:
             tile = cells.tile(cells.places())
-            with self.recorder.replay(cells.logits, self.recording):
+            with self.recorder.replay(
+                cells.logits, cast("Recording", self.recording)
+            ):
                 again = gradients.run(cells, tile)
-            nll, *parts = self._lattice(tile, again[0])
-            gradients.compare_losses(self.nll, nll)
-            made = again, *parts
+            nll, normaliser, blank, emission = self._lattice(tile, again[0])
+            gradients.compare_losses(cast(torch.Tensor, self.nll), nll)
+            made = again, normaliser, blank, emission
         gradients.add(*made, upstream)
 
-    def _lattice(self, tile, logits):
+    def _lattice(
+        self, tile: Tile, logits: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         cells = self.cells
         normaliser, *scores = cells.scores(tile, logits.detach())
         shape = 1, int(cells.frames), int(cells.counts) + 1
         nll, blank, emission = loss_and_occupancies(
             *(s.view(shape) for s in scores),
-            cells.frames,
-            cells.counts,
-            self.fastemit_lambda,
+            frames=cells.frames,
+            targets=cells.counts,
+            fastemit_lambda=self.fastemit_lambda,
         )
         return nll, normaliser, blank, emission
 
@@ -204,10 +251,10 @@ class WholePass:
 class _Call(nn.Module):
     """The modules as a Recorder needs them, with any function to call."""
 
-    def __init__(self, logits):
+    def __init__(self, logits: CellLogits):
         super().__init__()
         self.logits = logits
 
-    def forward(self, function, *args):
+    def forward(self, function: Callable[..., Any], *args: Any) -> Any:
         """Calls the function."""
         return function(*args)

@@ -19,7 +19,7 @@ from sb_memeff.ops.dispatch import has_values, runs_fused
 __all__ = ["row_gradient", "row_scores", "wide_dtype"]
 
 
-def wide_dtype(dtype):
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype to compute and to add up in: float32, or float64 for itself.
 
     Arguments
@@ -40,7 +40,9 @@ def wide_dtype(dtype):
     return dtype if dtype == torch.float64 else torch.float32
 
 
-def row_scores(logits, target, blank_index):
+def row_scores(
+    logits: torch.Tensor, target: torch.Tensor, blank_index: int
+) -> torch.Tensor:
     """Log-probabilities of blank and of the next target in each row.
 
     Arguments
@@ -75,18 +77,18 @@ def row_scores(logits, target, blank_index):
 
 
 def row_gradient(
-    logits,
-    normaliser,
-    target,
-    blank,
-    emission,
-    blank_index,
-    deviation=None,
-    clamp=None,
-    weight=None,
-    fit_into_float16=False,
-    overwrite=False,
-):
+    logits: torch.Tensor,
+    normaliser: torch.Tensor,
+    target: torch.Tensor,
+    blank: torch.Tensor,
+    emission: torch.Tensor,
+    blank_index: int,
+    deviation: torch.Tensor | None = None,
+    clamp: float | None = None,
+    weight: torch.Tensor | None = None,
+    fit_into_float16: bool = False,
+    overwrite: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Gradient of the negative log-likelihood with respect to the logits.
 
     Arguments
@@ -178,7 +180,7 @@ def row_gradient(
     return gradient.to(dtype), factor
 
 
-def _scale_into_float16(largest):
+def _scale_into_float16(largest: torch.Tensor) -> torch.Tensor:
     """The power of two by which a tensor is scaled, given its maximum."""
     largest = largest.nan_to_num(1, 1).clamp_(min=1e-30)
     # largest = mantissa 2^n, so the quotient is a power of two.

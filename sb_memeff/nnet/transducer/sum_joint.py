@@ -9,6 +9,7 @@ Authors
 """
 
 import dataclasses
+from typing import Any, cast
 
 import speechbrain.nnet.linear
 import torch
@@ -16,11 +17,20 @@ from speechbrain.nnet.transducer.transducer_joint import Transducer_joint
 from torch import nn
 from torch.nn import functional
 
+from sb_memeff.nnet.transducer.cells import (
+    CellLogits,
+    Cells,
+    Gradients,
+    Tile,
+)
 from sb_memeff.nnet.transducer.half_linear import HALF, wide_product
-from sb_memeff.nnet.transducer.passes import TiledPass
+from sb_memeff.nnet.transducer.passes import Planes, TiledPass
 from sb_memeff.ops.dispatch import runs_fused
 
 __all__ = ["SumJoint", "SumJointPass"]
+
+# Weight, and bias where there is one, in the dtype of the computation.
+Narrow = tuple[torch.Tensor, torch.Tensor | None]
 
 
 @dataclasses.dataclass
@@ -44,11 +54,13 @@ class SumJoint:
     activation: str
     slope: float
     linear: nn.Linear
-    names: tuple[str, str]
+    names: tuple[str, str | None]
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, logits, enc, pred):
+    def of(
+        cls, logits: CellLogits, enc: torch.Tensor, pred: torch.Tensor
+    ) -> "SumJoint | None":
         """Recognises the modules.
 
         Arguments
@@ -86,10 +98,13 @@ class SumJoint:
         names = {id(p): name for name, p in logits.named_parameters()}
         pair = linear.weight, linear.bias
         return cls(
-            *activation, linear, tuple(names.get(id(p)) for p in pair), dtype
+            *activation,
+            linear,
+            cast(tuple[str, str | None], tuple(names.get(id(p)) for p in pair)),
+            dtype,
         )
 
-    def narrow(self):
+    def narrow(self) -> Narrow:
         """Weight and bias (or None) in the dtype of the computation."""
         weight, bias = self.linear.weight, self.linear.bias
         return (
@@ -97,7 +112,9 @@ class SumJoint:
             None if bias is None else bias.detach().to(self.dtype),
         )
 
-    def logits(self, cells, tile, narrow):
+    def logits(
+        self, cells: Cells, tile: Tile, narrow: Narrow
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Joined rows and logits of some cells.
 
         Arguments
@@ -129,8 +146,16 @@ class SumJoint:
             return joined, functional.linear(joined, *narrow)
 
     def add(
-        self, gradients, cells, tile, positions, start, made, narrow, factor
-    ):
+        self,
+        gradients: Gradients,
+        cells: Cells,
+        tile: Tile,
+        positions: torch.Tensor,
+        start: int,
+        made: tuple[torch.Tensor, torch.Tensor],
+        narrow: Narrow,
+        factor: torch.Tensor | None,
+    ) -> None:
         """Adds the gradients of weights, encoder and predictor.
 
         Arguments
@@ -165,7 +190,8 @@ class SumJoint:
                     gradients.linear.add(total, found, total.dtype)
                 else:
                     total.addmm_(gradient.t(), joined)
-            total = gradients.weight_sums.get(self.names[1])
+            # The name of no parameter where there is no bias.
+            total = gradients.weight_sums.get(cast(str, self.names[1]))
             if total is not None:
                 found = gradient.sum(0, dtype=torch.float32)
                 gradients.linear.add(total, found, total.dtype)
@@ -198,11 +224,11 @@ class SumJointPass(TiledPass):
         As TiledPass's.
     """
 
-    def __init__(self, joint, *args, **kwargs):
+    def __init__(self, joint: SumJoint, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.joint = joint
 
-    def _score(self, flat):
+    def _score(self, flat: torch.Tensor) -> None:
         cells, narrow = self.cells, self.joint.narrow()
         whole = cells.tile(cells.places())
         found = []
@@ -212,7 +238,14 @@ class SumJointPass(TiledPass):
             del logits
         flat[:, whole.places] = torch.cat(found, 1)
 
-    def _propagate(self, gradients, planes, places, visited, upstream):
+    def _propagate(
+        self,
+        gradients: Gradients,
+        planes: Planes,
+        places: torch.Tensor,
+        visited: torch.Tensor,
+        upstream: torch.Tensor | None,
+    ) -> None:
         cells, narrow = self.cells, self.joint.narrow()
         whole = cells.tile(places[visited])
         count = len(whole.places)
@@ -225,7 +258,7 @@ class SumJointPass(TiledPass):
         for number, (tile, *scores) in enumerate(zip(tiles, *packed)):
             joined, logits = self.joint.logits(cells, tile, narrow)
             gradient, factor = gradients.of_logits(
-                cells, tile, logits, *scores, upstream, overwrite=True
+                cells, tile, logits, *scores, upstream=upstream, overwrite=True
             )
             del logits
             self.joint.add(
@@ -241,7 +274,7 @@ class SumJointPass(TiledPass):
             del joined, gradient
 
 
-def _samples_of(cells):
+def _samples_of(cells: Cells) -> slice:
     return slice(cells.samples.start, cells.samples.stop)
 
 
@@ -262,7 +295,7 @@ _FORWARDS = {
 }
 
 
-def _activation_of(joint):
+def _activation_of(joint: nn.Module) -> tuple[str, float] | None:
     """Name and slope, or None for another joint network."""
     if type(joint) is not Transducer_joint or joint.joint != "sum":
         return None
@@ -281,7 +314,7 @@ def _activation_of(joint):
     return None if name is None else (name, 0.0)
 
 
-def _linear_of(classifier):
+def _linear_of(classifier: nn.Module) -> nn.Linear | None:
     """The one linear layer that a classifier is, or None."""
     if (
         type(classifier) is speechbrain.nnet.linear.Linear
@@ -291,7 +324,7 @@ def _linear_of(classifier):
     return classifier if type(classifier) is nn.Linear else None
 
 
-def _is_watched(modules):
+def _is_watched(modules: nn.Module) -> object:
     """Whether somebody sees or changes what single modules compute."""
     return nn.modules.module._has_any_global_hook() or any(
         "forward" in vars(module)

@@ -216,3 +216,11 @@ def test_weights_that_may_change():
         net[0].bias.add_(1)
     with pytest.raises(RuntimeError, match="owner: block.0.bias was changed"):
         check_fingerprint(before, net, "owner", "block.")
+
+
+def test_a_weight_in_place_of_one_that_may_change():
+    layer = nn.Linear(2, 2)
+    before = fingerprint(layer, frozenset({id(layer.weight)}))
+    layer.weight = nn.Parameter(torch.ones(2, 2))
+    with pytest.raises(RuntimeError, match="weight was changed"):
+        check_fingerprint(before, layer, "test")

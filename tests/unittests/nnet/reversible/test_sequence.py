@@ -1099,6 +1099,9 @@ def test_inverse_errors():
     down = ReversibleSequence([SpaceToDepth(2)])
     with pytest.raises(ValueError, match=r"\(1, 2, 9, 9\)"):
         down.inverse(torch.zeros(1, 8, 2, 2), input_shape=(1, 2, 9, 9))
+    # No input has this output: a multiple of 8 channels would.
+    with pytest.raises(ValueError, match="holds streams of"):
+        down.inverse(torch.zeros(1, 6, 2, 2))
 
 
 # --- errors ------------------------------------------------------------------

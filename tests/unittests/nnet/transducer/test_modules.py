@@ -154,6 +154,41 @@ def test_buffers_that_change_in_each_call_are_refused(options):
     call(loss)[0].backward()
 
 
+class Reserved(nn.Module):
+    """Has the name of a buffer, and a buffer in its place if it is filled."""
+
+    def __init__(self, buffer, drops=False):
+        super().__init__()
+        self.register_buffer("table", buffer)
+        self.drops = drops
+
+    def forward(self, x):
+        if self.drops:
+            self.table = None
+        return 2 * x
+
+
+@every_method
+def test_buffers_that_are_none_are_no_change(options):
+    loss = TransducerJointLoss(
+        Joint(Reserved(None)), nn.Linear(H, V), **options
+    )
+    value, enc, pred = call(loss)
+    value.backward()
+    assert value.isfinite() and enc.grad.isfinite().all()
+    assert pred.grad.abs().sum() > 0
+
+
+@every_method
+def test_buffers_that_become_none_are_refused(options):
+    module, table = Reserved(torch.ones(2), drops=True), torch.ones(2)
+    module.table = table
+    loss = TransducerJointLoss(Joint(module), nn.Linear(H, V), **options)
+    with pytest.raises(ValueError, match=r"\(Reserved\) changes its buffer t"):
+        call(loss)
+    assert module.table is table
+
+
 @every_method
 def test_weights_that_change_in_each_call_are_refused(options):
     layer = speechbrain.nnet.linear.Linear(V, input_size=H, max_norm=0.1)
