@@ -33,23 +33,25 @@ __all__ = [
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
-def halves(x: torch.Tensor) -> Pair:
+def halves(x: torch.Tensor, axis: int = 1) -> Pair:
     """The two streams of a tensor.
 
     Arguments
     ---------
     x : torch.Tensor
-        [N, C, ...] with C even.
+        [N, C, ...] with C even; or C elsewhere, see axis.
+    axis : int
+        The dimension that is split; -1 for [N, ..., C].
 
     Returns
     -------
     tuple of torch.Tensor
-        Two views [N, C/2, ...].
+        Two views, [N, C/2, ...].
 
     Raises
     ------
     ValueError
-        If C is odd or missing.
+        If C is odd or missing, or is the batch.
 
     Example
     -------
@@ -57,13 +59,15 @@ def halves(x: torch.Tensor) -> Pair:
     >>> first.shape
     torch.Size([2, 3, 10])
     """
-    if x.dim() < 2 or x.shape[1] % 2:
+    place = axis + x.dim() if axis < 0 else axis
+    if not 1 <= place < x.dim() or x.shape[place] % 2:
         raise ValueError(
-            f"Reversible blocks split dimension 1 in two equal streams; "
+            f"Reversible blocks split dimension {axis} in two equal streams; "
             f"the input has shape {tuple(x.shape)}. Use an even number of "
             f"channels."
         )
-    return cast(Pair, x.chunk(2, dim=1))
+    first, second = x.chunk(2, dim=place)
+    return first, second
 
 
 class _Plain:

@@ -77,10 +77,13 @@ class StreamFormat:
         In which modules are called.
     bits : int, optional
         Streams are multiples of 2**-bits; None for a stream without a grid.
+    axis : int
+        The dimension of a tensor that both streams share.
     """
 
     inner_dtype: torch.dtype
     bits: int | None
+    axis: int = 1
 
     @property
     def stream_dtype(self) -> torch.dtype:
@@ -101,7 +104,7 @@ class StreamFormat:
         They are new tensors: an expanded input has no layout to restore.
         """
         if len(tensors) == 1:
-            tensors = halves(tensors[0])
+            tensors = self.split(tensors[0])
         if self.bits is None:
             return [x.to(self.stream_dtype, copy=True) for x in tensors]
         return [self.on_grid(x) for x in tensors]
@@ -110,4 +113,12 @@ class StreamFormat:
         """One tensor, as modules see it, from two streams or from itself."""
         if len(tensors) == 1:
             return tensors[0]
-        return torch.cat(tensors, dim=1).to(self.inner_dtype)
+        return self.join(*tensors).to(self.inner_dtype)
+
+    def split(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views of one tensor: the two streams, in its dtype."""
+        return halves(x, self.axis)
+
+    def join(self, *streams: torch.Tensor) -> torch.Tensor:
+        """One tensor of two streams, in their dtype."""
+        return torch.cat(streams, dim=self.axis)

@@ -5,7 +5,7 @@ Authors
 """
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -13,7 +13,12 @@ from torch import nn
 
 from sb_memeff.nnet.recompute.segment import Segment
 from sb_memeff.nnet.replay.recorder import Recorder, without_trace
-from sb_memeff.nnet.reversible.coupling import Invertible, Pair, Tap, halves
+from sb_memeff.nnet.reversible.coupling import (
+    Invertible,
+    Pair,
+    SpaceToDepth,
+    Tap,
+)
 from sb_memeff.nnet.reversible.evaluator import Evaluator
 from sb_memeff.nnet.reversible.grid import StreamFormat
 from sb_memeff.nnet.reversible.guards import StreamGuard
@@ -38,9 +43,8 @@ class ReversibleSequence(nn.Module):
     transition, a pooling): its input is stored and its output recomputed, so
     it costs one stored tensor and one extra forward. A ``Tap`` reads from the
     state where it stands, and the sum of what all taps read is a second
-    output; nothing is stored for it. All of it happens in one
-    autograd Function, with the same values, gradients, running statistics and
-    random numbers as without saving memory.
+    output; nothing is stored for it. Values, gradients, running statistics and
+    random numbers are those of the chain that stores everything.
 
     Arguments
     ---------
@@ -60,11 +64,15 @@ class ReversibleSequence(nn.Module):
     grid_bits : int
         Finer grids leave less room: values must stay below
         2**(24 - grid_bits).
+    axis : int
+        The dimension that the two streams share: 1 for [N, C, ...], -1 or 2
+        for sequences [N, T, C], whose layers work on the last one.
 
     Raises
     ------
     ValueError
-        If there are no blocks, or grid_bits is not in 1...23.
+        If there are no blocks, grid_bits is not in 1...23, axis is that of
+        the batch, or a block moves space into another axis.
 
     Example
     -------
@@ -91,6 +99,7 @@ class ReversibleSequence(nn.Module):
         save_memory: bool = True,
         exact: bool = True,
         grid_bits: int = 12,
+        axis: int = 1,
     ):
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
@@ -101,9 +110,20 @@ class ReversibleSequence(nn.Module):
                 f"ReversibleSequence: grid_bits must lie in 1...23, "
                 f"got {grid_bits}."
             )
+        if axis == 0:
+            raise ValueError(
+                "ReversibleSequence: axis=0 is the batch; name that of the "
+                "channels."
+            )
+        if axis != 1 and any(isinstance(b, SpaceToDepth) for b in self.blocks):
+            raise ValueError(
+                f"ReversibleSequence: SpaceToDepth moves space into dimension "
+                f"1, so axis must be 1, not {axis}."
+            )
         self.save_memory = save_memory
         self.exact = exact
         self.grid_bits = grid_bits
+        self.axis = axis
         # Called without arguments, each makes an Observer of one forward pass.
         self._observers = []
 
@@ -111,7 +131,7 @@ class ReversibleSequence(nn.Module):
         """Text that print(module) shows."""
         return (
             f"save_memory={self.save_memory}, exact={self.exact}, "
-            f"grid_bits={self.grid_bits}"
+            f"grid_bits={self.grid_bits}, axis={self.axis}"
         )
 
     def forward(
@@ -122,7 +142,8 @@ class ReversibleSequence(nn.Module):
         Arguments
         ---------
         x : torch.Tensor
-            [N, C, ...]; C even where the first block is invertible.
+            [N, C, ...], or C at axis; even where the first block is
+            invertible.
         *args : tuple
             Extra arguments (lengths, masks) for every f, g and module.
         **kwargs : dict
@@ -201,7 +222,7 @@ class ReversibleSequence(nn.Module):
                 )
         with torch.no_grad(), without_trace(self):
             stream_format = self._format(y)
-            y1, y2 = halves(y.to(stream_format.stream_dtype))
+            y1, y2 = stream_format.split(y.to(stream_format.stream_dtype))
             shapes = self._stream_shapes(y1.shape, input_shape)
             recorder = Recorder(y.device)
             for (name, block), shape in zip(
@@ -234,13 +255,13 @@ class ReversibleSequence(nn.Module):
             for block in reversed(blocks):
                 shape = block.stream_shape_before(shape)
         else:
-            shape = (input_shape[0], input_shape[1] // 2, *input_shape[2:])
+            shape = self._with_channels(input_shape, lambda c: c // 2)
         shapes = []
         for block in blocks:
             shapes.append(torch.Size(shape))
             shape = block.stream_shape(shape)
         if tuple(shape) != tuple(last):
-            first = (shapes[0][0], 2 * shapes[0][1], *shapes[0][2:])
+            first = self._with_channels(shapes[0], lambda c: 2 * c)
             given = first if input_shape is None else input_shape
             raise ValueError(
                 f"ReversibleSequence.inverse: an input of shape "
@@ -248,6 +269,13 @@ class ReversibleSequence(nn.Module):
                 f"output holds streams of {tuple(last)}."
             )
         return shapes
+
+    def _with_channels(
+        self, shape: tuple[int, ...], change: Callable[[int], int]
+    ) -> tuple[int, ...]:
+        sizes = list(shape)
+        sizes[self.axis] = change(sizes[self.axis])
+        return tuple(sizes)
 
     def _named_blocks(self) -> list[tuple[str, nn.Module]]:
         return [
@@ -263,7 +291,7 @@ class ReversibleSequence(nn.Module):
             inner = torch.promote_types(x.dtype, torch.float32)
         stream = torch.promote_types(inner, torch.float32)
         exact = self.exact and stream == torch.float32
-        return StreamFormat(inner, self.grid_bits if exact else None)
+        return StreamFormat(inner, self.grid_bits if exact else None, self.axis)
 
     def _forward_stored(
         self, x: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]

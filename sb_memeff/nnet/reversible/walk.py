@@ -29,7 +29,7 @@ from sb_memeff.nnet.replay.recorder import (
     check_fingerprint,
     fingerprint,
 )
-from sb_memeff.nnet.reversible.coupling import Invertible, Pair, Tap, halves
+from sb_memeff.nnet.reversible.coupling import Invertible, Pair, Tap
 from sb_memeff.nnet.reversible.evaluator import (
     RecordingEvaluator,
     ReplayingEvaluator,
@@ -254,7 +254,7 @@ class _Enter(torch.autograd.Function):
         gradients = ctx.walk.gradients
         ctx.walk.end_backward()
         if len(ctx.dtypes) == 1:
-            gradients = [torch.cat(gradients, dim=1)]
+            gradients = [ctx.walk.format.join(*gradients)]
         return None, *(
             g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)
         )
@@ -385,9 +385,10 @@ class _Leave(torch.autograd.Function):
             ctx.total.gradient = None
         saved = ctx.saved_tensors
         extras, saved = saved[: ctx.extras], saved[ctx.extras :]
-        streams = list(saved if len(saved) == 2 else halves(*saved))
+        streams = list(saved if len(saved) == 2 else walk.format.split(*saved))
         if len(given) == 1:
-            given = [None, None] if given[0] is None else halves(given[0])
+            whole = given[0]
+            given = [None, None] if whole is None else walk.format.split(whole)
         of_streams = [
             torch.zeros_like(s) if g is None else _alone(g.to(s.dtype))
             for g, s in zip(given, streams, strict=True)
