@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 
@@ -23,6 +23,7 @@ from sb_memeff.analysis.fit import (
     usable,
 )
 from sb_memeff.analysis.profile import (
+    Profile,
     comparison,
     profile as analyse,
     report,
@@ -37,9 +38,6 @@ from sb_memeff.analysis.variants import (
 from sb_memeff.utils.export import export_speaker_model, export_speaker_onnx
 from sb_memeff.utils.leftovers import no_leftovers
 from sb_memeff.utils.sizes import format_bytes
-
-if TYPE_CHECKING:
-    from sb_memeff.analysis.profile import Profile
 
 __all__ = ["main"]
 
@@ -140,7 +138,7 @@ def _check_writable(file: str) -> None:
         raise ValueError(f"No permission to write {path}.")
 
 
-def _plain(found: "Profile") -> dict[str, Any]:
+def _plain(found: Profile) -> dict[str, Any]:
     """A profile for JSON."""
     row = asdict(found)
     del row["memory"]["split"]

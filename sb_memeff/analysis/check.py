@@ -10,20 +10,18 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from speechbrain.utils.autocast import AMPConfig
 from torch import nn
 
+from sb_memeff.analysis.recipe import Recipe
+from sb_memeff.analysis.steps import TrainingStep
 from sb_memeff.nnet.losses import transducer_loss
 from sb_memeff.nnet.recompute import store_blocks
 from sb_memeff.nnet.reversible import inversion_errors
 from sb_memeff.nnet.transducer.joint_loss import TransducerJointLoss
-
-if TYPE_CHECKING:
-    from sb_memeff.analysis.recipe import Recipe
-    from sb_memeff.analysis.steps import TrainingStep
 
 __all__ = ["CheckReport", "check_recipe"]
 
@@ -78,7 +76,7 @@ class CheckReport:
 
 
 def check_recipe(
-    recipe: "Recipe",
+    recipe: Recipe,
     batch: int = 2,
     seconds: float = 1.0,
     precision: str | None = None,
@@ -160,7 +158,7 @@ def check_recipe(
 
 
 def _compare(
-    step: "TrainingStep",
+    step: TrainingStep,
     run: "Callable[..., _Step]",
     precision: str,
     title: str,
@@ -210,7 +208,7 @@ def _compare(
 # --- two steps ---------------------------------------------------------------
 
 
-def _store(step: "TrainingStep") -> list[str]:
+def _store(step: TrainingStep) -> list[str]:
     """Saves no memory for activations; names of what did."""
     names = []
     for name, part in step.named_modules():
@@ -221,7 +219,7 @@ def _store(step: "TrainingStep") -> list[str]:
     return names + store_blocks(step)
 
 
-def _batch_logits(step: "TrainingStep") -> list[str]:
+def _batch_logits(step: TrainingStep) -> list[str]:
     """Computes all logits of a transducer at once; names of what did not."""
     names = []
     for name, part in step.named_modules():
@@ -231,14 +229,14 @@ def _batch_logits(step: "TrainingStep") -> list[str]:
     return names
 
 
-def _draw_zeros(step: "TrainingStep") -> None:
+def _draw_zeros(step: TrainingStep) -> None:
     for name, weight in step.named_parameters():
         of_layer = name.rpartition(".")[2].startswith("weight")
         if of_layer and weight.numel() and not weight.any():
             nn.init.normal_(weight, std=1 / math.sqrt(weight[0].numel()))
 
 
-def _switch_dropout_off(step: "TrainingStep") -> None:
+def _switch_dropout_off(step: TrainingStep) -> None:
     for loss in step.modules():
         if isinstance(loss, TransducerJointLoss):
             for part in loss.modules():
@@ -261,7 +259,7 @@ class _Step:
 
 
 def _run(
-    step: "TrainingStep",
+    step: TrainingStep,
     batch: tuple[torch.Tensor, ...],
     name: str,
     scale: float = 1.0,
@@ -286,7 +284,7 @@ def _run(
 
 
 def _run_reference(
-    step: "TrainingStep", run: Callable[..., _Step], precision: str
+    step: TrainingStep, run: Callable[..., _Step], precision: str
 ) -> tuple[_Step, float]:
     """The step, and the scale of the loss that makes its gradients finite."""
     for scale in LOSS_SCALES.get(precision, [1.0]):

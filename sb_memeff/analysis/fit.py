@@ -9,20 +9,17 @@ import pydoc
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from sb_memeff.analysis.bisection import DoesNotFit, largest
 from sb_memeff.analysis.profile import Profile, profile
-from sb_memeff.analysis.recipe import read_recipe
+from sb_memeff.analysis.recipe import Recipe, read_recipe
 from sb_memeff.analysis.steps import require_positive
+from sb_memeff.analysis.variants import Variant
 from sb_memeff.lobes.presets import Presets
 from sb_memeff.utils.fake import fake_tensors
 from sb_memeff.utils.leftovers import no_leftovers
 from sb_memeff.utils.sizes import format_bytes, parse_bytes
-
-if TYPE_CHECKING:
-    from sb_memeff.analysis.recipe import Recipe
-    from sb_memeff.analysis.variants import Variant
 
 __all__ = ["Fit", "fit", "usable"]
 
@@ -103,7 +100,7 @@ def fit(
     tokens: int | None = None,
     precision: str | None = None,
     progress: Callable[[Profile], object] | None = None,
-    variant: "Variant | None" = None,
+    variant: Variant | None = None,
 ) -> Fit:
     """Finds the largest training step of a recipe within a limit.
 
@@ -148,7 +145,7 @@ def fit(
     known: dict[tuple[Any, ...], Profile] = {}
 
     def measure(
-        batch: int, seconds: float | None, recipe: "Recipe" = recipe
+        batch: int, seconds: float | None, recipe: Recipe = recipe
     ) -> Profile:
         key = batch, seconds, recipe
         if key not in known:
@@ -177,7 +174,7 @@ def fit(
 
 
 def _largest_batch(
-    recipe: "Recipe",
+    recipe: Recipe,
     limit: int,
     seconds: float | None,
     measure: Callable[..., Profile],
@@ -196,7 +193,7 @@ def _largest_batch(
 
 
 def _longest_batch(
-    recipe: "Recipe",
+    recipe: Recipe,
     limit: int,
     longest: float,
     measure: Callable[..., Profile],
@@ -218,7 +215,7 @@ def _longest_batch(
 
 
 def _longest_utterance(
-    limit: int, batch: int, recipe: "Recipe", measure: Callable[..., Profile]
+    limit: int, batch: int, recipe: Recipe, measure: Callable[..., Profile]
 ) -> Fit:
     # In tenths of a second.
     tenths, _ = largest(
@@ -238,7 +235,7 @@ def _longest_utterance(
 def _deepest(
     path: str | Path,
     overrides: dict[str, Any],
-    recipe: "Recipe",
+    recipe: Recipe,
     limit: int,
     batch: int,
     seconds: float,
@@ -267,7 +264,7 @@ def _deepest(
     )
 
 
-def _presets(recipe: "Recipe") -> list[str]:
+def _presets(recipe: Recipe) -> list[str]:
     """The recipe's preset and its like, the shallowest first."""
     network, method = "", ""
     if recipe.family == "speaker":
@@ -288,12 +285,12 @@ def _presets(recipe: "Recipe") -> list[str]:
 
 
 @no_leftovers()
-def _build_without_memory(recipe: "Recipe") -> None:
+def _build_without_memory(recipe: Recipe) -> None:
     with fake_tensors():
         recipe.build()
 
 
-def _length(recipe: "Recipe", seconds: float) -> dict[str, float]:
+def _length(recipe: Recipe, seconds: float) -> dict[str, float]:
     """The override for the length of utterances."""
     if "sentence_len" in recipe.settings:
         return {"sentence_len": seconds}
@@ -301,7 +298,7 @@ def _length(recipe: "Recipe", seconds: float) -> dict[str, float]:
 
 
 def _too_small(
-    recipe: "Recipe", known: dict[Any, Profile], peak: int, limit: int
+    recipe: Recipe, known: dict[Any, Profile], peak: int, limit: int
 ) -> str:
     found = min(known.values(), key=lambda p: abs(p.memory.peak_bytes - peak))
     kinds = found.memory.by_kind

@@ -7,12 +7,9 @@ Authors
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
 
+from sb_memeff.analysis.profile import Profile
 from sb_memeff.utils.memory import KINDS
-
-if TYPE_CHECKING:
-    from sb_memeff.analysis.profile import Profile
 
 __all__ = ["check_picture", "load_pyplot", "plot_kinds"]
 
@@ -29,7 +26,7 @@ COLOURS = {
 }
 
 
-def plot_kinds(profiles: "Sequence[Profile]", path: str | Path) -> None:
+def plot_kinds(profiles: Sequence[Profile], path: str | Path) -> None:
     """Draws the peaks of training steps as stacked bars.
 
     Arguments

@@ -7,20 +7,17 @@ Authors
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from speechbrain.utils.autocast import AMPConfig
 from torch import nn
 
+from sb_memeff.analysis.recipe import Recipe
 from sb_memeff.analysis.steps import TrainingStep, require_positive
-from sb_memeff.analysis.variants import own_variant
+from sb_memeff.analysis.variants import Variant, own_variant
 from sb_memeff.utils.memory import KINDS, StepMemory, training_step_memory
 from sb_memeff.utils.sizes import format_bytes
-
-if TYPE_CHECKING:
-    from sb_memeff.analysis.recipe import Recipe
-    from sb_memeff.analysis.variants import Variant
 
 __all__ = ["Profile", "comparison", "profile", "report"]
 
@@ -77,12 +74,12 @@ class Profile:
 
 
 def profile(
-    recipe: "Recipe",
+    recipe: Recipe,
     batch: int | None = None,
     seconds: float | None = None,
     tokens: int | None = None,
     precision: str | None = None,
-    variant: "Variant | None" = None,
+    variant: Variant | None = None,
     device: str | None = None,
 ) -> Profile:
     """Analyses a recipe's training step on fake tensors.

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import ruamel.yaml
+import ruamel.yaml.error
 from hyperpyyaml import load_hyperpyyaml, resolve_references
 from speechbrain.utils.logger import get_logger
 from torch.nn import Module

@@ -7,22 +7,20 @@ Authors
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from speechbrain.lobes.models import ECAPA_TDNN as speechbrain_ecapa
 
+from sb_memeff.analysis.recipe import Recipe
 from sb_memeff.lobes.models.DFResNet import DFResNet
 from sb_memeff.lobes.models.ECAPA_TDNN import ECAPA_TDNN
 from sb_memeff.lobes.models.ResNet import ResNet
 from sb_memeff.lobes.models.RevDFResNet import RevDFResNet
 from sb_memeff.lobes.models.RevECAPA_TDNN import RevECAPA_TDNN
 from sb_memeff.lobes.models.RevResNet import RevResNet
+from sb_memeff.lobes.presets import Presets
 from sb_memeff.nnet.recompute import recompute_blocks
 from sb_memeff.nnet.transducer.joint_loss import TransducerJointLoss
-
-if TYPE_CHECKING:
-    from sb_memeff.analysis.recipe import Recipe
-    from sb_memeff.lobes.presets import Presets
 
 __all__ = [
     "RESNETS",
@@ -70,7 +68,7 @@ class Variant:
     change: Callable[[Any], None] | None = None
 
 
-def own_variant(recipe: "Recipe") -> Variant:
+def own_variant(recipe: Recipe) -> Variant:
     """The recipe as it is.
 
     Arguments
@@ -98,7 +96,7 @@ def own_variant(recipe: "Recipe") -> Variant:
     return Variant(_label(path) or "embedding_model")
 
 
-def variants(recipe: "Recipe") -> list[Variant]:
+def variants(recipe: Recipe) -> list[Variant]:
     """Alternatives to compare a recipe with.
 
     Speaker recipes: the vanilla network with all activations stored and with
@@ -144,7 +142,7 @@ def reversible_twin(name: str) -> str:
     return name.replace("ResNet", "RevNet")
 
 
-def _networks(recipe: "Recipe") -> list[Variant]:
+def _networks(recipe: Recipe) -> list[Variant]:
     path = recipe.callee("embedding_model")
     for vanilla, reversible in RESNETS:
         if path in (_preset(vanilla), _preset(reversible)):
@@ -159,8 +157,8 @@ def _networks(recipe: "Recipe") -> list[Variant]:
 
 
 def _resnets(
-    vanilla: "type[Presets]",
-    reversible: "type[Presets]",
+    vanilla: type[Presets],
+    reversible: type[Presets],
     name: str = "",
     **arguments: Any,
 ) -> list[Variant]:
@@ -203,7 +201,7 @@ def _ecapas(arguments: dict[str, Any]) -> list[Variant]:
     return rows
 
 
-def _losses(recipe: "Recipe") -> list[Variant]:
+def _losses(recipe: Recipe) -> list[Variant]:
     rows = [Variant(m, partial(_with_method, method=m)) for m in METHODS]
     if "transducer_loss" not in recipe.modules:
         rows.insert(0, own_variant(recipe))

@@ -90,7 +90,7 @@ def _global_states_kept() -> Generator[None, None, None]:
         _set_global_states(before)
 
 
-def set_epoch(sampler: Iterable, epoch: int) -> None:
+def set_epoch(sampler: Iterable[Any], epoch: int) -> None:
     """Tells a sampler, and all samplers within it, which epoch begins.
 
     Arguments
@@ -211,7 +211,7 @@ class SeededSampler(Sampler):
     False
     """
 
-    def __init__(self, sampler: Iterable, seed: int, ahead: int = 1):
+    def __init__(self, sampler: Iterable[Any], seed: int, ahead: int = 1):
         self.sampler = sampler
         self.seed = seed
         self.ahead = ahead
@@ -233,7 +233,7 @@ class SeededSampler(Sampler):
     def __len__(self) -> int:
         return len(cast(Sized, self.sampler))
 
-    def __iter__(self) -> Iterator:
+    def __iter__(self) -> Iterator[Any]:
         resumed, self._resumed = self._resumed, None
         if resumed is not None:
             self._set_generators(resumed["start"])

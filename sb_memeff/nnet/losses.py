@@ -5,11 +5,12 @@ Authors
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from sb_memeff.nnet.transducer.batch import (
+    Reduction,
     check_counts,
     check_settings,
     check_tensors,
@@ -19,9 +20,6 @@ from sb_memeff.nnet.transducer.batch import (
 from sb_memeff.nnet.transducer.cells import cells_inside, following
 from sb_memeff.nnet.transducer.lattice import loss_and_occupancies
 from sb_memeff.nnet.transducer.rows import row_gradient, row_scores, wide_dtype
-
-if TYPE_CHECKING:
-    from sb_memeff.nnet.transducer.batch import Reduction
 
 __all__ = ["transducer_loss"]
 
@@ -35,7 +33,7 @@ def transducer_loss(
     input_lens: torch.Tensor,
     target_lens: torch.Tensor,
     blank_index: int,
-    reduction: "Reduction" = "speechbrain",
+    reduction: Reduction = "speechbrain",
     fastemit_lambda: float = 0.0,
     clamp: float | None = None,
     overwrite_logits: bool = False,

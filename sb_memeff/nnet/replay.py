@@ -14,7 +14,7 @@ Authors
 import contextlib
 from collections.abc import Callable, Generator, Iterable, Set
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,9 +34,6 @@ from sb_memeff.nnet.random_states import (
     global_sources,
     own_source,
 )
-
-if TYPE_CHECKING:
-    from sb_memeff.nnet.random_states import Source
 
 __all__ = [
     "Recorder",
@@ -214,7 +211,7 @@ class Recorder:
 
     def _sources(
         self, attributes: Iterable[object], arguments: Iterable[object]
-    ) -> "list[Source]":
+    ) -> list[Source]:
         """All generators that a call may draw from."""
         own = generators_among(attributes) + generators_among(arguments)
         found = {id(generator): generator for generator in own}

@@ -53,7 +53,7 @@ def runs_fused(*tensors: torch.Tensor) -> bool:
 
 
 @functools.cache
-def _available(switch):
+def _available(switch: str) -> bool:
     """Looks once for each value of the switch, and says why not."""
     if switch == "0":
         reason = f"{SWITCH}=0"

@@ -6,7 +6,7 @@ Authors
 
 import functools
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -18,14 +18,12 @@ from sb_memeff.nnet.reversible.evaluator import Evaluator
 from sb_memeff.nnet.reversible.grid import StreamFormat
 from sb_memeff.nnet.reversible.guards import StreamGuard
 from sb_memeff.nnet.reversible.walk import (
+    Observer,
     TapSum,
     TapSumBesideGraph,
     run_without_storing,
 )
 from sb_memeff.nnet.segment import Segment
-
-if TYPE_CHECKING:
-    from sb_memeff.nnet.reversible.walk import Observer
 
 __all__ = ["ReversibleSequence"]
 
@@ -320,7 +318,7 @@ class ReversibleSequence(nn.Module):
         stream_format: StreamFormat,
         total: TapSumBesideGraph,
         recorder: Recorder,
-        observers: "list[Observer]",
+        observers: list[Observer],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> tuple[torch.Tensor, ...]:

@@ -11,19 +11,20 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from sb_memeff.nnet.replay import Recorder, Recording
+from sb_memeff.nnet.transducer.cells import (
+    CellLogits,
+    Cells,
+    Gradients,
+    MadeLogits,
+    Tile,
+)
 from sb_memeff.nnet.transducer.lattice import loss_and_occupancies
 from sb_memeff.nnet.transducer.rows import wide_dtype
 
 if TYPE_CHECKING:
-    from sb_memeff.nnet.replay import Recorder, Recording
-    from sb_memeff.nnet.transducer.cells import (
-        CellLogits,
-        Cells,
-        Gradients,
-        MadeLogits,
-        Tile,
-    )
     from sb_memeff.nnet.transducer.joint_loss import TransducerJointLoss
+
 
 __all__ = ["Planes", "TiledPass", "WholePass"]
 
@@ -49,8 +50,8 @@ class TiledPass:
     def __init__(
         self,
         module: "TransducerJointLoss",
-        cells: "Cells",
-        recorder: "Recorder",
+        cells: Cells,
+        recorder: Recorder,
     ):
         self.max_rows = cells.max_rows
         self.floor = module.occupancy_floor
@@ -60,7 +61,7 @@ class TiledPass:
         self.planes: Planes | None = None
         self.nll: torch.Tensor | None = None
 
-    def forward(self, gradients: "Gradients | None" = None) -> torch.Tensor:
+    def forward(self, gradients: Gradients | None = None) -> torch.Tensor:
         """The loss of each sample.
 
         Arguments
@@ -106,7 +107,7 @@ class TiledPass:
             del logits
 
     def backward(
-        self, gradients: "Gradients", upstream: torch.Tensor | None = None
+        self, gradients: Gradients, upstream: torch.Tensor | None = None
     ) -> None:
         """Adds the gradients of the samples.
 
@@ -137,7 +138,7 @@ class TiledPass:
 
     def _propagate(
         self,
-        gradients: "Gradients",
+        gradients: Gradients,
         planes: Planes,
         places: torch.Tensor,
         visited: torch.Tensor,
@@ -190,8 +191,8 @@ class WholePass:
     def __init__(
         self,
         module: "TransducerJointLoss",
-        cells: "Cells",
-        recorder: "Recorder",
+        cells: Cells,
+        recorder: Recorder,
     ):
         self.fastemit_lambda = module.fastemit_lambda
         self.cells, self.recorder = cells, recorder
@@ -202,7 +203,7 @@ class WholePass:
         ) = None
         self.nll: torch.Tensor | None = None
 
-    def forward(self, gradients: "Gradients | None" = None) -> torch.Tensor:
+    def forward(self, gradients: Gradients | None = None) -> torch.Tensor:
         """The loss of the sample; arguments as TiledPass's."""
         cells = self.cells
         call, tile = _Call(cells.logits), cells.tile(cells.places())
@@ -218,7 +219,7 @@ class WholePass:
         return self.nll
 
     def backward(
-        self, gradients: "Gradients", upstream: torch.Tensor | None = None
+        self, gradients: Gradients, upstream: torch.Tensor | None = None
     ) -> None:
         """Adds the gradients of the sample; arguments as TiledPass's."""
         cells = self.cells
@@ -237,7 +238,7 @@ class WholePass:
         gradients.add(*made, upstream)
 
     def _lattice(
-        self, tile: "Tile", logits: torch.Tensor
+        self, tile: Tile, logits: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         cells = self.cells
         normaliser, *scores = cells.scores(tile, logits.detach())
@@ -254,7 +255,7 @@ class WholePass:
 class _Call(nn.Module):
     """The modules as a Recorder needs them, with any function to call."""
 
-    def __init__(self, logits: "CellLogits"):
+    def __init__(self, logits: CellLogits):
         super().__init__()
         self.logits = logits
 

@@ -9,7 +9,7 @@ Authors
 """
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import speechbrain.nnet.linear
 import torch
@@ -17,17 +17,10 @@ from speechbrain.nnet.transducer.transducer_joint import Transducer_joint
 from torch import nn
 from torch.nn import functional
 
+from sb_memeff.nnet.transducer.cells import CellLogits, Cells, Gradients, Tile
 from sb_memeff.nnet.transducer.half_linear import HALF, wide_product
 from sb_memeff.nnet.transducer.passes import Planes, TiledPass
 from sb_memeff.ops.dispatch import runs_fused
-
-if TYPE_CHECKING:
-    from sb_memeff.nnet.transducer.cells import (
-        CellLogits,
-        Cells,
-        Gradients,
-        Tile,
-    )
 
 __all__ = ["SumJoint", "SumJointPass"]
 
@@ -61,7 +54,7 @@ class SumJoint:
 
     @classmethod
     def of(
-        cls, logits: "CellLogits", enc: torch.Tensor, pred: torch.Tensor
+        cls, logits: CellLogits, enc: torch.Tensor, pred: torch.Tensor
     ) -> "SumJoint | None":
         """Recognises the modules.
 
@@ -115,7 +108,7 @@ class SumJoint:
         )
 
     def logits(
-        self, cells: "Cells", tile: "Tile", narrow: Narrow
+        self, cells: Cells, tile: Tile, narrow: Narrow
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Joined rows and logits of some cells.
 
@@ -149,9 +142,9 @@ class SumJoint:
 
     def add(
         self,
-        gradients: "Gradients",
-        cells: "Cells",
-        tile: "Tile",
+        gradients: Gradients,
+        cells: Cells,
+        tile: Tile,
         positions: torch.Tensor,
         start: int,
         made: tuple[torch.Tensor, torch.Tensor],
@@ -240,7 +233,7 @@ class SumJointPass(TiledPass):
 
     def _propagate(
         self,
-        gradients: "Gradients",
+        gradients: Gradients,
         planes: Planes,
         places: torch.Tensor,
         visited: torch.Tensor,
@@ -274,7 +267,7 @@ class SumJointPass(TiledPass):
             del joined, gradient
 
 
-def _samples_of(cells: "Cells") -> slice:
+def _samples_of(cells: Cells) -> slice:
     return slice(cells.samples.start, cells.samples.stop)
 
 
