@@ -335,7 +335,7 @@ def _numbered(
     return {**loader_kwargs, kind: NumberedSampler(sampler)}
 
 
-def _sampler_of(loader: DataLoader) -> SeededSampler:
+def _sampler_of(loader: DataLoader[Any]) -> SeededSampler:
     """The SeededSampler of a loader that was made with ``_numbered``."""
     numbered = loader.batch_sampler
     if not isinstance(numbered, NumberedSampler):

@@ -374,7 +374,7 @@ class SeededDataset(Dataset):
     False
     """
 
-    def __init__(self, dataset: Dataset, seed: int, rank: int = 0):
+    def __init__(self, dataset: Dataset[Any], seed: int, rank: int = 0):
         self.dataset = dataset
         self.seed = seed
         self.rank = rank
