@@ -26,7 +26,7 @@ PYTEST ?=
 help:
 	@echo "make demo    train a reversible ResNet and a transducer on synthetic speech (CPU, about 10 minutes)"
 	@echo "make test    lint, then the test suite        PYTEST=\"-k name -x\" narrows it"
-	@echo "make lint    ruff check and ruff format --check"
+	@echo "make lint    ruff check, ruff format --check and types (pyrefly)"
 	@echo "make format  let ruff rewrite the files"
 	@echo "make clean   remove .venv and caches (results/ and data/ stay)"
 
@@ -47,7 +47,10 @@ demo: $(STAMP)
 
 lint: $(STAMP)
 	@cd $(ROOT) && $(BIN)/ruff check --quiet . && \
-		$(BIN)/ruff format --quiet --check . && echo "lint: ok"
+		$(BIN)/ruff format --quiet --check . && \
+		{ found=$$($(BIN)/pyrefly check --output-format min-text \
+			--python-interpreter-path $(BIN)/python 2>&1) || \
+			{ echo "$$found" >&2; exit 1; }; } && echo "lint: ok"
 
 test: lint
 	@cd $(ROOT) && OMP_NUM_THREADS=$(TEST_THREADS) MKL_NUM_THREADS=$(TEST_THREADS) \

@@ -9,8 +9,10 @@ import contextlib
 import json
 import os
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
@@ -21,6 +23,7 @@ from sb_memeff.analysis.fit import (
     usable,
 )
 from sb_memeff.analysis.profile import (
+    Profile,
     comparison,
     profile as analyse,
     report,
@@ -42,7 +45,7 @@ from sb_memeff.memory.units import format_bytes
 __all__ = ["main"]
 
 
-def preset_rows():
+def preset_rows() -> list[tuple[str, str, int]]:
     """Name, variant and number of parameters of every preset.
 
     Returns
@@ -66,13 +69,13 @@ def preset_rows():
     return rows
 
 
-def presets(arguments):
+def presets(arguments: argparse.Namespace) -> None:
     """Lists the networks that ``from_preset`` knows."""
     for name, variant, count in preset_rows():
         print(f"{name:17s} {variant:12s} {count / 1e6:7.2f} M parameters")
 
 
-def export(arguments):
+def export(arguments: argparse.Namespace) -> None:
     """Makes a folder that SpeechBrain's SpeakerRecognition loads."""
     export_speaker_model(arguments.output_folder, arguments.destination)
     print(
@@ -87,7 +90,7 @@ def export(arguments):
         print(f"And {path}, from normalised features to embeddings.")
 
 
-def profile(arguments):
+def profile(arguments: argparse.Namespace) -> None:
     """Says where the memory of a recipe's training step goes; no GPU needed."""
     for path in (arguments.json, arguments.plot):
         if path is not None:
@@ -127,9 +130,9 @@ def profile(arguments):
         plot.plot_kinds(found, arguments.plot)
 
 
-def _check_writable(path):
+def _check_writable(file: str) -> None:
     """Says before minutes of work that a file cannot be written after them."""
-    path = Path(path).absolute()
+    path = Path(file).absolute()
     if path.is_dir():
         raise ValueError(f"{path} is a folder: name a file in it.")
     if not path.parent.is_dir():
@@ -138,7 +141,7 @@ def _check_writable(path):
         raise ValueError(f"No permission to write {path}.")
 
 
-def _plain(found):
+def _plain(found: Profile) -> dict[str, Any]:
     """A profile for JSON."""
     row = asdict(found)
     del row["memory"]["split"]
@@ -147,7 +150,7 @@ def _plain(found):
     return row
 
 
-def fit(arguments):
+def fit(arguments: argparse.Namespace) -> None:
     """Finds the largest batch that fits on a GPU.
 
     With dynamic batching, the largest max_batch_len; with --batch, the longest
@@ -176,7 +179,7 @@ def fit(arguments):
     )
 
 
-def check(arguments):
+def check(arguments: argparse.Namespace) -> int:
     """Compares a training step with one that saves no memory."""
     found = check_recipe(
         read_recipe(arguments.hparams, arguments.overrides),
@@ -189,7 +192,7 @@ def check(arguments):
     return 0 if found.passed else 1
 
 
-def parse_overrides(unknown):
+def parse_overrides(unknown: Sequence[str]) -> dict[str, str]:
     """The rest of the command line, as keys of the yaml file.
 
     Arguments
@@ -227,7 +230,7 @@ def parse_overrides(unknown):
     return overrides
 
 
-def build_parser():
+def build_parser() -> argparse.ArgumentParser:
     """The command line.
 
     Returns
@@ -283,12 +286,15 @@ def build_parser():
     return parser
 
 
-def _add_recipe(commands, name, run):
+def _add_recipe(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int | None]
+) -> argparse.ArgumentParser:
     """A subcommand that takes a recipe's yaml file and overrides."""
+    text = cast(str, run.__doc__)
     command = commands.add_parser(
         name,
-        help=run.__doc__.splitlines()[0],
-        description=run.__doc__,
+        help=text.splitlines()[0],
+        description=text,
         epilog="Any other --key=value overrides a key of the yaml file.",
         # Overrides are not to be taken for abbreviations.
         allow_abbrev=False,
@@ -299,7 +305,7 @@ def _add_recipe(commands, name, run):
     return command
 
 
-def _add_lengths(command):
+def _add_lengths(command: argparse.ArgumentParser) -> None:
     """The batch, by default the recipe's."""
     command.add_argument(
         "--batch", type=int, help="utterances that the data loader gives"
@@ -310,7 +316,7 @@ def _add_lengths(command):
     )
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command.
 
     Arguments

@@ -5,7 +5,9 @@ Authors
 """
 
 import os
+from collections.abc import Iterable, Iterator
 from types import SimpleNamespace
+from typing import Any, cast
 
 import speechbrain as sb
 import torch
@@ -99,7 +101,7 @@ class MemEffBrain(sb.core.Brain):
     1
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if self.max_grad_norm == 0:
             raise ValueError(
@@ -119,11 +121,13 @@ class MemEffBrain(sb.core.Brain):
                 position = NoisePosition(noise, self.device)
                 self._add_position(f"noise_position_{number}", position)
 
-    def _add_position(self, name, position):
+    def _add_position(
+        self, name: str, position: NoisePosition | SamplerPosition
+    ) -> None:
         self._positions[name] = position
         self.checkpointer.add_recoverable(name, position, optional_load=True)
 
-    def _noises(self):
+    def _noises(self) -> list[AddNoise | AddReverb]:
         """The augmentations that go through a list of files."""
         hparams = vars(getattr(self, "hparams", SimpleNamespace()))
         return [
@@ -132,12 +136,12 @@ class MemEffBrain(sb.core.Brain):
             if isinstance(module, (AddNoise, AddReverb)) and module.csv_file
         ]
 
-    def init_optimizers(self):
+    def init_optimizers(self) -> None:
         """Makes the optimizer, embeddings marked."""
         keep_32bit_states(self.modules)
         super().init_optimizers()
 
-    def on_fit_start(self):
+    def on_fit_start(self) -> None:
         """Prepares the modules, loads a checkpoint and logs where it stands."""
         super().on_fit_start()
         for position in self._positions.values():
@@ -149,8 +153,12 @@ class MemEffBrain(sb.core.Brain):
             )
 
     def make_dataloader(
-        self, dataset, stage, ckpt_prefix="dataloader-", **loader_kwargs
-    ):
+        self,
+        dataset: Any,
+        stage: sb.Stage,
+        ckpt_prefix: str | None = "dataloader-",
+        **loader_kwargs: Any,
+    ) -> Any:
         """Makes a DataLoader; arguments as Brain's.
 
         The random numbers that an item draws depend on the seed, the epoch
@@ -182,13 +190,17 @@ class MemEffBrain(sb.core.Brain):
             )
         return loader
 
-    def _train_loader_specifics(self, dataset, loader_kwargs):
+    def _train_loader_specifics(
+        self, dataset: Any, loader_kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
         loader_kwargs = super()._train_loader_specifics(dataset, loader_kwargs)
         if isinstance(dataset, SeededDataset):
             loader_kwargs = _numbered(loader_kwargs, dataset, _run_seed())
         return loader_kwargs
 
-    def _fit_train(self, train_set, epoch, enable):
+    def _fit_train(
+        self, train_set: Iterable[Any], epoch: int, enable: bool
+    ) -> None:
         loader = getattr(train_set, "loader", train_set)
         if isinstance(loader, DataLoader):
             if isinstance(loader.dataset, SeededDataset):
@@ -204,7 +216,7 @@ class MemEffBrain(sb.core.Brain):
                 loader.generator = torch.Generator().manual_seed(_run_seed())
         super()._fit_train(train_set, epoch, enable)
 
-    def fit_batch(self, batch):
+    def fit_batch(self, batch: Any) -> torch.Tensor:
         """Fits one batch, as Brain does.
 
         Arguments
@@ -227,13 +239,15 @@ class MemEffBrain(sb.core.Brain):
         read_mismatches()
         return loss
 
-    def _should_save_intra_epoch_ckpt(self, last_ckpt_time, steps_since_ckpt):
+    def _should_save_intra_epoch_ckpt(
+        self, last_ckpt_time: float, steps_since_ckpt: int
+    ) -> bool:
         accumulating = self.step % self.grad_accumulation_factor != 0
         return not accumulating and super()._should_save_intra_epoch_ckpt(
             last_ckpt_time, steps_since_ckpt
         )
 
-    def _wrap_distributed(self):
+    def _wrap_distributed(self) -> None:
         if not (self.distributed_launch and self.device_type == "cpu"):
             super()._wrap_distributed()
             return
@@ -243,7 +257,7 @@ class MemEffBrain(sb.core.Brain):
                     module, find_unused_parameters=self.find_unused_parameters
                 )
 
-    def check_gradients(self):
+    def check_gradients(self) -> None:
         """Drops gradients that hold NaN or infinity, and says whose."""
         for name, param in self.modules.named_parameters():
             if param.grad is not None and not param.grad.isfinite().all():
@@ -252,7 +266,7 @@ class MemEffBrain(sb.core.Brain):
                     f"The gradient of {name} is not finite: it is not used."
                 )
 
-    def optimizers_step(self):
+    def optimizers_step(self) -> None:
         """Unscales and clips the gradients, updates the parameters."""
         if self.optimizers_dict is not None:
             optimizers = self.freeze_optimizers(self.optimizers_dict).values()
@@ -278,7 +292,7 @@ class MemEffBrain(sb.core.Brain):
         self.optimizer_step += 1
 
 
-def _modules_in(value, found):
+def _modules_in(value: object, found: set[int]) -> Iterator[torch.nn.Module]:
     """Yields the modules of a value: its own, its children, and so on.
 
     SpeechBrain's Augmenter keeps its augmentations in a dict, which is why
@@ -300,7 +314,9 @@ def _modules_in(value, found):
         yield from _modules_in(child, found)
 
 
-def _numbered(loader_kwargs, dataset, seed=None):
+def _numbered(
+    loader_kwargs: dict[str, Any], dataset: Any, seed: int | None = None
+) -> dict[str, Any]:
     """The arguments of a DataLoader, with a numbered sampler.
 
     With a seed, its order depends on the seed and the epoch.
@@ -319,14 +335,14 @@ def _numbered(loader_kwargs, dataset, seed=None):
     return {**loader_kwargs, kind: NumberedSampler(sampler)}
 
 
-def _sampler_of(loader):
+def _sampler_of(loader: DataLoader[Any]) -> SeededSampler:
     """The SeededSampler of a loader that was made with ``_numbered``."""
     numbered = loader.batch_sampler
     if not isinstance(numbered, NumberedSampler):
         numbered = loader.sampler
-    return numbered.sampler
+    return cast(SeededSampler, cast(NumberedSampler, numbered).sampler)
 
 
-def _run_seed():
+def _run_seed() -> int:
     # What seed_everything leaves behind; SpeechBrain's samplers use it too.
     return int(os.environ.get("SB_GLOBAL_SEED", 563375142))

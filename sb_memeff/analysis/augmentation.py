@@ -7,21 +7,23 @@ Authors
  * The sb_memeff authors 2026
 """
 
+from collections.abc import Sequence
+
 __all__ = ["largest_copies"]
 
 
 def largest_copies(
-    augmentations,
-    enable_augmentations=None,
-    parallel_augment=False,
-    parallel_augment_fixed_bs=False,
-    concat_original=False,
-    min_augmentations=None,
-    max_augmentations=None,
-    repeat_augment=1,
-    augment_prob=1.0,
-    **others,
-):
+    augmentations: int,
+    enable_augmentations: Sequence[bool] | None = None,
+    parallel_augment: bool = False,
+    parallel_augment_fixed_bs: bool = False,
+    concat_original: bool = False,
+    min_augmentations: int | None = None,
+    max_augmentations: int | None = None,
+    repeat_augment: int = 1,
+    augment_prob: float = 1.0,
+    **others: object,
+) -> int:
     """The most by which speechbrain.augment.augmenter.Augmenter grows a batch.
 
     Arguments are the Augmenter's. Start and end indices, which exclude some

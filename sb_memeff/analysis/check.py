@@ -7,13 +7,17 @@ Authors
 import contextlib
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, cast
 
 import torch
 from speechbrain.utils.autocast import AMPConfig
 from torch import nn
 
+from sb_memeff.analysis.recipe import Recipe
+from sb_memeff.analysis.steps import TrainingStep
 from sb_memeff.nnet.recompute import store_blocks
 from sb_memeff.nnet.reversible import inversion_errors
 from sb_memeff.nnet.transducer.joint_loss import TransducerJointLoss
@@ -51,10 +55,10 @@ class CheckReport:
         Whether none has failed.
     """
 
-    lines: list
+    lines: list[str]
     passed: bool = True
 
-    def add(self, what, fault=None):
+    def add(self, what: str, fault: str | None = None) -> None:
         """Adds a line.
 
         Arguments
@@ -67,11 +71,17 @@ class CheckReport:
         self.lines.append(f"{what}: {f'FAILED: {fault}' if fault else 'ok'}")
         self.passed = self.passed and not fault
 
-    def __str__(self):
+    def __str__(self) -> str:
         return "\n".join([*self.lines, "passed" if self.passed else "failed"])
 
 
-def check_recipe(recipe, batch=2, seconds=1.0, precision=None, device="cpu"):
+def check_recipe(
+    recipe: Recipe,
+    batch: int = 2,
+    seconds: float = 1.0,
+    precision: str | None = None,
+    device: str | torch.device = "cpu",
+) -> CheckReport:
     """Compares a recipe's training step with one that saves no memory.
 
     The same weights, noise for speech, and random numbers go through both:
@@ -138,15 +148,21 @@ def check_recipe(recipe, batch=2, seconds=1.0, precision=None, device="cpu"):
         _draw_zeros(step)
         _switch_dropout_off(step)
         if device.type == "cpu" and hasattr(step, "logits_loss"):
-            step.logits_loss = partial(
-                transducer_loss, blank_index=step.settings["blank_index"]
+            blank_index = step.settings["blank_index"]
+            cast(Any, step).logits_loss = partial(
+                transducer_loss, blank_index=blank_index
             )
         run = partial(_run, batch=step.batch(batch, seconds), name=precision)
         title = f"{recipe.path.name}: {batch} x {seconds:g} s, {precision}"
         return _compare(step, run, precision, f"{title}, {device}")
 
 
-def _compare(step, run, precision, title):
+def _compare(
+    step: TrainingStep,
+    run: "Callable[..., _Step]",
+    precision: str,
+    title: str,
+) -> CheckReport:
     stored = copy.deepcopy(step)
     storing = _store(stored)
     reference = copy.deepcopy(stored)
@@ -192,18 +208,18 @@ def _compare(step, run, precision, title):
 # --- two steps ---------------------------------------------------------------
 
 
-def _store(step):
+def _store(step: TrainingStep) -> list[str]:
     """Saves no memory for activations; names of what did."""
     names = []
     for name, part in step.named_modules():
         # A network comes before the chain in it, and switches that off.
         if getattr(part, "save_memory", False):
-            part.save_memory = False
+            cast(Any, part).save_memory = False
             names.append(name)
     return names + store_blocks(step)
 
 
-def _batch_logits(step):
+def _batch_logits(step: TrainingStep) -> list[str]:
     """Computes all logits of a transducer at once; names of what did not."""
     names = []
     for name, part in step.named_modules():
@@ -213,14 +229,14 @@ def _batch_logits(step):
     return names
 
 
-def _draw_zeros(step):
+def _draw_zeros(step: TrainingStep) -> None:
     for name, weight in step.named_parameters():
         of_layer = name.rpartition(".")[2].startswith("weight")
         if of_layer and weight.numel() and not weight.any():
             nn.init.normal_(weight, std=1 / math.sqrt(weight[0].numel()))
 
 
-def _switch_dropout_off(step):
+def _switch_dropout_off(step: TrainingStep) -> None:
     for loss in step.modules():
         if isinstance(loss, TransducerJointLoss):
             for part in loss.modules():
@@ -233,16 +249,21 @@ class _Step:
     """A step's loss, gradients and buffers after it, and inversion errors."""
 
     loss: float
-    gradients: dict
-    buffers: dict
-    inversion: dict
+    gradients: dict[str, torch.Tensor]
+    buffers: dict[str, torch.Tensor]
+    inversion: dict[str, float]
 
-    def not_finite(self):
+    def not_finite(self) -> list[str]:
         """Parameters whose gradient is not."""
         return [n for n, g in self.gradients.items() if not g.isfinite().all()]
 
 
-def _run(step, batch, name, scale=1.0):
+def _run(
+    step: TrainingStep,
+    batch: tuple[torch.Tensor, ...],
+    name: str,
+    scale: float = 1.0,
+) -> _Step:
     step = copy.deepcopy(step)
     dtype = AMPConfig.from_name(name).dtype
     context = contextlib.nullcontext()
@@ -262,19 +283,23 @@ def _run(step, batch, name, scale=1.0):
     return _Step(loss.item(), gradients, buffers, inversion)
 
 
-def _run_reference(step, run, precision):
+def _run_reference(
+    step: TrainingStep, run: Callable[..., _Step], precision: str
+) -> tuple[_Step, float]:
     """The step, and the scale of the loss that makes its gradients finite."""
     for scale in LOSS_SCALES.get(precision, [1.0]):
         found = run(step, scale=scale)
         if not found.not_finite():
             break
+    # There is a scale at least.
+    # pyrefly: ignore[unbound-name]
     return found, scale
 
 
 # --- checks ------------------------------------------------------------------
 
 
-def _check_finite(report, found):
+def _check_finite(report: CheckReport, found: _Step) -> None:
     faults = found.not_finite()
     if not math.isfinite(found.loss):
         faults = ["loss", *faults]
@@ -284,7 +309,7 @@ def _check_finite(report, found):
     )
 
 
-def _check_inversion(report, errors):
+def _check_inversion(report: CheckReport, errors: dict[str, float]) -> None:
     worst = max(errors.values())
     # Blocks that are walked later inherit the error, and enlarge it.
     fault = next((n for n, e in errors.items() if e > INVERSION), None)
@@ -295,7 +320,13 @@ def _check_inversion(report, errors):
     )
 
 
-def _check_gradients(report, against, found, expected, bound):
+def _check_gradients(
+    report: CheckReport,
+    against: str,
+    found: _Step,
+    expected: _Step,
+    bound: float,
+) -> None:
     norms = {n: _norm(g) for n, g in expected.gradients.items()}
     sizes = {n: math.sqrt(g.numel()) for n, g in expected.gradients.items()}
     rms = math.hypot(*norms.values()) / math.hypot(*sizes.values())
@@ -314,7 +345,9 @@ def _check_gradients(report, against, found, expected, bound):
     )
 
 
-def _check_statistics(report, found, expected):
+def _check_statistics(
+    report: CheckReport, found: _Step, expected: _Step
+) -> None:
     errors = {
         name: _relative(found.buffers[name], buffer, _norm(buffer))
         for name, buffer in expected.buffers.items()
@@ -322,9 +355,11 @@ def _check_statistics(report, found, expected):
     _check_close(report, "running statistics", errors, STATISTICS)
 
 
-def _check_close(report, what, errors, bound):
-    where = max(errors, key=errors.get, default=None)
-    worst = errors.get(where, 0.0)
+def _check_close(
+    report: CheckReport, what: str, errors: dict[str, float], bound: float
+) -> None:
+    where = max(errors, key=errors.__getitem__, default=None)
+    worst = errors.get(cast(str, where), 0.0)
     most = f", most in {where}" if 0 < worst <= bound else ""
     report.add(
         f"{what}: error {worst:.2g} (bound {bound:.0e}){most}",
@@ -332,7 +367,9 @@ def _check_close(report, what, errors, bound):
     )
 
 
-def _relative(found, expected, scale):
+def _relative(
+    found: torch.Tensor, expected: torch.Tensor, scale: float
+) -> float:
     if torch.equal(found, expected):
         return 0.0
     error = _norm(found.double() - expected.double())
@@ -341,14 +378,14 @@ def _relative(found, expected, scale):
     return error / scale
 
 
-def _norm(tensor):
+def _norm(tensor: torch.Tensor) -> float:
     return tensor.double().norm().item()
 
 
 # --- words -------------------------------------------------------------------
 
 
-def _usable(device):
+def _usable(device: str | torch.device) -> torch.device:
     try:
         # Read, since tensors on "meta" hold nothing.
         tensor = torch.zeros(1, device=device)
@@ -358,10 +395,10 @@ def _usable(device):
         raise ValueError(f"device {device}: {_one_line(error)}") from error
 
 
-def _listed(names, most=3):
+def _listed(names: list[str], most: int = 3) -> str:
     more = [f"{len(names) - most} more"] if len(names) > most else []
     return ", ".join([*names[:most], *more])
 
 
-def _one_line(error):
+def _one_line(error: object) -> str:
     return " ".join(str(error).split())

@@ -6,11 +6,16 @@ Authors
 
 import math
 import pydoc
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
 
 from sb_memeff.analysis.profile import Profile, profile
-from sb_memeff.analysis.recipe import read_recipe
+from sb_memeff.analysis.recipe import Recipe, read_recipe
 from sb_memeff.analysis.steps import require_positive
+from sb_memeff.analysis.variants import Variant
+from sb_memeff.lobes.presets import Presets
 from sb_memeff.memory.fake import fake_tensors
 from sb_memeff.memory.leftovers import no_leftovers
 from sb_memeff.memory.search import DoesNotFit, largest
@@ -42,10 +47,10 @@ class Fit:
 
     found: Profile
     limit: int
-    overrides: dict
+    overrides: dict[str, Any]
 
 
-def usable(budget, margin=None):
+def usable(budget: int | str, margin: int | str | None = None) -> int:
     """The bytes of a budget that tensors may take.
 
     Arguments
@@ -87,16 +92,16 @@ def usable(budget, margin=None):
 
 
 def fit(
-    path,
-    overrides,
-    limit,
-    batch=None,
-    seconds=None,
-    tokens=None,
-    precision=None,
-    progress=None,
-    variant=None,
-):
+    path: str | Path,
+    overrides: dict[str, Any],
+    limit: int,
+    batch: int | None = None,
+    seconds: float | None = None,
+    tokens: int | None = None,
+    precision: str | None = None,
+    progress: Callable[[Profile], object] | None = None,
+    variant: Variant | None = None,
+) -> Fit:
     """Finds the largest training step of a recipe within a limit.
 
     Neither batch nor seconds given, or only seconds: the largest batch; of a
@@ -137,9 +142,11 @@ def fit(
     """
     require_positive(batch=batch, seconds=seconds, tokens=tokens)
     recipe = read_recipe(path, overrides)
-    known = {}
+    known: dict[tuple[Any, ...], Profile] = {}
 
-    def measure(batch, seconds, recipe=recipe):
+    def measure(
+        batch: int, seconds: float | None, recipe: Recipe = recipe
+    ) -> Profile:
         key = batch, seconds, recipe
         if key not in known:
             known[key] = profile(
@@ -166,7 +173,12 @@ def fit(
         raise ValueError(_too_small(recipe, known, error.peak, limit)) from None
 
 
-def _largest_batch(recipe, limit, seconds, measure):
+def _largest_batch(
+    recipe: Recipe,
+    limit: int,
+    seconds: float | None,
+    measure: Callable[..., Profile],
+) -> Fit:
     _, seconds = recipe.default_batch(seconds)
     # Batch norm, which transducers do without, cannot train on one utterance.
     first = 1 if recipe.family == "transducer" else 2
@@ -180,8 +192,13 @@ def _largest_batch(recipe, limit, seconds, measure):
     )
 
 
-def _longest_batch(recipe, limit, longest, measure):
-    def worst(length):
+def _longest_batch(
+    recipe: Recipe,
+    limit: int,
+    longest: float,
+    measure: Callable[..., Profile],
+) -> Fit:
+    def worst(length: int) -> Profile:
         # The longest utterances; and, where they leave a rest of the length,
         # the longest that fill it.
         count = max(int(length // longest), 1)
@@ -197,20 +214,33 @@ def _longest_batch(recipe, limit, longest, measure):
     return Fit(worst(length), limit, {"max_batch_len": length})
 
 
-def _longest_utterance(limit, batch, recipe, measure):
+def _longest_utterance(
+    limit: int, batch: int, recipe: Recipe, measure: Callable[..., Profile]
+) -> Fit:
     # In tenths of a second.
     tenths, _ = largest(
         lambda n: measure(batch, n / 10).memory.peak_bytes, limit, first=5
     )
     found = measure(batch, tenths / 10)
-    overrides = {"batch_size": batch, **_length(recipe, found.seconds)}
+    overrides: dict[str, Any] = {
+        "batch_size": batch,
+        **_length(recipe, found.seconds),
+    }
     if recipe.settings.get("dynamic_batching"):
         # It would choose other batches.
         overrides["dynamic_batching"] = False
     return Fit(found, limit, overrides)
 
 
-def _deepest(path, overrides, recipe, limit, batch, seconds, measure):
+def _deepest(
+    path: str | Path,
+    overrides: dict[str, Any],
+    recipe: Recipe,
+    limit: int,
+    batch: int,
+    seconds: float,
+    measure: Callable[..., Profile],
+) -> Fit:
     presets = _presets(recipe)
     for preset in reversed(presets):
         deeper = read_recipe(path, {**overrides, "preset": preset})
@@ -228,11 +258,13 @@ def _deepest(path, overrides, recipe, limit, batch, seconds, measure):
     raise ValueError(
         f"{path}: no preset fits into {format_bytes(limit)} with a batch of "
         f"{batch} x {seconds:g} s; {presets[0]} takes "
+        # The recipe's own preset is one.
+        # pyrefly: ignore[unbound-name]
         f"{format_bytes(found.memory.peak_bytes)}."
     )
 
 
-def _presets(recipe):
+def _presets(recipe: Recipe) -> list[str]:
     """The recipe's preset and its like, the shallowest first."""
     network, method = "", ""
     if recipe.family == "speaker":
@@ -244,28 +276,30 @@ def _presets(recipe):
         )
     # Says so if there is no such network or preset.
     _build_without_memory(recipe)
-    network = pydoc.locate(network)
+    presets = cast(type[Presets], pydoc.locate(network)).PRESETS
     family = recipe.settings["preset"].rstrip("0123456789")
     return sorted(
-        (n for n in network.PRESETS if n.rstrip("0123456789") == family),
+        (n for n in presets if n.rstrip("0123456789") == family),
         key=lambda name: int(name.removeprefix(family)),
     )
 
 
 @no_leftovers()
-def _build_without_memory(recipe):
+def _build_without_memory(recipe: Recipe) -> None:
     with fake_tensors():
         recipe.build()
 
 
-def _length(recipe, seconds):
+def _length(recipe: Recipe, seconds: float) -> dict[str, float]:
     """The override for the length of utterances."""
     if "sentence_len" in recipe.settings:
         return {"sentence_len": seconds}
     return {}
 
 
-def _too_small(recipe, known, peak, limit):
+def _too_small(
+    recipe: Recipe, known: dict[Any, Profile], peak: int, limit: int
+) -> str:
     found = min(known.values(), key=lambda p: abs(p.memory.peak_bytes - peak))
     kinds = found.memory.by_kind
     fixed = sum(

@@ -4,8 +4,11 @@ Authors
  * The sb_memeff authors 2026
 """
 
+from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
+from sb_memeff.analysis.profile import Profile
 from sb_memeff.memory.step import KINDS
 
 __all__ = ["check_picture", "load_pyplot", "plot_kinds"]
@@ -23,7 +26,7 @@ COLOURS = {
 }
 
 
-def plot_kinds(profiles, path):
+def plot_kinds(profiles: Sequence[Profile], path: str | Path) -> None:
     """Draws the peaks of training steps as stacked bars.
 
     Arguments
@@ -83,7 +86,7 @@ def plot_kinds(profiles, path):
     pyplot.close(figure)
 
 
-def check_picture(path):
+def check_picture(path: str | Path) -> None:
     """Refuses a file that ``plot_kinds`` could not write.
 
     Arguments
@@ -107,7 +110,7 @@ def check_picture(path):
         )
 
 
-def load_pyplot():
+def load_pyplot() -> ModuleType:
     """Matplotlib's pyplot, for files alone.
 
     Returns

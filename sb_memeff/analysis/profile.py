@@ -5,13 +5,17 @@ Authors
 """
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from speechbrain.utils.autocast import AMPConfig
+from torch import nn
 
-from sb_memeff.analysis.steps import require_positive
-from sb_memeff.analysis.variants import own_variant
+from sb_memeff.analysis.recipe import Recipe
+from sb_memeff.analysis.steps import TrainingStep, require_positive
+from sb_memeff.analysis.variants import Variant, own_variant
 from sb_memeff.memory.step import KINDS, StepMemory, training_step_memory
 from sb_memeff.memory.units import format_bytes
 
@@ -56,7 +60,7 @@ class Profile:
     measured_bytes: int | None = None
 
     @property
-    def batch_text(self):
+    def batch_text(self) -> str:
         """The batch in words."""
         text = f"batch {self.batch} x {self.seconds:g} s"
         if self.rows > self.batch:
@@ -70,14 +74,14 @@ class Profile:
 
 
 def profile(
-    recipe,
-    batch=None,
-    seconds=None,
-    tokens=None,
-    precision=None,
-    variant=None,
-    device=None,
-):
+    recipe: Recipe,
+    batch: int | None = None,
+    seconds: float | None = None,
+    tokens: int | None = None,
+    precision: str | None = None,
+    variant: Variant | None = None,
+    device: str | None = None,
+) -> Profile:
     """Analyses a recipe's training step on fake tensors.
 
     Arguments
@@ -128,12 +132,14 @@ def profile(
             f"nothing."
         )
     length = {} if tokens is None else {"tokens": tokens}
-    found = {"tokens": None}
+    found: dict[str, Any] = {"tokens": None}
     # Weak: what a step is made of must not outlive its analysis.
-    made = weakref.WeakValueDictionary()
+    made: weakref.WeakValueDictionary[str, TrainingStep] = (
+        weakref.WeakValueDictionary()
+    )
 
-    def measure(**where):
-        def build():
+    def measure(**where: Any) -> StepMemory:
+        def build() -> nn.Module:
             step = recipe.build()
             if variant.change:
                 variant.change(step)
@@ -141,7 +147,7 @@ def profile(
                 step.to(where["device"])
             on_gpu = where and torch.device(where["device"]).type != "cpu"
             if recipe.family == "transducer" and not on_gpu:
-                step.logits_loss = _speechbrain_loss
+                cast(Any, step).logits_loss = _speechbrain_loss
             made["step"] = step
             step.inputs = step.batch(batch, seconds, **length)
             found["rows"] = batch * step.copies
@@ -149,7 +155,7 @@ def profile(
                 found["tokens"] = step.inputs[3].shape[1]
             return step
 
-        def optimizer(parameters):
+        def optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
             updater = made["step"].optimizer()
             found["optimizer"] = type(updater).__name__
             return updater
@@ -187,7 +193,7 @@ def profile(
     )
 
 
-def _autocast(precision):
+def _autocast(precision: str) -> torch.dtype | None:
     """The dtype of autocast; None is without."""
     try:
         dtype = AMPConfig.from_name(precision).dtype
@@ -198,7 +204,7 @@ def _autocast(precision):
     return None if dtype == torch.float32 else dtype
 
 
-def _reason(error):
+def _reason(error: Exception) -> str:
     """The error of a step that fails, in one line, and what may help."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if "more than 1 value per channel" in lines[0]:
@@ -210,7 +216,7 @@ class _NumbaLoss(torch.autograd.Function):
     """Allocates what SpeechBrain 1.1's kernels do: gradients of all logits."""
 
     @staticmethod
-    def forward(ctx, log_probs):
+    def forward(ctx: Any, log_probs: torch.Tensor) -> torch.Tensor:
         """Alphas and betas live for a moment, the gradients until backward."""
         ctx.gradient = torch.zeros_like(log_probs)
         alpha, beta = (torch.zeros_like(log_probs[..., 0]) for _ in range(2))
@@ -219,17 +225,22 @@ class _NumbaLoss(torch.autograd.Function):
 
     @staticmethod
     # pyrefly: ignore[bad-override]
-    def backward(ctx, upstream):
+    def backward(ctx: Any, upstream: torch.Tensor) -> torch.Tensor:
         """Scales them in place."""
         return ctx.gradient.mul_(upstream.view(-1, 1, 1, 1))
 
 
-def _speechbrain_loss(logits, tokens, wav_lens, token_lens):
+def _speechbrain_loss(
+    logits: torch.Tensor,
+    tokens: torch.Tensor,
+    wav_lens: torch.Tensor,
+    token_lens: torch.Tensor,
+) -> torch.Tensor:
     # It runs on a GPU only; here is what it needs there.
     return _NumbaLoss.apply(logits.log_softmax(-1))
 
 
-def report(found, layers=5):
+def report(found: Profile, layers: int = 5) -> str:
     """A profile in words.
 
     Arguments
@@ -271,7 +282,7 @@ def report(found, layers=5):
     return "\n".join(lines)
 
 
-def comparison(profiles):
+def comparison(profiles: Sequence[Profile]) -> str:
     """Profiles side by side, as a table.
 
     Arguments
@@ -320,7 +331,7 @@ PHASES = {
 }
 
 
-def _table(sizes, total, title):
+def _table(sizes: dict[str, int], total: int, title: str) -> list[str]:
     """Lines of names, bytes and shares; what is empty is left out."""
     rows = [
         (name or "(no module)", format_bytes(size), f"{size / total:.1%}")

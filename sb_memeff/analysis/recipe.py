@@ -11,9 +11,12 @@ import difflib
 import io
 import pydoc
 import re
+from collections.abc import Collection, Iterable
 from pathlib import Path
+from typing import Any
 
 import ruamel.yaml
+import ruamel.yaml.error
 from hyperpyyaml import load_hyperpyyaml, resolve_references
 from speechbrain.utils.logger import get_logger
 from torch.nn import Module
@@ -32,7 +35,9 @@ UNKNOWN = "/PLACEHOLDER/{}/"
 NEVER = ("checkpointer", "pretrainer", "train_logger")
 
 
-def read_recipe(path, overrides=None):
+def read_recipe(
+    path: str | Path, overrides: dict[str, Any] | None = None
+) -> "Recipe":
     """Reads a yaml file of a speaker or transducer recipe.
 
     Files are read, the objects in them are not made: see ``Recipe.build``.
@@ -104,7 +109,9 @@ class Recipe:
         The plain values of the file: numbers, strings, lists, ...
     """
 
-    def __init__(self, path, tree, placeholders):
+    def __init__(
+        self, path: Path, tree: dict[str, Any], placeholders: Collection[str]
+    ):
         self.path = path
         self._placeholders = placeholders
         modules = tree.get("modules")
@@ -142,7 +149,7 @@ class Recipe:
             if tree.get(name)
         }
 
-    def build(self):
+    def build(self) -> SpeakerStep | TransducerStep:
         """Makes the network, its losses and what else the step calls.
 
         Under whatever mode is active, such as FakeTensorMode. (The meta device
@@ -181,7 +188,7 @@ class Recipe:
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from error
 
-    def callee(self, module):
+    def callee(self, module: str) -> str:
         """Finds the callable that makes a module.
 
         Arguments
@@ -198,7 +205,7 @@ class Recipe:
         made = kind in ("!new", "!apply")
         return path if made and isinstance(self.modules[module], dict) else ""
 
-    def arguments(self, module):
+    def arguments(self, module: str) -> dict[str, Any]:
         """Arguments that a module is made with; objects among them are made.
 
         Arguments
@@ -214,7 +221,7 @@ class Recipe:
         node = {"arguments": dict(self.modules[module])}
         return self._make(_dump(node))["arguments"]
 
-    def precision(self, given=None):
+    def precision(self, given: str | None = None) -> str:
         """The precision to train in.
 
         Arguments
@@ -231,7 +238,7 @@ class Recipe:
             return given
         return self.settings.get("precision") or "fp32"
 
-    def default_batch(self, seconds=None):
+    def default_batch(self, seconds: float | None = None) -> tuple[int, float]:
         """The batch that the yaml file asks for.
 
         Arguments
@@ -246,7 +253,7 @@ class Recipe:
         """
         return self._step.default_batch(self._number, seconds)
 
-    def _plain(self, tree):
+    def _plain(self, tree: dict[str, Any]) -> dict[str, Any]:
         """Values without objects in them."""
         plain = {
             key: value
@@ -256,7 +263,9 @@ class Recipe:
         }
         return load_hyperpyyaml(_dump(plain)) if plain else {}
 
-    def _recognise(self, modules):
+    def _recognise(
+        self, modules: dict[str, Any]
+    ) -> tuple[str, type[SpeakerStep] | type[TransducerStep]]:
         for family, step in FAMILIES.items():
             if any(layout <= set(modules) for layout in step.layouts):
                 return family, step
@@ -267,7 +276,7 @@ class Recipe:
             f"function of your own."
         )
 
-    def _number(self, key):
+    def _number(self, key: str) -> Any:
         if key in self._placeholders:
             raise ValueError(self._ask_for(key))
         if key not in self.settings:
@@ -282,13 +291,13 @@ class Recipe:
             )
         return self.settings[key]
 
-    def _ask_for(self, key):
+    def _ask_for(self, key: str) -> str:
         return (
             f"{self.path}: {key} is a !PLACEHOLDER that the training step "
             f"needs: give it a value, --{key}=VALUE."
         )
 
-    def _make(self, text):
+    def _make(self, text: str) -> dict[str, Any]:
         """Makes the objects of a yaml text."""
         try:
             return load_hyperpyyaml(text)
@@ -302,7 +311,7 @@ class Recipe:
             reason = ": ".join(map(str, error.args)) or type(error).__name__
             raise ValueError(f"{self.path}: {_one_line(reason)}") from error
 
-    def _copies(self, name, node):
+    def _copies(self, name: str, node: Any) -> int:
         tag = _tag(node)
         if tag != "!new:speechbrain.augment.augmenter.Augmenter":
             logger.warning(
@@ -320,7 +329,9 @@ class Recipe:
 # --- reading -----------------------------------------------------------------
 
 
-def _resolve(path, overrides):
+def _resolve(
+    path: Path, overrides: dict[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
     """The tree of a yaml file, and the placeholders still in it."""
     # hyperpyyaml teaches ruamel tuples when it first loads something. Read
     # before that, (3, 3) is text, and written after that, quoted text.
@@ -348,7 +359,7 @@ def _resolve(path, overrides):
     return ruamel.yaml.YAML().load(text), placeholders
 
 
-def _override(path, raw, key, value):
+def _override(path: Path, raw: dict[str, Any], key: str, value: Any) -> Any:
     if key not in raw:
         near = difflib.get_close_matches(key, list(raw))
         hint = f"; did you mean {' or '.join(near)}?" if near else "."
@@ -372,7 +383,7 @@ def _override(path, raw, key, value):
     return value
 
 
-def _one_line(error):
+def _one_line(error: Any) -> str:
     """Text of an error, without line breaks and pictures of the text."""
     mark = getattr(error, "problem_mark", None)
     if mark is not None:
@@ -383,13 +394,13 @@ def _one_line(error):
 # --- trees of nodes ----------------------------------------------------------
 
 
-def _tag(node):
+def _tag(node: Any) -> str:
     """!new:..., !name:..., !apply:..., or nothing."""
     tag = getattr(getattr(node, "tag", None), "value", None) or ""
     return tag if tag.startswith("!") else ""
 
 
-def _nodes(node, seen=None):
+def _nodes(node: Any, seen: dict[int, Any] | None = None) -> Collection[Any]:
     """A node and all below it, each once."""
     seen = {} if seen is None else seen
     if id(node) not in seen:
@@ -401,14 +412,14 @@ def _nodes(node, seen=None):
     return seen.values()
 
 
-def _made(node):
+def _made(node: Any) -> set[int]:
     """The objects that constructing a node makes."""
     return {
         id(n) for n in _nodes(node) if _tag(n).startswith(("!new:", "!apply:"))
     }
 
 
-def _with_applied(tree, keys):
+def _with_applied(tree: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:
     """The keys, and every top-level !apply: that is given an object of theirs.
 
     It may change the object: a network whose blocks shall recompute.
@@ -430,7 +441,7 @@ def _with_applied(tree, keys):
     return {key: tree[key] for key in tree if key in kept}
 
 
-def _unknown_in(node):
+def _unknown_in(node: Any) -> list[str]:
     """The placeholders that are a part of some value of a tree."""
     return [
         key
@@ -440,7 +451,7 @@ def _unknown_in(node):
     ]
 
 
-def _dump(tree):
+def _dump(tree: Any) -> str:
     """Yaml text, shared nodes as aliases."""
     stream = io.StringIO()
     ruamel.yaml.YAML().dump(tree, stream)

@@ -10,6 +10,8 @@ Authors
 
 import contextlib
 import math
+from collections.abc import Callable, Collection
+from typing import Any
 
 import torch
 
@@ -21,7 +23,7 @@ __all__ = ["SpeakerStep", "TrainingStep", "TransducerStep", "require_positive"]
 MOST_SAMPLES = 2**48
 
 
-def require_positive(**numbers):
+def require_positive(**numbers: float | None) -> None:
     """Refuses what is no length and no number of utterances.
 
     Arguments
@@ -67,20 +69,27 @@ class TrainingStep(torch.nn.Module):
     """
 
     # The modules that tell the family: all of one of these sets.
-    layouts = ()
+    layouts: tuple[set[str], ...] = ()
     # The augmentations that its Brain looks for.
-    augmentations = ("wav_augment",)
+    augmentations: tuple[str, ...] = ("wav_augment",)
     # Top-level numbers of the yaml file that it reads.
-    numbers = ()
+    numbers: tuple[str, ...] = ()
 
-    def __init__(self, modules, functions, opt_class, settings, copies):
+    def __init__(
+        self,
+        modules: dict[str, torch.nn.Module],
+        functions: dict[str, Callable[..., Any]],
+        opt_class: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer],
+        settings: dict[str, Any],
+        copies: dict[str, int],
+    ):
         super().__init__()
         self.settings = settings
         # Brain.fit_batch holds what compute_forward gave until the batch is
         # done, through backward: the logits of a transducer, for one.
-        self.outputs = None
+        self.outputs: Any = None
         # The data loader's batch, for callers that want it to live as long.
-        self.inputs = None
+        self.inputs: Any = None
         self._trained = list(modules)
         self._functions = functions
         self._opt_class = opt_class
@@ -95,7 +104,9 @@ class TrainingStep(torch.nn.Module):
                 self.add_module(name, module)
 
     @classmethod
-    def needs(cls, modules, settings):
+    def needs(
+        cls, modules: Collection[str], settings: dict[str, Any]
+    ) -> tuple[list[str], list[str]]:
         """Keys that the step needs besides its modules and opt_class.
 
         Arguments
@@ -113,14 +124,14 @@ class TrainingStep(torch.nn.Module):
         raise NotImplementedError
 
     @property
-    def copies(self):
+    def copies(self) -> int:
         """Rows of a batch in the network for each row of the loader's."""
         result = 1
         for name in self.augmentations:
             result *= self._copies.get(name, 1)
         return result
 
-    def optimizer(self):
+    def optimizer(self) -> torch.optim.Optimizer:
         """The recipe's optimizer, as Brain makes it.
 
         Parameters that no loss reaches (those of a language model among the
@@ -139,11 +150,13 @@ class TrainingStep(torch.nn.Module):
             [p for p in modules.parameters() if p.requires_grad]
         )
 
-    def _call(self, name, *args, **kwargs):
+    def _call(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """Calls a function of the yaml file."""
         return self._functions[name](*args, **kwargs)
 
-    def _augmented(self, name, *tensors):
+    def _augmented(
+        self, name: str, *tensors: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
         """The tensors as often as an augmentation gives them out.
 
         The concatenation alone: what augmenting itself needs in between is a
@@ -155,7 +168,9 @@ class TrainingStep(torch.nn.Module):
             return tensors
         return tuple(torch.cat([x] * copies) for x in tensors)
 
-    def _waveforms(self, batch, seconds):
+    def _waveforms(
+        self, batch: int, seconds: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Noise, and the relative lengths of utterances without padding."""
         require_positive(batch=batch, seconds=seconds)
         samples = round(seconds * self.settings["sample_rate"])
@@ -190,19 +205,27 @@ class SpeakerStep(TrainingStep):
         {"compute_features", "mean_var_norm", "embedding_model", "classifier"},
     )
     numbers = ("sample_rate",)
+    compute_features: torch.nn.Module
+    mean_var_norm: torch.nn.Module
+    embedding_model: torch.nn.Module
+    classifier: torch.nn.Module
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         package = type(self.embedding_model).__module__.split(".")[0]
         self.ours = package == "sb_memeff"
 
     @classmethod
-    def needs(cls, modules, settings):
+    def needs(
+        cls, modules: Collection[str], settings: dict[str, Any]
+    ) -> tuple[list[str], list[str]]:
         """See TrainingStep."""
         return [], ["compute_cost"]
 
     @staticmethod
-    def default_batch(number, seconds=None):
+    def default_batch(
+        number: Callable[[str], Any], seconds: float | None = None
+    ) -> tuple[int, float]:
         """The recipe's own batch.
 
         Arguments
@@ -221,7 +244,7 @@ class SpeakerStep(TrainingStep):
             seconds = number("sentence_len")
         return number("batch_size"), seconds
 
-    def batch(self, batch, seconds):
+    def batch(self, batch: int, seconds: float) -> tuple[torch.Tensor, ...]:
         """A batch as a data loader gives it, of noise.
 
         Arguments
@@ -241,7 +264,9 @@ class SpeakerStep(TrainingStep):
         speakers = torch.zeros(batch, 1, dtype=torch.long, device=wavs.device)
         return wavs, lens, speakers
 
-    def forward(self, wavs, lens, speakers):
+    def forward(
+        self, wavs: torch.Tensor, lens: torch.Tensor, speakers: torch.Tensor
+    ) -> torch.Tensor:
         """The loss of a batch.
 
         Arguments
@@ -263,7 +288,9 @@ class SpeakerStep(TrainingStep):
         (speakers,) = self._augmented("wav_augment", speakers)
         return self._call("compute_cost", self.outputs, speakers)
 
-    def _compute_forward(self, wavs, lens):
+    def _compute_forward(
+        self, wavs: torch.Tensor, lens: torch.Tensor
+    ) -> torch.Tensor:
         wavs, lens = self._augmented("wav_augment", wavs, lens)
         feats = self.compute_features(wavs)
         feats = self.mean_var_norm(feats, lens)
@@ -309,12 +336,28 @@ class TransducerStep(TrainingStep):
     # 17, but for a few.
     seconds = 15
 
-    def __init__(self, *args, **kwargs):
+    # Of the modules of either layout.
+    normalize: torch.nn.Module
+    CNN: torch.nn.Module
+    enc: torch.nn.Module
+    emb: torch.nn.Module
+    dec: torch.nn.Module
+    proj_enc: torch.nn.Module
+    proj_dec: torch.nn.Module
+    proj_ctc: torch.nn.Module
+    dec_lin: torch.nn.Module
+    Tjoint: torch.nn.Module
+    transducer_lin: torch.nn.Module
+    transducer_loss: torch.nn.Module
+
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.joins_in_loss = hasattr(self, "transducer_loss")
 
     @classmethod
-    def needs(cls, modules, settings):
+    def needs(
+        cls, modules: Collection[str], settings: dict[str, Any]
+    ) -> tuple[list[str], list[str]]:
         """See TrainingStep."""
         parts, objects = [], ["compute_features"]
         if "transducer_loss" not in modules:
@@ -328,7 +371,9 @@ class TransducerStep(TrainingStep):
         return parts, objects
 
     @classmethod
-    def default_batch(cls, number, seconds=None):
+    def default_batch(
+        cls, number: Callable[[str], Any], seconds: float | None = None
+    ) -> tuple[int, float]:
         """The recipe's own batch.
 
         With dynamic batching, as many utterances as fit into max_batch_len,
@@ -352,7 +397,9 @@ class TransducerStep(TrainingStep):
             return max(int(number("max_batch_len") // seconds), 1), seconds
         return number("batch_size"), seconds
 
-    def batch(self, batch, seconds, tokens=None):
+    def batch(
+        self, batch: int, seconds: float, tokens: int | None = None
+    ) -> tuple[torch.Tensor, ...]:
         """A batch as a data loader gives it, of noise and arbitrary tokens.
 
         Arguments
@@ -379,7 +426,7 @@ class TransducerStep(TrainingStep):
         ids = [i % (known - 1) for i in range(tokens)]
         ids = [i + (i >= self.settings["blank_index"]) for i in ids]
 
-        def rows(row):
+        def rows(row: list[int]) -> torch.Tensor:
             return torch.tensor(row, device=wavs.device).repeat(batch, 1)
 
         with_bos = rows([self.settings["bos_index"], *ids])
@@ -388,14 +435,14 @@ class TransducerStep(TrainingStep):
 
     def forward(
         self,
-        wavs,
-        wav_lens,
-        tokens_bos,
-        tokens,
-        token_lens,
-        tokens_eos,
-        token_eos_lens,
-    ):
+        wavs: torch.Tensor,
+        wav_lens: torch.Tensor,
+        tokens_bos: torch.Tensor,
+        tokens: torch.Tensor,
+        token_lens: torch.Tensor,
+        tokens_eos: torch.Tensor,
+        token_eos_lens: torch.Tensor,
+    ) -> torch.Tensor:
         """The loss of a batch; arguments are what ``batch`` returns."""
         self.outputs = None
         self.outputs = self._compute_forward(wavs, wav_lens, tokens_bos)
@@ -404,7 +451,12 @@ class TransducerStep(TrainingStep):
             labels = self._augmented(name, *labels)
         return self._compute_objectives(*labels)
 
-    def _compute_forward(self, wavs, wav_lens, tokens_bos):
+    def _compute_forward(
+        self,
+        wavs: torch.Tensor,
+        wav_lens: torch.Tensor,
+        tokens_bos: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
         wavs, wav_lens, tokens_bos = self._augmented(
             "wav_augment", wavs, wav_lens, tokens_bos
         )
@@ -445,8 +497,12 @@ class TransducerStep(TrainingStep):
         return outputs
 
     def _compute_objectives(
-        self, tokens, token_lens, tokens_eos, token_eos_lens
-    ):
+        self,
+        tokens: torch.Tensor,
+        token_lens: torch.Tensor,
+        tokens_eos: torch.Tensor,
+        token_eos_lens: torch.Tensor,
+    ) -> torch.Tensor:
         outputs = self.outputs
         lengths = outputs["wav_lens"], token_lens
         if self.joins_in_loss:
@@ -468,7 +524,13 @@ class TransducerStep(TrainingStep):
             )
         return loss
 
-    def logits_loss(self, logits, tokens, wav_lens, token_lens):
+    def logits_loss(
+        self,
+        logits: torch.Tensor,
+        tokens: torch.Tensor,
+        wav_lens: torch.Tensor,
+        token_lens: torch.Tensor,
+    ) -> torch.Tensor:
         """SpeechBrain's transducer loss, of all logits.
 
         Put another function in its place where this one cannot run:
@@ -495,11 +557,13 @@ class TransducerStep(TrainingStep):
         )
 
 
-def _uses_ctc(settings):
+def _uses_ctc(settings: dict[str, Any]) -> bool:
     return settings["ctc_weight"] > 0 and settings["number_of_ctc_epochs"] >= 1
 
 
-def _without_autocast(device_type):
+def _without_autocast(
+    device_type: str,
+) -> contextlib.AbstractContextManager[Any]:
     if torch.amp.is_autocast_available(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()

@@ -4,17 +4,21 @@ Authors
  * The sb_memeff authors 2026
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, Literal
 
 from speechbrain.lobes.models import ECAPA_TDNN as speechbrain_ecapa
 
+from sb_memeff.analysis.recipe import Recipe
 from sb_memeff.lobes.models.DFResNet import DFResNet
 from sb_memeff.lobes.models.ECAPA_TDNN import ECAPA_TDNN
 from sb_memeff.lobes.models.ResNet import ResNet
 from sb_memeff.lobes.models.RevDFResNet import RevDFResNet
 from sb_memeff.lobes.models.RevECAPA_TDNN import RevECAPA_TDNN
 from sb_memeff.lobes.models.RevResNet import RevResNet
+from sb_memeff.lobes.presets import Presets
 from sb_memeff.nnet.recompute import recompute_blocks
 from sb_memeff.nnet.transducer.joint_loss import TransducerJointLoss
 
@@ -31,7 +35,11 @@ __all__ = [
 RESNETS = ((ResNet, RevResNet), (DFResNet, RevDFResNet))
 TYPES = {"strided": "Type I", "invertible": "Type II"}
 ECAPAS = (speechbrain_ecapa.ECAPA_TDNN, ECAPA_TDNN, RevECAPA_TDNN)
-METHODS = ("batched", "samplewise", "tiled")
+METHODS: tuple[Literal["batched", "samplewise", "tiled"], ...] = (
+    "batched",
+    "samplewise",
+    "tiled",
+)
 # Which blocks per-block checkpointing recomputes, and how many at a time.
 BLOCKS = {
     "sb_memeff.lobes.models.ResNet.ResNet": ("stages.*.*", 1),
@@ -57,10 +65,10 @@ class Variant:
     """
 
     label: str
-    change: object = None
+    change: Callable[[Any], None] | None = None
 
 
-def own_variant(recipe):
+def own_variant(recipe: Recipe) -> Variant:
     """The recipe as it is.
 
     Arguments
@@ -88,7 +96,7 @@ def own_variant(recipe):
     return Variant(_label(path) or "embedding_model")
 
 
-def variants(recipe):
+def variants(recipe: Recipe) -> list[Variant]:
     """Alternatives to compare a recipe with.
 
     Speaker recipes: the vanilla network with all activations stored and with
@@ -113,7 +121,7 @@ def variants(recipe):
     return [own if row.label == own.label else row for row in _networks(recipe)]
 
 
-def reversible_twin(name):
+def reversible_twin(name: str) -> str:
     """The reversible preset of a vanilla preset's name.
 
     Arguments
@@ -134,7 +142,7 @@ def reversible_twin(name):
     return name.replace("ResNet", "RevNet")
 
 
-def _networks(recipe):
+def _networks(recipe: Recipe) -> list[Variant]:
     path = recipe.callee("embedding_model")
     for vanilla, reversible in RESNETS:
         if path in (_preset(vanilla), _preset(reversible)):
@@ -148,7 +156,12 @@ def _networks(recipe):
     return [own]
 
 
-def _resnets(vanilla, reversible, name="", **arguments):
+def _resnets(
+    vanilla: type[Presets],
+    reversible: type[Presets],
+    name: str = "",
+    **arguments: Any,
+) -> list[Variant]:
     # What only the reversible networks have.
     for own in ("downsampling", "save_memory"):
         arguments.pop(own, None)
@@ -169,7 +182,7 @@ def _resnets(vanilla, reversible, name="", **arguments):
     return rows
 
 
-def _ecapas(arguments):
+def _ecapas(arguments: dict[str, Any]) -> list[Variant]:
     rows = []
     # What SpeechBrain's does not have.
     for own in ("save_memory", "inner_channels"):
@@ -188,20 +201,22 @@ def _ecapas(arguments):
     return rows
 
 
-def _losses(recipe):
+def _losses(recipe: Recipe) -> list[Variant]:
     rows = [Variant(m, partial(_with_method, method=m)) for m in METHODS]
     if "transducer_loss" not in recipe.modules:
         rows.insert(0, own_variant(recipe))
 
-    def both(step):
+    def both(step: Any) -> None:
         _with_method(step, "tiled")
         recompute_blocks(step, ENCODER_LAYERS)
 
     return [*rows, Variant("tiled, encoder recomputed", both)]
 
 
-def _with_network(build, recompute=False):
-    def change(step):
+def _with_network(
+    build: Callable[[], object], recompute: bool = False
+) -> Callable[[Any], None]:
+    def change(step: Any) -> None:
         step.embedding_model = build()
         if recompute:
             _recompute(step)
@@ -209,13 +224,15 @@ def _with_network(build, recompute=False):
     return change
 
 
-def _recompute(step):
+def _recompute(step: Any) -> None:
     network = step.embedding_model
     blocks, length = BLOCKS[_path(type(network))]
     recompute_blocks(network, blocks, segment_length=length)
 
 
-def _with_method(step, method):
+def _with_method(
+    step: Any, method: Literal["batched", "samplewise", "tiled"]
+) -> None:
     if step.joins_in_loss:
         step.transducer_loss.method = method
         return
@@ -228,14 +245,14 @@ def _with_method(step, method):
     step.joins_in_loss = True
 
 
-def _path(network):
+def _path(network: type) -> str:
     return f"{network.__module__}.{network.__qualname__}"
 
 
-def _preset(network):
+def _preset(network: type) -> str:
     return f"{_path(network)}.from_preset"
 
 
-def _label(path):
+def _label(path: str) -> str:
     owner = "SpeechBrain's " if path.startswith("speechbrain.") else ""
     return owner + path.rpartition(".")[2]

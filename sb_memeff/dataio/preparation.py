@@ -7,7 +7,9 @@ Authors
 import csv
 import json
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any, TextIO
 
 import soundfile
 
@@ -32,21 +34,23 @@ class open_atomic:
     'done'
     """
 
-    def __init__(self, path):
+    def __init__(self, path: str | Path):
         self.path = Path(path)
         self.partial = self.path.with_name(self.path.name + ".partial")
 
-    def __enter__(self):
+    def __enter__(self) -> TextIO:
         self.file = open(self.partial, "w", encoding="utf-8", newline="")
         return self.file
 
-    def __exit__(self, kind, *_):
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.file.close()
         if kind is None:
             os.replace(self.partial, self.path)
 
 
-def write_csv(path, fields, rows):
+def write_csv(
+    path: str | Path, fields: Sequence[str], rows: Iterable[Sequence[object]]
+) -> None:
     """Writes a csv file atomically.
 
     Arguments
@@ -97,12 +101,17 @@ class Prepared:
     True
     """
 
-    def __init__(self, record, options, files):
+    def __init__(
+        self,
+        record: str | Path,
+        options: dict[str, Any],
+        files: Iterable[str | Path],
+    ):
         self.record = Path(record)
         self.options = options
         self.files = [Path(file) for file in files]
 
-    def done(self):
+    def done(self) -> bool:
         """Whether the files are there and were written with these options.
 
         Returns
@@ -116,18 +125,18 @@ class Prepared:
             return False
         return same and all(file.is_file() for file in self.files)
 
-    def __enter__(self):
+    def __enter__(self) -> None:
         self.record.parent.mkdir(parents=True, exist_ok=True)
         # Without its record a folder counts as not prepared.
         self.record.unlink(missing_ok=True)
 
-    def __exit__(self, kind, *_):
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             with open_atomic(self.record) as f:
                 json.dump(self.options, f, indent=1)
 
 
-def read_header(path, sample_rate):
+def read_header(path: str | Path, sample_rate: int) -> int:
     """Length of an audio file, by its header alone.
 
     Arguments

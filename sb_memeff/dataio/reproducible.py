@@ -16,8 +16,8 @@ import contextlib
 import hashlib
 import itertools
 import random
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Generator, Iterable, Iterator, Sized
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ COMPARED = 64
 
 
 @contextlib.contextmanager
-def seeded(*numbers):
+def seeded(*numbers: int) -> Generator[None, None, None]:
     """Seeds Python's, numpy's and torch's generators for a while.
 
     Afterwards they are where they were. The accelerators' generators are left
@@ -71,18 +71,18 @@ def seeded(*numbers):
         yield
 
 
-def _global_states():
+def _global_states() -> tuple[Any, Any, torch.Tensor]:
     return random.getstate(), np.random.get_state(), torch.get_rng_state()
 
 
-def _set_global_states(states):
+def _set_global_states(states: tuple[Any, Any, torch.Tensor]) -> None:
     random.setstate(states[0])
     np.random.set_state(states[1])
     torch.set_rng_state(states[2])
 
 
 @contextlib.contextmanager
-def _global_states_kept():
+def _global_states_kept() -> Generator[None, None, None]:
     before = _global_states()
     try:
         yield
@@ -90,7 +90,7 @@ def _global_states_kept():
         _set_global_states(before)
 
 
-def set_epoch(sampler: Iterable, epoch: int) -> None:
+def set_epoch(sampler: Iterable[Any], epoch: int) -> None:
     """Tells a sampler, and all samplers within it, which epoch begins.
 
     Arguments
@@ -115,7 +115,7 @@ def set_epoch(sampler: Iterable, epoch: int) -> None:
             part.set_epoch(epoch)
 
 
-def _parts(sampler):
+def _parts(sampler: object) -> Iterator[Any]:
     """Yields a sampler and the samplers that it holds, each once."""
     found = []
     waiting = [sampler]
@@ -136,7 +136,7 @@ def _parts(sampler):
             )
 
 
-def _generators(sampler):
+def _generators(sampler: object) -> list[Any]:
     """The random generators that a sampler and its parts own."""
     kinds = (
         torch.Generator,
@@ -152,7 +152,7 @@ def _generators(sampler):
     ]
 
 
-def _get_state(generator):
+def _get_state(generator: Any) -> Any:
     # Of types that torch.load reads with weights_only.
     if isinstance(generator, torch.Generator):
         return generator.get_state()
@@ -163,13 +163,13 @@ def _get_state(generator):
     return _without_arrays(generator.get_state(legacy=False))
 
 
-def _without_arrays(value):
+def _without_arrays(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _without_arrays(v) for k, v in value.items()}
     return value.tolist() if isinstance(value, np.ndarray) else value
 
 
-def _set_state(generator, state):
+def _set_state(generator: Any, state: Any) -> None:
     if isinstance(generator, torch.Generator):
         generator.set_state(state)
     elif isinstance(generator, random.Random):
@@ -211,14 +211,14 @@ class SeededSampler(Sampler):
     False
     """
 
-    def __init__(self, sampler: Iterable, seed: int, ahead: int = 1):
+    def __init__(self, sampler: Iterable[Any], seed: int, ahead: int = 1):
         self.sampler = sampler
         self.seed = seed
         self.ahead = ahead
         self.epoch = 0
-        self._start = None
-        self._first = []
-        self._resumed = None
+        self._start: list[Any] | None = None
+        self._first: list[str] = []
+        self._resumed: dict[str, Any] | None = None
 
     def set_epoch(self, epoch: int) -> None:
         """Begins an epoch.
@@ -230,10 +230,10 @@ class SeededSampler(Sampler):
         """
         self.epoch = epoch
 
-    def __len__(self):
-        return len(self.sampler)
+    def __len__(self) -> int:
+        return len(cast(Sized, self.sampler))
 
-    def __iter__(self) -> Iterator:
+    def __iter__(self) -> Iterator[Any]:
         resumed, self._resumed = self._resumed, None
         if resumed is not None:
             self._set_generators(resumed["start"])
@@ -253,12 +253,12 @@ class SeededSampler(Sampler):
                 if len(first) < COMPARED:
                     first.append(repr(index))
                     if len(first) == compared:
-                        self._compare(resumed)
+                        self._compare(cast(dict[str, Any], resumed))
                 yield index
             if not indices:
                 break
         if len(first) < compared:
-            self._compare(resumed)
+            self._compare(cast(dict[str, Any], resumed))
 
     def position(self) -> dict[str, Any]:
         """Where the sampler stands, for ``resume``.
@@ -295,11 +295,11 @@ class SeededSampler(Sampler):
         else:
             self._resumed = position
 
-    def _set_generators(self, states):
+    def _set_generators(self, states: list[Any]) -> None:
         for generator, state in zip(_generators(self.sampler), states):
             _set_state(generator, state)
 
-    def _compare(self, resumed):
+    def _compare(self, resumed: dict[str, Any]) -> None:
         if _digest(self._first) == resumed["order"]:
             return
         logger.warning(
@@ -311,7 +311,7 @@ class SeededSampler(Sampler):
         )
 
 
-def _digest(indices):
+def _digest(indices: list[str]) -> str:
     return hashlib.sha256("\n".join(indices).encode()).hexdigest()
 
 
@@ -330,13 +330,13 @@ class NumberedSampler(Sampler):
     [[(0, 7), (1, 8)], [(2, 9)]]
     """
 
-    def __init__(self, sampler):
+    def __init__(self, sampler: Iterable[Any]):
         self.sampler = sampler
 
-    def __len__(self):
-        return len(self.sampler)
+    def __len__(self) -> int:
+        return len(cast(Sized, self.sampler))
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Any]:
         place = 0
         for index in self.sampler:
             if isinstance(index, (list, tuple)):
@@ -374,14 +374,14 @@ class SeededDataset(Dataset):
     False
     """
 
-    def __init__(self, dataset, seed, rank=0):
+    def __init__(self, dataset: Dataset[Any], seed: int, rank: int = 0):
         self.dataset = dataset
         self.seed = seed
         self.rank = rank
         # In shared memory: workers that live on see the next epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
-    def set_epoch(self, epoch):
+    def set_epoch(self, epoch: int) -> None:
         """Begins an epoch.
 
         Arguments
@@ -391,10 +391,11 @@ class SeededDataset(Dataset):
         """
         self._epoch.fill_(epoch)
 
-    def __len__(self):
-        return len(self.dataset)
+    def __len__(self) -> int:
+        return len(cast(Sized, self.dataset))
 
-    def __getitem__(self, place_and_index):
+    # pyrefly: ignore[bad-override-param-name]
+    def __getitem__(self, place_and_index: tuple[int, Any]) -> Any:
         """An item.
 
         Arguments
@@ -406,7 +407,7 @@ class SeededDataset(Dataset):
         with seeded(self.seed, int(self._epoch), self.rank, place):
             return self.dataset[index]
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         if name == "dataset" or name.startswith("__"):
             raise AttributeError(name)
         return getattr(self.dataset, name)

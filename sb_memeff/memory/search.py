@@ -5,11 +5,14 @@ Authors
 """
 
 import math
+from collections.abc import Callable
 
 __all__ = ["DoesNotFit", "largest"]
 
 
-def largest(peak, limit, first=1, most=2**20):
+def largest(
+    peak: Callable[[int], int], limit: int, first: int = 1, most: int = 2**20
+) -> tuple[int, int]:
     """The largest whole number whose peak is within a limit.
 
     Bisection; where the peak grows in a straight line, as it does with the
@@ -74,6 +77,6 @@ class DoesNotFit(ValueError):
         Bytes that it takes.
     """
 
-    def __init__(self, peak):
+    def __init__(self, peak: int):
         super().__init__(f"It takes {peak} bytes.")
         self.peak = peak

@@ -78,7 +78,7 @@ def has_values(tensor: torch.Tensor) -> bool:
 
 
 @functools.cache
-def _available(switch):
+def _available(switch: str) -> bool:
     """Looks once for each value of the switch, and says why not."""
     if switch == "0":
         reason = f"{SWITCH}=0"

@@ -219,7 +219,7 @@ class NoisePosition:
     ):
         self.augmentation = augmentation
         self.device = device
-        self._loaded = None
+        self._loaded: list[int] | None = None
 
     @mark_as_saver
     def save(self, path: str | Path) -> None:
@@ -291,7 +291,7 @@ class SamplerPosition:
 
     def __init__(self, sampler: "SeededSampler"):
         self.sampler = sampler
-        self._loaded = None
+        self._loaded: tuple[dict[str, Any] | None, bool] | None = None
 
     @mark_as_saver
     def save(self, path: str | Path) -> None:
@@ -358,7 +358,7 @@ def _load_own(path: str | Path) -> Any:
 
 
 def _get_states() -> dict[str, Any]:
-    kind, keys, *position = cast(tuple[Any, ...], np.random.get_state())
+    kind, keys, *position = cast(Any, np.random.get_state())
     states = {
         "python": random.getstate(),
         "numpy": [kind, keys.tolist(), *position],

@@ -104,7 +104,7 @@ class _ResidualBlock(nn.Module):
     ):
         super().__init__()
         self.activation = make_activation(activation)
-        self.shortcut = None
+        self.shortcut: nn.Module | None = None
         if stride not in (1, (1, 1)) or in_channels != out_channels:
             self.shortcut = nn.Sequential(
                 conv1x1(in_channels, out_channels, stride),

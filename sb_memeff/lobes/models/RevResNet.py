@@ -413,7 +413,7 @@ class PooledStatistics(nn.Module):
         activation: Callable[..., nn.Module] = nn.ReLU,
     ):
         super().__init__()
-        self.narrow = None
+        self.narrow: NormActConv | None = None
         if channels is not None:
             self.narrow = NormActConv(
                 in_channels, conv1x1(in_channels, channels), activation

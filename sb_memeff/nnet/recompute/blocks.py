@@ -175,7 +175,7 @@ class _Queue:
     """Blocks that follow each other in one segment."""
 
     def __init__(self):
-        self._open = None
+        self._open: weakref.ref[Segment] | None = None
 
     def segment(self, position: int, leaves: Iterable[object]) -> Segment:
         """The segment that a call belongs to.

@@ -102,7 +102,7 @@ class Summary:
     tensor(True)
     """
 
-    def __init__(self, leaves: Iterable, sampled: bool | None = None):
+    def __init__(self, leaves: Iterable[object], sampled: bool | None = None):
         if sampled is None:
             sampled = mismatch_action() == "warn"
         tensors = [x for x in leaves if _is_plain(x)]
@@ -110,7 +110,7 @@ class Summary:
         self.sums = [checksum(x) for x in tensors]
         self.samples = [sample(x) for x in tensors] if sampled else []
 
-    def again(self, leaves: Iterable) -> Summary:
+    def again(self, leaves: Iterable[object]) -> Summary:
         """The same summary of what was computed again."""
         return Summary(leaves, self.sampled)
 

@@ -211,7 +211,7 @@ class Recorder:
 
     def _sources(
         self, attributes: Iterable[object], arguments: Iterable[object]
-    ) -> "list[Source]":
+    ) -> list[Source]:
         """All generators that a call may draw from."""
         own = generators_among(attributes) + generators_among(arguments)
         found = {id(generator): generator for generator in own}

@@ -42,10 +42,10 @@ class StreamGuard(Observer):
     def __init__(self, bits: int | None, compare: bool = True):
         self.bits = bits
         self.compare = compare
-        self._extremes = []
-        self._farthest = None
-        self._before = {}
-        self._reports = []
+        self._extremes: list[tuple[str, torch.Tensor]] = []
+        self._farthest: list[float] | None = None
+        self._before: dict[str, Summary | None] = {}
+        self._reports: list[tuple[str, torch.Tensor, Summary, Summary]] = []
         next_forward()
 
     def entered(self, names: list[str], streams: list[torch.Tensor]) -> None:
@@ -93,7 +93,7 @@ class StreamGuard(Observer):
         """Compares; on the CPU a difference is an error at once."""
         if not self.compare:
             return
-        before = self._before[name]
+        before = cast(Summary, self._before[name])
         now = before.again(streams)
         if self.bits is None:
             differs = before.relative_error(now) > FLOAT64_TOLERANCE

@@ -6,7 +6,7 @@ Authors
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -23,14 +23,12 @@ from sb_memeff.nnet.reversible.evaluator import Evaluator
 from sb_memeff.nnet.reversible.grid import StreamFormat
 from sb_memeff.nnet.reversible.guards import StreamGuard
 from sb_memeff.nnet.reversible.walk import (
+    Observer,
     TapSum,
     TapSumBesideGraph,
     run_without_storing,
 )
 from sb_memeff.ops.dispatch import has_values
-
-if TYPE_CHECKING:
-    from sb_memeff.nnet.reversible.walk import Observer
 
 __all__ = ["ReversibleSequence"]
 
@@ -348,7 +346,7 @@ class ReversibleSequence(nn.Module):
         stream_format: StreamFormat,
         total: TapSumBesideGraph,
         recorder: Recorder,
-        observers: "list[Observer]",
+        observers: list[Observer],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> tuple[torch.Tensor, ...]:

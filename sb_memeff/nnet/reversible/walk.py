@@ -24,6 +24,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from sb_memeff.nnet.replay.recorder import (
+    Fingerprint,
     Recorder,
     Recording,
     check_fingerprint,
@@ -70,7 +71,7 @@ class _Step:
     shape: torch.Size | None = None
     strides: list[tuple[int, ...]] = dataclasses.field(default_factory=list)
     recordings: dict[str, Recording] = dataclasses.field(default_factory=dict)
-    fingerprint: tuple = ()
+    fingerprint: Fingerprint = ([], [], frozenset())
 
 
 def _step(name: str, block: Invertible) -> _Step:

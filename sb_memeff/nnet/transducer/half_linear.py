@@ -62,7 +62,7 @@ class Float32WeightGradients(TorchFunctionMode):
     def __init__(self, sums: dict[int, torch.Tensor]):
         super().__init__()
         self.sums = sums
-        self.factor = None
+        self.factor: torch.Tensor | None = None
 
     def __torch_function__(
         self,

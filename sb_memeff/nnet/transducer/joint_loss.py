@@ -240,7 +240,9 @@ class TransducerJointLoss(nn.Module):
         _name_samples(nll)
         return reduce(nll, frames, self.reduction)
 
-    def _make_pass(self, cells):
+    def _make_pass(
+        self, cells: Cells
+    ) -> tuple[Callable[[Cells, Recorder], TiledPass | WholePass], int]:
         """The class for runs of samples with its settings, cells of a run."""
         if self.method == "samplewise":
             return functools.partial(

@@ -17,12 +17,7 @@ from speechbrain.nnet.transducer.transducer_joint import Transducer_joint
 from torch import nn
 from torch.nn import functional
 
-from sb_memeff.nnet.transducer.cells import (
-    CellLogits,
-    Cells,
-    Gradients,
-    Tile,
-)
+from sb_memeff.nnet.transducer.cells import CellLogits, Cells, Gradients, Tile
 from sb_memeff.nnet.transducer.half_linear import HALF, wide_product
 from sb_memeff.nnet.transducer.passes import Planes, TiledPass
 from sb_memeff.ops.dispatch import runs_fused

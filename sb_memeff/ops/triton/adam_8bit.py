@@ -133,7 +133,7 @@ def adam_8bit(
     decoupled_weight_decay: bool,
     amsgrad: bool,
     maximize: bool,
-):
+) -> None:
     """Updates parameters and the codes and maxima of their moments in place.
 
     Arguments

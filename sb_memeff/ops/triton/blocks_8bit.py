@@ -180,11 +180,11 @@ def quantize(
 
 
 def launch(
-    kernel,
+    kernel: triton.JITFunction,
     tensors: list[list[torch.Tensor]],
     *arguments: torch.Tensor | float,
-    **constants,
-):
+    **constants: bool,
+) -> None:
     """Runs a kernel on the blocks of many tensors of one device.
 
     Arguments
@@ -227,7 +227,9 @@ def launch(
 
 
 @functools.lru_cache(maxsize=8)
-def _programs(programs, device):
+def _programs(
+    programs: tuple[int, ...], device: torch.device
+) -> tuple[torch.Tensor, list[int]]:
     """The tensor of each program, and the first program of each tensor."""
     counts = torch.tensor(programs)
     numbers = torch.arange(len(programs), dtype=torch.int32)

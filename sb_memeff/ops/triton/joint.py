@@ -288,7 +288,7 @@ def add_input_gradients(
     activation: str,
     slope: float,
     factor: torch.Tensor | None = None,
-):
+) -> None:
     """Adds the gradients of encoder and predictor from those of the cells.
 
     The order of addition does not depend on the run.

@@ -5,13 +5,14 @@ Authors
 """
 
 import contextlib
+from typing import Any
 
 import torch
 
 __all__ = ["on_device_of"]
 
 
-def on_device_of(x: torch.Tensor) -> contextlib.AbstractContextManager:
+def on_device_of(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     """Makes a tensor's GPU the current one, where Triton launches kernels.
 
     Arguments

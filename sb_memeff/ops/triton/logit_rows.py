@@ -6,6 +6,8 @@ Authors
  * The sb_memeff authors 2026
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -148,7 +150,7 @@ def row_gradient(
     allowed: float,
     clamp: float | None = None,
     weight: torch.Tensor | None = None,
-    fit=None,
+    fit: Callable[[torch.Tensor], torch.Tensor] | None = None,
     overwrite: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """See ``sb_memeff.nnet.transducer.rows.row_gradient``."""

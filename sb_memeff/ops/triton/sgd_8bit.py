@@ -86,7 +86,7 @@ def sgd_8bit(
     weight_decay: float,
     nesterov: bool,
     maximize: bool,
-):
+) -> None:
     """Updates parameters and the codes and maxima of their momenta in place.
 
     Arguments
