@@ -5,10 +5,9 @@ import copy
 import pytest
 import torch
 
-from sb_memeff import optim
-from sb_memeff.ops.blocks_8bit import Codebook
+from sb_memeff.ops.blocks_8bit import Codebook, Quantized8bit
 from sb_memeff.ops.triton import blocks_8bit
-from sb_memeff.optim import Adam8bit, AdamW8bit, SGD8bit
+from sb_memeff.optim import Adam8bit, AdamW8bit, SGD8bit, optimizer_8bit
 from tests.unittests.ops.kernels import DEVICE
 
 # Whole blocks, part of a block, one block, and one that stays in 32 bits.
@@ -39,7 +38,9 @@ def switch(monkeypatch):
     """A function that chooses the form of the steps that follow."""
 
     def choose(fused):
-        monkeypatch.setattr(optim, "runs_fused", lambda *tensors: fused)
+        monkeypatch.setattr(
+            optimizer_8bit, "runs_fused", lambda *tensors: fused
+        )
 
     return choose
 
@@ -81,7 +82,7 @@ def states(optimizer):
         value
         for p in optimizer.state
         for value in optimizer.state[p].values()
-        if isinstance(value, optim.Quantized8bit)
+        if isinstance(value, Quantized8bit)
     ]
 
 

@@ -1,0 +1,164 @@
+"""Adam and AdamW with their moments in 8 bits.
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+import torch
+from torch.optim.adam import adam
+
+from sb_memeff.optim.layout import Group, State, step_tensor
+from sb_memeff.optim.optimizer_8bit import Optimizer8bit, gradients
+
+__all__ = ["Adam8bit", "AdamW8bit"]
+
+
+class _Adam8bit(Optimizer8bit):
+    states = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    needed = frozenset(states[:3])
+    signed = {
+        "exp_avg": True,
+        "exp_avg_sq": False,
+        "max_exp_avg_sq": False,
+    }
+    bitsandbytes = ("exp_avg", "exp_avg_sq")
+    settings = frozenset(("lr", "betas", "eps", "weight_decay", "amsgrad"))
+
+    def _names(self, group: Group) -> list[str]:
+        return list(self.states[: 4 if group["amsgrad"] else 3])
+
+    def _settings_from_bitsandbytes(self, group: Group) -> Group:
+        # AdEMAMix has a third beta; its alpha is 0 in the other classes.
+        if len(group["betas"]) != 2 or group.get("alpha"):
+            raise self._other_kind(
+                f"has betas={group['betas']} and alpha={group.get('alpha')}, "
+                "while bitsandbytes' Adam8bit saves two betas and alpha=0"
+            )
+        names = ("lr", "betas", "eps", "weight_decay", "params")
+        return {name: group[name] for name in names}
+
+    def _update(
+        self,
+        group: Group,
+        params: list[torch.Tensor],
+        grads: list[torch.Tensor],
+        states: list[State],
+    ) -> None:
+        for p, state in zip(params, states):
+            for name in self._names(group):
+                if name in state:
+                    continue
+                state[name] = (
+                    step_tensor(0, group, p)
+                    if name == "step"
+                    else torch.zeros_like(p)
+                )
+        adam(
+            params,
+            grads,
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [s["max_exp_avg_sq"] for s in states if group["amsgrad"]],
+            [state["step"] for state in states],
+            lr=group["lr"],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            decoupled_weight_decay=group["decoupled_weight_decay"],
+            amsgrad=group["amsgrad"],
+            maximize=group["maximize"],
+            foreach=group["foreach"],
+            fused=group["fused"],
+        )
+
+    def _update_fused(self, group: Group, params: list[torch.Tensor]) -> None:
+        from sb_memeff.ops.triton.adam_8bit import adam_8bit
+
+        moments, codebooks = [], []
+        for name in self._names(group):
+            if name == "step":
+                continue
+            moments += self._quantized(params, name)
+            codebooks.append(self._codebook(name, params[0].device))
+        steps = [self.state[p]["step"] for p in params]
+        torch._foreach_add_(steps, 1)
+        adam_8bit(
+            params,
+            gradients(params),
+            moments,
+            torch.stack(steps),
+            *((x.values, x.middles) for x in codebooks[:2]),
+            lr=group["lr"],
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            decoupled_weight_decay=group["decoupled_weight_decay"],
+            amsgrad=group["amsgrad"],
+            maximize=group["maximize"],
+        )
+
+
+class Adam8bit(_Adam8bit, torch.optim.Adam):
+    """torch.optim.Adam with its moments in 8 bits.
+
+    Weight decay is an L2 penalty, as in torch.optim.Adam. (That of
+    bitsandbytes' class of this name is AdamW's.)
+
+    Arguments
+    ---------
+    params : iterable
+        Parameters or groups of parameters.
+    *args : tuple
+        As torch.optim.Adam's.
+    min_8bit_size : int
+        Parameters with fewer values keep 32-bit states.
+    **kwargs : dict
+        As torch.optim.Adam's.
+
+    Raises
+    ------
+    ValueError
+        For settings that torch.optim.Adam refuses, and for capturable and
+        differentiable.
+
+    Example
+    -------
+    >>> net = torch.nn.Linear(100, 100)
+    >>> optimizer = Adam8bit(net.parameters(), lr=0.001, weight_decay=2e-6)
+    >>> net(torch.ones(1, 100)).sum().backward()
+    >>> optimizer.step()
+    >>> optimizer.state_bytes()
+    21128
+    """
+
+
+class AdamW8bit(_Adam8bit, torch.optim.AdamW):
+    """torch.optim.AdamW with its moments in 8 bits.
+
+    Arguments
+    ---------
+    params : iterable
+        Parameters or groups of parameters.
+    *args : tuple
+        As torch.optim.AdamW's.
+    min_8bit_size : int
+        Parameters with fewer values keep 32-bit states.
+    **kwargs : dict
+        As torch.optim.AdamW's.
+
+    Raises
+    ------
+    ValueError
+        For settings that torch.optim.AdamW refuses, and for capturable and
+        differentiable.
+
+    Example
+    -------
+    >>> net = torch.nn.Linear(100, 100)
+    >>> optimizer = AdamW8bit(net.parameters(), lr=0.001, weight_decay=0.01)
+    >>> net(torch.ones(1, 100)).sum().backward()
+    >>> optimizer.step()
+    >>> optimizer.state_bytes()
+    21128
+    """

@@ -1,0 +1,56 @@
+"""How the states of a parameter lie in memory.
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+from typing import Any
+
+import torch
+
+__all__ = [
+    "Group",
+    "State",
+    "dense",
+    "laid_out_like",
+    "state_dtype",
+    "step_tensor",
+]
+
+# As torch.optim has them: settings with parameters, and states by name.
+Group = dict[str, Any]
+State = dict[str, Any]
+
+
+def state_dtype(p: torch.Tensor) -> torch.dtype:
+    # Half precision would lose small updates of a momentum.
+    return p.dtype if p.dtype == torch.float64 else torch.float32
+
+
+def dense(p: torch.Tensor) -> torch.Tensor:
+    """The values of a parameter in the precision of its states.
+
+    It is the parameter itself where it can be. torch's fused functions take
+    the values at the first address and those behind it: of a slice others.
+    """
+    if not p.is_contiguous() and (
+        torch.empty_like(p, device="meta").stride() != p.stride()
+    ):
+        return torch.empty_like(p, dtype=state_dtype(p)).copy_(p)
+    return p.to(state_dtype(p))
+
+
+def laid_out_like(p: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    # torch's fused functions do not look at the strides.
+    if value.stride() == p.stride():
+        return value.to(p.device, state_dtype(p))
+    return torch.empty_like(p, dtype=state_dtype(p)).copy_(value)
+
+
+def step_tensor(
+    step: torch.Tensor | float, group: Group, p: torch.Tensor
+) -> torch.Tensor:
+    # torch's fused functions count on the parameters' device.
+    return torch.tensor(
+        float(step), device=p.device if group["fused"] else None
+    )

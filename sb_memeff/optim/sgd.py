@@ -1,0 +1,112 @@
+"""SGD with its momentum in 8 bits.
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+import torch
+from torch.optim.sgd import sgd
+
+from sb_memeff.optim.layout import Group, State
+from sb_memeff.optim.optimizer_8bit import Optimizer8bit, gradients
+
+__all__ = ["SGD8bit"]
+
+
+class SGD8bit(Optimizer8bit, torch.optim.SGD):
+    """torch.optim.SGD with its momentum in 8 bits.
+
+    Momentum, dampening, weight decay, Nesterov and maximize as there; without
+    momentum there is no state.
+
+    Arguments
+    ---------
+    params : iterable
+        Parameters or groups of parameters.
+    *args : tuple
+        As torch.optim.SGD's.
+    min_8bit_size : int
+        Parameters with fewer values keep a 32-bit state.
+    **kwargs : dict
+        As torch.optim.SGD's.
+
+    Raises
+    ------
+    ValueError
+        For settings that torch.optim.SGD refuses, and for differentiable.
+
+    Example
+    -------
+    >>> net = torch.nn.Linear(100, 100)
+    >>> optimizer = SGD8bit(
+    ...     net.parameters(), lr=0.1, momentum=0.9, nesterov=True
+    ... )
+    >>> net(torch.ones(1, 100)).sum().backward()
+    >>> optimizer.step()
+    >>> optimizer.state_bytes()
+    10560
+    """
+
+    states = ("momentum_buffer",)
+    signed = {"momentum_buffer": True}
+    bitsandbytes = ("momentum_buffer",)
+    settings = frozenset(
+        ("lr", "momentum", "dampening", "weight_decay", "nesterov")
+    )
+
+    def _names(self, group: Group) -> list[str]:
+        return list(self.states) if group["momentum"] else []
+
+    def _settings_from_bitsandbytes(self, group: Group) -> Group:
+        # RMSprop, Adagrad and Lion call their only state by the same name.
+        momentum, *others = group["betas"]
+        if group["eps"] or any(others):
+            raise self._other_kind(
+                f"has betas={group['betas']} and eps={group['eps']}, while "
+                "bitsandbytes' SGD8bit saves its momentum and 0, and eps=0"
+            )
+        names = ("lr", "weight_decay", "params")
+        return {name: group[name] for name in names} | {"momentum": momentum}
+
+    def _update(
+        self,
+        group: Group,
+        params: list[torch.Tensor],
+        grads: list[torch.Tensor],
+        states: list[State],
+    ) -> None:
+        momenta = [state.get("momentum_buffer") for state in states]
+        sgd(
+            params,
+            grads,
+            momenta,
+            lr=group["lr"],
+            momentum=group["momentum"],
+            dampening=group["dampening"],
+            weight_decay=group["weight_decay"],
+            nesterov=group["nesterov"],
+            maximize=group["maximize"],
+            foreach=group["foreach"],
+            fused=group["fused"],
+        )
+        if group["momentum"]:
+            for state, momentum in zip(states, momenta):
+                state["momentum_buffer"] = momentum
+
+    def _update_fused(self, group: Group, params: list[torch.Tensor]) -> None:
+        from sb_memeff.ops.triton.sgd_8bit import sgd_8bit
+
+        codebook = self._codebook("momentum_buffer", params[0].device)
+        sgd_8bit(
+            params,
+            gradients(params),
+            *self._quantized(params, "momentum_buffer"),
+            codebook.values,
+            codebook.middles,
+            lr=group["lr"],
+            momentum=group["momentum"],
+            dampening=group["dampening"],
+            weight_decay=group["weight_decay"],
+            nesterov=group["nesterov"],
+            maximize=group["maximize"],
+        )

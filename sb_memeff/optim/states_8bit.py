@@ -1,0 +1,246 @@
+"""States of an optimizer in 8 bits: which they are, and how they are packed.
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.optim.optimizer import ParamsT
+from torch.utils._pytree import tree_leaves
+
+from sb_memeff.ops.blocks_8bit import Codebook, Quantized8bit
+from sb_memeff.optim.layout import Group, State, laid_out_like
+
+__all__ = ["States8bit", "keep_32bit_states", "state_bytes"]
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of all tensors in the state of an optimizer.
+
+    Arguments
+    ---------
+    optimizer : torch.optim.Optimizer
+        Any one, after its first step: before it there are no states.
+
+    Returns
+    -------
+    int
+        The bytes.
+
+    Example
+    -------
+    >>> from sb_memeff.optim import Adam8bit
+    >>> weight = torch.nn.Parameter(torch.zeros(100, 100))
+    >>> weight.grad = torch.ones(100, 100)
+    >>> sizes = []
+    >>> for optimizer in (torch.optim.Adam([weight]), Adam8bit([weight])):
+    ...     optimizer.step()
+    ...     sizes.append(state_bytes(optimizer))
+    >>> sizes
+    [80004, 20324]
+    """
+    return sum(
+        leaf.nbytes
+        for leaf in tree_leaves(list(optimizer.state.values()))
+        if isinstance(leaf, (torch.Tensor, Quantized8bit))
+    )
+
+
+def keep_32bit_states(modules: nn.Module | dict[str, nn.Module]) -> None:
+    """Makes 8-bit optimizers keep 32-bit states for all embeddings.
+
+    Their gradients are zero but for a few rows, and of very different sizes.
+    Call it before the optimizer is made. ``sb_memeff.core.MemEffBrain`` does;
+    with another Brain a line of the yaml file will do::
+
+        __keep: !apply:sb_memeff.optim.keep_32bit_states [!ref <modules>]
+
+    Arguments
+    ---------
+    modules : torch.nn.Module or dict
+        Where to look for torch.nn.Embedding and torch.nn.EmbeddingBag.
+
+    Example
+    -------
+    >>> from sb_memeff.optim import SGD8bit
+    >>> embedding = torch.nn.Embedding(1000, 16)
+    >>> keep_32bit_states(embedding)
+    >>> optimizer = SGD8bit(embedding.parameters(), lr=0.1, momentum=0.9)
+    >>> embedding(torch.tensor([3])).sum().backward()
+    >>> optimizer.step()
+    >>> optimizer.state_bytes()
+    64000
+    """
+    if isinstance(modules, dict):
+        modules = torch.nn.ModuleDict(modules)
+    for module in modules.modules():
+        if isinstance(module, (torch.nn.Embedding, torch.nn.EmbeddingBag)):
+            # As bitsandbytes marks parameters.
+            cast(Any, module.weight).optim_bits = 32
+
+
+class States8bit(torch.optim.Optimizer):
+    """Packs and unpacks the states of parameters; goes before torch's class.
+
+    A subclass names its states and settings.
+
+    Arguments
+    ---------
+    params : iterable
+        Parameters or groups of parameters.
+    *args : tuple
+        As torch's class takes them.
+    min_8bit_size : int
+        Parameters with fewer values keep 32-bit states.
+    **kwargs : dict
+        As torch's class takes them.
+
+    Raises
+    ------
+    ValueError
+        For capturable and differentiable.
+    """
+
+    # All states, those without which a checkpoint is of another kind, and
+    # those that can be in 8 bits with the codebook of each.
+    states: tuple[str, ...] = ()
+    needed: frozenset[str] = frozenset()
+    signed: dict[str, bool] = {}
+    # What bitsandbytes calls state1, state2.
+    bitsandbytes: tuple[str, ...] = ()
+    # Settings without which a checkpoint is of another kind. (torch adds
+    # those that its older versions did not have.)
+    settings: frozenset[str] = frozenset()
+
+    def __init__(
+        self,
+        params: ParamsT,
+        *args: Any,
+        min_8bit_size: int = 4096,
+        **kwargs: Any,
+    ):
+        super().__init__(params, *args, **kwargs)
+        for name in ("capturable", "differentiable"):
+            if self.defaults.get(name):
+                raise ValueError(
+                    f"{type(self).__name__} cannot do {name}=True: its states "
+                    "are packed and unpacked at each step. Leave it out."
+                )
+        # GradScaler then unscales and skips steps itself, fused or not.
+        self._step_supports_amp_scaling = False
+        self.defaults["min_8bit_size"] = min_8bit_size
+        for group in self.param_groups:
+            group.setdefault("min_8bit_size", min_8bit_size)
+        self._codebooks: dict[tuple[bool, torch.device], Codebook] = {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # Copies and pickles do not have them.
+        self._codebooks = {}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds parameters, as torch's class does.
+
+        Arguments
+        ---------
+        param_group : dict
+            ``params`` and the settings that differ from the defaults.
+
+        Raises
+        ------
+        TypeError
+            If a parameter is not of floating point.
+        ValueError
+            If values of a parameter share memory, as those of an expanded
+            tensor do.
+        """
+        super().add_param_group(param_group)
+        for p in self.param_groups[-1]["params"]:
+            error = None
+            if not p.is_floating_point():
+                error = TypeError(
+                    f"{type(self).__name__} updates parameters of floating "
+                    f"point, not {p.dtype}."
+                )
+            elif any(
+                stride == 0 and size > 1
+                for stride, size in zip(p.stride(), p.shape)
+            ):
+                error = ValueError(
+                    f"{type(self).__name__} cannot update a parameter of "
+                    f"shape {tuple(p.shape)} and strides {p.stride()}: its "
+                    "values share memory. Make it of a clone()."
+                )
+            if error is not None:
+                self.param_groups.pop()
+                raise error
+
+    def _names(self, group: Group) -> list[str]:
+        """States that a parameter has with these settings."""
+        raise NotImplementedError
+
+    @staticmethod
+    def _in_8bit(group: Group, p: torch.Tensor) -> bool:
+        keep = getattr(p, "optim_bits", 8) == 32
+        return p.numel() >= group["min_8bit_size"] and not keep
+
+    def _codebook(self, name: str, device: torch.device) -> Codebook:
+        key = (self.signed[name], device)
+        if key not in self._codebooks:
+            self._codebooks[key] = Codebook(*key)
+        return self._codebooks[key]
+
+    def _packed(
+        self, name: str, value: torch.Tensor, maxima: torch.Tensor | None = None
+    ) -> Quantized8bit:
+        codebook = self._codebook(name, value.device)
+        if maxima is not None:
+            packed = codebook.requantize(value, maxima)
+            # torch's class carries the maxima along when it trains on.
+            if torch.equal(codebook.dequantize(packed), value):
+                return packed
+        return codebook.quantize(value)
+
+    def _unpack(
+        self, group: Group, p: torch.Tensor, weight: torch.Tensor
+    ) -> State:
+        state = {}
+        for name in self._names(group):
+            value = self.state.get(p, {}).get(name)
+            if isinstance(value, Quantized8bit):
+                codebook = self._codebook(name, value.codes.device)
+                value = codebook.dequantize(value)
+            if value is not None:
+                # The layout of the parameter may have changed since.
+                state[name] = (
+                    value if name == "step" else laid_out_like(weight, value)
+                )
+        return state
+
+    def _pack(self, group: Group, p: torch.Tensor, state: State) -> State:
+        if not self._in_8bit(group, p):
+            return state
+        return {
+            name: self._packed(name, value) if name in self.signed else value
+            for name, value in state.items()
+        }
+
+    def _quantized(
+        self, params: list[torch.Tensor], name: str
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Codes and maxima of a state of some parameters."""
+        states = [self.state[p][name] for p in params]
+        return [x.codes for x in states], [x.absmax for x in states]
+
+    def state_bytes(self) -> int:
+        """Bytes of all states; 0 before the first step.
+
+        Returns
+        -------
+        int
+            The bytes.
+        """
+        return state_bytes(self)
