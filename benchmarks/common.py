@@ -15,7 +15,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import sb_memeff
-from sb_memeff.analysis.variants import RESNETS, reversible_twin
+from sb_memeff.analysis.families.speaker import RESNETS, reversible_twin
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from common import write_results
 
+from sb_memeff.analysis.families.step import Variant
 from sb_memeff.analysis.fit import fit, usable
 from sb_memeff.analysis.recipe import read_recipe
-from sb_memeff.analysis.variants import Variant, variants
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 VOXCELEB = RECIPES / "VoxCeleb/SpeakerRec/hparams"
@@ -39,7 +39,7 @@ def cases():
             preset = {"resnet": "ResNet", "revnet": "RevNet"}[kind]
             path = VOXCELEB / f"train_{kind}.yaml"
             yield path, {"preset": f"{preset}{depth}"}, 2.0, None
-    rows = {v.label: v for v in variants(read_recipe(TRANSDUCER))}
+    rows = {v.label: v for v in read_recipe(TRANSDUCER).variants()}
     rows["SpeechBrain's loss"] = Variant(
         "SpeechBrain's loss", speechbrains_loss
     )

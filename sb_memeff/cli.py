@@ -18,6 +18,7 @@ import torch
 
 from sb_memeff.analysis import plot
 from sb_memeff.analysis.check import check_recipe
+from sb_memeff.analysis.families.speaker import RESNETS, TYPES
 from sb_memeff.analysis.fit import (
     fit as find_fit,
     usable,
@@ -29,12 +30,6 @@ from sb_memeff.analysis.profile import (
     report,
 )
 from sb_memeff.analysis.recipe import read_recipe
-from sb_memeff.analysis.variants import (
-    RESNETS,
-    TYPES,
-    own_variant,
-    variants,
-)
 from sb_memeff.export.speaker_folder import (
     export_speaker_model,
     export_speaker_onnx,
@@ -98,7 +93,7 @@ def profile(arguments: argparse.Namespace) -> None:
     if arguments.plot is not None:
         plot.check_picture(arguments.plot)
     recipe = read_recipe(arguments.hparams, arguments.overrides)
-    rows = variants(recipe) if arguments.compare else [own_variant(recipe)]
+    rows = recipe.variants() if arguments.compare else [recipe.own_variant()]
     found = []
     # Once for all rows.
     with no_leftovers() if rows[1:] else contextlib.nullcontext():

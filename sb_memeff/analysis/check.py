@@ -16,8 +16,8 @@ import torch
 from speechbrain.utils.autocast import AMPConfig
 from torch import nn
 
+from sb_memeff.analysis.families.step import TrainingStep
 from sb_memeff.analysis.recipe import Recipe
-from sb_memeff.analysis.steps import TrainingStep
 from sb_memeff.nnet.recompute import store_blocks
 from sb_memeff.nnet.reversible import inversion_errors
 from sb_memeff.nnet.transducer.joint_loss import TransducerJointLoss

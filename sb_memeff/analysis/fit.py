@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from sb_memeff.analysis.families.step import Variant, require_positive
 from sb_memeff.analysis.profile import Profile, profile
 from sb_memeff.analysis.recipe import Recipe, read_recipe
-from sb_memeff.analysis.steps import require_positive
-from sb_memeff.analysis.variants import Variant
 from sb_memeff.lobes.presets import Presets
 from sb_memeff.memory.fake import fake_tensors
 from sb_memeff.memory.leftovers import no_leftovers
@@ -180,8 +179,7 @@ def _largest_batch(
     measure: Callable[..., Profile],
 ) -> Fit:
     _, seconds = recipe.default_batch(seconds)
-    # Batch norm, which transducers do without, cannot train on one utterance.
-    first = 1 if recipe.family == "transducer" else 2
+    first = recipe.step_class.fewest
     batch, _ = largest(
         lambda n: measure(n, seconds).memory.peak_bytes, limit, first
     )

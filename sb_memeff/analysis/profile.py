@@ -7,15 +7,18 @@ Authors
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from speechbrain.utils.autocast import AMPConfig
 from torch import nn
 
+from sb_memeff.analysis.families.step import (
+    TrainingStep,
+    Variant,
+    require_positive,
+)
 from sb_memeff.analysis.recipe import Recipe
-from sb_memeff.analysis.steps import TrainingStep, require_positive
-from sb_memeff.analysis.variants import Variant, own_variant
 from sb_memeff.memory.step import KINDS, StepMemory, training_step_memory
 from sb_memeff.memory.units import format_bytes
 
@@ -125,13 +128,12 @@ def profile(
     batch = default if batch is None else batch
     precision = recipe.precision(precision)
     autocast = _autocast(precision)
-    variant = variant or own_variant(recipe)
-    if tokens is not None and recipe.family != "transducer":
+    variant = variant or recipe.own_variant()
+    if tokens is not None and not recipe.step_class.has_transcripts:
         raise ValueError(
             f"{recipe.path} has no transcripts, so tokens={tokens} means "
             f"nothing."
         )
-    length = {} if tokens is None else {"tokens": tokens}
     found: dict[str, Any] = {"tokens": None}
     # Weak: what a step is made of must not outlive its analysis.
     made: weakref.WeakValueDictionary[str, TrainingStep] = (
@@ -146,13 +148,12 @@ def profile(
             if where:
                 step.to(where["device"])
             on_gpu = where and torch.device(where["device"]).type != "cpu"
-            if recipe.family == "transducer" and not on_gpu:
-                cast(Any, step).logits_loss = _speechbrain_loss
+            if not on_gpu:
+                step.imitate_gpu()
             made["step"] = step
-            step.inputs = step.batch(batch, seconds, **length)
+            step.inputs = step.batch(batch, seconds, tokens)
             found["rows"] = batch * step.copies
-            if recipe.family == "transducer":
-                found["tokens"] = step.inputs[3].shape[1]
+            found["tokens"] = step.tokens
             return step
 
         def optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -210,34 +211,6 @@ def _reason(error: Exception) -> str:
     if "more than 1 value per channel" in lines[0]:
         return "batch norm cannot train on one utterance; take 2 or more."
     return lines[0]
-
-
-class _NumbaLoss(torch.autograd.Function):
-    """Allocates what SpeechBrain 1.1's kernels do: gradients of all logits."""
-
-    @staticmethod
-    def forward(ctx: Any, log_probs: torch.Tensor) -> torch.Tensor:
-        """Alphas and betas live for a moment, the gradients until backward."""
-        ctx.gradient = torch.zeros_like(log_probs)
-        alpha, beta = (torch.zeros_like(log_probs[..., 0]) for _ in range(2))
-        del alpha, beta
-        return log_probs.new_zeros(len(log_probs)).mean()
-
-    @staticmethod
-    # pyrefly: ignore[bad-override]
-    def backward(ctx: Any, upstream: torch.Tensor) -> torch.Tensor:
-        """Scales them in place."""
-        return ctx.gradient.mul_(upstream.view(-1, 1, 1, 1))
-
-
-def _speechbrain_loss(
-    logits: torch.Tensor,
-    tokens: torch.Tensor,
-    wav_lens: torch.Tensor,
-    token_lens: torch.Tensor,
-) -> torch.Tensor:
-    # It runs on a GPU only; here is what it needs there.
-    return _NumbaLoss.apply(logits.log_softmax(-1))
 
 
 def report(found: Profile, layers: int = 5) -> str:

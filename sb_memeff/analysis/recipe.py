@@ -22,13 +22,13 @@ from speechbrain.utils.logger import get_logger
 from torch.nn import Module
 
 from sb_memeff.analysis.augmentation import largest_copies
-from sb_memeff.analysis.steps import SpeakerStep, TransducerStep
+from sb_memeff.analysis.families import FAMILIES
+from sb_memeff.analysis.families.step import TrainingStep, Variant
 
 __all__ = ["Recipe", "read_recipe"]
 
 logger = get_logger(__name__)
 
-FAMILIES = {"speaker": SpeakerStep, "transducer": TransducerStep}
 # Stands for a !PLACEHOLDER without an override.
 UNKNOWN = "/PLACEHOLDER/{}/"
 # They make folders and download: functions that take them are not called.
@@ -121,10 +121,10 @@ class Recipe:
                 f"SpeechBrain's Brain."
             )
         self.settings = self._plain(tree)
-        self.family, self._step = self._recognise(modules)
-        for key in self._step.numbers:
+        self.family, self.step_class = self._recognise(modules)
+        for key in self.step_class.numbers:
             self._number(key)
-        parts, objects = self._step.needs(modules, self.settings)
+        parts, objects = self.step_class.needs(modules, self.settings)
         for name in parts:
             if name not in modules:
                 raise ValueError(
@@ -145,11 +145,11 @@ class Recipe:
         self._text = _dump(kept)
         self._augmentations = {
             name: tree[name]
-            for name in self._step.augmentations
+            for name in self.step_class.augmentations
             if tree.get(name)
         }
 
-    def build(self) -> SpeakerStep | TransducerStep:
+    def build(self) -> TrainingStep:
         """Makes the network, its losses and what else the step calls.
 
         Under whatever mode is active, such as FakeTensorMode. (The meta device
@@ -160,8 +160,8 @@ class Recipe:
 
         Returns
         -------
-        SpeakerStep or TransducerStep
-            The step, in training mode.
+        TrainingStep
+            The step of its family, in training mode.
 
         Raises
         ------
@@ -178,7 +178,7 @@ class Recipe:
         functions = {key: made[key] for key in self._objects}
         copies = {k: self._copies(k, v) for k, v in self._augmentations.items()}
         try:
-            return self._step(
+            return self.step_class(
                 made["modules"],
                 functions,
                 made["opt_class"],
@@ -251,7 +251,32 @@ class Recipe:
         tuple
             Utterances, seconds of each.
         """
-        return self._step.default_batch(self._number, seconds)
+        return self.step_class.default_batch(self._number, seconds)
+
+    def own_variant(self) -> Variant:
+        """The recipe as it is.
+
+        Returns
+        -------
+        Variant
+            Without a change, labelled by its network or loss.
+        """
+        return Variant(self.step_class.label(self))
+
+    def variants(self) -> list[Variant]:
+        """Alternatives to compare the recipe with.
+
+        Speaker recipes: the vanilla network with all activations stored and
+        with its blocks recomputed, and its reversible twins where there are
+        any. Transducer recipes: the methods of the loss, the last one with
+        the encoder's layers recomputed too.
+
+        Returns
+        -------
+        list of Variant
+            The recipe itself is among them.
+        """
+        return self.step_class.variants(self)
 
     def _plain(self, tree: dict[str, Any]) -> dict[str, Any]:
         """Values without objects in them."""
@@ -265,7 +290,7 @@ class Recipe:
 
     def _recognise(
         self, modules: dict[str, Any]
-    ) -> tuple[str, type[SpeakerStep] | type[TransducerStep]]:
+    ) -> tuple[str, type[TrainingStep]]:
         for family, step in FAMILIES.items():
             if any(layout <= set(modules) for layout in step.layouts):
                 return family, step

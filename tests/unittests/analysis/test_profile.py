@@ -10,7 +10,6 @@ from sb_memeff.analysis.profile import (
     report,
 )
 from sb_memeff.analysis.recipe import read_recipe
-from sb_memeff.analysis.variants import variants
 from sb_memeff.memory.leftovers import no_leftovers
 from sb_memeff.memory.step import StorageTracker
 from tests.unittests.allocator import allocator_peak, assert_near_allocator
@@ -123,7 +122,7 @@ def test_speechbrains_transducer_loss_holds_logits_and_gradients(tmp_path):
     recipe = read_recipe(upstream_transducer(tmp_path), small)
     found = {
         variant.label: profile(recipe, 32, 4.0, 40, variant=variant).memory
-        for variant in variants(recipe)
+        for variant in recipe.variants()
     }
     assert list(found) == [
         "SpeechBrain's loss",
@@ -212,7 +211,7 @@ def test_the_report_sums_to_the_peak():
 def test_the_comparison_is_a_table():
     path, overrides = speaker_yaml("revnet")
     recipe = read_recipe(path, overrides)
-    found = [profile(recipe, 4, 1.0, variant=v) for v in variants(recipe)]
+    found = [profile(recipe, 4, 1.0, variant=v) for v in recipe.variants()]
     head, _, titles, *rows = comparison(found).splitlines()
     assert head == "batch 4 x 1 s, fp32, SGD8bit"
     assert titles.split()[:4] == ["parameters", "(M)", "peak", "ratio"]

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from sb_memeff.analysis.families.speaker import SpeakerStep
+from sb_memeff.analysis.families.transducer import TransducerStep
 from sb_memeff.analysis.recipe import read_recipe
-from sb_memeff.analysis.steps import SpeakerStep, TransducerStep
 from tests.unittests.analysis.yaml_files import (
     LIBRISPEECH,
     SMALL_TRANSDUCER,

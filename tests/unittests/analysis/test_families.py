@@ -8,9 +8,9 @@ from speechbrain.lobes.models import (
 )
 from speechbrain.lobes.models.Xvector import Xvector
 
+from sb_memeff.analysis.families.speaker import reversible_twin
 from sb_memeff.analysis.profile import profile
 from sb_memeff.analysis.recipe import read_recipe
-from sb_memeff.analysis.variants import own_variant, reversible_twin, variants
 from sb_memeff.lobes.models.DFResNet import DFResNet
 from sb_memeff.lobes.models.ECAPA_TDNN import ECAPA_TDNN
 from sb_memeff.lobes.models.ResNet import ResNet
@@ -110,7 +110,7 @@ def changed_steps(recipe):
     """Label to the step of a variant, on fake tensors."""
     steps = {}
     with fake_tensors():
-        for variant in variants(recipe):
+        for variant in recipe.variants():
             steps[variant.label] = recipe.build()
             if variant.change:
                 variant.change(steps[variant.label])
@@ -120,9 +120,9 @@ def changed_steps(recipe):
 @pytest.mark.parametrize("name", ROWS)
 def test_rows(name, tmp_path):
     recipe = small_recipe(name, tmp_path)
-    assert [v.label for v in variants(recipe)] == ROWS[name]
-    assert own_variant(recipe).label == OWN[name]
-    assert own_variant(recipe).change is None
+    assert [v.label for v in recipe.variants()] == ROWS[name]
+    assert recipe.own_variant().label == OWN[name]
+    assert recipe.own_variant().change is None
     assert OWN[name] in ROWS[name]
 
 
@@ -206,7 +206,7 @@ def test_networks_are_what_the_labels_say(name, tmp_path):
 def test_the_own_row_is_the_recipe(name, tmp_path):
     recipe = small_recipe(name, tmp_path)
     own = profile(recipe, 2, 0.5)
-    (row,) = (v for v in variants(recipe) if v.label == own.label)
+    (row,) = (v for v in recipe.variants() if v.label == own.label)
     found = profile(recipe, 2, 0.5, variant=row)
     assert (found.label, found.memory.by_kind) == (
         own.label,
@@ -278,7 +278,7 @@ def test_recomputed_takes_less_and_reversible_even_less(name, tmp_path):
     before = torch.get_rng_state()
     found = {
         variant.label: profile(recipe, 8, 1.5, variant=variant)
-        for variant in variants(recipe)
+        for variant in recipe.variants()
     }
     assert torch.equal(before, torch.get_rng_state())
     assert list(found) == ROWS[name]
@@ -319,8 +319,8 @@ def test_type_one_is_the_default(tmp_path):
     path, small = speaker_yaml("revnet")
     path = changed(path, tmp_path, ("    downsampling: !ref <down", "    #"))
     recipe = read_recipe(path, small)
-    assert own_variant(recipe).label == "RevNet34 Type I"
-    assert [v.label for v in variants(recipe)] == RESNETS
+    assert recipe.own_variant().label == "RevNet34 Type I"
+    assert [v.label for v in recipe.variants()] == RESNETS
     with fake_tensors():
         own = recipe.build()
     row = changed_steps(recipe)["RevNet34 Type I"]
@@ -334,7 +334,7 @@ def test_positional_arguments_and_other_networks_stand_alone(tmp_path):
     head = "embedding_model: !new:speechbrain.lobes.models.ECAPA_TDNN."
     path.write_text(f"{text[:start]}{head}ECAPA_TDNN [!ref <n_mels>]\n")
     recipe = read_recipe(path, {"emb_dim": 192})
-    assert [v.label for v in variants(recipe)] == ["embedding_model"]
+    assert [v.label for v in recipe.variants()] == ["embedding_model"]
     assert profile(recipe, 2, 0.5).label == "embedding_model"
 
 
@@ -342,7 +342,7 @@ def test_positional_arguments_and_other_networks_stand_alone(tmp_path):
 def test_an_unknown_preset_is_said_when_it_is_built(preset):
     path, small = speaker_yaml("revnet")
     recipe = read_recipe(path, {**small, "preset": preset})
-    rows = variants(recipe)
+    rows = recipe.variants()
     with pytest.raises(ValueError, match=f"has no preset '?{preset}"):
         profile(recipe, 2, 0.5, variant=rows[0])
 

@@ -1,0 +1,292 @@
+"""Speaker embeddings: the training step, and the networks it could have.
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+import contextlib
+from collections.abc import Callable, Collection
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from speechbrain.lobes.models import ECAPA_TDNN as speechbrain_ecapa
+
+from sb_memeff.analysis.families.step import TrainingStep, Variant
+from sb_memeff.lobes.models.DFResNet import DFResNet
+from sb_memeff.lobes.models.ECAPA_TDNN import ECAPA_TDNN
+from sb_memeff.lobes.models.ResNet import ResNet
+from sb_memeff.lobes.models.RevDFResNet import RevDFResNet
+from sb_memeff.lobes.models.RevECAPA_TDNN import RevECAPA_TDNN
+from sb_memeff.lobes.models.RevResNet import RevResNet
+from sb_memeff.lobes.presets import Presets
+from sb_memeff.nnet.recompute import recompute_blocks
+
+if TYPE_CHECKING:
+    from sb_memeff.analysis.recipe import Recipe
+
+__all__ = ["RESNETS", "TYPES", "SpeakerStep", "reversible_twin"]
+
+# Vanilla networks and the reversible ones that take their place.
+RESNETS = ((ResNet, RevResNet), (DFResNet, RevDFResNet))
+TYPES = {"strided": "Type I", "invertible": "Type II"}
+ECAPAS = (speechbrain_ecapa.ECAPA_TDNN, ECAPA_TDNN, RevECAPA_TDNN)
+# Which blocks per-block checkpointing recomputes, and how many at a time.
+BLOCKS = {
+    "sb_memeff.lobes.models.ResNet.ResNet": ("stages.*.*", 1),
+    "sb_memeff.lobes.models.DFResNet.DFResNet": ("stages.*.*", 1),
+    "speechbrain.lobes.models.ResNet.ResNet": ("layer?.*", 1),
+    "speechbrain.lobes.models.ECAPA_TDNN.ECAPA_TDNN": ("blocks.*", 1),
+    # Convolution, activation, norm.
+    "speechbrain.lobes.models.Xvector.Xvector": ("blocks.*", 3),
+}
+
+
+class SpeakerStep(TrainingStep):
+    """Speaker embeddings: VoxCeleb/SpeakerRec, SpeechBrain's and ours.
+
+    Which of the two Brains is told by the embedding model's class: one of
+    sb_memeff belongs to our SpeakerBrain, which gives the network the lengths
+    and runs the classifier in float32, outside autocast. SpeechBrain's does
+    neither.
+
+    Arguments
+    ---------
+    *args : tuple
+        As TrainingStep's.
+    **kwargs : dict
+        As TrainingStep's.
+    """
+
+    layouts = (
+        {"compute_features", "mean_var_norm", "embedding_model", "classifier"},
+    )
+    numbers = ("sample_rate",)
+    # Batch norm cannot train on one.
+    fewest = 2
+    compute_features: torch.nn.Module
+    mean_var_norm: torch.nn.Module
+    embedding_model: torch.nn.Module
+    classifier: torch.nn.Module
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        package = type(self.embedding_model).__module__.split(".")[0]
+        self.ours = package == "sb_memeff"
+
+    @classmethod
+    def needs(
+        cls, modules: Collection[str], settings: dict[str, Any]
+    ) -> tuple[list[str], list[str]]:
+        """See TrainingStep."""
+        return [], ["compute_cost"]
+
+    @classmethod
+    def default_batch(
+        cls, number: Callable[[str], Any], seconds: float | None = None
+    ) -> tuple[int, float]:
+        """See TrainingStep."""
+        if seconds is None:
+            seconds = number("sentence_len")
+        return number("batch_size"), seconds
+
+    def batch(
+        self, batch: int, seconds: float, tokens: int | None = None
+    ) -> tuple[torch.Tensor, ...]:
+        """A batch as a data loader gives it, of noise.
+
+        Arguments
+        ---------
+        batch : int
+            Utterances.
+        seconds : float
+            Length of each.
+        tokens : None
+            There are no transcripts.
+
+        Returns
+        -------
+        tuple of torch.Tensor
+            Waveforms [B, samples], relative lengths [B], speakers [B, 1] (all
+            the first, whom every classifier knows).
+        """
+        wavs, lens = self._waveforms(batch, seconds)
+        speakers = torch.zeros(batch, 1, dtype=torch.long, device=wavs.device)
+        return wavs, lens, speakers
+
+    def forward(
+        self, wavs: torch.Tensor, lens: torch.Tensor, speakers: torch.Tensor
+    ) -> torch.Tensor:
+        """The loss of a batch.
+
+        Arguments
+        ---------
+        wavs : torch.Tensor
+            [B, samples].
+        lens : torch.Tensor
+            [B], relative.
+        speakers : torch.Tensor
+            [B, 1].
+
+        Returns
+        -------
+        torch.Tensor
+            A scalar.
+        """
+        self.outputs = None
+        self.outputs = self._compute_forward(wavs, lens)
+        (speakers,) = self._augmented("wav_augment", speakers)
+        return self._call("compute_cost", self.outputs, speakers)
+
+    def _compute_forward(
+        self, wavs: torch.Tensor, lens: torch.Tensor
+    ) -> torch.Tensor:
+        wavs, lens = self._augmented("wav_augment", wavs, lens)
+        feats = self.compute_features(wavs)
+        feats = self.mean_var_norm(feats, lens)
+        if not self.ours:
+            embeddings = self.embedding_model(feats)
+            return self.classifier(embeddings)
+        embeddings = self.embedding_model(feats, lens)
+        with _without_autocast(embeddings.device.type):
+            return self.classifier(embeddings.float())
+
+    @classmethod
+    def label(cls, recipe: "Recipe") -> str:
+        """See TrainingStep."""
+        path = recipe.callee("embedding_model")
+        if path.endswith(".from_preset"):
+            given = recipe.modules["embedding_model"]
+            kind = ""
+            if path in [_preset(reversible) for _, reversible in RESNETS]:
+                # By default Type I.
+                kind = TYPES.get(given.get("downsampling", "strided"), "")
+            return f"{given.get('name', '')} {kind}".strip()
+        return _label(path) or "embedding_model"
+
+    @classmethod
+    def variants(cls, recipe: "Recipe") -> list[Variant]:
+        """The vanilla network, stored and recomputed, and reversible twins."""
+        own = Variant(cls.label(recipe))
+        # As the yaml file has it, with what only its network takes.
+        return [
+            own if row.label == own.label else row for row in _networks(recipe)
+        ]
+
+
+def reversible_twin(name: str) -> str:
+    """The reversible preset of a vanilla preset's name.
+
+    Arguments
+    ---------
+    name : str
+        Such as "ResNet34".
+
+    Returns
+    -------
+    str
+        Such as "RevNet34".
+
+    Example
+    -------
+    >>> reversible_twin("GeminiDFResNet114")
+    'GeminiDFRevNet114'
+    """
+    return name.replace("ResNet", "RevNet")
+
+
+def _networks(recipe: "Recipe") -> list[Variant]:
+    path = recipe.callee("embedding_model")
+    for vanilla, reversible in RESNETS:
+        if path in (_preset(vanilla), _preset(reversible)):
+            arguments = recipe.arguments("embedding_model")
+            return _resnets(vanilla, reversible, **arguments)
+    if path in map(_path, ECAPAS):
+        return _ecapas(recipe.arguments("embedding_model"))
+    own = Variant(SpeakerStep.label(recipe))
+    if path in BLOCKS:
+        return [own, Variant(f"{own.label}, blocks recomputed", _recompute)]
+    return [own]
+
+
+def _resnets(
+    vanilla: type[Presets],
+    reversible: type[Presets],
+    name: str = "",
+    **arguments: Any,
+) -> list[Variant]:
+    # What only the reversible networks have.
+    for own in ("downsampling", "save_memory"):
+        arguments.pop(own, None)
+    plain = str(name).replace("RevNet", "ResNet")
+    build = partial(vanilla.from_preset, plain, **arguments)
+    rows = [
+        Variant(plain, _with_network(build)),
+        Variant(
+            f"{plain}, blocks recomputed", _with_network(build, recompute=True)
+        ),
+    ]
+    for kind, label in TYPES.items():
+        twin = reversible_twin(plain)
+        build = partial(
+            reversible.from_preset, twin, downsampling=kind, **arguments
+        )
+        rows.append(Variant(f"{twin} {label}", _with_network(build)))
+    return rows
+
+
+def _ecapas(arguments: dict[str, Any]) -> list[Variant]:
+    rows = []
+    # What SpeechBrain's does not have.
+    for own in ("save_memory", "inner_channels"):
+        arguments.pop(own, None)
+    for network in ECAPAS:
+        build = partial(network, **arguments)
+        label = _label(_path(network))
+        rows.append(Variant(label, _with_network(build)))
+        if not rows[1:]:
+            rows.append(
+                Variant(
+                    f"{label}, blocks recomputed",
+                    _with_network(build, recompute=True),
+                )
+            )
+    return rows
+
+
+def _with_network(
+    build: Callable[[], object], recompute: bool = False
+) -> Callable[[Any], None]:
+    def change(step: Any) -> None:
+        step.embedding_model = build()
+        if recompute:
+            _recompute(step)
+
+    return change
+
+
+def _recompute(step: Any) -> None:
+    network = step.embedding_model
+    blocks, length = BLOCKS[_path(type(network))]
+    recompute_blocks(network, blocks, segment_length=length)
+
+
+def _path(network: type) -> str:
+    return f"{network.__module__}.{network.__qualname__}"
+
+
+def _preset(network: type) -> str:
+    return f"{_path(network)}.from_preset"
+
+
+def _label(path: str) -> str:
+    owner = "SpeechBrain's " if path.startswith("speechbrain.") else ""
+    return owner + path.rpartition(".")[2]
+
+
+def _without_autocast(
+    device_type: str,
+) -> contextlib.AbstractContextManager[Any]:
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
