@@ -145,7 +145,6 @@ class TiledPass:
     ) -> None:
         """Adds the gradients of the cells that are visited."""
         cells = self.cells
-        normaliser, blank, emission = planes
         if any(r.random_states for r in self.recordings):
             # Dropout: the same rows as in forward have the same masks.
             tiles, seen = self._split(places), self._split(visited)
@@ -158,14 +157,15 @@ class TiledPass:
             if mask is not None and not mask.any():
                 continue
             with self.recorder.replay(cells.logits, recording):
-                made = gradients.run(cells, cells.tile(some))
-            some_blank, some_emission = blank[some], emission[some]
+                made = gradients.run(cells, cells.tile(some), mask)
+            of_cells = [plane[some] for plane in planes]
             if mask is not None:
-                some_blank = torch.where(mask, some_blank, 0)
-                some_emission = torch.where(mask, some_emission, 0)
-            gradients.add(
-                made, normaliser[some], some_blank, some_emission, upstream
-            )
+                # Softmax and posteriors 0: what is left out may be NaN.
+                of_cells = [
+                    torch.where(mask, x, other)
+                    for x, other in zip(of_cells, (torch.inf, 0.0, 0.0))
+                ]
+            gradients.add(made, *of_cells, upstream)
             del made
 
     def _split(self, places: torch.Tensor) -> Sequence[torch.Tensor]:

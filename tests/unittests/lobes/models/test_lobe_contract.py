@@ -8,6 +8,7 @@ import copy
 import functools
 import inspect
 import math
+import re
 
 import pytest
 import torch
@@ -445,6 +446,13 @@ def test_parameters_within_5_percent_of_the_vanilla_network(
     vanilla = parameters_of(LOBES[lobe], name.replace("RevNet", "ResNet"))
     ours = parameters_of(lobe, name, downsampling=downsampling)
     assert ours == pytest.approx(vanilla, rel=0.05)
+    # In the table of the class: a row, or a column, for each type.
+    lines = map(str.strip, lobe.__doc__.splitlines())
+    rows = [line for line in lines if line.startswith(f"{name} ")]
+    figures = [float(x) for row in rows for x in re.findall(r"([.\d]+) M", row)]
+    assert len(figures) == 2
+    written = figures[KINDS.index(downsampling)]
+    assert round(ours / 1e6, 2) == written
 
 
 @functools.cache

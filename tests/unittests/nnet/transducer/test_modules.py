@@ -327,6 +327,13 @@ def test_another_result_in_backward_is_noticed(dtype, options):
     assert enc.grad is None
 
 
+class Scaled(nn.Module):
+    """Computes something else when a number kept elsewhere is another one."""
+
+    def forward(self, x):
+        return x * Calls.count
+
+
 class OtherInOneCall(nn.Module):
     """Computes something else in one of its calls."""
 
@@ -365,5 +372,19 @@ def test_another_result_in_a_second_backward_is_noticed(options):
     first = enc.grad.clone()
     joint.behind = HiddenState()
     with pytest.raises(RuntimeError, match="between forward|other logits"):
+        value.backward()
+    assert torch.equal(enc.grad, first)
+
+
+@every_method
+def test_another_result_in_all_of_a_second_backward_is_noticed(options):
+    """Its cells agree with each other, but not with those of forward."""
+    Calls.count = 1
+    loss = TransducerJointLoss(Joint(Scaled()), nn.Linear(H, V), **options)
+    value, enc, _ = call(loss)
+    value.backward(retain_graph=True)
+    first = enc.grad.clone()
+    Calls.count = 2
+    with pytest.raises(RuntimeError, match="other logits"):
         value.backward()
     assert torch.equal(enc.grad, first)
