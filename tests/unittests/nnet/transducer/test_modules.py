@@ -67,6 +67,28 @@ class OverChannels(nn.Module):
         return self.module(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
+class OverRows(nn.Module):
+    """A module of sequences or rows [N, U, H] on [N, T, U, H]."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x):
+        rows = x.flatten(0, 1)
+        if isinstance(self.module, nn.MultiheadAttention):
+            return self.module(rows, rows, rows)[0].view_as(x)
+        if isinstance(self.module, nn.RNNCellBase):
+            return self.module(rows.flatten(0, 1)).view_as(x)
+        return self.module(rows)[0].view_as(x)
+
+
+def with_statistics_switched_off():
+    norm = nn.InstanceNorm2d(H, track_running_stats=True).eval()
+    norm.track_running_stats = False
+    return OverChannels(norm)
+
+
 MIXING = {
     "batch norm": lambda: OverChannels(nn.BatchNorm2d(H)),
     "SpeechBrain's batch norm": lambda: (
@@ -76,6 +98,10 @@ MIXING = {
         nn.BatchNorm2d(H, track_running_stats=False).eval()
     ),
     "instance norm": lambda: OverChannels(nn.InstanceNorm2d(H)),
+    "instance norm that was one of statistics": with_statistics_switched_off,
+    "recurrent": lambda: OverRows(nn.GRU(H, H, batch_first=True)),
+    "recurrent cell": lambda: OverRows(nn.GRUCell(H, H)),
+    "attention": lambda: OverRows(nn.MultiheadAttention(H, 2)),
     "group norm": lambda: OverChannels(nn.GroupNorm(2, H)),
     "convolution": lambda: OverChannels(nn.Conv2d(H, H, 3, padding=1)),
 }
