@@ -9,6 +9,7 @@ import contextlib
 import weakref
 from collections import Counter
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 from torch.nn.modules.module import (
@@ -37,6 +38,8 @@ KINDS = (
     "recomputed",
     "temporaries",
 )
+# Of a phase in a timeline; a picture shows no more.
+POINTS = 160
 
 
 class Block:
@@ -94,8 +97,8 @@ class StorageTracker(TorchDispatchMode):
         self.alive = 0
         self.phase = "build"
         self.blocks = []
+        self.clock = 0
         self._modules = modules
-        self._clock = 0
         self._known = weakref.WeakKeyDictionary(
             (x.untyped_storage(), None) for x in but
         )
@@ -103,7 +106,7 @@ class StorageTracker(TorchDispatchMode):
 
     def restart(self):
         """Forgets the peak so far."""
-        self.peak, self._peak_time = self.alive, self._clock
+        self.peak, self._peak_time = self.alive, self.clock
         self.peak_phase, self.peak_module = self.phase, ""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -124,10 +127,10 @@ class StorageTracker(TorchDispatchMode):
         module, running = "", False
         if self._modules is not None:
             module, running = self._modules.current()
-        self._clock += 1
+        self.clock += 1
         block = Block(
             storage.nbytes(),
-            self._clock,
+            self.clock,
             self.phase,
             module,
             running and self.phase == "backward",
@@ -136,13 +139,13 @@ class StorageTracker(TorchDispatchMode):
         self._known[storage] = block
         self.alive += block.size
         if self.alive > self.peak:
-            self.peak, self._peak_time = self.alive, self._clock
+            self.peak, self._peak_time = self.alive, self.clock
             self.peak_phase, self.peak_module = self.phase, module
         weakref.finalize(storage, self._free, block)
 
     def _free(self, block):
-        self._clock += 1
-        block.died = self._clock
+        self.clock += 1
+        block.died = self.clock
         self.alive -= block.size
 
     def label(self, kind, tensors):
@@ -177,6 +180,52 @@ class StorageTracker(TorchDispatchMode):
                 block.died is None or block.died > self._peak_time
             ):
                 found[block.module, block.kind] += block.size
+        return found
+
+    def timeline(self, starts, end):
+        """What was alive during a step.
+
+        Ask when the kinds are known: a gradient is a temporary until backward
+        has given it to its parameter.
+
+        Arguments
+        ---------
+        starts : dict
+            Phase to the time of its start, in order.
+        end : int
+            Time of the last one's end.
+
+        Returns
+        -------
+        dict
+            Phase to kind to a list of bytes. Each point stands for an equal
+            part of the phase, counted in allocations and frees, and is the
+            moment of that part when most was alive.
+        """
+        times = [*starts.values(), end]
+        begin = times[0]
+        changes = {kind: [0] * (end - begin + 1) for kind in KINDS}
+        for block in self.blocks:
+            died = end + 1 if block.died is None else block.died
+            if block.born <= end and died > begin:
+                changes[block.kind][max(block.born - begin, 0)] += block.size
+                if died <= end:
+                    changes[block.kind][died - begin] -= block.size
+        alive = {kind: list(accumulate(x)) for kind, x in changes.items()}
+        totals = [sum(sizes) for sizes in zip(*alive.values(), strict=True)]
+        found = {}
+        for phase, (first, last) in zip(starts, pairwise(times), strict=True):
+            moments = range(first - begin, last - begin + 1)
+            count = min(POINTS, len(moments))
+            cuts = [len(moments) * i // count for i in range(count + 1)]
+            # Thinning must not hide a peak.
+            shown = [
+                max(moments[i:j], key=totals.__getitem__)
+                for i, j in pairwise(cuts)
+            ]
+            found[phase] = {
+                kind: [sizes[i] for i in shown] for kind, sizes in alive.items()
+            }
         return found
 
 
@@ -284,6 +333,11 @@ class StepMemory:
         (module, kind) to bytes of the peak; for the kinds see KINDS.
     allocator_bytes : int or None
         On a GPU, the most that torch's allocator held for this step.
+    timeline : dict or None
+        What was alive during the step that has the peak: phase ("forward",
+        "backward" and, with an optimizer, "step") to kind to a list of bytes,
+        at most 160 moments of each phase, evenly spread over its allocations
+        and frees. Their largest sum is the peak.
     """
 
     parameters: int
@@ -294,6 +348,7 @@ class StepMemory:
     peak_module: str
     split: dict
     allocator_bytes: int | None = None
+    timeline: dict | None = None
 
     @property
     def activation_bytes(self):
@@ -341,9 +396,8 @@ def training_step_memory(
         Shape of the float32 input; or a function that takes the model, calls
         it and returns its output or loss, a tensor.
     optimizer : callable, optional
-        Takes the parameters and returns an optimizer. Forward and backward
-        are run twice then, so that its states are there when activations are
-        largest.
+        Takes the parameters and returns an optimizer. Two steps are run then,
+        so that its states are there when activations are largest.
     autocast : torch.dtype, optional
         Run forward under autocast with this dtype.
     fake : bool
@@ -417,8 +471,10 @@ def _measure(build_model, step, optimizer, autocast, fake, device):
         weights = [p for p in model.parameters() if p.requires_grad]
         updater = optimizer(weights) if optimizer else None
         tracker.restart()
-        for last in [False, True] if updater else [True]:
+        steps = []
+        for _ in range(2 if updater else 1):
             tracker.phase, first = "forward", len(tracker.blocks)
+            starts = {"forward": tracker.clock}
             before = tracker.alive
             with torch.autocast(kind, autocast, enabled=bool(autocast)):
                 y = run(model)
@@ -427,20 +483,29 @@ def _measure(build_model, step, optimizer, autocast, fake, device):
                 if block.died is None:
                     block.kind = "activations"
             tracker.phase = "backward"
+            starts["backward"] = tracker.clock
             # Under fake tensors sum() would do; the gradient is what counts.
             y.backward(torch.ones_like(y))
             del y
             owned = list(_owned(model.named_parameters()))
             tracker.label("gradients", ((m, p.grad) for m, p in owned))
-            if not last:
+            if updater:
                 tracker.phase = "step"
+                starts["step"] = tracker.clock
                 updater.step()
                 for module, parameter in owned:
                     states = _tensors(updater.state.get(parameter))
                     tracker.label(
                         "optimizer states", ((module, x) for x in states)
                     )
+            steps.append((starts, tracker.clock))
+            if updater:
                 updater.zero_grad()
+    # The last step has the peak, unless the first one needs more to make the
+    # optimizer's states than a later one to use them.
+    timeline = max(
+        (tracker.timeline(*step) for step in reversed(steps)), key=_highest
+    )
     memory = StepMemory(
         parameters=sum(p.numel() for p in weights),
         parameter_bytes=sum(p.numel() * p.element_size() for p in weights),
@@ -449,11 +514,21 @@ def _measure(build_model, step, optimizer, autocast, fake, device):
         peak_phase=tracker.peak_phase,
         peak_module=tracker.peak_module,
         split=dict(tracker.at_peak()),
+        timeline=timeline,
     )
     if on_gpu:
         peak = torch.cuda.max_memory_allocated(device)
         memory.allocator_bytes = peak - others
     return memory
+
+
+def _highest(timeline):
+    """The peak of a timeline."""
+    return max(
+        sum(sizes)
+        for kinds in timeline.values()
+        for sizes in zip(*kinds.values(), strict=True)
+    )
 
 
 def _tensors(state):
