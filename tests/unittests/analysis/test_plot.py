@@ -227,14 +227,24 @@ def test_peaks_of_timelines_are_labelled(draw):
         edges = areas(axes)["inputs"].edges
         assert text.get_text() == label
         assert edges[place] <= text.xy[0] <= edges[place + 1]
-    # Alone it is read more precisely, and at the border it stays inside.
-    small = timeline_of(
-        "small", forward={"inputs": [0.5]}, step={"inputs": [0.1, 0.25, 0.75]}
-    )
-    for found, label in ((PLAIN, "1.25 GB"), (small, "750 MB")):
-        (axes,) = draw(plot_timelines, [found]).axes
-        assert axes.texts[0].get_text() == label
-        assert 0.1 < axes.texts[0].xy[0] < 0.9
+    # Alone it is read more precisely.
+    (axes,) = draw(plot_timelines, [PLAIN]).axes
+    assert axes.texts[0].get_text() == "1.25 GB"
+
+
+@pytest.mark.parametrize("sizes", [[0.75] + [0.5] * 9, [0.5] * 9 + [0.75]])
+def test_a_peak_at_the_border_is_labelled_inside(sizes, draw):
+    flat = {"inputs": [0.5]}
+    first, last = ({"inputs": sizes}, flat)[:: 1 if sizes[0] > 0.5 else -1]
+    # Without an optimizer.
+    found = timeline_of("small", forward=first, backward=last)
+    (axes,) = draw(plot_timelines, [found]).axes
+    (text,) = axes.texts
+    assert text.get_text() == "750 MB"
+    assert 0.1 < text.xy[0] < 0.9
+    names = [text.get_text() for text in axes.get_xticklabels()]
+    assert names == ["forward", "backward"]
+    assert areas(axes)["inputs"].edges[-1] == pytest.approx(1)
 
 
 def test_colours_of_timelines(draw):
