@@ -9,8 +9,13 @@ from sb_memeff.lobes.models.ResNet import ResNet
 from sb_memeff.lobes.models.RevECAPA_TDNN import RevECAPA_TDNN
 from sb_memeff.lobes.models.RevResNet import RevResNet
 from sb_memeff.memory.leftovers import no_leftovers
-from sb_memeff.memory.step import POINTS, training_step_memory
-from sb_memeff.memory.tracker import KINDS, ModuleTracker, StorageTracker
+from sb_memeff.memory.step import training_step_memory
+from sb_memeff.memory.tracker import (
+    KINDS,
+    POINTS,
+    ModuleTracker,
+    StorageTracker,
+)
 from sb_memeff.nnet.transducer.joint_loss import TransducerJointLoss
 from sb_memeff.optim import SGD8bit
 from tests.unittests.allocator import allocator_peak, assert_near_allocator
