@@ -25,7 +25,7 @@ from speechbrain.nnet.transducer.transducer_joint import Transducer_joint
 from torch import nn
 from torchaudio_loss import TorchaudioJointLoss
 
-from sb_memeff.memory.step import StorageTracker
+from sb_memeff.memory.tracker import StorageTracker
 from sb_memeff.nnet.transducer.joint_loss import TransducerJointLoss
 
 METHODS = {

@@ -87,11 +87,12 @@ def export(arguments: argparse.Namespace) -> None:
 
 def profile(arguments: argparse.Namespace) -> None:
     """Says where the memory of a recipe's training step goes; no GPU needed."""
-    for path in (arguments.json, arguments.plot):
+    for path in (arguments.json, arguments.plot, arguments.timeline):
         if path is not None:
             _check_writable(path)
-    if arguments.plot is not None:
-        plot.check_picture(arguments.plot)
+    for path in (arguments.plot, arguments.timeline):
+        if path is not None:
+            plot.check_picture(path)
     recipe = read_recipe(arguments.hparams, arguments.overrides)
     rows = recipe.variants() if arguments.compare else [recipe.own_variant()]
     found = []
@@ -123,6 +124,8 @@ def profile(arguments: argparse.Namespace) -> None:
             f.write("\n")
     if arguments.plot is not None:
         plot.plot_kinds(found, arguments.plot)
+    if arguments.timeline is not None:
+        plot.plot_timelines(found, arguments.timeline)
 
 
 def _check_writable(file: str) -> None:
@@ -139,6 +142,8 @@ def _check_writable(file: str) -> None:
 def _plain(found: Profile) -> dict[str, Any]:
     """A profile for JSON."""
     row = asdict(found)
+    # A picture's worth of numbers, each on a line of its own.
+    del row["memory"]["timeline"]
     del row["memory"]["split"]
     row["memory"]["by_kind"] = found.memory.by_kind
     row["memory"]["by_module"] = found.memory.by_module()
@@ -262,7 +267,15 @@ def build_parser() -> argparse.ArgumentParser:
         "--device", help="run the step there too, such as cuda, and compare"
     )
     command.add_argument(
-        "--plot", metavar="FILE", help="write a picture (needs matplotlib)"
+        "--plot",
+        metavar="FILE",
+        help="draw the peaks, split by kind (needs matplotlib)",
+    )
+    command.add_argument(
+        "--timeline",
+        metavar="FILE",
+        help="draw what is alive from forward to the optimizer's step (needs "
+        "matplotlib)",
     )
     command = _add_recipe(commands, "fit", fit)
     _add_lengths(command)

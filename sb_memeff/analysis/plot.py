@@ -7,11 +7,13 @@ Authors
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from sb_memeff.analysis.profile import Profile
-from sb_memeff.memory.step import KINDS
+from sb_memeff.memory.tracker import KINDS
+from sb_memeff.memory.units import format_bytes
 
-__all__ = ["check_picture", "load_pyplot", "plot_kinds"]
+__all__ = ["check_picture", "load_pyplot", "plot_kinds", "plot_timelines"]
 
 # What is always there in greys, what a batch brings in colours.
 COLOURS = {
@@ -23,6 +25,15 @@ COLOURS = {
     "activations": "#d95f02",
     "recomputed": "#1b9e77",
     "temporaries": "#7fc7e8",
+}
+# Of a timeline's height, about two pixels.
+VISIBLE = 0.005
+# Name and width of a timeline's phases. Nothing is timed; the same places in
+# all panels make them comparable, and names have room.
+PHASES = {
+    "forward": ("forward", 0.34),
+    "backward": ("backward", 0.46),
+    "step": ("optimizer", 0.2),
 }
 
 
@@ -86,8 +97,136 @@ def plot_kinds(profiles: Sequence[Profile], path: str | Path) -> None:
     pyplot.close(figure)
 
 
+def plot_timelines(profiles: Sequence[Profile], path: str | Path) -> None:
+    """Draws the memory that is alive during training steps.
+
+    Arguments
+    ---------
+    profiles : list of Profile
+        One panel each, all on the same axes.
+    path : str or Path
+        File to write; its suffix says the format.
+
+    Raises
+    ------
+    ImportError
+        If matplotlib is not installed.
+    """
+    pyplot = load_pyplot()
+    columns = min(len(profiles), 2)
+    rows = -(-len(profiles) // columns)
+    figure, grid = pyplot.subplots(
+        rows,
+        columns,
+        figsize=(8.5, 1.1 + 2.6 * rows),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    panels = list(grid.flat)
+    most = max(found.memory.peak_bytes for found in profiles) / 1e9
+    shown = {}
+    for axes, found in zip(panels, profiles, strict=False):
+        shown |= _draw_timeline(axes, found, most)
+    for axes in panels[len(profiles) :]:
+        axes.set_axis_off()
+    for axes in panels[max(len(profiles) - columns, 0) : len(profiles)]:
+        axes.set_xlabel("operations, in order (not timed)", fontsize="small")
+    for axes in grid[:, 0]:
+        axes.set_ylabel("memory alive (GB)")
+    # Room for the peak's label.
+    panels[0].set_ylim(0, 1.15 * most)
+    first = profiles[0]
+    optimizers = dict.fromkeys(found.optimizer for found in profiles)
+    figure.suptitle(
+        f"One training step: {first.batch_text}, {first.precision}, "
+        f"{' or '.join(optimizers)}",
+        fontsize="medium",
+        x=0.01,
+        ha="left",
+    )
+    figure.legend(
+        handles=[shown[kind] for kind in KINDS if kind in shown],
+        loc="outside lower center",
+        ncols=4,
+        frameon=False,
+        fontsize="small",
+    )
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def _draw_timeline(axes: Any, found: Profile, most: float) -> dict[str, Any]:
+    """Draws one panel.
+
+    Arguments
+    ---------
+    axes : matplotlib.axes.Axes
+        The panel.
+    found : Profile
+        The step.
+    most : float
+        GB of the highest panel.
+
+    Returns
+    -------
+    dict
+        Kind to what the legend shows, for the kinds that one can see.
+    """
+    timeline = found.memory.timeline
+    scale = 1 / sum(PHASES[phase][1] for phase in timeline)
+    edges, names, gigabytes = [0.0], {}, {kind: [] for kind in KINDS}
+    for phase, kinds in timeline.items():
+        name, width = PHASES[phase]
+        start, count = edges[-1], len(kinds[KINDS[0]])
+        edges += [start + scale * width * (i + 1) / count for i in range(count)]
+        names[name] = (start + edges[-1]) / 2
+        for kind in KINDS:
+            gigabytes[kind] += [size / 1e9 for size in kinds[kind]]
+        if start:
+            axes.axvline(start, color="#999999", linewidth=0.8, linestyle=":")
+    shown, below = {}, [0.0] * (len(edges) - 1)
+    for kind, sizes in gigabytes.items():
+        top = [a + b for a, b in zip(below, sizes, strict=True)]
+        area = axes.stairs(
+            top, edges, baseline=below, fill=True, color=COLOURS[kind]
+        )
+        area.set_label(kind)
+        if max(sizes) > VISIBLE * most:
+            shown[kind] = area
+        below = top
+    highest = below.index(max(below))
+    # Inside the panel, and over the line between two phases.
+    place = min(max(edges[highest], 0.12), 0.88)
+    axes.annotate(
+        _gigabytes(found.memory.peak_bytes, 1 if most >= 10 else 2),
+        (place, below[highest]),
+        xytext=(0, 5),
+        textcoords="offset points",
+        ha="center",
+        weight="bold",
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
+    )
+    axes.grid(axis="y", color="#e5e5e5", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.set_xlim(0, 1)
+    axes.set_xticks(list(names.values()), list(names))
+    axes.tick_params(axis="x", length=0)
+    axes.set_title(found.label, fontsize="medium", loc="left")
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    return shown
+
+
+def _gigabytes(size: int, digits: int) -> str:
+    """Peaks of one picture, of one precision, unless nothing were left."""
+    if size < 1e9:
+        return format_bytes(size)
+    return f"{size / 1e9:.{digits}f} GB"
+
+
 def check_picture(path: str | Path) -> None:
-    """Refuses a file that ``plot_kinds`` could not write.
+    """Refuses a file that ``plot_kinds`` and ``plot_timelines`` cannot write.
 
     Arguments
     ---------

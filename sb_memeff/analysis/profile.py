@@ -19,7 +19,8 @@ from sb_memeff.analysis.families.step import (
     require_positive,
 )
 from sb_memeff.analysis.recipe import Recipe
-from sb_memeff.memory.step import KINDS, StepMemory, training_step_memory
+from sb_memeff.memory.step import StepMemory, training_step_memory
+from sb_memeff.memory.tracker import KINDS
 from sb_memeff.memory.units import format_bytes
 
 __all__ = ["Profile", "comparison", "profile", "report"]

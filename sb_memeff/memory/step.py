@@ -4,279 +4,26 @@ Authors
  * The sb_memeff authors 2026
 """
 
-import bisect
 import contextlib
-import weakref
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
-from torch._ops import OpOverload
-from torch.nn.modules.module import (
-    register_module_forward_hook,
-    register_module_forward_pre_hook,
-)
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sb_memeff.memory.fake import fake_tensors
 from sb_memeff.memory.leftovers import no_leftovers
-
-__all__ = ["KINDS", "StepMemory", "StorageTracker", "training_step_memory"]
-
-# What memory is for, in the order of tables and pictures. "inputs" is the
-# batch; "activations" were made in forward and wait for backward; "recomputed"
-# ones were made by a module that backward ran once more; "temporaries" is all
-# else that lives for a moment, gradients of activations above all.
-KINDS = (
-    "parameters",
-    "buffers",
-    "gradients",
-    "optimizer states",
-    "inputs",
-    "activations",
-    "recomputed",
-    "temporaries",
+from sb_memeff.memory.tracker import (
+    KINDS,
+    ModuleTracker,
+    StorageTracker,
+    Timeline,
 )
 
-
-class Block:
-    """A storage: its size, when it was alive, and where it was made.
-
-    Arguments
-    ---------
-    size : int
-        Bytes.
-    born : int
-        Time of allocation, counted in allocations and frees.
-    phase : str
-        "build", "forward", "backward" or "step".
-    module : str
-        Name of the module.
-    recomputed : bool
-        Made in backward by a module's forward.
-    """
-
-    __slots__ = ("size", "born", "died", "phase", "module", "kind")
-
-    def __init__(
-        self, size: int, born: int, phase: str, module: str, recomputed: bool
-    ):
-        self.size, self.born = size, born
-        self.died: int | None = None
-        self.phase, self.module = phase, module
-        self.kind = "recomputed" if recomputed else "temporaries"
-
-
-class StorageTracker(TorchDispatchMode):
-    """Adds up the storages that are alive, and remembers the most.
-
-    Every tensor that an operator takes or returns while the mode is on is
-    counted until its storage is freed; views and in-place results share a
-    storage and count once. What an operator uses inside itself (a convolution's
-    workspace) is not seen.
-
-    Arguments
-    ---------
-    but : iterable of torch.Tensor
-        Tensors that were there before and do not count, nor do their views.
-    modules : ModuleTracker, optional
-        Knows which module runs.
-
-    Example
-    -------
-    >>> with StorageTracker() as tracker:
-    ...     x = torch.zeros(1000)
-    ...     y = x + 1
-    ...     del x
-    >>> tracker.alive, tracker.peak
-    (4000, 8000)
-    """
-
-    def __init__(
-        self,
-        but: Iterable[torch.Tensor] = (),
-        modules: "ModuleTracker | None" = None,
-    ):
-        super().__init__()
-        self.alive = 0
-        self.phase = "build"
-        self.blocks: list[Block] = []
-        self._modules = modules
-        self._clock = 0
-        self._known: weakref.WeakKeyDictionary[
-            torch.UntypedStorage, Block | None
-        ] = weakref.WeakKeyDictionary((x.untyped_storage(), None) for x in but)
-        self.restart()
-
-    def restart(self) -> None:
-        """Forgets the peak so far."""
-        self.peak, self._peak_time = self.alive, self._clock
-        self.peak_phase, self.peak_module = self.phase, ""
-
-    def __torch_dispatch__(
-        self,
-        func: OpOverload,
-        types: Collection[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Runs the operator and counts what it takes and returns."""
-        result = func(*args, **(kwargs or {}))
-        tensors = [result]
-        if func is not torch.ops.aten.lift_fresh.default:
-            # What a cache holds was not made here.
-            tensors += [args, kwargs]
-        for leaf in tree_leaves(tensors):
-            if isinstance(leaf, torch.Tensor):
-                self._count(leaf.untyped_storage())
-        return result
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        if storage in self._known:
-            return
-        module, running = "", False
-        if self._modules is not None:
-            module, running = self._modules.current()
-        self._clock += 1
-        block = Block(
-            storage.nbytes(),
-            self._clock,
-            self.phase,
-            module,
-            running and self.phase == "backward",
-        )
-        self.blocks.append(block)
-        self._known[storage] = block
-        self.alive += block.size
-        if self.alive > self.peak:
-            self.peak, self._peak_time = self.alive, self._clock
-            self.peak_phase, self.peak_module = self.phase, module
-        weakref.finalize(storage, self._free, block)
-
-    def _free(self, block: Block) -> None:
-        self._clock += 1
-        block.died = self._clock
-        self.alive -= block.size
-
-    def label(self, kind: str, tensors: Iterable[tuple[str, object]]) -> None:
-        """Says what tensors are for.
-
-        Arguments
-        ---------
-        kind : str
-            One of KINDS.
-        tensors : iterable of tuple
-            (name of the module, tensor); what is not a tensor, or was there
-            before, is passed over.
-        """
-        for module, tensor in tensors:
-            block = None
-            if isinstance(tensor, torch.Tensor):
-                block = self._known.get(tensor.untyped_storage())
-            if block is not None:
-                block.kind, block.module = kind, module
-
-    def at_peak(self) -> Counter[tuple[str, str]]:
-        """Storages that were alive at the peak.
-
-        Returns
-        -------
-        collections.Counter
-            (module, kind) to bytes.
-        """
-        found = Counter()
-        for block in self.blocks:
-            if block.born <= self._peak_time and (
-                block.died is None or block.died > self._peak_time
-            ):
-                found[block.module, block.kind] += block.size
-        return found
-
-
-class ModuleTracker:
-    """Which module runs; in backward, whose forward is undone.
-
-    Nodes of the graph are numbered as they are made; the numbers tell in
-    backward which module made a node.
-
-    Example
-    -------
-    >>> net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())
-    >>> seen = []
-    >>> with ModuleTracker() as modules:
-    ...     modules.name(net)
-    ...     hook = net[1].register_forward_pre_hook(
-    ...         lambda *_: seen.append(modules.current())
-    ...     )
-    ...     y = net(torch.rand(1, 2))
-    >>> seen
-    [('1', True)]
-    """
-
-    def __init__(self):
-        self._names: weakref.WeakKeyDictionary[nn.Module, str] = (
-            weakref.WeakKeyDictionary()
-        )
-        self._stack: list[str] = []
-        self._numbers, self._makers = [0], [""]
-
-    def name(self, model: nn.Module) -> None:
-        """Learns the names of a model's modules.
-
-        Arguments
-        ---------
-        model : torch.nn.Module
-            The model.
-        """
-        self._names.update((m, name) for name, m in model.named_modules())
-
-    def __enter__(self) -> "ModuleTracker":
-        """Begins to follow."""
-        self._hooks = [
-            register_module_forward_pre_hook(self._enter),
-            register_module_forward_hook(self._leave, always_call=True),
-        ]
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """Ends."""
-        for hook in self._hooks:
-            hook.remove()
-
-    def current(self) -> tuple[str, bool]:
-        """The module at work.
-
-        Returns
-        -------
-        tuple
-            Its name ("" for none that is known), and whether its forward is
-            running.
-        """
-        if self._stack:
-            return self._stack[-1], True
-        node = torch._C._current_autograd_node()
-        if node is None:
-            return "", False
-        number = node._sequence_nr()
-        place = bisect.bisect_right(self._numbers, number) - 1
-        return self._makers[place], False
-
-    def _enter(self, module: nn.Module, inputs: Any) -> None:
-        outer = self._stack[-1] if self._stack else ""
-        self._stack.append(self._names.get(module, outer))
-        self._mark()
-
-    def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        self._stack.pop()
-        self._mark()
-
-    def _mark(self) -> None:
-        self._numbers.append(torch._C._autograd._get_sequence_nr())
-        self._makers.append(self._stack[-1] if self._stack else "")
+__all__ = ["StepMemory", "training_step_memory"]
 
 
 @dataclass
@@ -303,6 +50,11 @@ class StepMemory:
         (module, kind) to bytes of the peak; for the kinds see KINDS.
     allocator_bytes : int or None
         On a GPU, the most that torch's allocator held for this step.
+    timeline : dict
+        What was alive during the step that has the peak: phase ("forward",
+        "backward" and, with an optimizer, "step") to kind to a list of bytes,
+        at most 160 moments of each phase, evenly spread over its allocations
+        and frees. Their largest sum is the peak.
     """
 
     parameters: int
@@ -313,6 +65,7 @@ class StepMemory:
     peak_module: str
     split: dict[tuple[str, str], int]
     allocator_bytes: int | None = None
+    timeline: Timeline = field(default_factory=dict)
 
     @property
     def activation_bytes(self) -> int:
@@ -366,9 +119,8 @@ def training_step_memory(
         Shape of the float32 input; or a function that takes the model, calls
         it and returns its output or loss, a tensor.
     optimizer : callable, optional
-        Takes the parameters and returns an optimizer. Forward and backward
-        are run twice then, so that its states are there when activations are
-        largest.
+        Takes the parameters and returns an optimizer. Two steps are run then,
+        so that its states are there when activations are largest.
     autocast : torch.dtype, optional
         Run forward under autocast with this dtype.
     fake : bool
@@ -450,8 +202,10 @@ def _measure(
         weights = [p for p in model.parameters() if p.requires_grad]
         updater = optimizer(weights) if optimizer else None
         tracker.restart()
-        for last in [False, True] if updater else [True]:
+        steps = []
+        for _ in range(2 if updater else 1):
             tracker.phase, first = "forward", len(tracker.blocks)
+            starts = {"forward": tracker.clock}
             before = tracker.alive
             with torch.autocast(kind, autocast, enabled=bool(autocast)):
                 y = run(model)
@@ -460,20 +214,29 @@ def _measure(
                 if block.died is None:
                     block.kind = "activations"
             tracker.phase = "backward"
+            starts["backward"] = tracker.clock
             # Under fake tensors sum() would do; the gradient is what counts.
             y.backward(torch.ones_like(y))
             del y
             owned = list(_owned(model.named_parameters()))
             tracker.label("gradients", ((m, p.grad) for m, p in owned))
-            if not last and updater:
+            if updater:
                 tracker.phase = "step"
+                starts["step"] = tracker.clock
                 updater.step()
                 for module, parameter in owned:
                     states = _tensors(updater.state.get(parameter))
                     tracker.label(
                         "optimizer states", ((module, x) for x in states)
                     )
+            steps.append((starts, tracker.clock))
+            if updater:
                 updater.zero_grad()
+    # The last step has the peak, unless the first one needs more to make the
+    # optimizer's states than a later one to use them.
+    timeline = max(
+        (tracker.timeline(*step) for step in reversed(steps)), key=_highest
+    )
     memory = StepMemory(
         parameters=sum(p.numel() for p in weights),
         parameter_bytes=sum(p.numel() * p.element_size() for p in weights),
@@ -482,11 +245,21 @@ def _measure(
         peak_phase=tracker.peak_phase,
         peak_module=tracker.peak_module,
         split=dict(tracker.at_peak()),
+        timeline=timeline,
     )
     if on_gpu:
         peak = torch.cuda.max_memory_allocated(device)
         memory.allocator_bytes = peak - others
     return memory
+
+
+def _highest(timeline: Timeline) -> int:
+    """The peak of a timeline."""
+    return max(
+        sum(sizes)
+        for kinds in timeline.values()
+        for sizes in zip(*kinds.values(), strict=True)
+    )
 
 
 def _tensors(state: object) -> Iterator[torch.Tensor]:

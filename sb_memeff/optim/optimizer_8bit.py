@@ -70,14 +70,14 @@ class Optimizer8bit(Checkpoints8bit):
             )
         for group, params in zip(self.param_groups, ready):
             fused, direct, others = self._split(group, params)
-            for some in fused:
-                self._update_fused(group, some)
+            for chunk in fused:
+                self._update_fused(group, chunk)
                 # Triton does not tell autograd what it has written.
-                torch.autograd.graph.increment_version(some)
-            for some in _chunks(direct):
-                self._step_direct(group, some)
-            for some in _chunks(others):
-                self._step_some(group, some)
+                torch.autograd.graph.increment_version(chunk)
+            for chunk in _chunks(direct):
+                self._step_direct(group, chunk)
+            for chunk in _chunks(others):
+                self._step_unpacked(group, chunk)
         return loss
 
     def _split(
@@ -127,16 +127,16 @@ class Optimizer8bit(Checkpoints8bit):
             else:
                 others.append(p)
         fused = []
-        for some in candidates.values():
-            if not runs_fused(*some, *(p.grad for p in some)):
-                others += some
+        for chunk in candidates.values():
+            if not runs_fused(*chunk, *(p.grad for p in chunk)):
+                others += chunk
                 continue
-            addresses = [p.data_ptr() for p in some]
-            if len(set(addresses)) < len(some):
+            addresses = [p.data_ptr() for p in chunk]
+            if len(set(addresses)) < len(chunk):
                 # Programs must not update one parameter at the same time.
-                others += some
+                others += chunk
             else:
-                fused.append(some)
+                fused.append(chunk)
         return fused, direct, others
 
     def _step_direct(self, group: Group, params: list[torch.Tensor]) -> None:
@@ -146,7 +146,7 @@ class Optimizer8bit(Checkpoints8bit):
             if state:
                 self.state[p] = state
 
-    def _step_some(self, group: Group, params: list[torch.Tensor]) -> None:
+    def _step_unpacked(self, group: Group, params: list[torch.Tensor]) -> None:
         weights = [dense(p) for p in params]
         pairs = list(zip(params, weights))
         grads = [

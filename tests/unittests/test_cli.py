@@ -9,8 +9,9 @@ import pytest
 import torch
 from speechbrain.nnet.attention import _get_precomputed_values
 
+from sb_memeff.analysis import plot
 from sb_memeff.cli import main, parse_overrides
-from sb_memeff.memory.step import KINDS
+from sb_memeff.memory.tracker import KINDS
 from sb_memeff.memory.units import format_bytes
 from sb_memeff.nnet.replay import recorder
 from tests.unittests.analysis.shallow import shallow  # noqa: F401
@@ -138,7 +139,9 @@ DIGITS = [
 @pytest.mark.usefixtures("shallow")
 def test_profile(tmp_path, capsys):
     json_file, picture = tmp_path / "found.json", tmp_path / "found.png"
+    timeline = tmp_path / "timeline.svg"
     files = ["--json", str(json_file), "--plot", str(picture)]
+    files += ["--timeline", str(timeline)]
     assert main(["profile", *SHORT, "--precision", "bf16", *files]) == 0
     captured = capsys.readouterr()
     lines = captured.out.splitlines()
@@ -163,14 +166,19 @@ def test_profile(tmp_path, capsys):
     assert sum(memory["by_kind"].values()) == peak
     assert sum(memory["by_module"].values()) == peak
     assert memory["parameter_bytes"] == 4 * memory["parameters"]
+    assert "timeline" not in memory
     assert picture.read_bytes().startswith(b"\x89PNG")
+    assert timeline.read_bytes().startswith(b"<?xml")
 
 
 @pytest.mark.usefixtures("shallow")
-def test_profile_compares(tmp_path, capsys):
+def test_profile_compares(tmp_path, monkeypatch, capsys):
     path = tmp_path / "found.json"
     arguments = [*SHORT, "--compare", "--json", str(path)]
-    assert main(["profile", *arguments]) == 0
+    drawn = []
+    monkeypatch.setattr(plot, "plot_timelines", lambda *x: drawn.append(x))
+    timeline = str(tmp_path / "timeline.png")
+    assert main(["profile", *arguments, "--timeline", timeline]) == 0
     captured = capsys.readouterr()
     labels = [
         "ResNet34",
@@ -185,6 +193,8 @@ def test_profile_compares(tmp_path, capsys):
     assert [one["label"] for one in found] == labels
     for row, one in zip(rows, found, strict=True):
         assert format_bytes(one["memory"]["peak_bytes"]) in row
+    ((panels, file),) = drawn
+    assert [one.label for one in panels] == labels and file == timeline
 
 
 def test_profile_says_that_there_is_nothing_to_compare(tmp_path, capsys):
@@ -207,8 +217,11 @@ def test_profile_says_that_there_is_nothing_to_compare(tmp_path, capsys):
     assert captured.out.splitlines()[-1].startswith("SpeechBrain's Sequential")
 
 
-def test_profile_of_a_transducer(capsys):
-    assert main(["profile", *DIGITS, "--batch=2", "--seconds=1"]) == 0
+def test_profile_of_a_transducer(tmp_path, capsys):
+    picture = tmp_path / "timeline.png"
+    arguments = [*DIGITS, "--batch=2", "--seconds=1"]
+    assert main(["profile", *arguments, f"--timeline={picture}"]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().out.startswith(
         "tiled: batch 2 x 1 s with 5 tokens, fp32, AdamW, "
     )
@@ -407,6 +420,9 @@ def test_bad_input(command, arguments, words, here, capfd):
         (["--json="], "is a folder: name a file in it"),
         (["--plot=a.xyz"], "The suffix of a.xyz says no format"),
         (["--plot=a"], "The suffix of a says no format"),
+        (["--timeline=nowhere/a.png"], "no folder for "),
+        (["--timeline=folder.png"], "folder.png is a folder: name a file"),
+        (["--timeline=a.xyz"], "The suffix of a.xyz says no format"),
     ],
 )
 def test_bad_files_are_said_before_the_analysis(
@@ -432,8 +448,9 @@ def test_a_file_that_cannot_be_written_after_all(here, monkeypatch, capfd):
 def test_without_matplotlib(here, monkeypatch, capfd):
     # What an import finds then.
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    arguments = ["profile", *SHORT, "--plot=a.png"]
-    refuse(arguments, "pip install 'sb_memeff[plot]'", capfd)
+    for option in ("--plot=a.png", "--timeline=a.png"):
+        arguments = ["profile", *SHORT, option]
+        refuse(arguments, "pip install 'sb_memeff[plot]'", capfd)
 
 
 @pytest.mark.parametrize(

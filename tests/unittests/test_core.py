@@ -4,6 +4,7 @@ Authors
  * The sb_memeff authors 2026
 """
 
+import functools
 import logging
 import os
 import random
@@ -44,6 +45,7 @@ from sb_memeff.nnet.replay import mismatch
 from sb_memeff.ops.blocks_8bit import Quantized8bit
 from sb_memeff.optim import Adam8bit, AdamW8bit, SGD8bit
 from sb_memeff.utils.checkpoints import AtomicCheckpointer
+from tests.unittests.two_processes import run_in_two_processes
 
 OPTIMIZERS = {
     "SGD": (torch.optim.SGD, {"momentum": 0.9}),
@@ -851,12 +853,8 @@ def test_processes_have_crops_of_their_own(monkeypatch):
         assert ids == other_ids and not torch.equal(x, other_x)
 
 
-def worker(rank, folder):
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
-    )
+def train_in_one_of_two(folder, rank):
+    """States and random numbers after training with either Brain."""
     found = {}
     for base in (MemEffBrain, sb.Brain):
         sb.utils.seed.seed_everything(7, verbose=False)
@@ -881,14 +879,14 @@ def worker(rank, folder):
                 sampler=RandomSampler(range(ITEMS)),
             )
             found["items"] = [i for batch in loader for i in batch.id]
-    torch.save(found, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    return found
 
 
 def test_two_processes_on_the_cpu(tmp_path):
     """_wrap_distributed can go when Brain trains BatchNorm there."""
-    mp.spawn(worker, args=(str(tmp_path),), nprocs=2)
-    ours = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    ours = run_in_two_processes(
+        functools.partial(train_in_one_of_two, str(tmp_path)), tmp_path
+    )
     for name, a, b in zip(
         network().state_dict(), ours[0]["MemEffBrain"], ours[1]["MemEffBrain"]
     ):

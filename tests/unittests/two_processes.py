@@ -33,6 +33,8 @@ def run_in_two_processes(function, folder):
 
 def _worker(rank, function, folder):
     torch.set_num_threads(1)
+    # As torchrun does; SpeechBrain reads them.
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
     # A file, so that no port can be taken.
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2

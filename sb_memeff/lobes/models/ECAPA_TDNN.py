@@ -37,7 +37,10 @@ from sb_memeff.nnet.recompute.segment import Segment
 from sb_memeff.nnet.reversible import ReversibleSequence, Tap
 
 if TYPE_CHECKING:
-    from sb_memeff.lobes.models.RevECAPA_TDNN import RevECAPA_TDNN
+    from sb_memeff.lobes.models.RevECAPA_TDNN import (
+        RevECAPA_TDNN,
+        SERes2NetBody,
+    )
 
 __all__ = ["ECAPA_TDNN"]
 
@@ -173,7 +176,7 @@ def res2net(
 
 
 def se_res2net(
-    block: SERes2NetBlock,
+    block: "SERes2NetBlock | SERes2NetBody",
     x: torch.Tensor,
     lengths: torch.Tensor | None = None,
     save_memory: bool = True,

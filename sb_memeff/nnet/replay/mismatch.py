@@ -382,11 +382,11 @@ class _Pending:
     def _send(self) -> None:
         reports, self._reports = self._reports, []
         for device in dict.fromkeys(r.differs.device for r in reports):
-            some = [r for r in reports if r.differs.device == device]
+            of_device = [r for r in reports if r.differs.device == device]
             # One copy: each allocates pinned memory, which takes a GPU's
             # driver longer than the computation of a block.
-            differs = torch.cat([r.differs.flatten() for r in some])
-            self._copies.append(_Copy(*self._copy(differs), some))
+            differs = torch.cat([r.differs.flatten() for r in of_device])
+            self._copies.append(_Copy(*self._copy(differs), of_device))
 
     def _read(self, due: Callable[[_Copy], bool]) -> None:
         ready = [copy for copy in self._copies if due(copy)]

@@ -16,7 +16,7 @@ Authors
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -122,7 +122,7 @@ class Walk:
         self.observers: list[Observer] = observers
         self.steps = [_step(name, block) for name, block in blocks]
         flat, self._structure = tree_flatten((args, kwargs))
-        self.extras: list[torch.Tensor] | None = [
+        self.extras: Sequence[torch.Tensor] | None = [
             x for x in flat if isinstance(x, torch.Tensor)
         ]
         # Tensors are saved by the last node, as autograd saves them.
@@ -138,7 +138,7 @@ class Walk:
 
     def tensors(self, step: _Step) -> list[torch.Tensor]:
         """Tensors for which a block's node returns gradients."""
-        extras = cast(list[torch.Tensor], self.extras)
+        extras = cast(Sequence[torch.Tensor], self.extras)
         return [extras[i] for i in self._wanted] + [
             step.parameters[name] for name in step.weights
         ]
@@ -149,7 +149,7 @@ class Walk:
 
     def begin_backward(
         self,
-        extras: list[torch.Tensor],
+        extras: Sequence[torch.Tensor],
         streams: list[torch.Tensor],
         gradients: list[torch.Tensor],
     ) -> None:
@@ -179,7 +179,7 @@ class Walk:
         """For a block, in backward."""
         self.check(step)
         flat = list(self._others)
-        extras = cast(list[torch.Tensor], self.extras)
+        extras = cast(Sequence[torch.Tensor], self.extras)
         for number, (place, x) in enumerate(zip(self._places, extras)):
             needs_gradient = number in self._wanted
             flat[place] = x.detach().requires_grad_(needs_gradient)
@@ -228,7 +228,7 @@ class Walk:
     def _flat(self) -> list[Any]:
         flat = list(self._others)
         for place, x in zip(
-            self._places, cast(list[torch.Tensor], self.extras)
+            self._places, cast(Sequence[torch.Tensor], self.extras)
         ):
             flat[place] = x
         return flat
@@ -450,7 +450,7 @@ def run_without_storing(
         One tensor, or two streams.
     """
     walk = Walk(blocks, stream_format, recorder, observers, args, kwargs)
-    extras = cast(list[torch.Tensor], walk.extras)
+    extras = cast(Sequence[torch.Tensor], walk.extras)
     token = _Enter.apply(walk, *tensors)
     for step in walk.steps:
         node = _Read if isinstance(step.block, Tap) else _Undo

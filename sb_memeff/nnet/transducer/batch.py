@@ -148,8 +148,8 @@ def count(lengths: torch.Tensor, size: int, what: str) -> torch.Tensor:
 
 def check_counts(
     lengths: tuple[torch.Tensor, torch.Tensor],
-    frames: torch.Tensor,
-    counts: torch.Tensor,
+    logit_lengths: torch.Tensor,
+    target_lengths: torch.Tensor,
     targets: torch.Tensor,
     blank_index: int,
     vocabulary: int | None,
@@ -160,9 +160,9 @@ def check_counts(
     ---------
     lengths : tuple of torch.Tensor
         [B] each, relative: of frames and of targets.
-    frames : torch.Tensor
+    logit_lengths : torch.Tensor
         [B], frames of each sample.
-    counts : torch.Tensor
+    target_lengths : torch.Tensor
         [B], targets of each sample.
     targets : torch.Tensor
         [B, U], int64.
@@ -184,9 +184,9 @@ def check_counts(
             f"blank_index={blank_index} is not in the vocabulary {symbols}."
         )
     bad = [~((x >= 0) & (x <= 1)) for x in lengths]
-    empty = frames < 1
+    empty = logit_lengths < 1
     u = torch.arange(targets.shape[1], device=targets.device)
-    real = u < counts[:, None]
+    real = u < target_lengths[:, None]
     outside = targets < 0
     if known:
         outside |= targets >= vocabulary
@@ -222,7 +222,7 @@ def check_counts(
 
 
 def reduce(
-    nll: torch.Tensor, frames: torch.Tensor, reduction: Reduction
+    nll: torch.Tensor, logit_lengths: torch.Tensor, reduction: Reduction
 ) -> torch.Tensor:
     """Reduces the losses of the samples.
 
@@ -230,7 +230,7 @@ def reduce(
     ---------
     nll : torch.Tensor
         [B], negative log-likelihoods.
-    frames : torch.Tensor
+    logit_lengths : torch.Tensor
         [B], frames of each sample.
     reduction : str
         "none", "sum", "mean" (over the batch), or "speechbrain": the value
@@ -256,16 +256,16 @@ def reduce(
         return nll.sum()
     if reduction == "mean":
         return nll.mean()
-    return _SpeechBrainMean.apply(nll, frames)
+    return _SpeechBrainMean.apply(nll, logit_lengths)
 
 
 class _SpeechBrainMean(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, nll: torch.Tensor, frames: torch.Tensor
+        ctx: Any, nll: torch.Tensor, logit_lengths: torch.Tensor
     ) -> torch.Tensor:
         ctx.samples = len(nll)
-        return (nll / frames.to(nll)).mean()
+        return (nll / logit_lengths.to(nll)).mean()
 
     @staticmethod
     # pyrefly: ignore[bad-override]

@@ -19,7 +19,7 @@ from sb_memeff.nnet.transducer.half_linear import HALF, Float32WeightGradients
 from sb_memeff.nnet.transducer.rows import row_gradient, row_scores, wide_dtype
 from sb_memeff.ops.dispatch import has_values
 
-__all__ = ["CellLogits", "Cells", "Gradients", "cells_inside", "following"]
+__all__ = ["CellLogits", "Cells", "Gradients", "cells_inside", "next_targets"]
 
 
 class CellLogits(nn.Module):
@@ -67,15 +67,18 @@ class CellLogits(nn.Module):
 
 
 def cells_inside(
-    frames: torch.Tensor, counts: torch.Tensor, rows: int, columns: int
+    logit_lengths: torch.Tensor,
+    target_lengths: torch.Tensor,
+    rows: int,
+    columns: int,
 ) -> torch.Tensor:
     """The cells inside the lattices of a padded batch.
 
     Arguments
     ---------
-    frames : torch.Tensor
+    logit_lengths : torch.Tensor
         [B].
-    counts : torch.Tensor
+    target_lengths : torch.Tensor
         [B], targets of each sample.
     rows : int
         T.
@@ -92,20 +95,24 @@ def cells_inside(
     >>> cells_inside(torch.tensor([1, 2]), torch.tensor([1, 0]), 2, 2)
     tensor([0, 1, 4, 6])
     """
-    t = torch.arange(rows, device=frames.device)[:, None]
-    u = torch.arange(columns, device=frames.device)
-    inside = (t < frames[:, None, None]) & (u <= counts[:, None, None])
+    t = torch.arange(rows, device=logit_lengths.device)[:, None]
+    u = torch.arange(columns, device=logit_lengths.device)
+    inside = (t < logit_lengths[:, None, None]) & (
+        u <= target_lengths[:, None, None]
+    )
     return inside.flatten().nonzero().squeeze(1)
 
 
-def following(targets: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+def next_targets(
+    targets: torch.Tensor, target_lengths: torch.Tensor
+) -> torch.Tensor:
     """The target that follows in each column of the lattice.
 
     Arguments
     ---------
     targets : torch.Tensor
         [B, U].
-    counts : torch.Tensor
+    target_lengths : torch.Tensor
         [B], targets of each sample.
 
     Returns
@@ -116,11 +123,11 @@ def following(targets: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
 
     Example
     -------
-    >>> following(torch.tensor([[3, 9]]), torch.tensor([1]))
+    >>> next_targets(torch.tensor([[3, 9]]), torch.tensor([1]))
     tensor([[3, 0, 0]])
     """
     u = torch.arange(targets.shape[1], device=targets.device)
-    real = u < counts[:, None]
+    real = u < target_lengths[:, None]
     return nn.functional.pad(targets.long().masked_fill(~real, 0), (0, 1))
 
 
@@ -130,7 +137,7 @@ class Tile:
 
     Arguments
     ---------
-    places : torch.Tensor
+    indices : torch.Tensor
         [N], their places in a flat plane of their run of samples.
     sample : torch.Tensor
         [N], in the whole batch.
@@ -142,7 +149,7 @@ class Tile:
         [N], the target that follows; any symbol where none does.
     """
 
-    places: torch.Tensor
+    indices: torch.Tensor
     sample: torch.Tensor
     enc_row: torch.Tensor
     pred_row: torch.Tensor
@@ -181,9 +188,9 @@ class Cells:
         [B, U+1, H].
     targets : torch.Tensor
         [B, U].
-    frames : torch.Tensor
+    logit_lengths : torch.Tensor
         [B].
-    counts : torch.Tensor
+    target_lengths : torch.Tensor
         [B], targets of each sample.
     blank_index : int
         The blank.
@@ -202,8 +209,8 @@ class Cells:
         enc: torch.Tensor,
         pred: torch.Tensor,
         targets: torch.Tensor,
-        frames: torch.Tensor,
-        counts: torch.Tensor,
+        logit_lengths: torch.Tensor,
+        target_lengths: torch.Tensor,
         blank_index: int,
         clamp: float | None = None,
         check_vocabulary: Callable[[int], None] | None = None,
@@ -218,15 +225,15 @@ class Cells:
         self.max_rows = cast(int, max_rows)
         self.rows, self.columns = enc.shape[1], pred.shape[1]
         self.samples = range(len(enc))
-        self.frames, self.counts = frames, counts
-        self.following = following(targets, counts)
+        self.logit_lengths, self.target_lengths = logit_lengths, target_lengths
+        self.next_targets = next_targets(targets, target_lengths)
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """Shape of a plane with a place for each cell, padding too."""
         return len(self.samples), self.rows, self.columns
 
-    def places(self) -> torch.Tensor:
+    def indices(self) -> torch.Tensor:
         """Places of the cells in a flat plane.
 
         Returns
@@ -234,7 +241,9 @@ class Cells:
         torch.Tensor
             [N], int64.
         """
-        return cells_inside(self.frames, self.counts, self.rows, self.columns)
+        return cells_inside(
+            self.logit_lengths, self.target_lengths, self.rows, self.columns
+        )
 
     def groups(self, size: int) -> "Iterator[Cells]":
         """Cuts the batch into runs of samples.
@@ -253,34 +262,34 @@ class Cells:
         for first in range(0, len(self.samples), step):
             group, chosen = copy.copy(self), slice(first, first + step)
             group.samples = self.samples[chosen]
-            group.frames, group.counts = (
-                self.frames[chosen],
-                self.counts[chosen],
+            group.logit_lengths, group.target_lengths = (
+                self.logit_lengths[chosen],
+                self.target_lengths[chosen],
             )
             yield group
 
-    def sample_of(self, places: torch.Tensor) -> torch.Tensor:
+    def sample_of(self, indices: torch.Tensor) -> torch.Tensor:
         """The number of each cell's sample in the batch.
 
         Arguments
         ---------
-        places : torch.Tensor
-            [N], some of ``places()``.
+        indices : torch.Tensor
+            [N], some of ``indices()``.
 
         Returns
         -------
         torch.Tensor
             [N].
         """
-        return places // (self.rows * self.columns) + self.samples.start
+        return indices // (self.rows * self.columns) + self.samples.start
 
-    def tile(self, places: torch.Tensor) -> Tile:
+    def tile(self, indices: torch.Tensor) -> Tile:
         """Locates some cells in the batch.
 
         Arguments
         ---------
-        places : torch.Tensor
-            [N], some of ``places()``.
+        indices : torch.Tensor
+            [N], some of ``indices()``.
 
         Returns
         -------
@@ -288,14 +297,14 @@ class Cells:
             The cells with their samples, rows and targets.
         """
         first = self.samples.start
-        frame = places // self.columns
+        frame = indices // self.columns
         sample = frame // self.rows
         # Column (U+1) sample + u, where places are (U+1) (T sample + t) + u.
-        pred_row = places + self.columns * (sample - frame + first)
+        pred_row = indices + self.columns * (sample - frame + first)
         if first:
             sample, frame = sample + first, frame + first * self.rows
-        target = self.following.flatten().index_select(0, pred_row)
-        return Tile(places, sample, frame, pred_row, target)
+        target = self.next_targets.flatten().index_select(0, pred_row)
+        return Tile(indices, sample, frame, pred_row, target)
 
     def inputs(self, tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows of encoder and predictor of some cells.
@@ -312,7 +321,7 @@ class Cells:
         """
         return _rows(self.enc, tile.enc_row), _rows(self.pred, tile.pred_row)
 
-    def run(self, tile: Tile) -> torch.Tensor:
+    def compute_logits(self, tile: Tile) -> torch.Tensor:
         """Logits of some cells.
 
         Arguments
@@ -342,7 +351,7 @@ def _rows(x: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
 
 
 # Logits, the rows that they are made of, and where they are.
-MadeLogits = tuple[torch.Tensor, tuple[torch.Tensor, ...], Cells, Tile]
+ComputedLogits = tuple[torch.Tensor, tuple[torch.Tensor, ...], Cells, Tile]
 
 
 class Gradients:
@@ -373,10 +382,10 @@ class Gradients:
         self.weights = {
             name: p.detach().requires_grad_() for name, p in weights.items()
         }
-        self.likes = [enc, pred, *weights.values()]
+        self.inputs = [enc, pred, *weights.values()]
         # Contiguous, whatever the strides of what they belong to.
         self.sums = [
-            x.new_zeros(x.shape, dtype=wide_dtype(x.dtype)) for x in self.likes
+            x.new_zeros(x.shape, dtype=wide_dtype(x.dtype)) for x in self.inputs
         ]
         self.weight_sums = dict(zip(self.weights, self.sums[2:], strict=True))
         self.linear = Float32WeightGradients(
@@ -389,9 +398,9 @@ class Gradients:
         # explain.
         self.deviation = enc.new_zeros(1, dtype=torch.float32)
 
-    def run(
+    def compute_logits(
         self, cells: Cells, tile: Tile, wanted: torch.Tensor | None = None
-    ) -> MadeLogits:
+    ) -> ComputedLogits:
         """Logits of some cells, to be given to ``add``.
 
         Arguments
@@ -428,8 +437,8 @@ class Gradients:
 
     def add(
         self,
-        made: MadeLogits,
-        normaliser: torch.Tensor,
+        computed: ComputedLogits,
+        lse: torch.Tensor,
         blank: torch.Tensor,
         emission: torch.Tensor,
         upstream: torch.Tensor | None = None,
@@ -438,9 +447,9 @@ class Gradients:
 
         Arguments
         ---------
-        made : tuple
-            As ``run`` returned it.
-        normaliser : torch.Tensor
+        computed : tuple
+            As ``compute_logits`` returned it.
+        lse : torch.Tensor
             [N].
         blank : torch.Tensor
             [N], posteriors of the blank.
@@ -449,9 +458,9 @@ class Gradients:
         upstream : torch.Tensor, optional
             [B], gradient of each sample's loss; by default 1.
         """
-        logits, rows, cells, tile = made
+        logits, rows, cells, tile = computed
         gradient, factor = self.of_logits(
-            cells, tile, logits.detach(), normaliser, blank, emission, upstream
+            cells, tile, logits.detach(), lse, blank, emission, upstream
         )
         self.linear.factor = factor
         # Those that the linear layers have added up are unused here.
@@ -461,9 +470,9 @@ class Gradients:
             gradient,
             allow_unused=True,
         )
-        places = tile.enc_row, tile.pred_row
+        indices = tile.enc_row, tile.pred_row
         for total, value, row in zip(
-            self.sums, found, (*places, *[None] * len(self.weights))
+            self.sums, found, (*indices, *[None] * len(self.weights))
         ):
             if value is None:
                 continue
@@ -480,7 +489,7 @@ class Gradients:
         cells: Cells,
         tile: Tile,
         logits: torch.Tensor,
-        normaliser: torch.Tensor,
+        lse: torch.Tensor,
         blank: torch.Tensor,
         emission: torch.Tensor,
         upstream: torch.Tensor | None,
@@ -496,7 +505,7 @@ class Gradients:
             Some of them.
         logits : torch.Tensor
             [N, V].
-        normaliser : torch.Tensor
+        lse : torch.Tensor
             [N], as ``add`` takes it, and so are the next three.
         blank : torch.Tensor
             [N].
@@ -514,7 +523,7 @@ class Gradients:
         """
         return row_gradient(
             logits,
-            normaliser,
+            lse,
             tile.target,
             blank,
             emission,
@@ -527,19 +536,19 @@ class Gradients:
             overwrite,
         )
 
-    def compare_losses(self, nll: torch.Tensor, again: torch.Tensor) -> None:
+    def compare_losses(self, nll: torch.Tensor, replayed: torch.Tensor) -> None:
         """Whether a replay found the losses of forward, as ``add`` for rows.
 
         Arguments
         ---------
         nll : torch.Tensor
             [B], in forward.
-        again : torch.Tensor
+        replayed : torch.Tensor
             [B], in backward.
         """
         if not has_values(nll):
             return
-        relative = (again - nll).abs() / (1 + nll.abs())
+        relative = (replayed - nll).abs() / (1 + nll.abs())
         largest = relative.nan_to_num_(0, 0, 0).amax()
         self.deviation = self.deviation.maximum((1e3 * largest).float())
 
@@ -566,7 +575,7 @@ class Gradients:
         if scale is not None:
             for total in self.sums:
                 total *= scale.to(total.dtype)
-        return [total.to(x.dtype) for total, x in zip(self.sums, self.likes)]
+        return [total.to(x.dtype) for total, x in zip(self.sums, self.inputs)]
 
 
 def _describe_mismatch(_: int) -> str:

@@ -188,13 +188,13 @@ class TransducerJointLoss(nn.Module):
         """
         _check_inputs(enc, pred, targets, enc_lens, target_lens)
         targets = targets.long()
-        frames = count(enc_lens, enc.shape[1], "frames")
-        counts = count(target_lens, targets.shape[1], "targets")
+        logit_lengths = count(enc_lens, enc.shape[1], "frames")
+        target_lengths = count(target_lens, targets.shape[1], "targets")
         check = functools.partial(
             check_counts,
             (enc_lens, target_lens),
-            frames,
-            counts,
+            logit_lengths,
+            target_lengths,
             targets,
             self.blank_index,
         )
@@ -202,7 +202,13 @@ class TransducerJointLoss(nn.Module):
         check(vocabulary)
         if self.method == "batched":
             return self._batched(
-                enc, pred, targets, enc_lens, target_lens, frames, counts
+                enc,
+                pred,
+                targets,
+                enc_lens,
+                target_lens,
+                logit_lengths,
+                target_lengths,
             )
         check_modules(self.joint, self.classifier)
         next_forward()
@@ -212,8 +218,8 @@ class TransducerJointLoss(nn.Module):
             enc,
             pred,
             targets,
-            frames,
-            counts,
+            logit_lengths,
+            target_lengths,
             self.blank_index,
             self.clamp,
             _CheckOnce(check, vocabulary),
@@ -238,7 +244,7 @@ class TransducerJointLoss(nn.Module):
             *inputs,
         )
         _name_samples(nll)
-        return reduce(nll, frames, self.reduction)
+        return reduce(nll, logit_lengths, self.reduction)
 
     def _make_pass(
         self, cells: Cells
@@ -265,12 +271,12 @@ class TransducerJointLoss(nn.Module):
         targets: torch.Tensor,
         enc_lens: torch.Tensor,
         target_lens: torch.Tensor,
-        frames: torch.Tensor,
-        counts: torch.Tensor,
+        logit_lengths: torch.Tensor,
+        target_lengths: torch.Tensor,
     ) -> torch.Tensor:
         enc, pred = (
-            _finite_padding(enc, frames),
-            _finite_padding(pred, counts + 1),
+            _finite_padding(enc, logit_lengths),
+            _finite_padding(pred, target_lengths + 1),
         )
         logits = self.classifier(
             self.joint(enc.unsqueeze(2), pred.unsqueeze(1))
@@ -327,12 +333,12 @@ class _Loss(torch.autograd.Function):
         nll, ctx.passes = [], []
         with recorder.autocast(), unchanged(cells.logits, enc.device):
             for group in cells.groups(size):
-                run = make_pass(group, recorder)
-                nll.append(run.forward(gradients))
+                lattice_pass = make_pass(group, recorder)
+                nll.append(lattice_pass.forward(gradients))
                 if gradients is not None:
-                    run.backward(gradients)
+                    lattice_pass.backward(gradients)
                 if wanted:
-                    ctx.passes.append(run)
+                    ctx.passes.append(lattice_pass)
         ctx.names, ctx.gradients = names, gradients
         ctx.modules, ctx.fingerprint = cells.logits, fingerprint(cells.logits)
         ctx.save_for_backward(enc, pred, *weights)
@@ -354,8 +360,8 @@ class _Loss(torch.autograd.Function):
                 ctx.fingerprint, ctx.modules, "TransducerJointLoss"
             )
             gradients = Gradients(enc, pred, dict(zip(ctx.names, weights)))
-            for run in ctx.passes:
-                run.backward(gradients, upstream)
+            for lattice_pass in ctx.passes:
+                lattice_pass.backward(gradients, upstream)
         return *[None] * 6, *gradients.totals(scale)
 
 

@@ -41,8 +41,8 @@ class Lattice(NamedTuple):
 def forward_backward(
     blank: torch.Tensor,
     target: torch.Tensor,
-    frames: torch.Tensor,
-    targets: torch.Tensor,
+    logit_lengths: torch.Tensor,
+    target_lengths: torch.Tensor,
 ) -> Lattice:
     """Sums over all paths, and says how likely each transition is.
 
@@ -57,9 +57,9 @@ def forward_backward(
         [B, T, U+1], log-probabilities of blank; -inf is allowed.
     target : torch.Tensor
         [B, T, U], log-probabilities of target u+1 in cells (t, u).
-    frames : torch.Tensor
+    logit_lengths : torch.Tensor
         [B], number of frames of each sample, from 1 to T.
-    targets : torch.Tensor
+    target_lengths : torch.Tensor
         [B], number of targets of each sample, from 0 to U.
 
     Returns
@@ -85,38 +85,44 @@ def forward_backward(
         from sb_memeff.ops.triton import lattice
 
         return Lattice(
-            *lattice.forward_backward(blank, target, frames, targets)
+            *lattice.forward_backward(
+                blank, target, logit_lengths, target_lengths
+            )
         )
     dtype = blank.dtype
     batch, rows, columns = blank.shape
     blank, target = blank.double(), target.double()
-    frames, targets = (n.to(blank.device).long() for n in (frames, targets))
+    logit_lengths, target_lengths = (
+        n.to(blank.device).long() for n in (logit_lengths, target_lengths)
+    )
     sample = torch.arange(batch, device=blank.device)
     t = torch.arange(rows, device=blank.device)[:, None]
     u = torch.arange(columns, device=blank.device)
     # The last target has no successor: one more column of impossible scores.
     target = torch.nn.functional.pad(target, (0, 1), value=-torch.inf)
-    inside = (t < frames[:, None, None]) & (u <= targets[:, None, None])
+    inside = (t < logit_lengths[:, None, None]) & (
+        u <= target_lengths[:, None, None]
+    )
     blank = blank.masked_fill(~inside, -torch.inf)
-    has_next = inside & (u < targets[:, None, None])
+    has_next = inside & (u < target_lengths[:, None, None])
     target = target.masked_fill(~has_next, -torch.inf)
 
     # Beta is the alpha of the lattice walked from its end.
-    t_back = frames[:, None, None] - 1 - t
-    u_back = targets[:, None, None] - u
+    t_back = logit_lengths[:, None, None] - 1 - t
+    u_back = target_lengths[:, None, None] - u
     alpha, reverse = _alpha(
         torch.cat([blank, _take(blank, t_back - 1, u_back)]),
         torch.cat([target, _take(target, t_back, u_back - 1)]),
     ).chunk(2)
     beta = _take(reverse, t_back, u_back)
-    final = blank[sample, frames - 1, targets]
-    log_likelihood = alpha[sample, frames - 1, targets] + final
+    final = blank[sample, logit_lengths - 1, target_lengths]
+    log_likelihood = alpha[sample, logit_lengths - 1, target_lengths] + final
     beta = beta + final[:, None, None]
 
     # Where the paths end, nothing follows the blank.
     after_blank = torch.full_like(beta, -torch.inf)
     after_blank[:, :-1] = beta[:, 1:]
-    after_blank[sample, frames - 1, targets] = 0.0
+    after_blank[sample, logit_lengths - 1, target_lengths] = 0.0
     after_target = beta[:, :, 1:]
     # No path at all: 0, not NaN.
     scale = log_likelihood.masked_fill(log_likelihood.isneginf(), 0.0)
@@ -131,8 +137,8 @@ def forward_backward(
 def loss_and_occupancies(
     blank: torch.Tensor,
     target: torch.Tensor,
-    frames: torch.Tensor,
-    targets: torch.Tensor,
+    logit_lengths: torch.Tensor,
+    target_lengths: torch.Tensor,
     fastemit_lambda: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The loss of each sample, and what the gradients of its rows are made of.
@@ -143,9 +149,9 @@ def loss_and_occupancies(
         [B, T, U+1], log-probabilities of blank.
     target : torch.Tensor
         [B, T, U+1], of the target that follows; the last column is not used.
-    frames : torch.Tensor
+    logit_lengths : torch.Tensor
         [B].
-    targets : torch.Tensor
+    target_lengths : torch.Tensor
         [B].
     fastemit_lambda : float
         Loss and emissions are times 1 + lambda (arXiv 2010.11148).
@@ -164,7 +170,9 @@ def loss_and_occupancies(
     >>> emission
     tensor([0.5000, 0.0000, 0.5000, 0.0000])
     """
-    lattice = forward_backward(blank, target[..., :-1], frames, targets)
+    lattice = forward_backward(
+        blank, target[..., :-1], logit_lengths, target_lengths
+    )
     emission = torch.nn.functional.pad(lattice.target, (0, 1))
     boost = 1 + fastemit_lambda
     return (

@@ -17,7 +17,7 @@ from sb_memeff.nnet.transducer.batch import (
     count,
     reduce,
 )
-from sb_memeff.nnet.transducer.cells import cells_inside, following
+from sb_memeff.nnet.transducer.cells import cells_inside, next_targets
 from sb_memeff.nnet.transducer.lattice import loss_and_occupancies
 from sb_memeff.nnet.transducer.rows import row_gradient, row_scores, wide_dtype
 
@@ -97,13 +97,13 @@ def transducer_loss(
     """
     check_settings(reduction, fastemit_lambda, clamp)
     _check_shapes(logits, targets, input_lens, target_lens)
-    frames = count(input_lens, logits.shape[1], "frames")
+    logit_lengths = count(input_lens, logits.shape[1], "frames")
     targets = targets.long()
-    counts = count(target_lens, targets.shape[1], "targets")
+    target_lengths = count(target_lens, targets.shape[1], "targets")
     check_counts(
         (input_lens, target_lens),
-        frames,
-        counts,
+        logit_lengths,
+        target_lengths,
         targets,
         blank_index,
         logits.shape[3],
@@ -111,14 +111,14 @@ def transducer_loss(
     nll = _TransducerLoss.apply(
         logits,
         targets,
-        frames,
-        counts,
+        logit_lengths,
+        target_lengths,
         blank_index,
         fastemit_lambda,
         clamp,
         overwrite_logits,
     )
-    return reduce(nll, frames, reduction)
+    return reduce(nll, logit_lengths, reduction)
 
 
 def _check_shapes(
@@ -153,33 +153,33 @@ class _TransducerLoss(torch.autograd.Function):
         ctx: Any,
         logits: torch.Tensor,
         targets: torch.Tensor,
-        frames: torch.Tensor,
-        counts: torch.Tensor,
+        logit_lengths: torch.Tensor,
+        target_lengths: torch.Tensor,
         blank_index: int,
         fastemit_lambda: float,
         clamp: float | None,
         overwrite_logits: bool,
     ) -> torch.Tensor:
         batch, rows, columns, vocabulary = logits.shape
-        cells = cells_inside(frames, counts, rows, columns)
-        symbols = following(targets, counts)
+        cells = cells_inside(logit_lengths, target_lengths, rows, columns)
+        symbols = next_targets(targets, target_lengths)
         planes = logits.new_zeros(
             3, batch * rows * columns, dtype=wide_dtype(logits.dtype)
         )
-        for some in _chunks(cells, vocabulary):
-            sample, t, u = _locate(some, rows, columns)
-            planes[:, some] = row_scores(
+        for chunk in _chunks(cells, vocabulary):
+            sample, t, u = _locate(chunk, rows, columns)
+            planes[:, chunk] = row_scores(
                 logits[sample, t, u], symbols[sample, u], blank_index
             )
-        normaliser, blank, target = planes.view(3, batch, rows, columns)
+        lse, blank, target = planes.view(3, batch, rows, columns)
         nll, blank, emission = loss_and_occupancies(
-            blank, target, frames, counts, fastemit_lambda
+            blank, target, logit_lengths, target_lengths, fastemit_lambda
         )
         ctx.blank_index, ctx.clamp = blank_index, clamp
         ctx.overwrite_logits = overwrite_logits
         ctx.save_for_backward(
             logits,
-            normaliser.flatten(),
+            lse.flatten(),
             cells,
             symbols,
             blank,
@@ -193,7 +193,7 @@ class _TransducerLoss(torch.autograd.Function):
     def backward(
         ctx: Any, upstream: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
-        logits, normaliser, cells, symbols, blank, emission = ctx.saved_tensors
+        logits, lse, cells, symbols, blank, emission = ctx.saved_tensors
         logits = logits.detach()
         _, rows, columns, vocabulary = logits.shape
         # Elements of other strides may share memory.
@@ -206,14 +206,14 @@ class _TransducerLoss(torch.autograd.Function):
             gradient.masked_fill_(~inside[..., None], 0)
         else:
             gradient = logits.new_zeros(logits.shape)
-        for some in _chunks(cells, vocabulary):
-            sample, t, u = _locate(some, rows, columns)
+        for chunk in _chunks(cells, vocabulary):
+            sample, t, u = _locate(chunk, rows, columns)
             found, _ = row_gradient(
                 logits[sample, t, u],
-                normaliser[some],
+                lse[chunk],
                 symbols[sample, u],
-                blank[some],
-                emission[some],
+                blank[chunk],
+                emission[chunk],
                 ctx.blank_index,
                 clamp=ctx.clamp,
                 weight=upstream[sample],

@@ -14,8 +14,8 @@ from sb_memeff.nnet.replay.recorder import Recorder, Recording
 from sb_memeff.nnet.transducer.cells import (
     CellLogits,
     Cells,
+    ComputedLogits,
     Gradients,
-    MadeLogits,
     Tile,
 )
 from sb_memeff.nnet.transducer.lattice import loss_and_occupancies
@@ -81,8 +81,8 @@ class TiledPass:
         self._score(flat)
         nll, blank, emission = loss_and_occupancies(
             *planes[1:],
-            frames=cells.frames,
-            targets=cells.counts,
+            logit_lengths=cells.logit_lengths,
+            target_lengths=cells.target_lengths,
             fastemit_lambda=self.fastemit_lambda,
         )
         self.planes, self.nll = (flat[0].clone(), blank, emission), nll
@@ -90,19 +90,19 @@ class TiledPass:
 
     def _score(self, flat: torch.Tensor) -> None:
         """Fills in the flat planes of normalisers, blanks and targets."""
-        cells, again = self.cells, bool(self.recordings)
-        for number, some in enumerate(self._split(cells.places())):
-            tile = cells.tile(some)
-            if again:
+        cells, replayed = self.cells, bool(self.recordings)
+        for number, chunk in enumerate(self._split(cells.indices())):
+            tile = cells.tile(chunk)
+            if replayed:
                 recording = self.recordings[number]
                 with self.recorder.replay(cells.logits, recording):
-                    logits = cells.run(tile)
+                    logits = cells.compute_logits(tile)
             else:
                 logits, recording = self.recorder.record(
-                    _Call(cells.logits), cells.run, tile
+                    _Call(cells.logits), cells.compute_logits, tile
                 )
                 self.recordings.append(recording)
-            flat[:, some] = cells.scores(tile, logits)
+            flat[:, chunk] = cells.scores(tile, logits)
             del logits
 
     def backward(
@@ -124,22 +124,22 @@ class TiledPass:
             with torch.no_grad():
                 gradients.compare_losses(nll, self.forward())
         planes, self.planes = cast(Planes, self.planes), None
-        places = cells.places()
+        indices = cells.indices()
         _, blank, emission = planes
         # Not "occupancy >= floor": NaN must come out.
-        visited = ~((blank + emission)[places] < self.occupancy_floor)
+        visited = ~((blank + emission)[indices] < self.occupancy_floor)
         if not has_values(visited):
             # Memory is analysed, and there are no occupancies: all cells.
-            visited = torch.ones_like(places, dtype=torch.bool)
+            visited = torch.ones_like(indices, dtype=torch.bool)
         if upstream is not None:
-            visited &= (upstream != 0)[cells.sample_of(places)]
-        self._propagate(gradients, planes, places, visited, upstream)
+            visited &= (upstream != 0)[cells.sample_of(indices)]
+        self._propagate(gradients, planes, indices, visited, upstream)
 
     def _propagate(
         self,
         gradients: Gradients,
         planes: Planes,
-        places: torch.Tensor,
+        indices: torch.Tensor,
         visited: torch.Tensor,
         upstream: torch.Tensor | None,
     ) -> None:
@@ -147,31 +147,33 @@ class TiledPass:
         cells = self.cells
         if any(r.random_states for r in self.recordings):
             # Dropout: the same rows as in forward have the same masks.
-            tiles, seen = self._split(places), self._split(visited)
+            tiles, masks = self._split(indices), self._split(visited)
             recordings = self.recordings
         else:
-            tiles = [x for x in self._split(places[visited]) if len(x)]
-            seen = [None] * len(tiles)
+            tiles = [x for x in self._split(indices[visited]) if len(x)]
+            masks = [None] * len(tiles)
             recordings = self.recordings[:1] * len(tiles)
-        for some, mask, recording in zip(tiles, seen, recordings):
+        for chunk, mask, recording in zip(tiles, masks, recordings):
             if mask is not None and not mask.any():
                 continue
             with self.recorder.replay(cells.logits, recording):
-                made = gradients.run(cells, cells.tile(some), mask)
-            of_cells = [plane[some] for plane in planes]
+                computed = gradients.compute_logits(
+                    cells, cells.tile(chunk), mask
+                )
+            of_cells = [plane[chunk] for plane in planes]
             if mask is not None:
                 # Softmax and posteriors 0: what is left out may be NaN.
                 of_cells = [
                     torch.where(mask, x, other)
                     for x, other in zip(of_cells, (torch.inf, 0.0, 0.0))
                 ]
-            gradients.add(made, *of_cells, upstream)
-            del made
+            gradients.add(computed, *of_cells, upstream)
+            del computed
 
-    def _split(self, places: torch.Tensor) -> Sequence[torch.Tensor]:
-        tiles = places.split(self.max_rows)
+    def _split(self, indices: torch.Tensor) -> Sequence[torch.Tensor]:
+        tiles = indices.split(self.max_rows)
         # Where memory is analysed two tell all: each takes the same.
-        return tiles if has_values(places) else tiles[:2]
+        return tiles if has_values(indices) else tiles[:2]
 
 
 class WholePass:
@@ -194,24 +196,27 @@ class WholePass:
         self.cells, self.recorder = cells, recorder
         self.recording: Recording | None = None
         # What Gradients.add takes.
-        self.made: (
-            tuple[MadeLogits, torch.Tensor, torch.Tensor, torch.Tensor] | None
+        self.computed: (
+            tuple[ComputedLogits, torch.Tensor, torch.Tensor, torch.Tensor]
+            | None
         ) = None
         self.nll: torch.Tensor | None = None
 
     def forward(self, gradients: Gradients | None = None) -> torch.Tensor:
         """The loss of the sample; arguments as TiledPass's."""
         cells = self.cells
-        call, tile = _Call(cells.logits), cells.tile(cells.places())
+        call, tile = _Call(cells.logits), cells.tile(cells.indices())
         if gradients is None:
-            logits, self.recording = self.recorder.record(call, cells.run, tile)
+            logits, self.recording = self.recorder.record(
+                call, cells.compute_logits, tile
+            )
             self.nll = self._lattice(tile, logits)[0]
             return self.nll
-        made, self.recording = self.recorder.record(
-            call, gradients.run, cells, tile
+        computed, self.recording = self.recorder.record(
+            call, gradients.compute_logits, cells, tile
         )
-        nll, normaliser, blank, emission = self._lattice(tile, made[0])
-        self.nll, self.made = nll, (made, normaliser, blank, emission)
+        nll, lse, blank, emission = self._lattice(tile, computed[0])
+        self.nll, self.computed = nll, (computed, lse, blank, emission)
         return self.nll
 
     def backward(
@@ -221,31 +226,31 @@ class WholePass:
         cells = self.cells
         if upstream is not None and upstream[cells.samples.start] == 0:
             return
-        made, self.made = self.made, None
-        if made is None:
-            tile = cells.tile(cells.places())
+        computed, self.computed = self.computed, None
+        if computed is None:
+            tile = cells.tile(cells.indices())
             with self.recorder.replay(
                 cells.logits, cast("Recording", self.recording)
             ):
-                again = gradients.run(cells, tile)
-            nll, normaliser, blank, emission = self._lattice(tile, again[0])
+                replayed = gradients.compute_logits(cells, tile)
+            nll, lse, blank, emission = self._lattice(tile, replayed[0])
             gradients.compare_losses(cast(torch.Tensor, self.nll), nll)
-            made = again, normaliser, blank, emission
-        gradients.add(*made, upstream)
+            computed = replayed, lse, blank, emission
+        gradients.add(*computed, upstream)
 
     def _lattice(
         self, tile: Tile, logits: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         cells = self.cells
-        normaliser, *scores = cells.scores(tile, logits.detach())
-        shape = 1, int(cells.frames), int(cells.counts) + 1
+        lse, *scores = cells.scores(tile, logits.detach())
+        shape = 1, int(cells.logit_lengths), int(cells.target_lengths) + 1
         nll, blank, emission = loss_and_occupancies(
             *(s.view(shape) for s in scores),
-            frames=cells.frames,
-            targets=cells.counts,
+            logit_lengths=cells.logit_lengths,
+            target_lengths=cells.target_lengths,
             fastemit_lambda=self.fastemit_lambda,
         )
-        return nll, normaliser, blank, emission
+        return nll, lse, blank, emission
 
 
 class _Call(nn.Module):

@@ -70,15 +70,15 @@ def row_scores(
 
         return logit_rows.row_scores(logits, target, blank_index)
     logits = logits.to(wide_dtype(logits.dtype))
-    normaliser = logits.logsumexp(1)
-    blank = logits[:, blank_index] - normaliser
+    lse = logits.logsumexp(1)
+    blank = logits[:, blank_index] - lse
     picked = logits.gather(1, target[:, None]).squeeze(1)
-    return torch.stack([normaliser, blank, picked - normaliser])
+    return torch.stack([lse, blank, picked - lse])
 
 
 def row_gradient(
     logits: torch.Tensor,
-    normaliser: torch.Tensor,
+    lse: torch.Tensor,
     target: torch.Tensor,
     blank: torch.Tensor,
     emission: torch.Tensor,
@@ -95,7 +95,7 @@ def row_gradient(
     ---------
     logits : torch.Tensor
         [N, V].
-    normaliser : torch.Tensor
+    lse : torch.Tensor
         [N], as row_scores returned it.
     target : torch.Tensor
         [N], as for row_scores.
@@ -131,8 +131,8 @@ def row_gradient(
     -------
     >>> logits = torch.zeros(1, 4)
     >>> target, half = torch.tensor([2]), torch.tensor([0.5])
-    >>> normaliser, *_ = row_scores(logits, target, 0)
-    >>> row_gradient(logits, normaliser, target, half, half, 0)[0]
+    >>> lse, *_ = row_scores(logits, target, 0)
+    >>> row_gradient(logits, lse, target, half, half, 0)[0]
     tensor([[-0.2500,  0.2500, -0.2500,  0.2500]])
     """
     dtype = logits.dtype
@@ -142,10 +142,10 @@ def row_gradient(
         from sb_memeff.ops.triton import logit_rows
 
         if deviation is None:
-            deviation = normaliser.new_zeros(1)
+            deviation = lse.new_zeros(1)
         return logit_rows.row_gradient(
             logits,
-            normaliser,
+            lse,
             target,
             blank,
             emission,
@@ -158,7 +158,7 @@ def row_gradient(
             overwrite,
         )
     logits = logits.to(wide_dtype(dtype))
-    gradient = (logits - normaliser[:, None]).exp_()
+    gradient = (logits - lse[:, None]).exp_()
     gradient *= (blank + emission)[:, None]
     gradient[:, blank_index] -= blank
     gradient.scatter_add_(1, target[:, None], -emission[:, None])

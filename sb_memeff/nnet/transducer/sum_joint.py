@@ -132,7 +132,7 @@ class SumJoint:
         joined = join(
             cells.enc[samples],
             cells.pred[samples],
-            tile.places,
+            tile.indices,
             self.activation,
             self.slope,
             self.dtype,
@@ -147,7 +147,7 @@ class SumJoint:
         tile: Tile,
         positions: torch.Tensor,
         start: int,
-        made: tuple[torch.Tensor, torch.Tensor],
+        computed: tuple[torch.Tensor, torch.Tensor],
         narrow: Narrow,
         factor: torch.Tensor | None,
     ) -> None:
@@ -165,7 +165,7 @@ class SumJoint:
             As ``sb_memeff.ops.triton.joint.add_input_gradients`` takes them.
         start : int
             As there.
-        made : tuple of torch.Tensor
+        computed : tuple of torch.Tensor
             The joined rows, and the gradient of the logits.
         narrow : tuple
             As ``narrow`` returned it.
@@ -174,7 +174,7 @@ class SumJoint:
         """
         from sb_memeff.ops.triton.joint import add_input_gradients
 
-        joined, gradient = made
+        joined, gradient = computed
         gradients.linear.factor = factor
         with torch.autocast(joined.device.type, enabled=False):
             for_joined = gradient @ narrow[0]
@@ -195,7 +195,7 @@ class SumJoint:
             for_joined,
             positions,
             start,
-            tile.places,
+            tile.indices,
             cells.enc[samples],
             cells.pred[samples],
             gradients.sums[0][samples],
@@ -225,30 +225,30 @@ class SumJointPass(TiledPass):
 
     def _score(self, flat: torch.Tensor) -> None:
         cells, narrow = self.cells, self.joint.narrow()
-        whole = cells.tile(cells.places())
+        whole = cells.tile(cells.indices())
         found = []
         for tile in whole.split(self.max_rows):
             _, logits = self.joint.logits(cells, tile, narrow)
             found.append(cells.scores(tile, logits))
             del logits
-        flat[:, whole.places] = torch.cat(found, 1)
+        flat[:, whole.indices] = torch.cat(found, 1)
 
     def _propagate(
         self,
         gradients: Gradients,
         planes: Planes,
-        places: torch.Tensor,
+        indices: torch.Tensor,
         visited: torch.Tensor,
         upstream: torch.Tensor | None,
     ) -> None:
         cells, narrow = self.cells, self.joint.narrow()
-        whole = cells.tile(places[visited])
-        count = len(whole.places)
+        whole = cells.tile(indices[visited])
+        count = len(whole.indices)
         positions = torch.full_like(planes[0], -1, dtype=torch.int32)
-        positions[whole.places] = torch.arange(
+        positions[whole.indices] = torch.arange(
             count, dtype=torch.int32, device=positions.device
         )
-        packed = [plane[whole.places].split(self.max_rows) for plane in planes]
+        packed = [plane[whole.indices].split(self.max_rows) for plane in planes]
         tiles = whole.split(self.max_rows) if count else []
         for number, (tile, *scores) in enumerate(zip(tiles, *packed)):
             joined, logits = self.joint.logits(cells, tile, narrow)

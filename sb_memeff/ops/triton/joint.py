@@ -226,7 +226,7 @@ def _add_rows(
 def join(
     enc: torch.Tensor,
     pred: torch.Tensor,
-    places: torch.Tensor,
+    indices: torch.Tensor,
     activation: str,
     slope: float,
     dtype: torch.dtype,
@@ -239,7 +239,7 @@ def join(
         [B, T, H], any strides.
     pred : torch.Tensor
         [B, U+1, H], of that dtype.
-    places : torch.Tensor
+    indices : torch.Tensor
         [N], int64, contiguous: the cells.
     activation : str
         One of ACTIVATIONS.
@@ -254,15 +254,15 @@ def join(
         [N, H].
     """
     features = enc.shape[2]
-    joined = enc.new_empty(len(places), features, dtype=dtype)
-    grid = triton.cdiv(len(places), CELLS), triton.cdiv(features, FEATURES)
+    joined = enc.new_empty(len(indices), features, dtype=dtype)
+    grid = triton.cdiv(len(indices), CELLS), triton.cdiv(features, FEATURES)
     with on_device_of(enc):
         _join[grid](
             enc,
             pred,
-            places,
+            indices,
             joined,
-            len(places),
+            len(indices),
             features,
             enc.shape[1],
             pred.shape[1],
@@ -280,7 +280,7 @@ def add_input_gradients(
     gradient: torch.Tensor,
     positions: torch.Tensor,
     start: int,
-    places: torch.Tensor,
+    indices: torch.Tensor,
     enc: torch.Tensor,
     pred: torch.Tensor,
     enc_total: torch.Tensor,
@@ -302,7 +302,7 @@ def add_input_gradients(
         numbers of other tiles or -1 elsewhere.
     start : int
         See there.
-    places : torch.Tensor
+    indices : torch.Tensor
         [N], int64, ascending: the cells.
     enc : torch.Tensor
         [B, T, H], any strides.
@@ -330,14 +330,14 @@ def add_input_gradients(
             _add_rows[(len(own) * own.shape[1], triton.cdiv(features, WIDTH))](
                 gradient,
                 positions,
-                places,
+                indices,
                 own,
                 other,
                 total,
                 # A pointer that is not read may be any.
                 gradient if factor is None else factor,
                 start,
-                len(places),
+                len(indices),
                 features,
                 rows,
                 columns,

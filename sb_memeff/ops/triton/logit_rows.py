@@ -45,19 +45,19 @@ def _scores(
         total += tl.sum(tl.exp(z - shift), 0)
         largest = new
     shift = tl.where(tl.abs(largest) == float("inf"), 0.0, largest)
-    normaliser = shift + tl.log(total)
+    lse = shift + tl.log(total)
     blank = tl.load(start + BLANK).to(tl.float32)
     symbol = tl.load(target_ptr + row)
     target = tl.load(start + symbol).to(tl.float32)
-    tl.store(scores_ptr + row, normaliser)
-    tl.store(scores_ptr + rows + row, blank - normaliser)
-    tl.store(scores_ptr + 2 * rows + row, target - normaliser)
+    tl.store(scores_ptr + row, lse)
+    tl.store(scores_ptr + rows + row, blank - lse)
+    tl.store(scores_ptr + 2 * rows + row, target - lse)
 
 
 @triton.jit
 def _gradient(
     logits_ptr,
-    normaliser_ptr,
+    lse_ptr,
     target_ptr,
     blank_ptr,
     emission_ptr,
@@ -78,7 +78,7 @@ def _gradient(
 ):
     row = tl.program_id(0).to(tl.int64)
     start = row * vocabulary
-    normaliser = tl.load(normaliser_ptr + row)
+    lse = tl.load(lse_ptr + row)
     blank = tl.load(blank_ptr + row)
     emission = tl.load(emission_ptr + row)
     symbol = tl.load(target_ptr + row)
@@ -93,7 +93,7 @@ def _gradient(
         v = first + tl.arange(0, BLOCK)
         inside = v < vocabulary
         z = tl.load(logits_ptr + start + v, mask=inside, other=-float("inf"))
-        g = tl.exp(z.to(tl.float32) - normaliser) * (blank + emission)
+        g = tl.exp(z.to(tl.float32) - lse) * (blank + emission)
         g = tl.where(inside, g, 0.0)
         g = g - tl.where(v == BLANK, blank, 0.0)
         g = g - tl.where(v == symbol, emission, 0.0)
@@ -141,7 +141,7 @@ def row_scores(
 
 def row_gradient(
     logits: torch.Tensor,
-    normaliser: torch.Tensor,
+    lse: torch.Tensor,
     target: torch.Tensor,
     blank: torch.Tensor,
     emission: torch.Tensor,
@@ -155,8 +155,8 @@ def row_gradient(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """See ``sb_memeff.nnet.transducer.rows.row_gradient``."""
     logits = logits.contiguous()
-    normaliser, target, blank, emission = (
-        x.contiguous() for x in (normaliser, target, blank, emission)
+    lse, target, blank, emission = (
+        x.contiguous() for x in (lse, target, blank, emission)
     )
     if weight is not None:
         weight = weight.to(torch.float32).contiguous()
@@ -171,12 +171,12 @@ def row_gradient(
         # A pointer that is not read may be any.
         _gradient[(rows,)](
             logits,
-            normaliser,
+            lse,
             target,
             blank,
             emission,
-            normaliser if weight is None else weight,
-            normaliser if scale is None else scale,
+            lse if weight is None else weight,
+            lse if scale is None else scale,
             gradient,
             deviation,
             deviation if largest is None else largest,

@@ -11,7 +11,7 @@ from sb_memeff.analysis.profile import (
 )
 from sb_memeff.analysis.recipe import read_recipe
 from sb_memeff.memory.leftovers import no_leftovers
-from sb_memeff.memory.step import StorageTracker
+from sb_memeff.memory.tracker import StorageTracker
 from tests.unittests.allocator import allocator_peak, assert_near_allocator
 from tests.unittests.analysis.brains import (
     Batch,

@@ -9,11 +9,12 @@ from sb_memeff.lobes.models.ResNet import ResNet
 from sb_memeff.lobes.models.RevECAPA_TDNN import RevECAPA_TDNN
 from sb_memeff.lobes.models.RevResNet import RevResNet
 from sb_memeff.memory.leftovers import no_leftovers
-from sb_memeff.memory.step import (
+from sb_memeff.memory.step import training_step_memory
+from sb_memeff.memory.tracker import (
     KINDS,
+    POINTS,
     ModuleTracker,
     StorageTracker,
-    training_step_memory,
 )
 from sb_memeff.nnet.transducer.joint_loss import TransducerJointLoss
 from sb_memeff.optim import SGD8bit
@@ -168,6 +169,139 @@ def test_8bit_states_are_counted_as_they_are():
     assert states(SGD8bit) == pytest.approx(1_000_000, rel=0.03)
 
 
+def totals(timeline):
+    """Bytes alive at all points of all phases."""
+    return [
+        sum(sizes)
+        for kinds in timeline.values()
+        for sizes in zip(*kinds.values(), strict=True)
+    ]
+
+
+def test_a_timeline_that_can_be_counted_by_hand():
+    memory = linear_step(
+        optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)
+    )
+    weight, activation = 4_000_000, 200_000
+    expected = {
+        "forward": {"activations": [0, activation]},
+        # The output's gradient comes, the weight's comes, the former goes;
+        # then the output, which the loss would be.
+        "backward": {
+            "gradients": [0, 0, weight, weight, weight],
+            "activations": [activation] * 4 + [0],
+            "temporaries": [0, activation, activation, 0, 0],
+        },
+        # Works in place.
+        "step": {"gradients": [weight]},
+    }
+    always = {
+        "parameters": weight,
+        "optimizer states": weight,
+        "inputs": activation,
+    }
+    assert list(memory.timeline) == list(expected)
+    for phase, some in expected.items():
+        count = len(next(iter(some.values())))
+        assert memory.timeline[phase] == {
+            kind: some.get(kind, [always.get(kind, 0)] * count)
+            for kind in KINDS
+        }
+    without = linear_step().timeline
+    assert list(without) == ["forward", "backward"]
+    assert not any(without["backward"]["optimizer states"])
+
+
+def test_a_timeline_holds_what_was_alive_at_each_time():
+    with StorageTracker() as tracker:
+        seen = [tracker.alive]
+
+        def note():
+            assert len(seen) == tracker.clock
+            seen.append(tracker.alive)
+
+        kept, before = torch.zeros(10), torch.zeros(20)
+        seen += [40, 120]
+        del before
+        note()
+        start = tracker.clock
+        across = torch.zeros(30)
+        note()
+        middle = tracker.clock
+        short = torch.zeros(40)
+        note()
+        del short
+        note()
+        del kept
+        note()
+        end = tracker.clock
+        late = torch.zeros(50)
+        tracker.label("activations", [("", across)])
+        del across, late
+    found = tracker.timeline({"forward": start, "backward": middle}, end)
+    assert seen[start:] == [40, 160, 320, 160, 120]
+    assert totals(found) == seen[start : middle + 1] + seen[middle:]
+    assert totals(tracker.timeline({"forward": start}, middle)) == [40, 160]
+    assert found["backward"]["activations"] == [120] * 4
+    assert found["backward"]["temporaries"] == [40, 200, 40, 0]
+
+
+class Ripples(nn.Module):
+    """Many tensors that live for a moment, one of them large."""
+
+    def forward(self, x):
+        with torch.no_grad():
+            for i in range(1000):
+                y = x + 1
+                if i == 701:
+                    y.repeat(500)
+        return x * 2
+
+
+def test_a_thinned_timeline_keeps_the_peak():
+    def build():
+        return nn.Sequential(nn.Linear(100, 100, bias=False), Ripples())
+
+    memory = training_step_memory(build, (100,))
+    points = totals(memory.timeline)
+    # More than 1000 births and as many deaths.
+    assert len(memory.timeline["forward"]["inputs"]) == POINTS
+    assert len(points) < 3 * POINTS < 500
+    assert max(points) == memory.peak_bytes
+    assert memory.peak_bytes > 40_000 + 500 * 400
+    # Where it was, and for a moment alone.
+    place = points.index(memory.peak_bytes)
+    assert place == pytest.approx(0.7 * POINTS, abs=3)
+    assert points.count(memory.peak_bytes) == 1
+
+
+class Hungry(torch.optim.SGD):
+    """Needs much for a moment in some of its steps."""
+
+    def __init__(self, parameters, when):
+        super().__init__(parameters, lr=0.1, momentum=0.9)
+        self.count, self.when = 0, when
+
+    def step(self):
+        """Counts."""
+        super().step()
+        self.count += 1
+        if self.count in self.when:
+            torch.zeros(10_000_000)
+
+
+@no_leftovers()  # once for all analyses
+@pytest.mark.parametrize("when", [{1}, {2}, {1, 2}])
+def test_the_timeline_is_of_the_step_with_the_peak(when):
+    memory = linear_step(optimizer=lambda p: Hungry(p, when))
+    assert memory.peak_phase == "step"
+    assert memory.peak_bytes == 3 * 4_000_000 + 200_000 + 40_000_000
+    assert max(totals(memory.timeline)) == memory.peak_bytes
+    # In the first, forward had no states yet; of equals it is the last.
+    states = memory.timeline["forward"]["optimizer states"]
+    assert set(states) == {4_000_000 if 2 in when else 0}
+
+
 def transducer():
     """A joint loss on random encodings, the way a step would call it."""
     loss = TransducerJointLoss(
@@ -206,17 +340,16 @@ NETWORKS = {
 
 
 def train(build, step, optimizer):
-    """As the analysis does: forward and backward, a step, both again."""
+    """As the analysis does: two steps."""
     net = build()
     x = None if callable(step) else torch.zeros(step)
     updater = optimizer(net.parameters())
-    for last in (False, True):
+    for _ in range(2):
         y = step(net) if callable(step) else net(x)
         y.backward(torch.ones_like(y))
         del y
-        if not last:
-            updater.step()
-            updater.zero_grad()
+        updater.step()
+        updater.zero_grad()
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -226,6 +359,7 @@ def test_the_analysis_agrees_with_the_allocator(name):
     real = allocator_peak(lambda: train(build, step, torch.optim.Adam))
     found = training_step_memory(build, step, torch.optim.Adam)
     assert found.peak_bytes == pytest.approx(real, rel=0.02)
+    assert max(totals(found.timeline)) == found.peak_bytes
 
 
 @pytest.mark.gpu

@@ -56,7 +56,7 @@ def test_gradient(monkeypatch, shape, dtype, options):
     fit = options.pop("fit_into_float16", False)
     clamp = options.get("clamp")
     exact_scores = rows.row_scores(logits.double(), target, 0)
-    normaliser = exact_scores[0].float()
+    lse = exact_scores[0].float()
     wide = (x.double() for x in (blank, emission))
     exact, _ = rows.row_gradient(
         logits.double(),
@@ -71,7 +71,7 @@ def test_gradient(monkeypatch, shape, dtype, options):
     poison(monkeypatch)
     found, undo = kernels.row_gradient(
         logits,
-        normaliser,
+        lse,
         target,
         blank,
         emission,
@@ -95,16 +95,16 @@ def test_gradient(monkeypatch, shape, dtype, options):
 
 def test_other_logits_are_noticed():
     logits, target, blank, emission = batch(5, 300, torch.float32)
-    normaliser = rows.row_scores(logits, target, 0)[0]
+    lse = rows.row_scores(logits, target, 0)[0]
     logits[3] += 0.01
     deviation = torch.zeros(1, device=DEVICE)
     kernels.row_gradient(
-        logits, normaliser, target, blank, emission, 0, deviation, 1e-3
+        logits, lse, target, blank, emission, 0, deviation, 1e-3
     )
     plain = torch.zeros(1, device=DEVICE)
     rows.row_gradient(
         logits.double(),
-        normaliser.double(),
+        lse.double(),
         target,
         blank.double(),
         emission.double(),
@@ -148,9 +148,9 @@ def test_any_strides(layout):
         strict=True,
     ):
         torch.testing.assert_close(a, b)
-    normaliser = rows.row_scores(logits, target, 0)[0]
+    lse = rows.row_scores(logits, target, 0)[0]
     blank = torch.stack([blank, blank], 1)[:, 0]
-    arguments = logits, normaliser, target, blank, emission, 0
+    arguments = logits, lse, target, blank, emission, 0
     deviation = torch.zeros(1, device=DEVICE)
     torch.testing.assert_close(
         kernels.row_gradient(*arguments, deviation, 1e-3)[0],
@@ -169,13 +169,13 @@ def test_no_rows():
 def test_nan_in_one_row_stays_there_in_float16():
     """The scale of a float16 tile is that of its finite rows."""
     logits, target, blank, emission = batch(3, 8, torch.float16)
-    normaliser = rows.row_scores(logits, target, 0)[0]
+    lse = rows.row_scores(logits, target, 0)[0]
     blank[1] = torch.nan
-    arguments = logits, normaliser, target, blank, emission, 0
+    arguments = logits, lse, target, blank, emission, 0
     found, undo = rows.row_gradient(*arguments, fit_into_float16=True)
     assert undo.isfinite() and found[1].isnan().all()
     assert found[[0, 2]].isfinite().all()
-    arguments = logits.double(), normaliser.double(), target
+    arguments = logits.double(), lse.double(), target
     exact, _ = rows.row_gradient(
         *arguments, blank.double(), emission.double(), 0
     )

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 from sb_memeff.nnet.recompute import recompute_blocks
@@ -14,6 +12,7 @@ from tests.unittests.nnet.speech_networks import (
     build,
     conformer,
 )
+from tests.unittests.two_processes import run_in_two_processes
 
 MODES = {
     "default": {},
@@ -58,11 +57,8 @@ def train(net, rank):
     return list(net.state_dict().values()), [p.grad for p in net.parameters()]
 
 
-def worker(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
-    )
+def states_and_gradients(rank):
+    """Of each case, recomputed and untouched."""
     found = {}
     for case, (network, blocks, options) in CASES.items():
         net, twin = network(), network()
@@ -71,15 +67,13 @@ def worker(rank, folder):
             train(DistributedDataParallel(module, **options), rank)
             for module in (net, twin)
         ]
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ddp")
-    mp.spawn(worker, args=(str(folder),), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return run_in_two_processes(states_and_gradients, folder)
 
 
 def assert_equal(ours, reference):

@@ -4,11 +4,10 @@ import copy
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.unittests.nnet.reversible.chains import chain, relative_error, stored
+from tests.unittests.two_processes import run_in_two_processes
 
 MODES = {
     "default": {},
@@ -26,11 +25,8 @@ def loss(net, rank):
     return net(inputs(rank)).square().mean()
 
 
-def worker(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
-    )
+def gradients_under_ddp(rank):
+    """Of each mode."""
     found = {}
     for mode, options in MODES.items():
         net = DistributedDataParallel(chain(3, dropout=0.0), **options)
@@ -39,15 +35,13 @@ def worker(rank, folder):
             net.zero_grad()
             loss(net, rank).backward()
         found[mode] = [p.grad for p in net.parameters()]
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ddp")
-    mp.spawn(worker, args=(str(folder),), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return run_in_two_processes(gradients_under_ddp, folder)
 
 
 @pytest.mark.parametrize("mode", MODES)

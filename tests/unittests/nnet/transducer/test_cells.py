@@ -31,7 +31,7 @@ def cells(dtype=torch.float32):
 
 def located_in(group):
     """Sample, rows and target of the cells of a run of samples."""
-    tile = group.tile(group.places())
+    tile = group.tile(group.indices())
     return torch.stack([tile.sample, tile.enc_row, tile.pred_row, tile.target])
 
 
@@ -46,9 +46,9 @@ def test_groups_hold_the_cells_of_the_batch(size):
     assert torch.equal(torch.cat(located, 1), expected)
     assert expected.shape[1] == (FRAMES * (COUNTS + 1)).sum()
     for group in groups:
-        places = group.places()
-        assert places.max() < group.shape[0] * group.shape[1] * group.shape[2]
-        sample = group.sample_of(places)
+        indices = group.indices()
+        assert indices.max() < group.shape[0] * group.shape[1] * group.shape[2]
+        sample = group.sample_of(indices)
         assert set(sample.tolist()) == set(group.samples)
 
 
@@ -57,11 +57,11 @@ def gradients(dtype, posterior):
     some = cells(dtype)
     weights = dict(some.logits.named_parameters())
     sums = Gradients(some.enc, some.pred, weights)
-    tile = some.tile(some.places())
-    made = sums.run(some, tile)
-    normaliser, *_ = some.scores(tile, made[0].detach())
-    blank = torch.full_like(normaliser, posterior)
-    sums.add(made, normaliser, blank, 0 * blank)
+    tile = some.tile(some.indices())
+    computed = sums.compute_logits(some, tile)
+    lse, *_ = some.scores(tile, computed[0].detach())
+    blank = torch.full_like(lse, posterior)
+    sums.add(computed, lse, blank, 0 * blank)
     return [total.double() for total in sums.sums]
 
 
@@ -88,10 +88,10 @@ def test_float16_weight_gradients_do_not_overflow():
     targets = torch.empty(1, 0, dtype=torch.long)
     some = Cells(logits, enc, pred, targets, frames, counts, 0)
     sums = Gradients(enc, pred, dict(logits.named_parameters()))
-    tile = some.tile(some.places())
-    made = sums.run(some, tile)
-    normaliser, *_ = some.scores(tile, made[0].detach())
-    sums.add(made, normaliser, torch.ones(3000), torch.zeros(3000))
+    tile = some.tile(some.indices())
+    computed = sums.compute_logits(some, tile)
+    lse, *_ = some.scores(tile, computed[0].detach())
+    sums.add(computed, lse, torch.ones(3000), torch.zeros(3000))
     weight, bias = sums.sums[2:]
     expected = 3000 * torch.tensor([-2 / 3, 1 / 3, 1 / 3])
     assert 40 * 2000 > torch.finfo(torch.float16).max

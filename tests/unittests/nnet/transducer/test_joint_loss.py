@@ -14,7 +14,7 @@ from speechbrain.nnet.transducer.transducer_joint import Transducer_joint
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sb_memeff.memory.step import StorageTracker
+from sb_memeff.memory.tracker import StorageTracker
 from sb_memeff.nnet.transducer.joint_loss import TransducerJointLoss
 from tests.unittests.two_processes import run_in_two_processes
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 import torchaudio
 
-from sb_memeff.memory.step import StorageTracker
+from sb_memeff.memory.tracker import StorageTracker
 from sb_memeff.nnet.transducer import logits_loss
 from sb_memeff.nnet.transducer.logits_loss import transducer_loss
 

@@ -13,9 +13,9 @@ from sb_memeff.nnet.transducer.rows import row_gradient, row_scores
 def deviation(logits, again):
     """Of the gradient of ``again``, with normalisers of ``logits``."""
     target = torch.zeros(len(logits), dtype=torch.long)
-    normaliser, *_ = row_scores(logits, target, 0)
+    lse, *_ = row_scores(logits, target, 0)
     half, found = torch.full((len(logits),), 0.5), torch.zeros(1)
-    row_gradient(again, normaliser, target, half, half, 0, found)
+    row_gradient(again, lse, target, half, half, 0, found)
     return found.item()
 
 

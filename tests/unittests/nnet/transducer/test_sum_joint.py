@@ -129,8 +129,8 @@ def test_float16_is_rounded_where_torch_rounds():
     from sb_memeff.ops.triton.joint import join
 
     enc, pred, *_ = batch(torch.float16)
-    places = torch.arange(B * T * (U + 1), device=DEVICE)
-    found = join(enc, pred, places, "leaky_relu", 0.2, torch.float16)
+    indices = torch.arange(B * T * (U + 1), device=DEVICE)
+    found = join(enc, pred, indices, "leaky_relu", 0.2, torch.float16)
     expected = nn.functional.leaky_relu(enc[:, :, None] + pred[:, None], 0.2)
     assert torch.equal(found, expected.flatten(0, 2))
 

@@ -1,0 +1,325 @@
+"""What is alive while code runs: storages by kind, module and phase.
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+import bisect
+import weakref
+from collections import Counter
+from collections.abc import Collection, Iterable
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from torch import nn
+from torch._ops import OpOverload
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["KINDS", "ModuleTracker", "StorageTracker", "Timeline"]
+
+# What memory is for, in the order of tables and pictures. "inputs" is the
+# batch; "activations" were made in forward and wait for backward; "recomputed"
+# ones were made by a module that backward ran once more; "temporaries" is all
+# else that lives for a moment, gradients of activations above all.
+KINDS = (
+    "parameters",
+    "buffers",
+    "gradients",
+    "optimizer states",
+    "inputs",
+    "activations",
+    "recomputed",
+    "temporaries",
+)
+# Phase to kind to bytes.
+Timeline = dict[str, dict[str, list[int]]]
+# Of a phase in a timeline; a picture shows no more.
+POINTS = 160
+
+
+class Block:
+    """A storage: its size, when it was alive, and where it was made.
+
+    Arguments
+    ---------
+    size : int
+        Bytes.
+    born : int
+        Time of allocation, counted in allocations and frees.
+    phase : str
+        "build", "forward", "backward" or "step".
+    module : str
+        Name of the module.
+    recomputed : bool
+        Made in backward by a module's forward.
+    """
+
+    __slots__ = ("size", "born", "died", "phase", "module", "kind")
+
+    def __init__(
+        self, size: int, born: int, phase: str, module: str, recomputed: bool
+    ):
+        self.size, self.born = size, born
+        self.died: int | None = None
+        self.phase, self.module = phase, module
+        self.kind = "recomputed" if recomputed else "temporaries"
+
+
+class StorageTracker(TorchDispatchMode):
+    """Adds up the storages that are alive, and remembers the most.
+
+    Every tensor that an operator takes or returns while the mode is on is
+    counted until its storage is freed; views and in-place results share a
+    storage and count once. What an operator uses inside itself (a convolution's
+    workspace) is not seen.
+
+    Arguments
+    ---------
+    but : iterable of torch.Tensor
+        Tensors that were there before and do not count, nor do their views.
+    modules : ModuleTracker, optional
+        Knows which module runs.
+
+    Example
+    -------
+    >>> with StorageTracker() as tracker:
+    ...     x = torch.zeros(1000)
+    ...     y = x + 1
+    ...     del x
+    >>> tracker.alive, tracker.peak
+    (4000, 8000)
+    """
+
+    def __init__(
+        self,
+        but: Iterable[torch.Tensor] = (),
+        modules: "ModuleTracker | None" = None,
+    ):
+        super().__init__()
+        self.alive = 0
+        self.phase = "build"
+        self.blocks: list[Block] = []
+        self.clock = 0
+        self._modules = modules
+        self._known: weakref.WeakKeyDictionary[
+            torch.UntypedStorage, Block | None
+        ] = weakref.WeakKeyDictionary((x.untyped_storage(), None) for x in but)
+        self.restart()
+
+    def restart(self) -> None:
+        """Forgets the peak so far."""
+        self.peak, self._peak_time = self.alive, self.clock
+        self.peak_phase, self.peak_module = self.phase, ""
+
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: Collection[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Runs the operator and counts what it takes and returns."""
+        result = func(*args, **(kwargs or {}))
+        tensors = [result]
+        if func is not torch.ops.aten.lift_fresh.default:
+            # What a cache holds was not made here.
+            tensors += [args, kwargs]
+        for leaf in tree_leaves(tensors):
+            if isinstance(leaf, torch.Tensor):
+                self._count(leaf.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if storage in self._known:
+            return
+        module, running = "", False
+        if self._modules is not None:
+            module, running = self._modules.current()
+        self.clock += 1
+        block = Block(
+            storage.nbytes(),
+            self.clock,
+            self.phase,
+            module,
+            running and self.phase == "backward",
+        )
+        self.blocks.append(block)
+        self._known[storage] = block
+        self.alive += block.size
+        if self.alive > self.peak:
+            self.peak, self._peak_time = self.alive, self.clock
+            self.peak_phase, self.peak_module = self.phase, module
+        weakref.finalize(storage, self._free, block)
+
+    def _free(self, block: Block) -> None:
+        self.clock += 1
+        block.died = self.clock
+        self.alive -= block.size
+
+    def label(self, kind: str, tensors: Iterable[tuple[str, object]]) -> None:
+        """Says what tensors are for.
+
+        Arguments
+        ---------
+        kind : str
+            One of KINDS.
+        tensors : iterable of tuple
+            (name of the module, tensor); what is not a tensor, or was there
+            before, is passed over.
+        """
+        for module, tensor in tensors:
+            block = None
+            if isinstance(tensor, torch.Tensor):
+                block = self._known.get(tensor.untyped_storage())
+            if block is not None:
+                block.kind, block.module = kind, module
+
+    def at_peak(self) -> Counter[tuple[str, str]]:
+        """Storages that were alive at the peak.
+
+        Returns
+        -------
+        collections.Counter
+            (module, kind) to bytes.
+        """
+        found = Counter()
+        for block in self.blocks:
+            if block.born <= self._peak_time and (
+                block.died is None or block.died > self._peak_time
+            ):
+                found[block.module, block.kind] += block.size
+        return found
+
+    def timeline(self, starts: dict[str, int], end: int) -> Timeline:
+        """What was alive during a step.
+
+        Ask when the kinds are known: a gradient is a temporary until backward
+        has given it to its parameter.
+
+        Arguments
+        ---------
+        starts : dict
+            Phase to the time of its start, in order.
+        end : int
+            Time of the last one's end.
+
+        Returns
+        -------
+        dict
+            Phase to kind to a list of bytes. Each point stands for an equal
+            part of the phase, counted in allocations and frees, and is the
+            moment of that part when most was alive.
+        """
+        times = [*starts.values(), end]
+        begin = times[0]
+        changes = {kind: [0] * (end - begin + 1) for kind in KINDS}
+        for block in self.blocks:
+            died = end + 1 if block.died is None else block.died
+            if block.born <= end and died > begin:
+                changes[block.kind][max(block.born - begin, 0)] += block.size
+                if died <= end:
+                    changes[block.kind][died - begin] -= block.size
+        alive = {kind: list(accumulate(x)) for kind, x in changes.items()}
+        totals = [sum(sizes) for sizes in zip(*alive.values(), strict=True)]
+        found = {}
+        for phase, (first, last) in zip(starts, pairwise(times), strict=True):
+            moments = range(first - begin, last - begin + 1)
+            count = min(POINTS, len(moments))
+            cuts = [len(moments) * i // count for i in range(count + 1)]
+            # Thinning must not hide a peak.
+            shown = [
+                max(moments[i:j], key=totals.__getitem__)
+                for i, j in pairwise(cuts)
+            ]
+            found[phase] = {
+                kind: [sizes[i] for i in shown] for kind, sizes in alive.items()
+            }
+        return found
+
+
+class ModuleTracker:
+    """Which module runs; in backward, whose forward is undone.
+
+    Nodes of the graph are numbered as they are made; the numbers tell in
+    backward which module made a node.
+
+    Example
+    -------
+    >>> net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())
+    >>> seen = []
+    >>> with ModuleTracker() as modules:
+    ...     modules.name(net)
+    ...     hook = net[1].register_forward_pre_hook(
+    ...         lambda *_: seen.append(modules.current())
+    ...     )
+    ...     y = net(torch.rand(1, 2))
+    >>> seen
+    [('1', True)]
+    """
+
+    def __init__(self):
+        self._names: weakref.WeakKeyDictionary[nn.Module, str] = (
+            weakref.WeakKeyDictionary()
+        )
+        self._stack: list[str] = []
+        self._numbers, self._makers = [0], [""]
+
+    def name(self, model: nn.Module) -> None:
+        """Learns the names of a model's modules.
+
+        Arguments
+        ---------
+        model : torch.nn.Module
+            The model.
+        """
+        self._names.update((m, name) for name, m in model.named_modules())
+
+    def __enter__(self) -> "ModuleTracker":
+        """Begins to follow."""
+        self._hooks = [
+            register_module_forward_pre_hook(self._enter),
+            register_module_forward_hook(self._leave, always_call=True),
+        ]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Ends."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def current(self) -> tuple[str, bool]:
+        """The module at work.
+
+        Returns
+        -------
+        tuple
+            Its name ("" for none that is known), and whether its forward is
+            running.
+        """
+        if self._stack:
+            return self._stack[-1], True
+        node = torch._C._current_autograd_node()
+        if node is None:
+            return "", False
+        number = node._sequence_nr()
+        place = bisect.bisect_right(self._numbers, number) - 1
+        return self._makers[place], False
+
+    def _enter(self, module: nn.Module, inputs: Any) -> None:
+        outer = self._stack[-1] if self._stack else ""
+        self._stack.append(self._names.get(module, outer))
+        self._mark()
+
+    def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self._stack.pop()
+        self._mark()
+
+    def _mark(self) -> None:
+        self._numbers.append(torch._C._autograd._get_sequence_nr())
+        self._makers.append(self._stack[-1] if self._stack else "")
