@@ -713,6 +713,16 @@ def test_a_loss_scale_that_is_too_large_is_halved(base, max_grad_norm):
         assert moved == pytest.approx(expected, rel=1e-3)
 
 
+@BOTH
+def test_without_an_optimizer_nothing_is_stepped(base):
+    made = type("Made", (Regression, base), {})(
+        {"net": network()}, run_opts={"device": "cpu"}
+    )
+    made.init_optimizers()
+    made.optimizers_step()
+    assert made.optimizer_step == 0
+
+
 def test_optimizers_can_be_frozen():
     made = brain()
     made.init_optimizers()

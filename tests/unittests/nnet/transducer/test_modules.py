@@ -83,6 +83,17 @@ class OverRows(nn.Module):
         return self.module(rows)[0].view_as(x)
 
 
+class Rows(nn.Module):
+    """A module of rows [N, H], on [..., H] too."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x):
+        return self.module(x.flatten(0, -2)).view_as(x)
+
+
 def with_statistics_switched_off():
     norm = nn.InstanceNorm2d(H, track_running_stats=True).eval()
     norm.track_running_stats = False
@@ -131,6 +142,23 @@ def test_batch_norm_of_the_classifier(options):
     with pytest.raises(ValueError, match=r"classifier\.0 \(BatchNorm1d\)"):
         call(loss)
     assert norm.num_batches_tracked == 0
+
+
+@every_method
+def test_group_norm_of_the_classifier(options):
+    """It treats each row by itself."""
+    found = []
+    for choice in (options, {"method": "batched"}):
+        torch.manual_seed(0)
+        layers = Rows(nn.GroupNorm(2, H)), nn.Linear(H, V)
+        loss = TransducerJointLoss(
+            Transducer_joint(), nn.Sequential(*layers), **choice
+        )
+        value, enc, _ = call(loss)
+        value.backward()
+        found.append((value, enc.grad, *(p.grad for p in loss.parameters())))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @every_method
@@ -278,6 +306,22 @@ def test_forward_computes_each_cell_once(options, opaque):
     call(loss)
     cells = 7 * 5 + 3 * 3 + 5 * 1
     assert rows == {"joint": cells, "classifier": cells}
+
+
+@pytest.mark.parametrize("opaque", [True, False])
+def test_targets_are_checked_once_for_each_size_that_is_known(
+    opaque, monkeypatch
+):
+    """Each time the host waits for the device."""
+    sizes = []
+    monkeypatch.setattr(
+        "sb_memeff.nnet.transducer.joint_loss.check_counts",
+        lambda *args: sizes.append(args[-1]),
+    )
+    layer = nn.Linear(H, V)
+    classifier = Opaque(layer) if opaque else layer
+    call(TransducerJointLoss(Transducer_joint(), classifier, max_rows=10))
+    assert sizes == ([None, V] if opaque else [V])
 
 
 @every_method
