@@ -562,18 +562,42 @@ def test_an_order_that_cannot_be_recovered_is_said(tmp_path, caplog):
 
 
 def test_sampler_of_a_loader_that_the_user_made():
-    """It is told the epoch too."""
+    """It is told the epoch too; a generator stays the user's."""
     made, data, seen = brain(), dataset(), [[]]
+    generator = torch.Generator()
     loader = DataLoader(
         data,
         sampler=ReproducibleRandomSampler(data),
         batch_size=4,
         collate_fn=sb.dataio.batch.PaddedBatch,
+        generator=generator,
     )
     made.on_fit_batch_start = lambda batch, _: seen[-1].extend(batch.id)
     made.on_stage_end = lambda *_: seen.append([])
     made.fit(range(1, 4), loader)
     assert seen[0] != seen[1] != seen[2] != seen[0]
+    assert loader.generator is generator
+
+
+def test_a_noise_that_is_found_twice_has_one_position(sounds, tmp_path):
+    """In a module and in a list of it, say; they may hold each other."""
+    noise = AddNoise(sounds)
+    net = nn.ModuleDict({"net": network(), "noise": noise})
+    net.steps = [noise, net]
+    made = MemEffBrain(
+        {"net": net},
+        hparams={"noise": noise},
+        run_opts={"device": "cpu"},
+        checkpointer=AtomicCheckpointer(tmp_path),
+    )
+    names = [n for n in made.checkpointer.recoverables if "noise" in n]
+    assert names == ["noise_position_0"]
+
+
+def test_noise_without_files_has_no_position(tmp_path):
+    net = nn.ModuleDict({"net": network(), "noise": AddNoise()})
+    made = brain(net=net, folder=tmp_path)
+    assert not any("noise" in n for n in made.checkpointer.recoverables)
 
 
 def test_validation_with_a_random_sampler_is_another_one_each_time():
@@ -850,6 +874,33 @@ def test_every_epoch_has_crops_of_its_own(looped):
     assert [ids for ids, _ in first] == [ids for ids, _ in second]
     different = [not torch.equal(a, b) for (_, a), (_, b) in zip(first, second)]
     assert sum(different) > 8
+
+
+def test_a_looped_loader_is_saved_without_its_order(tmp_path):
+    """Its epochs begin anywhere in one."""
+    made = brain(folder=tmp_path)
+    options = {"batch_size": 4, "shuffle": True}
+    made.make_dataloader(
+        dataset(), sb.Stage.TRAIN, looped_nominal_epoch=2, **options
+    )
+    assert "dataloader-TRAIN" in made.checkpointer.recoverables
+    assert not any("-sampler" in n for n in made.checkpointer.recoverables)
+    made.checkpointer.save_checkpoint()
+    made.make_dataloader(dataset(), sb.Stage.TRAIN, "other-", **options)
+    assert "other-TRAIN-sampler" in made.checkpointer.recoverables
+
+
+@pytest.mark.parametrize("stage", [sb.Stage.TRAIN, sb.Stage.VALID])
+def test_loaders_take_the_options_of_torchs(stage):
+    loader = brain().make_dataloader(
+        dataset(),
+        stage,
+        batch_size=4,
+        shuffle=True,
+        collate_fn=lambda items: [item["id"] for item in items],
+    )
+    ids = [i for batch in loader for i in batch]
+    assert sorted(ids) == sorted(dataset().data_ids) != ids
 
 
 def test_processes_have_crops_of_their_own(monkeypatch):

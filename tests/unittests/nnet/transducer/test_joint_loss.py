@@ -356,6 +356,9 @@ def test_sparse_backward_leaves_little_out():
 @every_method
 def test_sample_that_is_not_finite(options, kind, caplog):
     loss = TransducerJointLoss(*modules(kind), reduction="none", **options)
+    if kind == "dropout":
+        # Which changes nothing, but the exponential of a logit is infinite.
+        torch.nn.init.constant_(loss.classifier[-1].bias, 1000.0)
     enc, pred, targets = inputs()
     bad = enc.detach().clone()
     bad[2, 3] = torch.nan
