@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from sb_memeff.lobes.models.ResNet import ResNet
+from sb_memeff.lobes.models.ResNet import Bottleneck, ResNet
 
 # Millions of parameters, as WeSpeaker publishes them.
 PUBLISHED = {
@@ -50,6 +50,19 @@ def test_every_activation_is_the_one_asked_for(block):
         type(m) for m in net.modules() if "activation" in type(m).__module__
     ]
     assert kinds == [nn.GELU] * (1 + 7)
+
+
+def test_padded_frames_of_a_block_without_a_stride():
+    """The masks of input and output are the same then."""
+    torch.manual_seed(0)
+    block, x = Bottleneck(8, 2), torch.randn(2, 8, 10, 4)
+    padding = (torch.arange(10) >= torch.tensor([[10], [6]]))[:, None, :, None]
+    x.masked_fill_(padding, 0.0)
+    found = block(x, padding)
+    torch.testing.assert_close(found, block(x, padding, padding))
+    assert not found.masked_select(padding).any()
+    alone = block.eval()(x[1:, :, :6])
+    torch.testing.assert_close(block(x, padding)[1:, :, :6], alone)
 
 
 @pytest.mark.parametrize("block", ["basic", "bottleneck"])

@@ -7,7 +7,7 @@ import ecapa
 import pytest
 import torch
 from hyperpyyaml import load_hyperpyyaml
-from speechbrain.lobes.models.ECAPA_TDNN import ECAPA_TDNN
+from speechbrain.lobes.models.ECAPA_TDNN import ECAPA_TDNN, SEBlock
 
 from sb_memeff.lobes.models.RevECAPA_TDNN import RevECAPA_TDNN
 from sb_memeff.memory.leftovers import no_leftovers
@@ -79,14 +79,15 @@ def test_arguments_are_speechbrains():
     assert ours[: len(theirs)] == theirs
 
 
-def test_what_lies_behind_the_blocks_is_named_as_in_speechbrains():
+@pytest.mark.parametrize("options", [{}, {"global_context": False}])
+def test_what_lies_behind_the_blocks_is_named_as_in_speechbrains(options):
     theirs, ours = (
         {
             key: value.shape
             for key, value in net.state_dict().items()
             if not key.startswith(("blocks.", "trunk."))
         }
-        for net in (ECAPA_TDNN(**SMALL), small())
+        for net in (ECAPA_TDNN(**SMALL, **options), small(**options))
     )
     assert ours == theirs
 
@@ -116,23 +117,43 @@ def test_each_block_has_the_kernel_and_dilation_of_speechbrains():
         assert ours == theirs
 
 
-def test_dropout_is_where_speechbrain_has_it():
-    def rates(module):
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"dropout": 0.3},
+        {"activation": torch.nn.GELU},
+        {"groups": [1, 2, 1, 4, 1]},
+        {"se_channels": 6},
+    ],
+    ids=lambda option: [*option][0],
+)
+def test_an_option_acts_where_speechbrains_does(option):
+    def parts(module):
+        """What the parts are, but for the channels of the streams."""
         return {
-            name: part.p
+            name: (type(part), vars(part).get("p"), vars(part).get("groups"))
             for name, part in module.named_modules()
-            if isinstance(part, torch.nn.Dropout1d)
+        } | {
+            name: part.conv1.conv.out_channels
+            for name, part in module.named_modules()
+            if isinstance(part, SEBlock)
         }
 
-    theirs, ours = ECAPA_TDNN(**SMALL, dropout=0.3), small(dropout=0.3)
-    assert 0.3 in rates(theirs.mfa).values()
+    options = {**SMALL, **option}
+    theirs, ours = ECAPA_TDNN(**options), small(**option)
+    usual = ECAPA_TDNN(**SMALL)
+    assert parts(theirs.blocks) != parts(usual.blocks)
     stem, *others = ours.trunk.blocks
-    assert rates(stem.block) == rates(theirs.blocks[0])
+    assert parts(stem.block) == parts(theirs.blocks[0])
     couplings = [b for b in others if isinstance(b, AdditiveCoupling)]
     for coupling, block in zip(couplings, theirs.blocks[1:], strict=True):
-        assert rates(coupling.f) == rates(coupling.g) == rates(block)
+        found = [
+            {k: v for k, v in parts(x).items() if k}
+            for x in (coupling.f, coupling.g, block)
+        ]
+        assert found[0] == found[1] == found[2]
     for name in ("mfa", "asp", "asp_bn", "fc"):
-        assert rates(getattr(ours, name)) == rates(getattr(theirs, name))
+        assert parts(getattr(ours, name)) == parts(getattr(theirs, name))
 
 
 @pytest.mark.parametrize("blocks", [3, 12])

@@ -360,6 +360,19 @@ def test_statistics_are_counted_once(name):
     assert counts and all(count == 1 for count in counts)
 
 
+@pytest.mark.parametrize("name", [n for n in NETWORKS if "ECAPA" not in n])
+def test_every_activation_is_the_one_asked_for(name):
+    net = NETWORKS[name](activation=nn.GELU)
+    kinds = {type(m) for m in net.modules()}
+    assert {k for k in kinds if "activation" in k.__module__} == {nn.GELU}
+
+
+@pytest.mark.parametrize("name", SAVING)
+def test_save_memory_is_an_argument(name):
+    assert not NETWORKS[name](save_memory=False).save_memory
+    assert NETWORKS[name]().save_memory
+
+
 @pytest.mark.parametrize("name", SAVING)
 def test_save_memory_is_one_switch_that_changes_no_number(name):
     """Gradients of the features too, and from features that need none."""
