@@ -156,6 +156,15 @@ def test_an_option_acts_where_speechbrains_does(option):
         assert parts(getattr(ours, name)) == parts(getattr(theirs, name))
 
 
+@pytest.mark.parametrize("first", [16, 24])
+def test_the_stem_leaves_padded_frames_zero(first):
+    """Else the batch norms behind it would count the bias of its shortcut."""
+    stem = small(channels=[first, 16, 16, 16, 140]).trunk.blocks[0]
+    padding = (torch.arange(9) >= torch.tensor([[9], [4]]))[:, None]
+    y = stem(torch.randn(2, 9, SMALL["input_size"]), padding)
+    assert not y.masked_select(padding).any() and y[1, :, 3].all()
+
+
 @pytest.mark.parametrize("blocks", [3, 12])
 @pytest.mark.parametrize("channels", [64, 512, 1024])
 def test_as_many_parameters_as_speechbrains(channels, blocks):

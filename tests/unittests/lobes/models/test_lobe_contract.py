@@ -374,6 +374,21 @@ def test_save_memory_is_an_argument(name):
 
 
 @pytest.mark.parametrize("name", SAVING)
+def test_without_save_memory_nothing_is_computed_twice(name):
+    for save_memory in (False, True):
+        net, calls = small(name), []
+        net.save_memory = save_memory
+        for module in net.modules():
+            if isinstance(module, (nn.Conv1d, nn.Conv2d)):
+                module.register_forward_hook(lambda *_: calls.append(1))  # noqa: B023
+        x, lengths = batch(torch.float32)
+        y = net(x, lengths)
+        in_forward = len(calls)
+        y.sum().backward()
+        assert (len(calls) > in_forward) == save_memory
+
+
+@pytest.mark.parametrize("name", SAVING)
 def test_save_memory_is_one_switch_that_changes_no_number(name):
     """Gradients of the features too, and from features that need none."""
     for needs in (True, False):
