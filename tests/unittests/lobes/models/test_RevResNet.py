@@ -55,6 +55,21 @@ def test_other_strides(strides, downsampling):
     torch.testing.assert_close(net(feats, lengths)[1:2], alone)
 
 
+@pytest.mark.parametrize("block, share", [("basic", 1), ("bottleneck", 4)])
+def test_inner_channels_are_a_share_of_those_of_a_stream(block, share):
+    shapes = []
+    channels = [16, 16, 32, 64]
+    for options in (
+        {},
+        {"inner_channels": [c // 2 // share for c in channels]},
+    ):
+        net = RevResNet(
+            channels=channels, block_sizes=[2, 1, 1, 1], block=block, **options
+        )
+        shapes.append({k: v.shape for k, v in net.state_dict().items()})
+    assert shapes[0] == shapes[1]
+
+
 def test_a_transition_leaves_padded_frames_zero():
     """Else the batch norms behind it would count what its own norms add."""
     torch.manual_seed(0)
