@@ -165,9 +165,13 @@ def refuse_nested(
     names = [name for segment in segments for name, _ in segment]
     for outer in names:
         for inner in names:
-            if inner.startswith(f"{outer}."):
+            # The network itself is named "".
+            if inner.startswith(f"{outer}." if outer else "") and (
+                inner != outer
+            ):
                 raise ValueError(
-                    f"recompute_blocks: {inner} lies inside {outer}; that "
+                    f"recompute_blocks: {inner} lies inside "
+                    f"{outer or 'the network itself'}; that "
                     f"goes with every=1 and segment_length=1 only, not with "
                     f"{option}. Call recompute_blocks once for each."
                 )
