@@ -95,8 +95,8 @@ def attentive_statistics_pooling(
     h, x = _over_channels(
         partial(function, **known), "sum", save_memory, x, (), weights
     )
-    if conv.bias is not None:
-        h = h + conv.bias.to(h.dtype).unsqueeze(1)
+    # TDNNBlock and the attention have biases, whatever their arguments.
+    h = h + conv.bias.to(h.dtype).unsqueeze(1)
     a = pooling.tanh(tdnn.dropout(tdnn.norm(tdnn.activation(h))))
     # All slices add to its gradient, in its precision.
     a = a.to(torch.promote_types(a.dtype, torch.float32))
@@ -147,7 +147,7 @@ def _attend(
     x: torch.Tensor,
     a: torch.Tensor,
     v: torch.Tensor,
-    c: torch.Tensor | None,
+    c: torch.Tensor,
     mask: torch.Tensor,
     eps: float,
 ) -> torch.Tensor:

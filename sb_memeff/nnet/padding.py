@@ -113,7 +113,6 @@ def _symbolic(tensor: torch.Tensor) -> bool:
         not has_values(tensor)
         or torch.jit.is_tracing()
         or torch.compiler.is_compiling()
-        or torch.compiler.is_exporting()
     )
 
 

@@ -28,11 +28,11 @@ class _Adam8bit(Optimizer8bit):
         return list(self.states[: 4 if group["amsgrad"] else 3])
 
     def _settings_from_bitsandbytes(self, group: Group) -> Group:
-        # AdEMAMix has a third beta; its alpha is 0 in the other classes.
-        if len(group["betas"]) != 2 or group.get("alpha"):
+        # AdEMAMix has a third one.
+        if len(group["betas"]) != 2:
             raise self._other_kind(
-                f"has betas={group['betas']} and alpha={group.get('alpha')}, "
-                "while bitsandbytes' Adam8bit saves two betas and alpha=0"
+                f"has betas={group['betas']}, while bitsandbytes' Adam8bit "
+                "saves two"
             )
         names = ("lr", "betas", "eps", "weight_decay", "params")
         return {name: group[name] for name in names}

@@ -633,19 +633,20 @@ def groups_of(norm):
     return parameters
 
 
+@pytest.mark.parametrize("norm", [5.0, 0.5])
 @BOTH
-def test_clipping_covers_all_groups(base):
+def test_clipping_covers_all_groups(base, norm):
     """optimizers_step can go when Brain clips the second group too."""
-    made = brain(base, max_grad_norm=5.0)
+    made = brain(base, max_grad_norm=norm)
     parameters = groups_of(100.0)
     made.optimizer = torch.optim.SGD([{"params": [p]} for p in parameters], 1.0)
     made.optimizers_dict = {"opt_class": made.optimizer}
     made.optimizers_step()
     steps = torch.stack([p.detach() for p in parameters])
     if base is MemEffBrain:
-        assert steps.norm().item() == pytest.approx(5.0, rel=1e-3)
+        assert steps.norm().item() == pytest.approx(norm, rel=1e-3)
     else:
-        assert steps[0].norm() < 5.01 and steps[1].norm() == 200.0
+        assert steps[0].norm() < 1.01 * norm and steps[1].norm() == 200.0
     assert made.optimizer_step == 1
     assert all(p.grad is None for p in parameters)
 
@@ -686,6 +687,40 @@ def test_one_gradient_that_is_not_finite(base, caplog):
         assert "gradient of net.0.bias is not finite" in caplog.text
     else:
         assert not any(changed)
+
+
+@pytest.mark.parametrize("max_grad_norm", [-1.0, 5.0])
+@BOTH
+def test_a_loss_scale_that_is_too_large_is_halved(base, max_grad_norm):
+    """Its step is left out; gradients are clipped without their scale."""
+    if base is sb.Brain and max_grad_norm < 0:
+        pytest.skip("would go uphill")
+    made = brain(base, max_grad_norm=max_grad_norm, skip_nonfinite_grads=True)
+    made.scaler = torch.GradScaler("cpu", init_scale=4.0)
+    parameters = groups_of(0.0)
+    made.optimizer = torch.optim.SGD(parameters, 1.0)
+    made.optimizers_dict = {"opt_class": made.optimizer}
+    for slopes, scale in (((torch.inf, 100), 2.0), ((100, 100), 2.0)):
+        before = torch.stack([p.detach().clone() for p in parameters])
+        loss = sum(s * p.sum() for s, p in zip(slopes, parameters))
+        made.scaler.scale(loss).backward()
+        made.optimizers_step()
+        assert made.scaler.get_scale() == scale
+        moved = (torch.stack([*parameters]) - before).norm().item()
+        expected = max_grad_norm if max_grad_norm > 0 else 100 * 8**0.5
+        if torch.inf in slopes:
+            expected = 0
+        assert moved == pytest.approx(expected, rel=1e-3)
+
+
+@BOTH
+def test_without_an_optimizer_nothing_is_stepped(base):
+    made = type("Made", (Regression, base), {})(
+        {"net": network()}, run_opts={"device": "cpu"}
+    )
+    made.init_optimizers()
+    made.optimizers_step()
+    assert made.optimizer_step == 0
 
 
 def test_optimizers_can_be_frozen():

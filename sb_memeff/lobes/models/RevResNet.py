@@ -645,15 +645,15 @@ class RevResNet(ReversibleNetwork):
     ========= ==== ============ ===================== ================= =======
     preset    type block_sizes  channels              inside            params
     ========= ==== ============ ===================== ================= =======
-    RevNet34  I    2, 2, 3, 2   64, 128, 256, 384     32, 64, 128, 192   6.63 M
+    RevNet34  I    2, 2, 3, 2   64, 128, 256, 384     32, 64, 128, 192   6.64 M
     RevNet34  II   2, 2, 3, 2   32, 128, 512, 2048    32, 64, 80, 32     6.76 M
     RevNet101 I    2, 2, 11, 2  128, 256, 1024, 1024  32, 64, 128, 256  15.71 M
     RevNet101 II   2, 2, 11, 2  64, 256, 1024, 4096   32, 64, 128, 128  16.22 M
     RevNet152 I    2, 4, 18, 2  as RevNet101 I        as RevNet101 I    19.85 M
     RevNet152 II   2, 4, 18, 2  as RevNet101 II       as RevNet101 II   20.35 M
-    RevNet221 I    3, 8, 24, 2  as RevNet101 I        as RevNet101 I    23.66 M
+    RevNet221 I    3, 8, 24, 2  as RevNet101 I        as RevNet101 I    23.67 M
     RevNet221 II   3, 8, 24, 2  as RevNet101 II       as RevNet101 II   24.17 M
-    RevNet293 I    5, 10, 32, 2 as RevNet101 I        as RevNet101 I    28.41 M
+    RevNet293 I    5, 10, 32, 2 as RevNet101 I        as RevNet101 I    28.42 M
     RevNet293 II   5, 10, 32, 2 as RevNet101 II       as RevNet101 II   28.91 M
     ========= ==== ============ ===================== ================= =======
 

@@ -398,7 +398,9 @@ class Gradients:
         # explain.
         self.deviation = enc.new_zeros(1, dtype=torch.float32)
 
-    def compute_logits(self, cells: Cells, tile: Tile) -> ComputedLogits:
+    def compute_logits(
+        self, cells: Cells, tile: Tile, wanted: torch.Tensor | None = None
+    ) -> ComputedLogits:
         """Logits of some cells, to be given to ``add``.
 
         Arguments
@@ -407,13 +409,21 @@ class Gradients:
             Of the run of samples.
         tile : Tile
             Some of them.
+        wanted : torch.Tensor, optional
+            [N]; of the others the rows are taken to be 0, so that nothing
+            that is not finite comes out of them.
 
         Returns
         -------
         tuple
             What ``add`` takes; the logits first.
         """
-        rows = tuple(x.requires_grad_() for x in cells.inputs(tile))
+        rows = cells.inputs(tile)
+        if wanted is not None:
+            for x in rows:
+                x.masked_fill_(~wanted[:, None], 0)
+        for x in rows:
+            x.requires_grad_()
         with torch.enable_grad(), self._linear_layers(rows[0]):
             logits = functional_call(cells.logits, self.weights, rows)
         return logits, rows, cells, tile

@@ -145,7 +145,6 @@ class TiledPass:
     ) -> None:
         """Adds the gradients of the cells that are visited."""
         cells = self.cells
-        lse, blank, emission = planes
         if any(r.random_states for r in self.recordings):
             # Dropout: the same rows as in forward have the same masks.
             tiles, masks = self._split(indices), self._split(visited)
@@ -158,14 +157,17 @@ class TiledPass:
             if mask is not None and not mask.any():
                 continue
             with self.recorder.replay(cells.logits, recording):
-                computed = gradients.compute_logits(cells, cells.tile(chunk))
-            chunk_blank, chunk_emission = blank[chunk], emission[chunk]
+                computed = gradients.compute_logits(
+                    cells, cells.tile(chunk), mask
+                )
+            of_cells = [plane[chunk] for plane in planes]
             if mask is not None:
-                chunk_blank = torch.where(mask, chunk_blank, 0)
-                chunk_emission = torch.where(mask, chunk_emission, 0)
-            gradients.add(
-                computed, lse[chunk], chunk_blank, chunk_emission, upstream
-            )
+                # Softmax and posteriors 0: what is left out may be NaN.
+                of_cells = [
+                    torch.where(mask, x, other)
+                    for x, other in zip(of_cells, (torch.inf, 0.0, 0.0))
+                ]
+            gradients.add(computed, *of_cells, upstream)
             del computed
 
     def _split(self, indices: torch.Tensor) -> Sequence[torch.Tensor]:

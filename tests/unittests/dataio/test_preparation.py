@@ -27,13 +27,15 @@ def test_csv_with_commas(tmp_path):
 
 
 def test_prepared_until_something_changes(tmp_path):
-    file = tmp_path / "deep" / "x.csv"
+    file, other = (tmp_path / "deep" / name for name in ("x.csv", "y.csv"))
 
     def prepared(**options):
-        return Prepared(tmp_path / "deep" / "options.json", options, [file])
+        files = [other, file]
+        return Prepared(tmp_path / "deep" / "options.json", options, files)
 
     with prepared(seed=1):
         file.write_text("x")
+        other.write_text("y")
     assert prepared(seed=1).done()
     assert not prepared(seed=2).done()
     with pytest.raises(KeyError), prepared(seed=1):

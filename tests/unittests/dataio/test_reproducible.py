@@ -92,6 +92,8 @@ def test_batches_are_numbered_like_their_items():
     batches = NumberedSampler(BatchSampler(indices, 2, drop_last=False))
     assert len(batches) == 3
     assert [pair for batch in batches for pair in batch] == flat
+    tuples = NumberedSampler([(3, 1), (2, 0), (3,)])
+    assert list(tuples) == list(batches)
 
 
 def test_attributes_are_those_of_the_dataset():

@@ -128,6 +128,13 @@ def test_fake_lengths_are_not_looked_at():
         assert padding_masks(lengths, x, [1])[0].shape == (5000, 1, 9, 1)
 
 
+def test_a_compiler_does_not_look_at_them():
+    lengths, x = torch.tensor([1.0, 0.6]), torch.zeros(2, 9, 4)
+    compiled = torch.compile(padding_masks, fullgraph=True, backend="eager")
+    found, expected = (f(lengths, x, [1, 2]) for f in (compiled, padding_masks))
+    assert all(map(torch.equal, found, expected))
+
+
 def test_masks_in_place():
     x = torch.tensor([[1.0, math.nan, math.inf]])
     padding = torch.tensor([[False, True, True]])

@@ -16,6 +16,19 @@ def test_mean_and_standard_deviation():
     torch.testing.assert_close(y, expected)
 
 
+@pytest.mark.parametrize("length", [None, 5])
+def test_the_usual_eps_costs_no_digit_of_float32(length):
+    x = torch.randn(2, 3, 7, 4, dtype=torch.float64)
+    padding = None
+    if length is not None:
+        padding = (
+            (torch.arange(7) >= length).view(1, 1, 7, 1).expand(2, 1, 7, 1)
+        )
+    std = TemporalStatisticsPooling()(x.clone(), padding)[:, 12:]
+    expected = x[:, :, :length].std(dim=2, correction=0).flatten(1)
+    torch.testing.assert_close(std, expected, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("filling", [9.0, math.nan, math.inf])
 def test_padded_frames_do_not_count(filling):
     x = torch.randn(1, 3, 5, 4)

@@ -136,6 +136,50 @@ def test_as_the_plain_step(switch, cls, settings, make):
         assert differ.max() <= 1 and differ.sum() <= 0.005 * a.codes.numel()
 
 
+@pytest.mark.parametrize("cls, settings", CASES)
+def test_settings_that_are_changed_are_those_of_the_plain_step(
+    switch, cls, settings
+):
+    """A scheduler changes those of a group; the class's stay as they were."""
+    found = []
+    for fused in (True, False):
+        params = parameters()
+        options = {"lr": 0.02, "weight_decay": 0.3}
+        if cls is SGD8bit:
+            options["momentum"] = 0.7
+        optimizer = made(cls, params, options)
+        switch(False)
+        step(optimizer, 0)
+        optimizer.param_groups[0].update({"weight_decay": 0.0, **settings})
+        step(optimizer, 1)
+        before = [p.detach().clone() for p in params]
+        switch(fused)
+        step(optimizer, 2)
+        found.append([p - q for p, q in zip(params, before)])
+    for p, q in zip(*found):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)
+
+
+def test_each_device_has_a_launch_of_its_own(switch):
+    switch(True)
+    here = parameters([(64, 80), (8, 80)])
+    (there,) = (torch.nn.Parameter(p.detach().to("meta")) for p in here[:1])
+    params = [here[0], there, here[1]]
+    optimizer = made(SGD8bit, params, MOMENTUM[SGD8bit])
+    for p in params:
+        p.grad = torch.zeros_like(p)
+        codes = torch.zeros_like(p, dtype=torch.uint8)
+        maxima = torch.zeros(len(codes.view(-1)[::256]), device=p.device)
+        state = {"momentum_buffer": Quantized8bit(codes, maxima)}
+        optimizer.state[p] = state
+    fused, *others = optimizer._split(optimizer.param_groups[0], params)
+    assert [[id(p) for p in some] for some in fused] == [
+        [id(p) for p in here],
+        [id(there)],
+    ]
+    assert others == [[], []]
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("cls, settings", CASES)

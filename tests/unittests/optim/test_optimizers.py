@@ -320,6 +320,21 @@ def assert_same_saved(saved, other):
         assert torch.equal(x, y) if torch.is_tensor(x) else x == y
 
 
+def test_settings_of_every_group_are_named(caplog):
+    weights = [nn.Parameter(torch.ones(2)) for _ in range(2)]
+
+    def optimizer(*rates):
+        return Adam8bit(
+            {"params": [w], "weight_decay": r} for w, r in zip(weights, rates)
+        )
+
+    with caplog.at_level(logging.WARNING, "sb_memeff.optim"):
+        optimizer(0.1, 0.2).load_state_dict(optimizer(0.1, 0.3).state_dict())
+    (record,) = caplog.records
+    message = record.getMessage()
+    assert "group 1 are used: weight_decay=0.3 (given: 0.2)" in message
+
+
 def refused(optimizer, saved, message):
     before = copy.deepcopy(optimizer.state_dict())
     with pytest.raises(ValueError, match=message):
@@ -417,6 +432,39 @@ def test_momentum_of_bitsandbytes_checkpoint_wins():
     assert group["nesterov"] and "betas" not in group
 
 
+@pytest.mark.parametrize(
+    "bnb, ours, settings",
+    [
+        (
+            bitsandbytes.optim.SGD8bit,
+            SGD8bit,
+            {"lr": 0.01, "momentum": 0.8, "weight_decay": 0.02},
+        ),
+        *(
+            (
+                getattr(bitsandbytes.optim, ours.__name__),
+                ours,
+                {
+                    "lr": 0.01,
+                    "betas": (0.8, 0.95),
+                    "eps": 1e-5,
+                    "weight_decay": 0.02,
+                },
+            )
+            for ours in (Adam8bit, AdamW8bit)
+        ),
+    ],
+)
+def test_all_settings_of_bitsandbytes_checkpoint_win(bnb, ours, settings):
+    net = network()
+    given = {"momentum": 0.9} if ours is SGD8bit else {}
+    resumed = ours(net.parameters(), lr=0.5, **given)
+    saved = bnb(net.parameters(), **settings).state_dict()
+    resumed.load_state_dict(through_a_file(saved))
+    (group,) = resumed.param_groups
+    assert {name: group[name] for name in settings} == settings
+
+
 OWN = {
     "momentum_0": (SGD8bit, {"momentum": 0.0, "nesterov": False}),
     "other_momentum": (SGD8bit, {"momentum": 0.5}),
@@ -511,13 +559,14 @@ def test_training_does_not_change_what_was_saved_or_loaded(kind):
         o.param_groups[0]["lr"].fill_(0.5)
         train(n, o, 3)
     assert_same_saved(saved, before)
-    # Nor does the user change an optimizer with what it has loaded.
+    # Nor does the user change an optimizer with what it has loaded or saved.
     resumed.load_state_dict(saved)
     before = copy.deepcopy(resumed.state_dict())
-    for leaf in tree_flatten(saved)[0]:
-        if torch.is_tensor(leaf):
-            leaf.zero_()
-    assert_same_saved(resumed.state_dict(), before)
+    for some in (saved, resumed.state_dict()):
+        for leaf in tree_flatten(some)[0]:
+            if torch.is_tensor(leaf):
+                leaf.zero_()
+        assert_same_saved(resumed.state_dict(), before)
 
 
 def types_of(states):
@@ -641,9 +690,35 @@ def test_checkpoint_of_another_network():
     net = nn.Sequential(*(nn.Linear(70, 70) for _ in range(4)))
     with pytest.raises(ValueError, match=r"parameter 0 has the shape \(32, 4"):
         SGD8bit(net.parameters()).load_state_dict(optimizer.state_dict())
+    a, b = (nn.Parameter(torch.ones(shape)) for shape in ((2, 3), (3, 2)))
+    a.grad = torch.ones_like(a)
+    other = Adam8bit([a])
+    other.step()
+    refused(Adam8bit([b]), other.state_dict(), r"\(2, 3\), the.*\(3, 2\)")
     net = nn.Linear(70, 70)
     with pytest.raises(ValueError, match="size of optimizer's group"):
         SGD8bit(net.parameters()).load_state_dict(optimizer.state_dict())
+    # As many parameters in as many groups, otherwise distributed.
+    a, b, c = (nn.Parameter(torch.ones(n)) for n in (1, 2, 3))
+    split = [[{"params": [a]}, {"params": [b, c]}]]
+    split.append([{"params": [a, b]}, {"params": [c]}])
+    ours, theirs = (Adam8bit(groups) for groups in split)
+    for p in (a, b, c):
+        p.grad = torch.ones_like(p)
+    theirs.step()
+    refused(ours, theirs.state_dict(), "size of optimizer's group")
+
+
+@every_class
+def test_states_that_belong_to_no_parameter_are_kept(kind):
+    """As torch's class keeps them."""
+    for some in (kind, TWINS[kind]):
+        net, optimizer = trained(some, **CLASSES[kind])
+        saved = optimizer.state_dict()
+        saved["state"]["note"] = {"count": 3}
+        resumed = some(net.parameters(), **CLASSES[kind])
+        resumed.load_state_dict(through_a_file(saved))
+        assert resumed.state_dict()["state"]["note"] == {"count": 3}
 
 
 # Faults of bitsandbytes 0.50.2, one test each. What is expected of its classes
@@ -752,6 +827,35 @@ def test_8bit_checkpoint_of_bitsandbytes(bnb, ours):
     train(net, optimizer, 3)
     train(other, resumed, 3)
     assert distance(other, net, start) < 0.05
+
+
+@pytest.mark.parametrize(
+    "bnb, ours, names",
+    [
+        (bitsandbytes.optim.AdamW8bit, AdamW8bit, ["exp_avg", "exp_avg_sq"]),
+        (bitsandbytes.optim.SGD8bit, SGD8bit, ["momentum_buffer"]),
+    ],
+)
+def test_8bit_states_of_bitsandbytes_lose_nothing(bnb, ours, names):
+    """Though a block's maximum may be negative, which has no code."""
+    options = {"momentum": 0.9} if ours is SGD8bit else {}
+    net, optimizer = trained(bnb, lr=0.01, **options)
+    resumed = ours(net.parameters(), **options)
+    resumed.load_state_dict(through_a_file(optimizer.state_dict()))
+    compared = 0
+    for p, state in zip(
+        net.parameters(), resumed.state_dict()["state"].values(), strict=True
+    ):
+        theirs = optimizer.state[p]
+        for number, name in enumerate(names, 1):
+            exact = theirs[f"state{number}"]
+            if exact.dtype == torch.uint8:
+                maxima = theirs[f"absmax{number}"].repeat_interleave(BLOCK)
+                values = theirs[f"qmap{number}"][exact.flatten().long()]
+                exact = (values * maxima[: len(values)]).view(p.shape)
+                compared += 1
+            assert torch.equal(state[name], exact)
+    assert compared == 2 * len(names)
 
 
 def test_channels_last_stays():
@@ -870,13 +974,35 @@ def test_layout_that_changes_between_two_steps(kind, fused, channels):
     odd = nn.Parameter(torch.randn(channels, 8, 3, 3))
     plain = nn.Parameter(odd.detach().clone())
     ours = [kind([p], **CLASSES[kind], fused=fused) for p in (odd, plain)]
-    for _ in range(3):
+    for layout in (torch.contiguous_format, torch.channels_last) * 2:
+        odd.data = odd.data.to(memory_format=layout)
         odd.grad = torch.randn_like(odd)
         plain.grad = odd.grad.contiguous()
         for optimizer in ours:
             optimizer.step()
         assert torch.equal(odd, plain)
-        odd.data = odd.data.to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("shape", [(8, 16), (64, 80)], ids=["32bit", "8bit"])
+@pytest.mark.parametrize("fused", [None, True])
+@every_class
+def test_precision_that_changes_between_two_steps(kind, fused, shape):
+    """module.double() and back, with states of float32."""
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(shape))
+    optimizer = kind([weight], **CLASSES[kind], fused=fused)
+    for dtype in (torch.float32, torch.float64, torch.float32):
+        weight.data, weight.grad = weight.data.to(dtype), None
+        exact = nn.Parameter(weight.detach().double())
+        twin = TWINS[kind]([exact], **CLASSES[kind])
+        twin.load_state_dict(optimizer.state_dict())
+        weight.grad = torch.randn(shape, dtype=dtype)
+        exact.grad = weight.grad.double()
+        optimizer.step()
+        twin.step()
+        assert weight.dtype == dtype
+        eps = 8 * torch.finfo(dtype).eps
+        torch.testing.assert_close(weight.double(), exact, rtol=eps, atol=eps)
 
 
 def test_expanded_parameter():
@@ -947,6 +1073,25 @@ def test_small_tensors_and_embeddings_keep_32_bits():
     assert isinstance(state["momentum_buffer"], Quantized8bit)
 
 
+def test_min_8bit_size_of_a_group():
+    weights = [nn.Parameter(torch.ones(40)) for _ in range(3)]
+    sizes = ({"min_8bit_size": 41}, {"min_8bit_size": 40}, {})
+    optimizer = SGD8bit(
+        ({"params": [w], **size} for w, size in zip(weights, sizes)),
+        lr=0.1,
+        momentum=0.9,
+        min_8bit_size=10,
+    )
+    for w in weights:
+        w.grad = torch.ones(40)
+    optimizer.step()
+    packed = [
+        isinstance(optimizer.state[w]["momentum_buffer"], Quantized8bit)
+        for w in weights
+    ]
+    assert packed == [False, True, True]
+
+
 def test_min_8bit_size():
     net, optimizer = trained(Adam8bit, min_8bit_size=1 << 30)
     other, _ = trained(torch.optim.Adam, **CLASSES[Adam8bit])
@@ -984,6 +1129,28 @@ def test_other_precisions(dtype):
     tolerance = 0.02 if dtype == torch.bfloat16 else 0.005
     assert torch.allclose(weight.double(), exact, atol=tolerance, rtol=0.02)
     Adam8bit([weight]).load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@every_class
+def test_small_updates_of_a_state_in_half_precision_are_not_lost(kind, dtype):
+    """States of 32 bits are float32 whatever the parameter is."""
+    weight = nn.Parameter(torch.zeros(8, dtype=dtype))
+    exact = nn.Parameter(torch.zeros(8, dtype=torch.float64))
+    options = {"momentum": 0.999} if kind is SGD8bit else {}
+    optimizer = kind([weight], lr=1e-4, **options)
+    twin = TWINS[kind]([exact], lr=1e-4, **options)
+    for step in range(50):
+        for p in (weight, exact):
+            p.grad = torch.full_like(p, 1.0 if step == 0 else 2**-10)
+        optimizer.step()
+        twin.step()
+    for name in optimizer.signed:
+        if name in twin.state[exact]:
+            value = optimizer.state[weight][name]
+            assert value.dtype == torch.float32
+            expected = twin.state[exact][name].float()
+            torch.testing.assert_close(value, expected, rtol=1e-5, atol=0)
 
 
 def test_closure_and_hooks():
@@ -1053,6 +1220,12 @@ def test_clear_errors():
     embedding(torch.tensor([1])).sum().backward()
     with pytest.raises(RuntimeError, match="sparse=False"):
         SGD8bit(embedding.parameters()).step()
+    # Nothing has changed then, what comes before it neither.
+    weight.grad = torch.ones(2, 2)
+    groups = [{"params": [weight]}, {"params": embedding.parameters()}]
+    with pytest.raises(RuntimeError, match="sparse=False"):
+        SGD8bit(groups).step()
+    assert not weight.any()
     # The settings that bitsandbytes' classes take and drop.
     with pytest.raises(TypeError, match="percentile_clipping"):
         Adam8bit([weight], percentile_clipping=5)

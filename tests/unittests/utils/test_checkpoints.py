@@ -164,18 +164,22 @@ def test_replaced_one_does_not_come_back(one_number, tmp_path):
     assert not (tmp_path / "CKPT+latest.replaced").exists()
 
 
-def test_keeping_some_is_as_speechbrain_does_it(tmp_path):
+@pytest.mark.parametrize("keep_recent", [True, False])
+def test_keeping_some_is_as_speechbrain_does_it(keep_recent, tmp_path):
     """With names and without, the best, the newest, and what is deleted."""
     found = []
     for kind in (AtomicCheckpointer, Checkpointer):
         checkpointer = kind(
             tmp_path / kind.__name__, {"net": torch.nn.Linear(1, 1)}
         )
-        for n, rate in enumerate([3.0, 1.0, 2.0, 5.0, 4.0]):
+        for n, rate in enumerate([3.0, 1.0, 2.0, 5.0, 6.0]):
             checkpointer.save_and_keep_only(
                 meta={"rate": rate},
                 name="same" if n in (1, 3) else f"n{n}",
                 num_to_keep=2,
+                keep_recent=keep_recent,
+                # Checkpointer's default is what it was last asked for.
+                importance_keys=[],
                 min_keys=["rate"],
             )
         checkpoints = checkpointer.find_checkpoints(min_key="rate")
@@ -183,7 +187,9 @@ def test_keeping_some_is_as_speechbrain_does_it(tmp_path):
         checkpointer.delete_checkpoints(num_to_keep=1)
         found[-1] += [c.path.name for c in checkpointer.list_checkpoints()]
     assert found[0] == found[1]
-    assert found[0][-1] == "CKPT+n4" and len(found[0]) > 2
+    assert len(found[0]) > 2
+    # The newest is not among the two best.
+    assert (("CKPT+n4", 6.0) in found[0]) == keep_recent
 
 
 def test_what_one_call_keeps_the_next_forgets(tmp_path, monkeypatch):
@@ -304,6 +310,41 @@ def test_position_of_a_checkpoint_saved_before_training_goes_on(
         torch.load(tmp_path / name) for name in ("first", "second")
     )
     assert first == second and first[0] is not None
+
+
+@pytest.mark.parametrize("kind", [AddNoise, AddReverb])
+def test_going_to_a_position_draws_nothing_and_is_done_once(
+    kind, sounds, tmp_path
+):
+    """Though the sounds were in use before, in batches of another size."""
+    waveforms = torch.randn(2, 800)
+    lengths = [torch.ones(2)] if kind is AddNoise else []
+    augmentation, other = kind(sounds), kind(sounds)
+    for _ in range(3):
+        augmentation(waveforms, *lengths)
+    NoisePosition(augmentation, "cpu").save(tmp_path / "first")
+    other(torch.randn(5, 800), *([torch.ones(5)] if lengths else []))
+    position = NoisePosition(other, "cpu")
+    position.load(tmp_path / "first", end_of_epoch=False)
+    states = random.getstate(), torch.get_rng_state()
+    position.resume()
+    assert random.getstate() == states[0]
+    assert torch.equal(torch.get_rng_state(), states[1])
+    for _ in range(2):
+        expected = augmentation(waveforms, *lengths)
+        torch.set_rng_state(states[1])
+        found = other(waveforms, *lengths)
+        torch.set_rng_state(states[1])
+        assert torch.equal(found, expected)
+        # Nothing is left to go to.
+        position.resume()
+    for some, name in ((augmentation, "expected"), (other, "found")):
+        NoisePosition(some, "cpu").save(tmp_path / name)
+    position.save(tmp_path / "same")
+    first, *others = (
+        torch.load(tmp_path / name) for name in ("expected", "found", "same")
+    )
+    assert others == [first, first] != [[None]] * 2
 
 
 def test_noises_start_at_the_beginning_without_it(sounds):

@@ -8,6 +8,7 @@ import copy
 import functools
 import inspect
 import math
+import re
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from sb_memeff.lobes.models.RevResNet import (
     RevResNet,
     StridedCoupling,
 )
+from sb_memeff.memory.fake import fake_tensors
 from sb_memeff.memory.leftovers import no_leftovers
 from sb_memeff.memory.step import training_step_memory
 from sb_memeff.nnet.reversible import AdditiveCoupling, check_invertible
@@ -101,6 +103,20 @@ def test_embeddings(name):
     torch.testing.assert_close(net(x[1:2], lengths[1:2]), y[1:2])
     assert not torch.allclose(y[0], y[1])
     assert list(inspect.signature(net.forward).parameters) == ["x", "lengths"]
+
+
+@pytest.mark.parametrize("lobe", [*LOBES, *LOBES.values()])
+def test_without_arguments_80_features_become_256_numbers(lobe):
+    with fake_tensors():
+        net, x = lobe(), torch.rand(2, 40, 80)
+        assert net(x).shape == (2, 256)
+        if lobe in LOBES.values():
+            smallest = lobe.from_preset([*lobe.PRESETS][0])
+            shapes = [
+                {name: value.shape for name, value in n.state_dict().items()}
+                for n in (net, smallest)
+            ]
+            assert shapes[0] == shapes[1]
 
 
 def test_called_like_speechbrains_ecapa():
@@ -430,6 +446,13 @@ def test_parameters_within_5_percent_of_the_vanilla_network(
     vanilla = parameters_of(LOBES[lobe], name.replace("RevNet", "ResNet"))
     ours = parameters_of(lobe, name, downsampling=downsampling)
     assert ours == pytest.approx(vanilla, rel=0.05)
+    # In the table of the class: a row, or a column, for each type.
+    lines = map(str.strip, lobe.__doc__.splitlines())
+    rows = [line for line in lines if line.startswith(f"{name} ")]
+    figures = [float(x) for row in rows for x in re.findall(r"([.\d]+) M", row)]
+    assert len(figures) == 2
+    written = figures[KINDS.index(downsampling)]
+    assert round(ours / 1e6, 2) == written
 
 
 @functools.cache

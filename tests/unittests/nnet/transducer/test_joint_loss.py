@@ -352,13 +352,15 @@ def test_sparse_backward_leaves_little_out():
         assert torch.allclose(a, b, rtol=1e-6, atol=1e-6 * a.abs().max())
 
 
+@pytest.mark.parametrize("kind", ["sum", "dropout"])
 @every_method
-def test_sample_that_is_not_finite(options, caplog):
-    loss = TransducerJointLoss(*modules(), reduction="none", **options)
+def test_sample_that_is_not_finite(options, kind, caplog):
+    loss = TransducerJointLoss(*modules(kind), reduction="none", **options)
     enc, pred, targets = inputs()
     bad = enc.detach().clone()
     bad[2, 3] = torch.nan
     bad.requires_grad_()
+    torch.manual_seed(1)
     with caplog.at_level(logging.WARNING):
         value = loss(bad, pred, targets, FRAMES, COUNTS)
     assert "loss of sample 2 of the batch is not finite" in caplog.text
@@ -366,6 +368,7 @@ def test_sample_that_is_not_finite(options, caplog):
     found = torch.autograd.grad(
         value[value.isfinite()].sum(), [bad, pred, *loss.parameters()]
     )
+    torch.manual_seed(1)
     clean = loss(enc, pred, targets, FRAMES, COUNTS)[[0, 1, 3, 4]].sum()
     expected = torch.autograd.grad(clean, [enc, pred, *loss.parameters()])
     for a, b in zip(found, expected):
@@ -433,19 +436,21 @@ def test_the_last_frame_and_the_last_target_are_no_padding(options):
 @pytest.mark.parametrize("options", [*METHODS.values(), {"method": "batched"}])
 def test_padding_reaches_nothing(options, bad):
     found = []
-    for dirty in (False, True):
+    # Padded with the blank, as SpeechBrain does it, or with what is no symbol.
+    for symbol in (None, 0, -5, V):
         loss = TransducerJointLoss(*modules("concat"), **options)
         enc, pred, targets = inputs()
-        if dirty:
+        if symbol is not None:
             with torch.no_grad():
                 for b in range(5):
                     enc[b, int((20 * FRAMES[b]).round()) :] = bad
                     pred[b, int((8 * COUNTS[b]).round()) + 1 :] = bad
-                    targets[b, int((8 * COUNTS[b]).round()) :] = -5
+                    targets[b, int((8 * COUNTS[b]).round()) :] = symbol
         value, grads = gradients(loss, loss, enc, pred, targets)
         found.append((value, *grads))
-    for clean, soiled in zip(*found):
-        torch.testing.assert_close(soiled, clean, rtol=1e-12, atol=1e-12)
+    for clean, *others in zip(*found):
+        for soiled in others:
+            torch.testing.assert_close(soiled, clean, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
@@ -579,6 +584,13 @@ def call(loss=None, **changes):
         ({"enc": torch.zeros(0, 20, H)}, "not empty"),
         ({"pred": torch.zeros(5, 8, H)}, r"\[B, U\+1, H\] = \[5, 9, H\]"),
         ({"pred": torch.zeros(5, 9, H)}, "torch.float64 and torch.float32"),
+        (
+            {
+                "enc": torch.zeros(5, 20, H).long(),
+                "pred": torch.zeros(5, 9, H).long(),
+            },
+            "floating-point dtype, not torch.int64 and torch.int64",
+        ),
         ({"targets": torch.zeros(5, 8)}, "integers, not torch.float32"),
         ({"targets": torch.ones(5, 8).bool()}, "integers, not torch.bool"),
         ({"targets": torch.ones(5, 8).cfloat()}, "integers, not torch.comp"),
@@ -595,6 +607,15 @@ def call(loss=None, **changes):
         ({"enc_lens": FRAMES * 0}, "Sample 0 has no frame"),
         ({"enc_lens": FRAMES[:4]}, r"enc_lens must be \[B\]"),
         ({"target_lens": COUNTS.to("meta")}, "one device"),
+        ({"targets": torch.ones(5, 8).long().to("meta")}, "one device"),
+        (
+            {
+                "enc": torch.zeros(5, 20, H, device="meta"),
+                "pred": torch.zeros(5, 9, H, device="meta"),
+            },
+            "enc, pred, targets and lengths must be on one device",
+        ),
+        ({"enc_lens": FRAMES.cfloat()}, "in frames must be real"),
     ],
 )
 def test_clear_errors(changes, message):

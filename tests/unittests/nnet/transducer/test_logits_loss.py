@@ -21,7 +21,7 @@ from sb_memeff.memory.tracker import StorageTracker
 from sb_memeff.nnet.transducer import logits_loss
 from sb_memeff.nnet.transducer.logits_loss import transducer_loss
 
-DATA = Path(__file__).resolve().parents[2] / "data"
+DATA = Path(__file__).resolve().parents[3] / "data"
 CASES = json.loads((DATA / "transducer_cases.json").read_text())
 FRAMES, TARGETS = (
     torch.tensor([20, 1, 7, 13, 20]),

@@ -67,6 +67,39 @@ class OverChannels(nn.Module):
         return self.module(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
+class OverRows(nn.Module):
+    """A module of sequences or rows [N, U, H] on [N, T, U, H]."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x):
+        rows = x.flatten(0, 1)
+        if isinstance(self.module, nn.MultiheadAttention):
+            return self.module(rows, rows, rows)[0].view_as(x)
+        if isinstance(self.module, nn.RNNCellBase):
+            return self.module(rows.flatten(0, 1)).view_as(x)
+        return self.module(rows)[0].view_as(x)
+
+
+class Rows(nn.Module):
+    """A module of rows [N, H], on [..., H] too."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x):
+        return self.module(x.flatten(0, -2)).view_as(x)
+
+
+def with_statistics_switched_off():
+    norm = nn.InstanceNorm2d(H, track_running_stats=True).eval()
+    norm.track_running_stats = False
+    return OverChannels(norm)
+
+
 MIXING = {
     "batch norm": lambda: OverChannels(nn.BatchNorm2d(H)),
     "SpeechBrain's batch norm": lambda: (
@@ -76,6 +109,10 @@ MIXING = {
         nn.BatchNorm2d(H, track_running_stats=False).eval()
     ),
     "instance norm": lambda: OverChannels(nn.InstanceNorm2d(H)),
+    "instance norm that was one of statistics": with_statistics_switched_off,
+    "recurrent": lambda: OverRows(nn.GRU(H, H, batch_first=True)),
+    "recurrent cell": lambda: OverRows(nn.GRUCell(H, H)),
+    "attention": lambda: OverRows(nn.MultiheadAttention(H, 2)),
     "group norm": lambda: OverChannels(nn.GroupNorm(2, H)),
     "convolution": lambda: OverChannels(nn.Conv2d(H, H, 3, padding=1)),
 }
@@ -143,6 +180,23 @@ def test_batch_norm_of_the_classifier(options):
     with pytest.raises(ValueError, match=r"classifier\.0 \(BatchNorm1d\)"):
         call(loss)
     assert norm.num_batches_tracked == 0
+
+
+@every_method
+def test_group_norm_of_the_classifier(options):
+    """It treats each row by itself."""
+    found = []
+    for choice in (options, {"method": "batched"}):
+        torch.manual_seed(0)
+        layers = Rows(nn.GroupNorm(2, H)), nn.Linear(H, V)
+        loss = TransducerJointLoss(
+            Transducer_joint(), nn.Sequential(*layers), **choice
+        )
+        value, enc, _ = call(loss)
+        value.backward()
+        found.append((value, enc.grad, *(p.grad for p in loss.parameters())))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @every_method
@@ -292,6 +346,22 @@ def test_forward_computes_each_cell_once(options, opaque):
     assert rows == {"joint": cells, "classifier": cells}
 
 
+@pytest.mark.parametrize("opaque", [True, False])
+def test_targets_are_checked_once_for_each_size_that_is_known(
+    opaque, monkeypatch
+):
+    """Each time the host waits for the device."""
+    sizes = []
+    monkeypatch.setattr(
+        "sb_memeff.nnet.transducer.joint_loss.check_counts",
+        lambda *args: sizes.append(args[-1]),
+    )
+    layer = nn.Linear(H, V)
+    classifier = Opaque(layer) if opaque else layer
+    call(TransducerJointLoss(Transducer_joint(), classifier, max_rows=10))
+    assert sizes == ([None, V] if opaque else [V])
+
+
 @every_method
 def test_dropout_draws_for_the_cells_alone(options):
     """The global stream is where calls for these cells leave it."""
@@ -365,6 +435,13 @@ def test_another_result_in_backward_is_noticed(dtype, options):
     assert enc.grad is None
 
 
+class Scaled(nn.Module):
+    """Computes something else when a number kept elsewhere is another one."""
+
+    def forward(self, x):
+        return x * Calls.count
+
+
 class OtherInOneCall(nn.Module):
     """Computes something else in one of its calls."""
 
@@ -403,5 +480,19 @@ def test_another_result_in_a_second_backward_is_noticed(options):
     first = enc.grad.clone()
     joint.behind = HiddenState()
     with pytest.raises(RuntimeError, match="between forward|other logits"):
+        value.backward()
+    assert torch.equal(enc.grad, first)
+
+
+@every_method
+def test_another_result_in_all_of_a_second_backward_is_noticed(options):
+    """Its cells agree with each other, but not with those of forward."""
+    Calls.count = 1
+    loss = TransducerJointLoss(Joint(Scaled()), nn.Linear(H, V), **options)
+    value, enc, _ = call(loss)
+    value.backward(retain_graph=True)
+    first = enc.grad.clone()
+    Calls.count = 2
+    with pytest.raises(RuntimeError, match="other logits"):
         value.backward()
     assert torch.equal(enc.grad, first)

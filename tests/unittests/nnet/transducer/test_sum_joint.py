@@ -306,8 +306,8 @@ def changed(kind, joint, classifier):
         classifier = nn.Sequential(classifier)
     if kind == "weight norm":
         nn.utils.parametrizations.weight_norm(classifier)
-    if kind == "hook":
-        classifier.register_forward_hook(lambda *args: None)
+    if kind.startswith("register"):
+        getattr(classifier, kind)(lambda *args: None)
     if kind == "hook of the activation":
         joint.nonlinearity.register_forward_pre_hook(lambda *args: None)
     if kind == "replaced forward":
@@ -331,7 +331,10 @@ def changed(kind, joint, classifier):
         "another class",
         "sequence",
         "weight norm",
-        "hook",
+        "register_forward_hook",
+        "register_forward_pre_hook",
+        "register_full_backward_hook",
+        "register_full_backward_pre_hook",
         "hook of the activation",
         "replaced forward",
         "concatenation",
@@ -346,6 +349,16 @@ def test_other_modules_are_called(kernels, kind):
     assert SumJoint.of(CellLogits(*modules()), enc, pred) is not None
     nets = changed(kind, *modules())
     assert SumJoint.of(CellLogits(*nets), enc, pred) is None
+
+
+@pytest.mark.parametrize("widths", [(H, 1), (1, H), (H + 1, H + 1)])
+def test_widths_that_are_broadcast_or_do_not_fit(kernels, widths):
+    kernels(True)
+    enc, pred = (
+        torch.randn(B, n, width, device=DEVICE)
+        for n, width in zip((T, U + 1), widths)
+    )
+    assert SumJoint.of(CellLogits(*modules()), enc, pred) is None
 
 
 def test_a_forward_that_is_replaced_in_the_class(kernels, monkeypatch):
