@@ -7,14 +7,15 @@ Authors
 import contextlib
 import copy
 import math
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
+import numpy as np
 import torch
 from speechbrain.utils.autocast import AMPConfig
-from speechbrain.utils.seed import seed_everything
 from torch import nn
 
 from sb_memeff.analysis.families.step import TrainingStep
@@ -271,7 +272,9 @@ def _run(
     if dtype != torch.float32:
         context = torch.autocast(batch[0].device.type, dtype=dtype)
     # Layers may be dropped by Python's or numpy's numbers.
-    seed_everything(1, verbose=False)
+    random.seed(1)
+    np.random.seed(1)
+    torch.manual_seed(1)
     with inversion_errors(step) as inversion:
         with context:
             loss = step(*batch)

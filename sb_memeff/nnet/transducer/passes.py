@@ -160,14 +160,13 @@ class TiledPass:
                 computed = gradients.compute_logits(
                     cells, cells.tile(chunk), mask
                 )
-            of_cells = [plane[chunk] for plane in planes]
+            lse, blank, emission = (plane[chunk] for plane in planes)
             if mask is not None:
                 # Softmax and posteriors 0: what is left out may be NaN.
-                of_cells = [
-                    torch.where(mask, x, other)
-                    for x, other in zip(of_cells, (torch.inf, 0.0, 0.0))
-                ]
-            gradients.add(computed, *of_cells, upstream)
+                lse = torch.where(mask, lse, torch.inf)
+                blank = torch.where(mask, blank, 0.0)
+                emission = torch.where(mask, emission, 0.0)
+            gradients.add(computed, lse, blank, emission, upstream)
             del computed
 
     def _split(self, indices: torch.Tensor) -> Sequence[torch.Tensor]:
