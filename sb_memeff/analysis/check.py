@@ -7,11 +7,13 @@ Authors
 import contextlib
 import copy
 import math
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
+import numpy as np
 import torch
 from speechbrain.utils.autocast import AMPConfig
 from torch import nn
@@ -19,6 +21,7 @@ from torch import nn
 from sb_memeff.analysis.families.step import TrainingStep
 from sb_memeff.analysis.recipe import Recipe
 from sb_memeff.nnet.recompute import store_blocks
+from sb_memeff.nnet.replay.random_states import forked_generators
 from sb_memeff.nnet.reversible import inversion_errors
 from sb_memeff.nnet.transducer.joint_loss import TransducerJointLoss
 from sb_memeff.nnet.transducer.logits_loss import transducer_loss
@@ -141,8 +144,7 @@ def check_recipe(
             f"precision={precision!r} must be one of {', '.join(STORED)}."
         )
     device = _usable(device)
-    devices = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(devices, device_type=device.type):
+    with forked_generators(device):
         torch.manual_seed(0)
         step = recipe.build().to(device)
         _draw_zeros(step)
@@ -269,6 +271,9 @@ def _run(
     context = contextlib.nullcontext()
     if dtype != torch.float32:
         context = torch.autocast(batch[0].device.type, dtype=dtype)
+    # Layers may be dropped by Python's or numpy's numbers.
+    random.seed(1)
+    np.random.seed(1)
     torch.manual_seed(1)
     with inversion_errors(step) as inversion:
         with context:

@@ -179,7 +179,18 @@ class Optimizer8bit(Checkpoints8bit):
 
 
 def gradients(params: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Gradients of parameters that have one."""
+    """Gradients of parameters that have one.
+
+    Arguments
+    ---------
+    params : list of torch.Tensor
+        The parameters.
+
+    Returns
+    -------
+    list of torch.Tensor
+        Their gradients.
+    """
     return cast(list[torch.Tensor], [p.grad for p in params])
 
 

@@ -113,6 +113,24 @@ def apply_to_blocks(
     every: float,
     segment_length: int,
 ) -> list[str]:
+    """Does what ``recompute_blocks`` does, without a line in the log.
+
+    Arguments
+    ---------
+    module : torch.nn.Module
+        As there, and so are the others.
+    blocks : str or list of str
+        Names with wildcards.
+    every : float
+        At least 1.
+    segment_length : int
+        At least 1.
+
+    Returns
+    -------
+    list of str
+        The blocks that recompute now.
+    """
     segments = find_segments(module, blocks, segment_length)
     _check_every(every)
     if every != 1:

@@ -1,4 +1,4 @@
-"""Which modules of a network a list of name patterns selects.
+"""From patterns of names to the blocks of a network.
 
 Authors
  * The sb_memeff authors 2026
@@ -16,7 +16,36 @@ __all__ = ["find_segments", "refuse_nested"]
 def find_segments(
     module: nn.Module, blocks: str | Sequence[str], length: int
 ) -> list[list[tuple[str, nn.Module]]]:
-    """The blocks as lists of (name, module), ``length`` in each."""
+    """Groups the named blocks into segments.
+
+    Arguments
+    ---------
+    module : torch.nn.Module
+        The network.
+    blocks : str or list of str
+        Names with wildcards, see ``recompute_blocks``.
+    length : int
+        Blocks of a segment.
+
+    Returns
+    -------
+    list of list of tuple
+        (name, module) of each block, in the network's order.
+
+    Raises
+    ------
+    TypeError
+        If module is none.
+    ValueError
+        If a name fits nothing, or what cannot be recomputed; if blocks lie
+        inside each other and length is not 1.
+
+    Example
+    -------
+    >>> net = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
+    >>> [[name for name, _ in s] for s in find_segments(net, "*", 2)]
+    [['0', '1'], ['2']]
+    """
     if not isinstance(module, nn.Module):
         raise TypeError(
             f"recompute_blocks: module must be a torch.nn.Module, got "
@@ -119,12 +148,30 @@ def _check_block(name: str, block: nn.Module) -> None:
 def refuse_nested(
     segments: list[list[tuple[str, nn.Module]]], option: str
 ) -> None:
+    """Refuses blocks inside each other.
+
+    Arguments
+    ---------
+    segments : list of list of tuple
+        As ``find_segments`` returned them.
+    option : str
+        What cannot be had with them, for the message.
+
+    Raises
+    ------
+    ValueError
+        If a block lies inside another.
+    """
     names = [name for segment in segments for name, _ in segment]
     for outer in names:
         for inner in names:
-            if inner.startswith(f"{outer}."):
+            # The network itself is named "".
+            if inner.startswith(f"{outer}." if outer else "") and (
+                inner != outer
+            ):
                 raise ValueError(
-                    f"recompute_blocks: {inner} lies inside {outer}; that "
+                    f"recompute_blocks: {inner} lies inside "
+                    f"{outer or 'the network itself'}; that "
                     f"goes with every=1 and segment_length=1 only, not with "
                     f"{option}. Call recompute_blocks once for each."
                 )

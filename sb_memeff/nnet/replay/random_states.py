@@ -8,10 +8,11 @@ Authors
  * The sb_memeff authors 2026
 """
 
+import contextlib
 import ctypes
 import random
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -21,6 +22,7 @@ import torch
 __all__ = [
     "Source",
     "equal_states",
+    "forked_generators",
     "generators_among",
     "global_sources",
     "own_source",
@@ -82,6 +84,36 @@ def global_sources(device: torch.device, follow_torch: bool) -> list[Source]:
                 )
             )
     return sources
+
+
+@contextlib.contextmanager
+def forked_generators(device: torch.device) -> Generator[None, None, None]:
+    """What is drawn inside leaves no trace in the generators of all code.
+
+    Arguments
+    ---------
+    device : torch.device
+        Whose generator of torch belongs to them, besides the CPU's.
+
+    Yields
+    ------
+    None
+
+    Example
+    -------
+    >>> device = torch.device("cpu")
+    >>> with forked_generators(device):
+    ...     first = random.random(), torch.rand(1), np.random.rand()
+    >>> first == (random.random(), torch.rand(1), np.random.rand())
+    True
+    """
+    sources = global_sources(device, follow_torch=True)
+    states = [source.read() for source in sources]
+    try:
+        yield
+    finally:
+        for source, state in zip(sources, states, strict=True):
+            source.write(state)
 
 
 def own_source(value: object, follow_torch: bool) -> Source | None:

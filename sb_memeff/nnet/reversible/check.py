@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sb_memeff.nnet.replay.random_states import forked_generators
 from sb_memeff.nnet.reversible.sequence import ReversibleSequence
 from sb_memeff.nnet.reversible.walk import Observer
 
@@ -103,13 +104,12 @@ def check_invertible(
             f"check_invertible: {type(module).__name__} holds no "
             f"ReversibleSequence."
         )
-    devices = [] if x.device.type == "cpu" else [x.device]
     found, blocks = [], {}
     awake = _awake(copy.deepcopy(module))
     for save_memory in (True, False):
         copied = copy.deepcopy(awake)
         with (
-            torch.random.fork_rng(devices, device_type=x.device.type),
+            forked_generators(x.device),
             inversion_errors(copied) as errors,
         ):
             found.append(_gradients(copied, x, args, kwargs, save_memory))
@@ -119,7 +119,11 @@ def check_invertible(
         for gradients in found
     )
     scale = _norm(stored.values()) or 1.0
-    differences = {name: ours[name] - stored[name] for name in stored}
+    # A gradient that one of the two lacks is zero there.
+    differences = {
+        name: ours.get(name, 0.0) - stored.get(name, torch.zeros(()))
+        for name in {**ours, **stored}
+    }
     return InvertibilityReport(
         max(blocks.values(), default=0.0),
         _norm(differences.values()) / scale,

@@ -5,7 +5,7 @@ Authors
 """
 
 import contextlib
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 
 import speechbrain.nnet.linear
 import torch
@@ -46,14 +46,42 @@ def check_modules(joint: nn.Module, classifier: nn.Module) -> None:
 sees, and a tile or a sample has others than the batch. Take \
 method="batched", or call eval() of this module before.
     """
+    of_rows = set(_in_sequence(classifier))
     for owner, top in (("joint", joint), ("classifier", classifier)):
         for name, module in top.named_modules(prefix=owner):
-            reason = _mixes(module, rows=owner == "classifier")
+            if owner == "joint":
+                mixing = _MIX_PLANES
+            else:
+                # Deeper inside, a module may be called with anything.
+                mixing = _MIX_ROWS if module in of_rows else ()
+            reason = _mixes(module, mixing)
             if reason is not None:
                 raise ValueError(f"{name} ({type(module).__name__}) {reason}")
 
 
-def _mixes(module: nn.Module, rows: bool) -> str | None:
+# Modules that mix the cells of [N, T, U, H], which the joint gets; and those
+# that take [N, H], which the classifier gets, for one sequence.
+_MIX_PLANES = (
+    nn.GroupNorm,
+    nn.RNNBase,
+    nn.RNNCellBase,
+    nn.MultiheadAttention,
+    _ConvNd,
+)
+_MIX_ROWS = (nn.RNNBase, nn.MultiheadAttention)
+
+
+def _in_sequence(module: nn.Module) -> Iterator[nn.Module]:
+    """A module, and those that get what it gets, in a Sequential."""
+    yield module
+    if isinstance(module, nn.Sequential):
+        for part in module:
+            yield from _in_sequence(part)
+
+
+def _mixes(
+    module: nn.Module, mixing: tuple[type[nn.Module], ...]
+) -> str | None:
     """Why a module is not for cells one by one, or None."""
     if isinstance(module, (_BatchNorm, _InstanceNorm)):
         own = (
@@ -66,10 +94,8 @@ def _mixes(module: nn.Module, rows: bool) -> str | None:
                 'a sample has others than the batch. Take method="batched"'
                 f"{remedy if module.running_mean is not None else ''}."
             )
-    # The classifier gets rows [N, H], the joint [N, T, U, H].
-    mixing = (nn.GroupNorm, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
-    wide = isinstance(module, _ConvNd) and max(module.kernel_size) > 1
-    if not rows and (isinstance(module, mixing) or wide):
+    narrow = isinstance(module, _ConvNd) and max(module.kernel_size) == 1
+    if isinstance(module, mixing) and not narrow:
         return (
             "reaches over several frames or targets, but cells are computed "
             'one by one. Take method="batched".'

@@ -164,8 +164,8 @@ class TiledPass:
             if mask is not None:
                 # Softmax and posteriors 0: what is left out may be NaN.
                 lse = torch.where(mask, lse, torch.inf)
-                blank = torch.where(mask, blank, 0)
-                emission = torch.where(mask, emission, 0)
+                blank = torch.where(mask, blank, 0.0)
+                emission = torch.where(mask, emission, 0.0)
             gradients.add(computed, lse, blank, emission, upstream)
             del computed
 

@@ -284,7 +284,7 @@ def test_a_transducer_loss_that_drops_cells(precision, monkeypatch):
     backward = TiledPass.backward
 
     def drop(self, *args):
-        self.floor = 0.2
+        self.occupancy_floor = 0.2
         backward(self, *args)
 
     monkeypatch.setattr(TiledPass, "backward", drop)

@@ -1007,6 +1007,14 @@ def test_every_is_not_fooled_by_rounding(total, count):
     assert names == [str(i * total // count) for i in range(count)]
 
 
+@pytest.mark.parametrize("options", [{"every": 2}, {"segment_length": 2}])
+def test_the_network_itself_holds_its_blocks(options):
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="0 lies inside the network itself"):
+        recompute_blocks(net, "**", **options)
+    assert type(net) is nn.Sequential
+
+
 def test_every_counts_segments():
     names = recompute_blocks(stack(depth=8), "*", every=2, segment_length=3)
     assert "".join(names) == "01267"

@@ -1224,6 +1224,42 @@ def test_check_invertible_begins_both_steps_with_the_same_state():
     assert net.blocks[0].f.calls == 0
 
 
+def test_check_invertible_repeats_numbers_of_python_and_numpy():
+    """And leaves their generators as they were."""
+
+    class Drawing(nn.Module):
+        def forward(self, x):
+            return x * (random.random() + np.random.rand())
+
+    net = ReversibleSequence([AdditiveCoupling(Drawing(), Drawing())]).double()
+    states = random.getstate(), np.random.get_state()[1].tolist()
+    report = check_invertible(net, images(dtype=torch.float64))
+    assert report.gradient_error < 1e-12
+    assert states == (random.getstate(), np.random.get_state()[1].tolist())
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_check_invertible_reports_gradients_of_one_kind_alone(lost):
+    """Without saving memory, or with it, a weight gets none at all."""
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.chain = ReversibleSequence(
+                [AdditiveCoupling(nn.Tanh(), nn.Tanh())]
+            )
+            self.scale = nn.Parameter(torch.ones(1, dtype=torch.float64))
+
+        def forward(self, x):
+            cut = self.chain.save_memory is lost
+            scale = self.scale.detach() if cut else self.scale
+            return self.chain(x * scale)
+
+    report = check_invertible(Scaled(), images(dtype=torch.float64))
+    assert report.parameters["scale"] > 1e-3
+    assert report.gradient_error > 1e-3
+
+
 def test_check_invertible_needs_a_reversible_sequence():
     with pytest.raises(ValueError, match="Conv2d holds no Reversible"):
         check_invertible(nn.Conv2d(1, 1, 1), images(channels=1))

@@ -133,6 +133,44 @@ def test_modules_that_mix_cells_are_refused(options, name):
     assert call(loss)[0].isfinite()
 
 
+TAKE_ROWS_FOR_A_SEQUENCE = {
+    "lstm": lambda: nn.LSTM(H, V),
+    "attention": lambda: nn.MultiheadAttention(H, 2),
+    "in a sequence": lambda: nn.Sequential(
+        nn.Tanh(), nn.Sequential(nn.GRU(H, V))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TAKE_ROWS_FOR_A_SEQUENCE)
+@every_method
+def test_classifiers_that_mix_rows_are_refused(options, name):
+    loss = TransducerJointLoss(
+        Transducer_joint(), TAKE_ROWS_FOR_A_SEQUENCE[name](), **options
+    )
+    with pytest.raises(ValueError, match=r'classifier.*method="batched"'):
+        call(loss)
+
+
+@every_method
+def test_classifiers_may_call_a_recurrent_layer_on_each_row(options):
+    class EachRow(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.GRU(H, V, batch_first=True)
+
+        def forward(self, x):
+            return self.layer(x.reshape(-1, 1, H))[0].view(*x.shape[:-1], V)
+
+    torch.manual_seed(0)
+    classifier = EachRow()
+    values = [
+        call(TransducerJointLoss(Transducer_joint(), classifier, **choice))[0]
+        for choice in (options, {"method": "batched"})
+    ]
+    torch.testing.assert_close(*values)
+
+
 @every_method
 def test_batch_norm_of_the_classifier(options):
     norm = nn.BatchNorm1d(H)
