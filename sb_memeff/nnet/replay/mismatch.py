@@ -385,7 +385,7 @@ class _Pending:
             of_device = [r for r in reports if r.differs.device == device]
             # One copy: each allocates pinned memory, which takes a GPU's
             # driver longer than the computation of a block.
-            differs = torch.cat([r.differs.flatten() for r in of_device])
+            differs = torch.cat([r.differs for r in of_device])
             self._copies.append(_Copy(*self._copy(differs), of_device))
 
     def _read(self, due: Callable[[_Copy], bool]) -> None:

@@ -283,7 +283,6 @@ class _Undo(torch.autograd.Function):
     def backward(
         ctx: Any, token: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
-        _refuse_double_backward()
         walk, step = ctx.walk, ctx.step
         evaluator = walk.evaluator(step)
         # The block empties the lists, so that memory is freed on the way.
@@ -330,7 +329,6 @@ class _Read(torch.autograd.Function):
     def backward(
         ctx: Any, token: torch.Tensor, gradient: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
-        _refuse_double_backward()
         walk, step = ctx.walk, ctx.step
         found = [None] * (len(ctx.needs_input_grad) - 3)
         if gradient is not None:
@@ -378,6 +376,7 @@ class _Leave(torch.autograd.Function):
     def backward(
         ctx: Any, *gradients: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
+        # Here alone: each backward pass of a run begins here.
         _refuse_double_backward()
         walk = ctx.walk
         *given, sum_token = gradients

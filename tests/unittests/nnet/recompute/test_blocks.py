@@ -470,6 +470,44 @@ def test_a_block_called_in_a_loop_stores_its_input_each_time():
         assert kept == 5 * x.untyped_storage().nbytes()
 
 
+class Counting(nn.Module):
+    """Counts its calls, in a list outside that nobody puts back."""
+
+    def __init__(self, calls):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.count = lambda: calls.append(1)
+
+    def forward(self, x):
+        self.count()
+        return self.linear(x).tanh()
+
+
+def test_blocks_of_a_segment_that_do_not_feed_each_other_stay_apart():
+    """Backward of one branch does not run the other."""
+    calls = [], []
+    net = nn.ModuleList(map(Counting, calls))
+    recompute_blocks(net, "*", segment_length=2)
+    x = torch.rand(3, 4)
+    first, second = (block(x) for block in net)
+    second.sum().backward()
+    assert list(map(len, calls)) == [1, 2]
+    first.sum().backward()
+    assert list(map(len, calls)) == [2, 2]
+
+
+def test_a_block_that_is_fed_by_name_stores_no_input():
+    net = nn.Sequential(Counting([]), Counting([]))
+    recompute_blocks(net, "*", segment_length=2)
+
+    class Named(nn.Module):
+        def forward(self, x):
+            return net[1](x=net[0](x=x))
+
+    kept, _ = saved_bytes(Named(), torch.rand(30, 4))
+    assert kept == 30 * 4 * 4
+
+
 @pytest.mark.parametrize("segment_length", [1, 3])
 def test_two_forwards_before_one_backward(segment_length):
     found = []

@@ -5,11 +5,13 @@ import copy
 import gc
 import random
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from sb_memeff.memory.step import training_step_memory
@@ -245,6 +247,26 @@ def test_weights_that_change_between_two_backwards():
             outputs[again].sum().backward()
 
 
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_weights_of_any_call_of_a_segment_that_changed(place):
+    blocks = [nn.Sequential(nn.Linear(5, 5), nn.Tanh()) for _ in range(3)]
+    segment, x = Segment(), X.float()
+    for i, block in enumerate(blocks):
+        x = segment.call(f"{i}", block, block.forward, (x,), {})
+    with torch.no_grad():
+        blocks[place][0].weight.add_(1)
+    with pytest.raises(RuntimeError, match=f"{place}.0.weight was changed"):
+        x.sum().backward()
+
+
+def test_values_are_handed_out_once():
+    """Those of a backward pass do not wait for another one."""
+    block, segment = layers(), Segment()
+    y = segment.call("block", block, block.forward, (X,), {})
+    y.sum().backward(retain_graph=True)
+    assert segment._values == {}
+
+
 def test_double_backward():
     block = layers()
     found = []
@@ -436,6 +458,17 @@ def test_an_input_that_is_changed_in_place():
         forget(block, X.clone())
 
 
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_any_of_several_inputs_that_is_changed_in_place(place):
+    class Block(nn.Module):
+        def forward(self, *tensors, last):
+            [*tensors, last][place].add_(1)
+            return tensors[0] * tensors[1] * last
+
+    with pytest.raises(RuntimeError, match="0 cannot.*inplace=False"):
+        forget(Block(), X.clone(), X.clone(), last=X.clone())
+
+
 def test_an_input_that_is_changed_afterwards():
     x = X.clone()
     y = forget(layers(), x)
@@ -474,6 +507,8 @@ class Fickle(nn.Module):
         (lambda x: x.sin(), "saved 1 tensors"),
         (lambda x: x[:2].sin().sin(), r"saved torch.float64 \(2, 5\)"),
         (lambda x: x.float().sin().sin(), "saved torch.float32"),
+        (lambda x: (x.sin().sin(), x + 1), "returned 2 tensors"),
+        (lambda x: x.sin().sin().float(), "returned another dtype"),
     ],
 )
 def test_a_block_that_does_not_repeat_itself(second, what):
@@ -605,6 +640,34 @@ def test_streams_come_back_after_an_error_in_backward():
     assert random.getstate() == states[0]
     assert str(np.random.get_state()) == str(states[1])
     assert torch.equal(torch.get_rng_state(), states[2])
+
+
+@pytest.mark.parametrize("kind", ["argument", "parameter", "buffer"])
+def test_whatever_is_fake_is_found(kind):
+    """Fake tensors hold no random state that could be compared."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = torch.zeros(5)
+            if kind == "parameter":
+                self.w = nn.Parameter(torch.ones(5))
+            if kind == "buffer":
+                del self.w
+                self.register_buffer("w", torch.ones(5, requires_grad=True))
+
+        def forward(self, x=0.0):
+            return ((self.w if kind != "argument" else 1.0) + x).sin()
+
+    with FakeTensorMode():
+        arguments = [torch.ones(5, requires_grad=True)]
+        block = Block()
+        if kind == "argument":
+            block.w = None
+        y = forget(block, *(arguments if kind == "argument" else []))
+        y.sum().backward()
+        leaf = arguments[0] if kind == "argument" else block.w
+        assert leaf.grad.shape == (5,)
 
 
 def test_python_numbers_on_fake_tensors():
@@ -800,7 +863,7 @@ def test_outputs_that_the_caller_changes_in_place():
 
 
 @pytest.mark.parametrize(
-    "dtype", [torch.bfloat16, torch.float16, torch.complex64]
+    "dtype", [torch.bfloat16, torch.float16, torch.complex64, torch.complex128]
 )
 def test_outputs_of_any_dtype_are_compared(dtype):
     class Block(nn.Module):
@@ -820,11 +883,43 @@ def test_outputs_without_bits():
     class Block(nn.Module):
         def forward(self, x):
             sparse = (x > 0).to_sparse()
-            return x.sin(), sparse, torch.zeros(2, device="meta"), None
+            small = torch.quantize_per_tensor(
+                x.detach().float(), 0.1, 0, torch.qint8
+            )
+            meta = torch.zeros(2, device="meta")
+            return x.sin(), sparse, small, meta, None
 
     x = X.clone().requires_grad_()
     forget(Block(), x)[0].sum().backward()
     assert torch.equal(x.grad, X.cos())
+
+
+def test_outputs_that_are_negated_views():
+    class Block(nn.Module):
+        def forward(self, x):
+            y = torch.complex(x, x.sin()).conj().imag
+            assert y.is_neg()
+            return y
+
+    x = X.clone().requires_grad_()
+    forget(Block(), x).sum().backward()
+    torch.testing.assert_close(x.grad, -X.cos())
+
+
+def test_a_parameter_that_is_returned_is_compared():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(5).double())
+
+        def forward(self, x):
+            return x.sin(), self.scale
+
+    block = Block()
+    y, _ = forget(block, X.clone().requires_grad_())
+    block.scale.data.mul_(2)
+    with pytest.raises(RuntimeError, match="output differs"):
+        y.sum().backward()
 
 
 class SlowDevice:
@@ -931,6 +1026,55 @@ def test_weights_that_are_clamped_in_forward():
     assert_same(ours, reference)
 
 
+def test_weights_come_back_if_the_second_call_fails():
+    calls = []
+
+    def write(weight):
+        calls.append(1)
+        weight.clamp_(-0.1, 0.1)
+        if len(calls) > 1:
+            raise ZeroDivisionError
+
+    block = Writing(write)
+    weight = block.linear.weight
+    y = forget(block, X)
+    with pytest.raises(ZeroDivisionError):
+        y.sum().backward()
+    assert block.linear.weight is weight
+
+
+def test_a_frozen_embedding_of_limited_norm():
+    first, second = words()
+    first.embedding.requires_grad_(False)
+    found = []
+    for call in (forget, lambda block, *args: block(*args)):
+        y = call(first, torch.tensor([1, 3]))
+        found.append(gradients_of(y.sum(), *first.linear.parameters()))
+    assert_same(*found)
+
+
+def test_a_weight_of_two_modules_is_one_weight_again():
+    """The first module writes it, the second reads it."""
+
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 5), nn.Linear(5, 5)
+            self.b.weight = self.a.weight
+
+        def forward(self, x):
+            with torch.no_grad():
+                self.a.weight.fill_(x.mean())
+            return torch.tanh(self.b(x))
+
+    block = Shared().double()
+    y = forget(block, X + 1)
+    # Meanwhile it holds something else.
+    forget(block, X + 2)
+    y.sum().backward()
+    assert block.b.bias.grad is not None
+
+
 def test_weights_that_become_others_at_each_call():
     block = Writing(lambda weight: weight.mul_(0.9))
     y = forget(block, X)
@@ -1031,6 +1175,37 @@ def test_a_segment_is_a_plain_call_where_nothing_is_saved():
     assert len(sums) == 3
 
 
+def assert_forgets():
+    """A segment runs its function again in backward."""
+    calls = []
+
+    class Counting(nn.Module):
+        def forward(self, x):
+            # Outside the module, whose own lists are put back.
+            calls.append(1)
+            return x.tanh()
+
+    layer = Counting()
+    x = torch.rand(3, requires_grad=True)
+    Segment().call("layer", layer, layer.forward, (x,), {}).sum().backward()
+    assert len(calls) == 2
+
+
+def test_nothing_is_saved_after_an_inner_context_either():
+    with nothing_saved():
+        with nothing_saved():
+            pass
+        layer, segment = nn.Tanh(), Segment()
+        x = torch.rand(3, requires_grad=True)
+        y = segment.call("layer", layer, layer.forward, (x,), {})
+    assert not segment.feeds([y])
+
+
+def test_other_threads_save_as_before():
+    with ThreadPoolExecutor(1) as other, nothing_saved():
+        other.submit(assert_forgets).result()
+
+
 def test_nothing_saved_ends_with_its_context():
     for error in (None, ZeroDivisionError):
         try:
@@ -1039,7 +1214,4 @@ def test_nothing_saved_ends_with_its_context():
                     raise error
         except ZeroDivisionError:
             pass
-        layer = nn.Tanh()
-        x = torch.rand(3, requires_grad=True)
-        Segment().call("layer", layer, layer.forward, (x,), {}).sum().backward()
-        assert x.grad is not None
+        assert_forgets()

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from sb_memeff.nnet.recompute import recompute_blocks
+from sb_memeff.nnet.replay import backends
 from sb_memeff.nnet.replay.backends import BackendFlags
 from sb_memeff.nnet.reversible import AdditiveCoupling, ReversibleSequence
 
@@ -77,3 +78,42 @@ def test_both_interfaces_of_tf32_may_have_been_used():
             pass
     finally:
         cudnn.rnn.fp32_precision = before
+
+
+OTHERS = {
+    "cudnn.enabled": False,
+    "cudnn.deterministic": True,
+    "cudnn.allow_tf32": False,
+    "mkldnn.enabled": False,
+    "mkldnn.deterministic": True,
+    "cuda.matmul.allow_fp16_reduced_precision_reduction": False,
+    "cuda.matmul.allow_bf16_reduced_precision_reduction": False,
+    "cuda.matmul.fp32_precision": "ieee",
+    "cudnn.conv.fp32_precision": "ieee",
+    "cudnn.rnn.fp32_precision": "ieee",
+    "mkldnn.matmul.fp32_precision": "bf16",
+    "mkldnn.conv.fp32_precision": "bf16",
+    "mkldnn.rnn.fp32_precision": "bf16",
+    "float32_matmul_precision": "medium",
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_each_flag_is_that_of_forward_inside_and_the_callers_outside(name):
+    if name in backends._TF32 and name not in backends._known_flags():
+        pytest.skip("this torch has the older interface alone")
+    before, everything = backends._read(name), backends._read_all()
+    assert before != OTHERS[name]
+    flags = BackendFlags()
+    try:
+        backends._write({name: OTHERS[name]})
+        callers = backends._read_all()
+        with flags.applied():
+            assert backends._read(name) == before
+        assert backends._read(name) == OTHERS[name]
+        # Nor do other flags stay as they were set on the way.
+        assert backends._read_all() == callers
+    finally:
+        # One may have changed what another says.
+        backends._write({name: before, **everything})
+    assert backends._read_all() == everything

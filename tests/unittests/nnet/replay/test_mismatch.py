@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sb_memeff.nnet.replay import mismatch
-from sb_memeff.nnet.replay.mismatch import checksum
+from sb_memeff.nnet.replay.mismatch import Summary, checksum
 
 
 class Event:
@@ -43,6 +43,7 @@ def device():
         torch.float32,
         torch.float64,
         torch.complex64,
+        torch.complex128,
         torch.int8,
         torch.int64,
         torch.bool,
@@ -56,6 +57,76 @@ def test_one_bit_changes_the_checksum_and_the_layout_does_not(dtype):
     flat = changed.flatten()
     flat[7] = ~flat[7] if dtype == torch.bool else flat[7] * 2 + 1
     assert not torch.equal(checksum(x), checksum(flat))
+
+
+@pytest.mark.parametrize("bit", [0, 31, 32, 63])
+def test_each_bit_of_a_double_counts(bit):
+    x = torch.rand(9, dtype=torch.float64)
+    changed = x.clone()
+    changed.view(torch.int64)[4] ^= 1 << bit if bit < 63 else -(1 << 63)
+    assert not torch.equal(checksum(x), checksum(changed))
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_difference_in_any_of_several_tensors(place):
+    tensors = [torch.ones(4), torch.ones(2, 3), torch.ones(5)]
+    before = Summary(tensors)
+    assert not before.differs(before.again(tensors))
+    tensors[place] = tensors[place] + 1
+    assert before.differs(before.again(tensors))
+
+
+def test_more_or_fewer_tensors_are_a_difference():
+    x = torch.ones(3)
+    for first, second in (([x, x], [x]), ([x], [x, x])):
+        before = Summary(first)
+        assert before.differs(before.again(second))
+    assert not Summary([]).differs(Summary([]))
+
+
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize(
+    "dtype, relative",
+    [
+        (torch.bfloat16, 2**-7),
+        (torch.float16, 2**-10),
+        (torch.float32, 2**-22),
+        (torch.float64, 2**-50),
+        (torch.complex64, 2**-22),
+        (torch.complex128, 2**-50),
+    ],
+)
+def test_the_size_of_a_difference(dtype, relative, place):
+    """Down to the last bits, and of whatever tensor is off most."""
+    tensors = [torch.ones(300, dtype=dtype), 2 * torch.ones(7, dtype=dtype)]
+    before = Summary(tensors, sampled=True)
+    # The values of forward count, also where they are changed later.
+    tensors[place] *= 1 + relative
+    now = before.again(tensors)
+    assert before.relative_error(now).item() == pytest.approx(relative)
+    size = before.size_of_difference(now)
+    assert size.startswith(f" by {relative:.2g} of")
+
+
+def test_the_size_is_relative_to_the_value_of_forward():
+    before = Summary([torch.ones(3)], sampled=True)
+    assert before.relative_error(before.again([4 * torch.ones(3)])) == 3.0
+
+
+@pytest.mark.parametrize("action, sampled", [("error", False), ("warn", True)])
+def test_values_are_kept_if_a_difference_is_to_be_described(
+    monkeypatch, action, sampled
+):
+    """As the action was in forward, whatever it is in backward."""
+    monkeypatch.setattr(mismatch._pending, "action", action)
+    x = torch.ones(3)
+    before = Summary([x])
+    other = "error" if action == "warn" else "warn"
+    monkeypatch.setattr(mismatch._pending, "action", other)
+    now = before.again([2 * x])
+    assert bool(before.samples) == bool(now.samples) == sampled
+    described = " by 1 of the largest value (in a sample)" if sampled else ""
+    assert before.size_of_difference(now) == described
 
 
 def test_a_difference_is_an_error_at_once_on_the_cpu():
@@ -73,6 +144,16 @@ def test_a_device_is_read_when_it_is_ready(device):
     with pytest.raises(RuntimeError, match="block 0"):
         pending.next_forward()
     assert events[0].waits == 0
+
+
+def test_what_arrives_at_once_is_read_when_the_next_forward_begins(device):
+    _, events = device
+    events.append(Event())
+    events[0].done = True
+    pending = mismatch._Pending(lambda differs: (differs, events[0]))
+    pending.report(torch.tensor([True]), "block {}".format)
+    with pytest.raises(RuntimeError, match="block 0"):
+        pending.next_forward()
 
 
 def test_a_device_is_read_in_the_next_backward_at_the_latest(device):
@@ -125,9 +206,11 @@ def test_warnings_are_logged_once(device, caplog):
     assert caplog.text.count("block 0 differs") == 1
 
 
-def test_an_unknown_action_is_refused():
+def test_an_unknown_action_is_refused_and_changes_nothing(monkeypatch):
+    monkeypatch.setattr(mismatch._pending, "action", "warn")
     with pytest.raises(ValueError, match="'ignore'"):
         mismatch.set_mismatch_action("ignore")
+    assert mismatch.mismatch_action() == "warn"
 
 
 def test_the_message_is_that_of_the_comparison(device):
@@ -136,3 +219,47 @@ def test_the_message_is_that_of_the_comparison(device):
     pending.report(torch.tensor([False, True]), "second {}".format)
     with pytest.raises(RuntimeError, match="^second 1$"):
         pending.read()
+
+
+def test_all_differences_of_one_report_are_logged(device, caplog):
+    pending, _ = device
+    pending.action = "warn"
+    pending.report(torch.tensor([True, False, True]), "block {}".format)
+    pending.read()
+    assert "block 0" in caplog.text and "block 2" in caplog.text
+
+
+def test_comparisons_of_several_devices(device):
+    """Each device sends its own, in one copy."""
+    copied = []
+
+    def copy(tensor):
+        copied.append(tensor.device.type)
+        host = torch.ones(tensor.shape, dtype=torch.bool)
+        return (host if tensor.is_meta else tensor), Event()
+
+    pending = mismatch._Pending(copy)
+    on_meta = torch.tensor([False], device="meta")
+    for differs in (torch.tensor([False]), on_meta, torch.tensor([False])):
+        pending.report(differs, f"{differs.device} {{}}".format)
+    with pytest.raises(RuntimeError, match="^meta 0$"):
+        pending.read()
+    assert copied == ["cpu", "meta"]
+
+
+@pytest.mark.parametrize("sent", [False, True])
+def test_an_error_drops_what_else_was_waiting(device, sent):
+    """Reports of the same step, and copies of other steps."""
+    pending, events = device
+    pending.report(torch.tensor([True]), "first {}".format)
+    pending.next_forward()
+    events[0].done = True
+    pending._reports.append(
+        mismatch._Report(torch.tensor([True]), "second {}".format)
+    )
+    if sent:
+        pending._send()
+    with pytest.raises(RuntimeError, match="first 0"):
+        pending.read_arrived()
+    pending.next_forward()
+    pending.read()

@@ -19,7 +19,7 @@ class Stateful(nn.Module):
         self.act = act
         self.count = 0
         self.history = [1]
-        self.cache = {"a": 1}
+        self.cache = {"a": 1, "z": 1}
         self.seen = {1}
         self.table = torch.ones(2)
         self.register_buffer("total", torch.ones(2))
@@ -41,6 +41,7 @@ ACTS = {
     "cache": lambda m: m.cache.update(b=2),
     "cache_value": lambda m: m.cache.update(a=2),
     "cache_key": lambda m: m.cache.update(b=m.cache.pop("a")),
+    "cache_order": lambda m: m.cache.update(a=m.cache.pop("a")),
     "seen": lambda m: m.seen.add(2),
     "table_replaced": lambda m: replace(m, "table", m.table + 1),
     "total": lambda m: m.total.add_(1),
@@ -150,14 +151,23 @@ def test_one_list_in_two_modules_stays_one():
     assert module.a.history is module.b.history is shared
 
 
-def test_hooks_may_change_attributes_of_torchs_modules():
+@pytest.mark.parametrize("when", ["before", "after", "plain"])
+def test_hooks_may_change_attributes_of_torchs_modules(when):
+    """And code from outside those of a plain Module."""
     layer = nn.Linear(2, 2)
     layer.calls = 0
 
     def count(module, *_):
         module.calls += 1
 
-    layer.register_forward_hook(count)
+    if when == "before":
+        layer.register_forward_pre_hook(count)
+    elif when == "after":
+        layer.register_forward_hook(count)
+    else:
+        layer = nn.Module()
+        layer.calls = 0
+        layer.forward = lambda x: count(layer)
     state = ModuleState(layer)
     layer(torch.ones(2))
     with without_trace(layer, state.changes()):
@@ -186,8 +196,9 @@ def test_batch_norms_that_use_what_they_count(training):
     assert torch.equal(norm.running_mean, mean)
 
 
-def test_a_batch_norm_costs_no_copy_when_recorded():
-    norm = nn.BatchNorm1d(3)
+@pytest.mark.parametrize("kind", [nn.BatchNorm1d, nn.SyncBatchNorm])
+def test_a_batch_norm_costs_no_copy_when_recorded(kind):
+    norm = kind(3)
     state = ModuleState(norm)
     norm(torch.rand(4, 3))
     assert state.changes().buffers == {}
@@ -201,3 +212,30 @@ def test_modules_are_in_torchs_order():
     net.register_module("none", None)
     assert modules_of(net) == list(net.modules())
     assert modules_of(lambda: None) == []
+
+
+def test_inference_tensors_have_no_version():
+    module = Stateful(lambda m: None)
+    with torch.inference_mode():
+        module.table = torch.ones(2)
+        module.total = torch.ones(2)
+    state = ModuleState(module)
+    module()
+    with without_trace(module, state.changes()):
+        module()
+    assert module.table.tolist() == module.total.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("needed", [True, False])
+def test_a_tensor_that_is_lent_needs_a_gradient_as_before(needed):
+    def write(m):
+        with torch.no_grad():
+            m.table.add_(1)
+
+    module = Stateful(write)
+    module.table.requires_grad_(needed)
+    state = ModuleState(module)
+    module()
+    with without_trace(module, state.changes()):
+        assert module.table.requires_grad == needed
+        assert module.table.is_leaf

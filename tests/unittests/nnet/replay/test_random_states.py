@@ -132,3 +132,29 @@ def test_generators_among():
     a, b, c = random.Random(), torch.Generator(), np.random.default_rng()
     found = generators_among([1, a, [b, "x"], {"c": (c,), "d": c}])
     assert found == [a, b, c]
+
+
+@pytest.mark.parametrize("wrap", [list, tuple, lambda x: {"key": x[0]}])
+def test_generators_in_containers(wrap):
+    generator = random.Random(0)
+    assert generators_among([wrap([generator])]) == [generator]
+
+
+def test_the_generator_of_a_device_is_that_of_its_number(monkeypatch):
+    """Not of the device that happens to be the current one."""
+    states = {0: "first", 1: "second"}
+
+    class Module:
+        @staticmethod
+        def get_rng_state(device="cuda"):
+            return states[torch.device(device).index or 0]
+
+        @staticmethod
+        def set_rng_state(state, device="cuda"):
+            states[torch.device(device).index or 0] = state
+
+    monkeypatch.setattr(torch, "get_device_module", lambda device: Module)
+    source = global_sources(torch.device("cuda:1"), follow_torch=True)[-1]
+    assert source.read() == "second"
+    source.write("changed")
+    assert states == {0: "first", 1: "changed"}

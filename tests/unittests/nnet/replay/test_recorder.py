@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
+from sb_memeff.nnet.replay import random_states
 from sb_memeff.nnet.replay.recorder import (
     Recorder,
     check_fingerprint,
@@ -40,6 +41,78 @@ def test_generators_come_back_after_an_error():
     assert norm.track_running_stats
 
 
+@pytest.mark.parametrize("where", ["recording", "replay"])
+def test_the_callers_cache_of_weights_comes_back_after_an_error(where):
+    layer = parametrizations.weight_norm(nn.Linear(3, 3))
+    recorder = Recorder(torch.device("cpu"))
+    _, recording = recorder.record(layer, torch.ones(2, 3))
+    context = (
+        recorder.recording(layer)
+        if where == "recording"
+        else recorder.replay(layer, recording)
+    )
+    with parametrize.cached():
+        weight = layer.weight
+        with pytest.raises(ZeroDivisionError):
+            with context:
+                raise ZeroDivisionError
+        assert layer.weight is weight
+
+
+def test_generators_come_back_if_one_cannot_be_written():
+    dropout = nn.Dropout(0.5)
+    recorder = Recorder(torch.device("cpu"))
+    _, recording = recorder.record(dropout, torch.ones(4))
+
+    def fail(state):
+        if state == "before":
+            raise ZeroDivisionError
+
+    broken = random_states.Source(lambda: "now", fail)
+    recording.random_states.append((broken, "before"))
+    state = torch.get_rng_state()
+    with pytest.raises(ZeroDivisionError):
+        with recorder.replay(dropout, recording):
+            pass
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_arguments_by_name():
+    def scaled(x, *, scale):
+        return x * scale
+
+    recorder = Recorder(torch.device("cpu"))
+    y, _ = recorder.record(scaled, torch.ones(2), scale=3.0)
+    assert y.tolist() == [3, 3]
+
+
+@pytest.mark.parametrize("follow", [True, False])
+def test_generators_of_torch_are_followed_if_so_wished(follow):
+    """Those of modules too."""
+    generator = torch.Generator()
+
+    class Drawing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.own = generator
+
+        def forward(self):
+            return torch.rand(2) + torch.rand(2, generator=self.own)
+
+    drawing = Drawing()
+    recorder = Recorder(torch.device("cpu"), follow_random=follow)
+    first, recording = recorder.record(drawing)
+    assert (recording.random_states is not None) == follow
+    with recorder.replay(drawing, recording):
+        assert torch.equal(drawing(), first) == follow
+
+
+def test_a_layer_without_a_bias_has_a_fingerprint():
+    layer = nn.Linear(3, 3, bias=False)
+    assert layer._parameters["bias"] is None
+    check_fingerprint(fingerprint(layer), layer, "owner")
+
+
 def test_nothing_is_stored_for_functions_that_draw_nothing():
     recorder = Recorder(torch.device("cpu"))
     _, recording = recorder.record(nn.ReLU(), torch.ones(4))
@@ -47,18 +120,19 @@ def test_nothing_is_stored_for_functions_that_draw_nothing():
     assert recording.changes.buffers == {}
 
 
-def test_replay_restores_the_autocast_state_of_the_forward_pass():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_replay_restores_the_autocast_state_of_the_forward_pass(dtype):
     linear = nn.Linear(4, 4)
     x = torch.ones(2, 4)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", dtype):
         recorder = Recorder(x.device)
         _, recording = recorder.record(linear, x)
     with recorder.replay(linear, recording):
-        assert linear(x).dtype == torch.bfloat16
+        assert linear(x).dtype == dtype
     assert linear(x).dtype == torch.float32
     recorder = Recorder(x.device)
     _, recording = recorder.record(linear, x)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", dtype):
         with recorder.replay(linear, recording):
             assert linear(x).dtype == torch.float32
 

@@ -24,7 +24,11 @@ from sb_memeff.nnet.reversible import (
     guards,
     inversion_errors,
 )
-from sb_memeff.nnet.reversible.walk import Observer
+from sb_memeff.nnet.reversible.walk import (
+    Observer,
+    TapSumBesideGraph,
+    Walk,
+)
 from tests.unittests.nnet.reversible.chains import (
     assert_same_state,
     body,
@@ -1149,6 +1153,90 @@ def test_double_backward_names_the_cause():
     # The remedy works.
     net.save_memory = False
     torch.autograd.grad(net(x).sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize("output", [0, 1])
+@pytest.mark.parametrize("kind", ["first", "between", "last", "alone"])
+def test_double_backward_is_refused_with_taps(kind, output):
+    """From either output; a first derivative is no way around it."""
+    couplings = [coupling() for _ in range(2)]
+    tap = Tap(nn.Tanh())
+    net = ReversibleSequence(
+        {
+            "first": [tap, *couplings],
+            "between": [couplings[0], tap, couplings[1]],
+            "last": [*couplings, tap],
+            "alone": [nn.Conv2d(8, 8, 1), tap],
+        }[kind]
+    )
+    x = images().requires_grad_()
+    if kind == "alone" and output == 0:
+        pytest.skip("a chain without invertible blocks or taps allows it")
+    with pytest.raises(RuntimeError, match="double backward|differentiate twi"):
+        loss = net(x)[output].square().sum()
+        (first,) = torch.autograd.grad(loss, x, create_graph=True)
+        first.square().sum().backward()
+
+
+def alive(kind):
+    """Objects that nobody has freed, those of other tests among them."""
+    gc.collect()
+    return [o for o in gc.get_objects() if type(o) is kind]
+
+
+def test_the_gradient_of_the_sum_of_taps_is_not_kept():
+    """Though the graph is."""
+    net = ReversibleSequence([coupling(), Tap(nn.Tanh()), coupling()])
+    before = alive(TapSumBesideGraph)
+    y, total = net(images().requires_grad_())
+    (y.sum() + total.sum()).backward(retain_graph=True)
+    sums = [o for o in alive(TapSumBesideGraph) if o not in before]
+    assert sums and all(s.gradient is None for s in sums)
+
+
+def test_leaving_the_grid_is_reported_while_others_observe():
+    net = chain(2, dropout=0.0)
+    with inversion_errors(net), pytest.raises(RuntimeError, match="reached"):
+        net(1e4 * images()).sum().backward()
+
+
+def test_streams_are_not_kept_after_an_error_in_backward():
+    net = chain(2, dropout=0.0)
+    before = alive(Walk)
+    y = net(1e4 * images())
+    with pytest.raises(RuntimeError, match="reached"):
+        y.sum().backward()
+    walks = [o for o in alive(Walk) if o not in before]
+    assert walks and all(not w.streams and not w.extras for w in walks)
+
+
+@pytest.mark.parametrize("kind", ["module", "coupling", "tap", "first tap"])
+@pytest.mark.parametrize("save_memory", [True, False])
+def test_extra_arguments_by_name_reach_every_kind_of_block(kind, save_memory):
+    class Scaled(nn.Module):
+        def forward(self, x, *, scale):
+            return x * scale
+
+    blocks = {
+        "module": [Scaled()],
+        "coupling": [AdditiveCoupling(Scaled(), Scaled())],
+        "tap": [AdditiveCoupling(Scaled(), Scaled()), Tap(Scaled())],
+        "first tap": [Tap(Scaled())],
+    }[kind]
+    net = ReversibleSequence(blocks, save_memory)
+    x = images().requires_grad_()
+    result = net(x, scale=0.5)
+    y = result[-1] if isinstance(result, tuple) else result
+    y.sum().backward()
+    # x1 + x2 / 2 and x2 + (x1 + x2 / 2) / 2, halved by the tap.
+    first, second = {
+        "module": (0.5, 0.5),
+        "coupling": (1.5, 1.75),
+        "tap": (0.75, 0.875),
+        "first tap": (0.5, 0.5),
+    }[kind]
+    assert x.grad[:, :4].unique().tolist() == [first]
+    assert x.grad[:, 4:].unique().tolist() == [second]
 
 
 def test_changes_between_forward_and_backward_are_found():
