@@ -20,12 +20,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_flatten
 
 from sb_memeff.lobes.models.RevResNet import RevResNet
+from sb_memeff.memory.tracker import StorageTracker
 from sb_memeff.ops.blocks_8bit import BLOCK, VALUES, Quantized8bit
 from sb_memeff.optim import (
     Adam8bit,
     AdamW8bit,
     SGD8bit,
     keep_32bit_states,
+    optimizer_8bit,
     state_bytes,
 )
 
@@ -1246,3 +1248,24 @@ def test_in_a_gradscaler_steps_are_skipped():
             scaler.update()
             assert torch.equal(before, weight) == bad
         assert optimizer.state[weight]["step"] == 2
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_a_step_holds_few_unpacked_states_at_a_time(kind, monkeypatch):
+    """Of one parameter, if a chunk holds no more; not those of all."""
+    peaks = []
+    weights = [nn.Parameter(torch.randn(64, 1024)) for _ in range(8)]
+    settings = {"momentum": 0.9} if kind is SGD8bit else {}
+    for values in (1 << 16, 1 << 30):
+        monkeypatch.setattr(optimizer_8bit, "CHUNK", values)
+        optimizer = kind(weights, lr=0.01, foreach=False, **settings)
+        for p in weights:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        known = [*weights, *(p.grad for p in weights)]
+        with StorageTracker(but=known) as tracker:
+            optimizer.step()
+        peaks.append(tracker.peak)
+    moments = 1 if kind is SGD8bit else 2
+    unpacked = 4 * moments * weights[0].numel()
+    assert peaks[1] - peaks[0] > 5 * unpacked
