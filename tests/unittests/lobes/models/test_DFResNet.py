@@ -5,6 +5,9 @@ import torch
 from torch import nn
 
 from sb_memeff.lobes.models.DFResNet import DFResNet
+from sb_memeff.lobes.models.ResNet import ResNet
+from sb_memeff.lobes.models.RevDFResNet import RevDFResNet
+from sb_memeff.lobes.models.RevResNet import RevResNet
 
 # Millions of parameters. Gemini: README of Tianchi Liu's repository with the
 # trained networks of the paper. DFResNet56 and 233: the comparison in the
@@ -66,3 +69,19 @@ def test_errors():
         DFResNet(block_sizes=[3, 4])
     with pytest.raises(ValueError, match=r"strides.*pairs \(time, frequency"):
         DFResNet(strides=[1, [2, 2], [2, 0], 2])
+
+
+@pytest.mark.parametrize(
+    "network",
+    [ResNet, DFResNet, RevResNet, RevDFResNet],
+    ids=lambda n: n.__name__,
+)
+def test_a_stage_may_have_other_channels_without_a_stride(network):
+    net = network(
+        input_size=24,
+        channels=(8, 16, 32, 32),
+        block_sizes=(1, 1, 1, 1),
+        strides=(1, 2, 1, 1),
+        lin_neurons=5,
+    )
+    assert net(torch.rand(2, 21, 24)).shape == (2, 5)
