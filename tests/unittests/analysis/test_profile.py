@@ -3,12 +3,8 @@
 import pytest
 import torch
 
-from sb_memeff.analysis.profile import (
-    _speechbrain_loss,
-    comparison,
-    profile,
-    report,
-)
+from sb_memeff.analysis.families.transducer import _speechbrain_loss
+from sb_memeff.analysis.profile import comparison, profile, report
 from sb_memeff.analysis.recipe import read_recipe
 from sb_memeff.memory.leftovers import no_leftovers
 from sb_memeff.memory.tracker import StorageTracker

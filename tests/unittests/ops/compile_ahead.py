@@ -67,7 +67,7 @@ def kernels():
                     **rows,
                     **dict.fromkeys(
                         (
-                            "normaliser_ptr",
+                            "lse_ptr",
                             "blank_ptr",
                             "emission_ptr",
                             "weight_ptr",
