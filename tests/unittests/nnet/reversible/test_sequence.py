@@ -299,6 +299,37 @@ def test_extra_arguments_reach_f_and_g_and_get_gradients():
     assert relative_error(others, found[0][:-1]) > 1e-2
 
 
+class Mixed(nn.Module):
+    """Uses the tensors among arguments of all kinds."""
+
+    def forward(self, x, *arguments):
+        for argument in arguments:
+            if isinstance(argument, torch.Tensor):
+                x = x * argument
+        return x.sin()
+
+
+@pytest.mark.parametrize("wanted", [(True, True), (False, True), (True, False)])
+@pytest.mark.parametrize(
+    "between", [(None,), (2, "text"), (None, 0.5, None)], ids=str
+)
+def test_tensors_among_other_arguments_get_their_gradients(between, wanted):
+    net = ReversibleSequence(
+        [AdditiveCoupling(Mixed(), Mixed()) for _ in range(2)]
+    ).double()
+    x = images(dtype=torch.float64)
+    found = []
+    for module in (net, stored(net)):
+        gains = [
+            torch.tensor(value, dtype=torch.float64, requires_grad=needed)
+            for value, needed in zip((0.7, 1.3), wanted)
+        ]
+        arguments = (*between, gains[0], *between, gains[1])
+        _, grads, _ = gradients(module, x, *arguments)
+        found.append([*grads, *(g.grad for g in gains if g.requires_grad)])
+    assert relative_error(*found) < 1e-9
+
+
 class Sum(nn.Module):
     """Both streams get the same tensor for a gradient."""
 
