@@ -81,19 +81,10 @@ def plot_kinds(profiles: Sequence[Profile], path: str | Path) -> None:
     # Room for the totals; margins() would stop at a bar without width.
     axes.set_xlim(0, 1.12 * max(left))
     axes.set_xlabel("peak memory of a training step (GB)")
-    first = profiles[0]
-    optimizers = dict.fromkeys(found.optimizer for found in profiles)
-    axes.set_title(
-        f"{first.batch_text}, {first.precision}, {' or '.join(optimizers)}",
-        fontsize="medium",
-        loc="left",
-    )
+    axes.set_title(_describe(profiles), fontsize="medium", loc="left")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    figure.legend(
-        loc="outside lower center", ncols=4, frameon=False, fontsize="small"
-    )
-    figure.savefig(path, dpi=150)
+    _save(figure, path)
     pyplot.close(figure)
 
 
@@ -136,24 +127,33 @@ def plot_timelines(profiles: Sequence[Profile], path: str | Path) -> None:
         axes.set_ylabel("memory alive (GB)")
     # Room for the peak's label.
     panels[0].set_ylim(0, 1.15 * most)
-    first = profiles[0]
-    optimizers = dict.fromkeys(found.optimizer for found in profiles)
     figure.suptitle(
-        f"One training step: {first.batch_text}, {first.precision}, "
-        f"{' or '.join(optimizers)}",
+        f"One training step: {_describe(profiles)}",
         fontsize="medium",
         x=0.01,
         ha="left",
     )
+    _save(figure, path, handles=[shown[k] for k in KINDS if k in shown])
+    pyplot.close(figure)
+
+
+def _describe(profiles: Sequence[Profile]) -> str:
+    """Batch, precision and optimizers of a picture's steps."""
+    first = profiles[0]
+    optimizers = dict.fromkeys(found.optimizer for found in profiles)
+    return f"{first.batch_text}, {first.precision}, {' or '.join(optimizers)}"
+
+
+def _save(figure: Any, path: str | Path, **entries: Any) -> None:
+    """Writes a figure with a legend of the kinds below it."""
     figure.legend(
-        handles=[shown[kind] for kind in KINDS if kind in shown],
         loc="outside lower center",
         ncols=4,
         frameon=False,
         fontsize="small",
+        **entries,
     )
     figure.savefig(path, dpi=150)
-    pyplot.close(figure)
 
 
 def _draw_timeline(axes: Any, found: Profile, most: float) -> dict[str, Any]:

@@ -24,6 +24,8 @@ import torch
 from speechbrain.utils.logger import get_logger
 from torch.utils.data import Dataset, Sampler
 
+from sb_memeff.nnet.replay.random_states import forked_generators
+
 __all__ = [
     "NumberedSampler",
     "SeededDataset",
@@ -34,6 +36,7 @@ __all__ = [
 
 logger = get_logger(__name__)
 
+CPU = torch.device("cpu")
 # So many indices are compared to see whether an epoch goes on in its order.
 COMPARED = 64
 
@@ -62,7 +65,7 @@ def seeded(*numbers: int) -> Generator[None, None, None]:
     ...     print(torch.equal(first, torch.rand(3)))
     True
     """
-    with _global_states_kept():
+    with forked_generators(CPU):
         seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
         random.seed(seed)
         np.random.seed(seed)
@@ -79,15 +82,6 @@ def _set_global_states(states: tuple[Any, Any, torch.Tensor]) -> None:
     random.setstate(states[0])
     np.random.set_state(states[1])
     torch.set_rng_state(states[2])
-
-
-@contextlib.contextmanager
-def _global_states_kept() -> Generator[None, None, None]:
-    before = _global_states()
-    try:
-        yield
-    finally:
-        _set_global_states(before)
 
 
 def set_epoch(sampler: Iterable[Any], epoch: int) -> None:
@@ -245,7 +239,7 @@ class SeededSampler(Sampler):
             iterator = iter(self.sampler)
             states = _global_states()
         while True:
-            with _global_states_kept():
+            with forked_generators(CPU):
                 _set_global_states(states)
                 indices = list(itertools.islice(iterator, self.ahead))
                 states = _global_states()

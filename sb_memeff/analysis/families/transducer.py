@@ -100,22 +100,10 @@ class TransducerStep(TrainingStep):
     def default_batch(
         cls, number: Callable[[str], Any], seconds: float | None = None
     ) -> tuple[int, float]:
-        """The recipe's own batch.
+        """See TrainingStep; 15 s by default.
 
         With dynamic batching, as many utterances as fit into max_batch_len,
         but one at least.
-
-        Arguments
-        ---------
-        number : callable
-            From a key to that number of the yaml file.
-        seconds : float, optional
-            Length of each; 15 by default.
-
-        Returns
-        -------
-        tuple
-            Utterances, seconds.
         """
         if seconds is None:
             seconds = cls.seconds
