@@ -9,6 +9,7 @@ from sb_memeff.nnet.reversible import (
     ReversibleSequence,
     SpaceToDepth,
     Tap,
+    check_invertible,
 )
 from tests.unittests.nnet.reversible.chains import (
     gradients,
@@ -132,3 +133,16 @@ def test_space_to_depth_works_on_axis_1_alone():
 
 def test_it_is_shown():
     assert "axis=-1" in repr(transformer())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("turned", [False, True])
+def test_half_precision_and_any_strides(dtype, turned):
+    """Inversion stays exact under autocast, whatever the input's layout."""
+    net, x = transformer(), torch.randn(2, 7, 16)
+    if turned:
+        x = x.mT.contiguous().mT
+    with torch.autocast("cpu", dtype):
+        report = check_invertible(net, x)
+    assert report.inversion_error == 0
+    assert report.gradient_error < 1e-6
