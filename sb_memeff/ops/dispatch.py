@@ -4,15 +4,17 @@ Authors
  * The sb_memeff authors 2026
 """
 
+import contextlib
 import functools
 import importlib.util
 import os
+from collections.abc import Generator
 
 import torch
 from speechbrain.utils.logger import get_logger
 from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["has_values", "runs_fused"]
+__all__ = ["fused_on_fake_tensors", "has_values", "runs_fused"]
 
 logger = get_logger(__name__)
 
@@ -45,12 +47,43 @@ def runs_fused(*tensors: torch.Tensor) -> bool:
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     return all(
-        # Subclasses, fake tensors among them, have no address to give away.
-        type(x) in (torch.Tensor, torch.nn.Parameter)
-        and x.is_cuda
-        and x.dtype in DTYPES
-        for x in tensors
+        x.dtype in DTYPES and _is_on_gpu(x) for x in tensors
     ) and _available(os.environ.get(SWITCH, "1"))
+
+
+def _is_on_gpu(x: torch.Tensor) -> bool:
+    if isinstance(x, FakeTensor):
+        return _fake_tensors_are_on_gpu
+    # Other subclasses may have no memory that a kernel could read.
+    return type(x) in (torch.Tensor, torch.nn.Parameter) and x.is_cuda
+
+
+_fake_tensors_are_on_gpu = False
+
+
+@contextlib.contextmanager
+def fused_on_fake_tensors() -> Generator[None, None, None]:
+    """Inside, fake tensors take the kernels' path, as on a GPU.
+
+    No kernel runs on them: memory and launches can be counted.
+
+    Yields
+    ------
+    None
+
+    Example
+    -------
+    >>> from sb_memeff.memory.fake import fake_tensors
+    >>> with fake_tensors(), fused_on_fake_tensors():
+    ...     runs_fused(torch.zeros(3))
+    True
+    """
+    global _fake_tensors_are_on_gpu
+    before, _fake_tensors_are_on_gpu = _fake_tensors_are_on_gpu, True
+    try:
+        yield
+    finally:
+        _fake_tensors_are_on_gpu = before
 
 
 def has_values(tensor: torch.Tensor) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from sb_memeff.ops.blocks_8bit import Quantized8bit
-from sb_memeff.ops.dispatch import runs_fused
+from sb_memeff.ops.dispatch import has_values, runs_fused
 from sb_memeff.optim.checkpoint import Checkpoints8bit
 from sb_memeff.optim.layout import Group, State, dense, laid_out_like
 
@@ -131,9 +131,10 @@ class Optimizer8bit(Checkpoints8bit):
             if not runs_fused(*chunk, *(p.grad for p in chunk)):
                 others += chunk
                 continue
-            addresses = [p.data_ptr() for p in chunk]
-            if len(set(addresses)) < len(chunk):
-                # Programs must not update one parameter at the same time.
+            # Programs must not update one parameter at the same time.
+            if all(map(has_values, chunk)) and len(
+                {p.data_ptr() for p in chunk}
+            ) < len(chunk):
                 others += chunk
             else:
                 fused.append(chunk)

@@ -16,8 +16,8 @@ from torch.func import functional_call
 
 from sb_memeff.nnet.replay.mismatch import report_mismatches
 from sb_memeff.nnet.transducer.half_linear import HALF, Float32WeightGradients
-from sb_memeff.nnet.transducer.rows import row_gradient, row_scores, wide_dtype
 from sb_memeff.ops.dispatch import has_values
+from sb_memeff.ops.logit_rows import row_gradient, row_scores, wide_dtype
 
 __all__ = ["CellLogits", "Cells", "Gradients", "cells_inside", "next_targets"]
 

@@ -18,8 +18,8 @@ from sb_memeff.nnet.transducer.batch import (
     reduce,
 )
 from sb_memeff.nnet.transducer.cells import cells_inside, next_targets
-from sb_memeff.nnet.transducer.lattice import loss_and_occupancies
-from sb_memeff.nnet.transducer.rows import row_gradient, row_scores, wide_dtype
+from sb_memeff.ops.lattice import loss_and_occupancies
+from sb_memeff.ops.logit_rows import row_gradient, row_scores, wide_dtype
 
 __all__ = ["transducer_loss"]
 

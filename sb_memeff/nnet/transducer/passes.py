@@ -18,9 +18,9 @@ from sb_memeff.nnet.transducer.cells import (
     Gradients,
     Tile,
 )
-from sb_memeff.nnet.transducer.lattice import loss_and_occupancies
-from sb_memeff.nnet.transducer.rows import wide_dtype
 from sb_memeff.ops.dispatch import has_values
+from sb_memeff.ops.lattice import loss_and_occupancies
+from sb_memeff.ops.logit_rows import wide_dtype
 
 __all__ = ["Planes", "TiledPass", "WholePass"]
 

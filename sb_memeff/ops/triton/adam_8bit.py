@@ -12,7 +12,7 @@ import triton.language as tl
 
 from sb_memeff.ops.triton.blocks_8bit import (
     inside,
-    launch,
+    launch_on_blocks,
     load_quantized,
     places,
     pointer_of,
@@ -161,7 +161,7 @@ def adam_8bit(
     ).float()
     if params[0].is_cuda and not corrections.is_cuda:
         corrections = corrections.pin_memory()
-    launch(
+    launch_on_blocks(
         _adam,
         [params, grads, *moments],
         corrections.to(params[0].device, non_blocking=True),

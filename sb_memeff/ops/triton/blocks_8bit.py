@@ -8,16 +8,18 @@ Authors
 """
 
 import functools
+import itertools
 
 import torch
 import triton
 import triton.language as tl
 
-from sb_memeff.ops.triton.launch import on_device_of
+from sb_memeff.ops.dispatch import has_values
+from sb_memeff.ops.triton.launch import address, launch
 
 __all__ = [
     "inside",
-    "launch",
+    "launch_on_blocks",
     "load_quantized",
     "places",
     "pointer_of",
@@ -175,11 +177,13 @@ def quantize(
     """
     codes = torch.empty_like(x, dtype=torch.uint8)
     maxima = x.new_empty(triton.cdiv(x.numel(), 256))
-    launch(_quantize, [[x], [codes], [maxima]], middles, SIGNED=signed)
+    launch_on_blocks(
+        _quantize, [[x], [codes], [maxima]], middles, SIGNED=signed
+    )
     return codes, maxima
 
 
-def launch(
+def launch_on_blocks(
     kernel: triton.JITFunction,
     tensors: list[list[torch.Tensor]],
     *arguments: torch.Tensor | float,
@@ -200,38 +204,40 @@ def launch(
     **constants : bool
         Passed on by name.
     """
-    device = tensors[0][0].device
+    first = tensors[0][0]
     sizes = [x.numel() for x in tensors[0]]
     programs = tuple(triton.cdiv(size, BLOCKS * 256) for size in sizes)
-    tensor_of, first_programs = _programs(programs, device)
+    *first_programs, total = itertools.accumulate(programs, initial=0)
+    if has_values(first):
+        tensor_of = _tensor_of(programs, first.device)
+    else:
+        # Not to be kept.
+        tensor_of = first.new_empty(total, dtype=torch.int32)
     rows = [sizes, first_programs]
-    rows += [[x.data_ptr() for x in row] for row in tensors]
+    rows += [[address(x) for x in row] for row in tensors]
     aligned = not any(
         number % ALIGNMENT for row in rows[:1] + rows[2:] for number in row
     )
     table = torch.tensor(rows, dtype=torch.int64)
-    if device.type == "cuda":
+    if first.is_cuda:
         # The host does not wait for a copy from pinned memory.
         table = table.pin_memory()
-    table = table.to(device, non_blocking=True)
-    with on_device_of(table):
-        kernel[(len(tensor_of),)](
-            table,
-            tensor_of,
-            len(sizes),
-            *arguments,
-            ALIGNED=aligned,
-            BLOCKS=BLOCKS,
-            **constants,
-        )
+    table = table.to(first.device, non_blocking=True)
+    launch(
+        kernel,
+        (total,),
+        table,
+        tensor_of,
+        len(sizes),
+        *arguments,
+        ALIGNED=aligned,
+        BLOCKS=BLOCKS,
+        **constants,
+    )
 
 
 @functools.lru_cache(maxsize=8)
-def _programs(
-    programs: tuple[int, ...], device: torch.device
-) -> tuple[torch.Tensor, list[int]]:
-    """The tensor of each program, and the first program of each tensor."""
-    counts = torch.tensor(programs)
+def _tensor_of(programs: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """The number of each program's tensor, from the programs of each."""
     numbers = torch.arange(len(programs), dtype=torch.int32)
-    tensor_of = numbers.repeat_interleave(counts).to(device)
-    return tensor_of, (counts.cumsum(0) - counts).tolist()
+    return numbers.repeat_interleave(torch.tensor(programs)).to(device)

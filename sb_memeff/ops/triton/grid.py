@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sb_memeff.ops.triton.launch import on_device_of
+from sb_memeff.ops.triton.launch import launch
 
 __all__ = ["round_to_grid"]
 
@@ -56,8 +56,13 @@ def round_to_grid(x: torch.Tensor, bits: int) -> torch.Tensor:
     """
     rounded = torch.empty_like(x, dtype=torch.float32)
     if x.numel():
-        with on_device_of(x):
-            _round[(triton.cdiv(x.numel(), BLOCK),)](
-                x, rounded, x.numel(), BITS=bits, BLOCK=BLOCK
-            )
+        launch(
+            _round,
+            (triton.cdiv(x.numel(), BLOCK),),
+            x,
+            rounded,
+            x.numel(),
+            BITS=bits,
+            BLOCK=BLOCK,
+        )
     return rounded

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sb_memeff.ops.triton.launch import on_device_of
+from sb_memeff.ops.triton.launch import launch
 
 __all__ = ["ACTIVATIONS", "add_input_gradients", "join"]
 
@@ -256,23 +256,24 @@ def join(
     features = enc.shape[2]
     joined = enc.new_empty(len(indices), features, dtype=dtype)
     grid = triton.cdiv(len(indices), CELLS), triton.cdiv(features, FEATURES)
-    with on_device_of(enc):
-        _join[grid](
-            enc,
-            pred,
-            indices,
-            joined,
-            len(indices),
-            features,
-            enc.shape[1],
-            pred.shape[1],
-            *enc.stride(),
-            *pred.stride(),
-            slope,
-            ACTIVATION=activation,
-            CELLS=CELLS,
-            FEATURES=FEATURES,
-        )
+    launch(
+        _join,
+        grid,
+        enc,
+        pred,
+        indices,
+        joined,
+        len(indices),
+        features,
+        enc.shape[1],
+        pred.shape[1],
+        *enc.stride(),
+        *pred.stride(),
+        slope,
+        ACTIVATION=activation,
+        CELLS=CELLS,
+        FEATURES=FEATURES,
+    )
     return joined
 
 
@@ -325,28 +326,29 @@ def add_input_gradients(
         (True, enc, pred, enc_total),
         (False, pred, enc, pred_total),
     )
-    with on_device_of(enc):
-        for by_frame, own, other, total in sides:
-            _add_rows[(len(own) * own.shape[1], triton.cdiv(features, WIDTH))](
-                gradient,
-                positions,
-                indices,
-                own,
-                other,
-                total,
-                # A pointer that is not read may be any.
-                gradient if factor is None else factor,
-                start,
-                len(indices),
-                features,
-                rows,
-                columns,
-                *own.stride(),
-                *other.stride(),
-                slope,
-                BY_FRAME=by_frame,
-                HAS_FACTOR=factor is not None,
-                ACTIVATION=activation,
-                ADDED=ADDED,
-                WIDTH=WIDTH,
-            )
+    for by_frame, own, other, total in sides:
+        launch(
+            _add_rows,
+            (len(own) * own.shape[1], triton.cdiv(features, WIDTH)),
+            gradient,
+            positions,
+            indices,
+            own,
+            other,
+            total,
+            # A pointer that is not read may be any.
+            gradient if factor is None else factor,
+            start,
+            len(indices),
+            features,
+            rows,
+            columns,
+            *own.stride(),
+            *other.stride(),
+            slope,
+            BY_FRAME=by_frame,
+            HAS_FACTOR=factor is not None,
+            ACTIVATION=activation,
+            ADDED=ADDED,
+            WIDTH=WIDTH,
+        )

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sb_memeff.ops.triton.launch import on_device_of
+from sb_memeff.ops.triton.launch import launch
 
 __all__ = ["forward_backward"]
 
@@ -166,7 +166,7 @@ def forward_backward(
     frames: torch.Tensor,
     targets: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See ``sb_memeff.nnet.transducer.lattice.forward_backward``."""
+    """See ``sb_memeff.ops.lattice.forward_backward``."""
     batch, rows, columns = blank.shape
     blank, target = (
         x if x.stride(-1) == 1 else x.contiguous() for x in (blank, target)
@@ -180,34 +180,37 @@ def forward_backward(
     target_posterior = blank.new_empty(batch, rows, columns - 1)
     strides = *blank.stride()[:2], *target.stride()[:2]
     block = triton.next_power_of_2(max(columns, 32))
-    with on_device_of(blank):
-        _sums[(batch, 2)](
-            blank,
-            target,
-            sums,
-            log_likelihood,
-            frames,
-            targets,
-            rows,
-            columns,
-            *strides,
-            BLOCK=block,
-            num_warps=min(8, block // 32),
-        )
-        _posteriors[(batch * rows,)](
-            blank,
-            target,
-            sums,
-            log_likelihood,
-            frames,
-            targets,
-            blank_posterior,
-            target_posterior,
-            sums[0].numel(),
-            rows,
-            columns,
-            *strides,
-            BLOCK=min(block, 1024),
-            num_warps=min(4, block // 32),
-        )
+    launch(
+        _sums,
+        (batch, 2),
+        blank,
+        target,
+        sums,
+        log_likelihood,
+        frames,
+        targets,
+        rows,
+        columns,
+        *strides,
+        BLOCK=block,
+        num_warps=min(8, block // 32),
+    )
+    launch(
+        _posteriors,
+        (batch * rows,),
+        blank,
+        target,
+        sums,
+        log_likelihood,
+        frames,
+        targets,
+        blank_posterior,
+        target_posterior,
+        sums[0].numel(),
+        rows,
+        columns,
+        *strides,
+        BLOCK=min(block, 1024),
+        num_warps=min(4, block // 32),
+    )
     return log_likelihood.to(blank.dtype), blank_posterior, target_posterior

@@ -1,35 +1,86 @@
-"""On which GPU a kernel is launched.
+"""Launches kernels: on the right GPU, watched, and on fake tensors not at all.
 
 Authors
  * The sb_memeff authors 2026
 """
 
 import contextlib
+from collections.abc import Callable, Generator
 from typing import Any
 
 import torch
 
-__all__ = ["on_device_of"]
+from sb_memeff.ops.dispatch import has_values
+
+__all__ = ["address", "launch", "watch_launches"]
+
+# Called with a kernel's name and its arguments by name.
+Watcher = Callable[[str, dict[str, Any]], None]
+_watchers: list[Watcher] = []
 
 
-def on_device_of(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Makes a tensor's GPU the current one, where Triton launches kernels.
+def launch(
+    kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any
+) -> None:
+    """Runs a Triton kernel on the GPU of its first tensor.
+
+    Arguments
+    ---------
+    kernel : triton.JITFunction
+        The kernel.
+    grid : tuple of int
+        Number of programs along each axis.
+    *args : tuple
+        Arguments of the kernel, in its order. The first one is a tensor. If
+        it is fake, nothing runs: what a caller allocates is all that counts.
+    **constants : dict
+        Constants and launch options, by name.
+    """
+    first = args[0]
+    for watcher in _watchers:
+        watcher(kernel.__name__, dict(zip(kernel.arg_names, args)) | constants)
+    if not has_values(first):
+        return
+    if first.is_cuda:
+        # Triton takes the current device.
+        with torch.cuda.device(first.device):
+            kernel[grid](*args, **constants)
+    else:
+        # Triton's interpreter.
+        kernel[grid](*args, **constants)
+
+
+def address(x: torch.Tensor) -> int:
+    """The address of a tensor's first value; 0 for a fake tensor.
 
     Arguments
     ---------
     x : torch.Tensor
-        Anything that the kernel reads.
+        The tensor.
 
     Returns
     -------
-    contextlib.AbstractContextManager
-        Does nothing for a tensor on the CPU (Triton's interpreter).
-
-    Example
-    -------
-    >>> with on_device_of(torch.zeros(3)):
-    ...     pass
+    int
+        In bytes.
     """
-    return (
-        torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
-    )
+    return x.data_ptr() if has_values(x) else 0
+
+
+@contextlib.contextmanager
+def watch_launches(watcher: Watcher) -> Generator[None, None, None]:
+    """Calls a function before each launch of a kernel.
+
+    Arguments
+    ---------
+    watcher : callable
+        Takes the kernel's name and its arguments by name.
+
+    Yields
+    ------
+    None
+    """
+    _watchers.append(watcher)
+    try:
+        yield
+    finally:
+        _watchers.remove(watcher)

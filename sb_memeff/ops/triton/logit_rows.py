@@ -1,6 +1,6 @@
 """Rows of logits: their scores, and the gradient with respect to them.
 
-One program a row. The formulas are those of ``nnet.transducer.rows``.
+One program a row. The formulas are those of ``ops.logit_rows``.
 
 Authors
  * The sb_memeff authors 2026
@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sb_memeff.ops.triton.launch import on_device_of
+from sb_memeff.ops.triton.launch import launch
 
 __all__ = ["row_gradient", "row_scores"]
 
@@ -121,21 +121,22 @@ def _gradient(
 def row_scores(
     logits: torch.Tensor, target: torch.Tensor, blank_index: int
 ) -> torch.Tensor:
-    """See ``sb_memeff.nnet.transducer.rows.row_scores``."""
+    """See ``sb_memeff.ops.logit_rows.row_scores``."""
     logits, target = logits.contiguous(), target.contiguous()
     rows, vocabulary = logits.shape
     scores = logits.new_empty(3, rows, dtype=torch.float32)
     if rows:
-        with on_device_of(logits):
-            _scores[(rows,)](
-                logits,
-                target,
-                scores,
-                rows,
-                vocabulary,
-                BLANK=blank_index,
-                BLOCK=BLOCK,
-            )
+        launch(
+            _scores,
+            (rows,),
+            logits,
+            target,
+            scores,
+            rows,
+            vocabulary,
+            BLANK=blank_index,
+            BLOCK=BLOCK,
+        )
     return scores
 
 
@@ -153,7 +154,7 @@ def row_gradient(
     fit: Callable[[torch.Tensor], torch.Tensor] | None = None,
     overwrite: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """See ``sb_memeff.nnet.transducer.rows.row_gradient``."""
+    """See ``sb_memeff.ops.logit_rows.row_gradient``."""
     logits = logits.contiguous()
     lse, target, blank, emission = (
         x.contiguous() for x in (lse, target, blank, emission)
@@ -167,9 +168,13 @@ def row_gradient(
     if not rows:
         return gradient, factor
 
-    def launch(writes, scale, largest):
+    def launch_gradient(
+        writes: bool, scale: torch.Tensor | None, largest: torch.Tensor | None
+    ) -> None:
         # A pointer that is not read may be any.
-        _gradient[(rows,)](
+        launch(
+            _gradient,
+            (rows,),
             logits,
             lse,
             target,
@@ -191,11 +196,10 @@ def row_gradient(
             BLOCK=BLOCK,
         )
 
-    with on_device_of(logits):
-        if fit is not None:
-            largest = torch.zeros_like(deviation)
-            launch(False, None, largest)
-            scale = fit(largest.reshape(()))
-            factor = scale.reciprocal()
-        launch(True, scale, None)
+    if fit is not None:
+        largest = torch.zeros_like(deviation)
+        launch_gradient(False, None, largest)
+        scale = fit(largest.reshape(()))
+        factor = scale.reciprocal()
+    launch_gradient(True, scale, None)
     return gradient, factor

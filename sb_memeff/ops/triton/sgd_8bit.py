@@ -12,7 +12,7 @@ import triton.language as tl
 
 from sb_memeff.ops.triton.blocks_8bit import (
     inside,
-    launch,
+    launch_on_blocks,
     load_quantized,
     places,
     pointer_of,
@@ -102,7 +102,7 @@ def sgd_8bit(
     nesterov, maximize : bool
         As torch.optim.SGD's.
     """
-    launch(
+    launch_on_blocks(
         _sgd,
         [params, grads, codes, maxima],
         values,

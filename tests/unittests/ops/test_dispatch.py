@@ -3,8 +3,12 @@
 import pytest
 import torch
 
-from sb_memeff.nnet.transducer import lattice, rows, transducer_loss
-from sb_memeff.ops import dispatch
+from sb_memeff.nnet.transducer import transducer_loss
+from sb_memeff.ops import (
+    dispatch,
+    lattice,
+    logit_rows as rows,
+)
 from sb_memeff.ops.blocks_8bit import Codebook
 
 
@@ -81,15 +85,15 @@ def test_subclasses_run_plain_torch(monkeypatch):
 ROWS = torch.zeros(3, 5)
 TARGET = torch.tensor([1, 2, 3])
 OPERATIONS = {
-    ("nnet.transducer.lattice", "lattice.forward_backward"): (
+    ("ops.lattice", "lattice.forward_backward"): (
         lambda: lattice.forward_backward(
             ROWS[None], ROWS[None, :, 1:], TARGET[2:], TARGET[:1]
         )
     ),
-    ("nnet.transducer.rows", "logit_rows.row_scores"): (
+    ("ops.logit_rows", "logit_rows.row_scores"): (
         lambda: rows.row_scores(ROWS, TARGET, 0)
     ),
-    ("nnet.transducer.rows", "logit_rows.row_gradient"): (
+    ("ops.logit_rows", "logit_rows.row_gradient"): (
         lambda: rows.row_gradient(
             ROWS, ROWS[:, 0], TARGET, ROWS[:, 0], ROWS[:, 0], 0
         )

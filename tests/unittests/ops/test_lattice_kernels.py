@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sb_memeff.nnet.transducer.lattice import forward_backward
+from sb_memeff.ops.lattice import forward_backward
 from sb_memeff.ops.triton import lattice as kernels
 from tests.unittests.ops.kernels import DEVICE, poison
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sb_memeff.nnet.transducer import rows
+from sb_memeff.ops import logit_rows as rows
 from sb_memeff.ops.triton import logit_rows as kernels
 from tests.unittests.ops.kernels import DEVICE, error, poison
 

@@ -205,10 +205,14 @@ def test_one_launch_for_all_parameters(monkeypatch, switch):
 
     def launch(kernel, tensors, *arguments, **constants):
         calls.append(len(tensors[0]))
-        return blocks_8bit.launch(kernel, tensors, *arguments, **constants)
+        return blocks_8bit.launch_on_blocks(
+            kernel, tensors, *arguments, **constants
+        )
 
     for module in ("sgd_8bit", "adam_8bit"):
-        monkeypatch.setattr(f"sb_memeff.ops.triton.{module}.launch", launch)
+        monkeypatch.setattr(
+            f"sb_memeff.ops.triton.{module}.launch_on_blocks", launch
+        )
     switch(True)
     for cls in (SGD8bit, AdamW8bit):
         optimizer = made(cls, parameters(), MOMENTUM[cls])
@@ -226,7 +230,9 @@ def test_what_the_kernel_cannot_do_is_plain(monkeypatch, switch, cls):
         raise AssertionError("launched")
 
     for module in ("sgd_8bit", "adam_8bit"):
-        monkeypatch.setattr(f"sb_memeff.ops.triton.{module}.launch", launch)
+        monkeypatch.setattr(
+            f"sb_memeff.ops.triton.{module}.launch_on_blocks", launch
+        )
     switch(True)
     weight = torch.randn(80, 64, device=DEVICE)
     half = torch.nn.Parameter(weight.bfloat16())
@@ -330,9 +336,13 @@ def test_a_double_leaves_the_others_their_launch(monkeypatch, switch):
 
     def launch(kernel, tensors, *arguments, **constants):
         calls.append(len(tensors[0]))
-        return blocks_8bit.launch(kernel, tensors, *arguments, **constants)
+        return blocks_8bit.launch_on_blocks(
+            kernel, tensors, *arguments, **constants
+        )
 
-    monkeypatch.setattr("sb_memeff.ops.triton.sgd_8bit.launch", launch)
+    monkeypatch.setattr(
+        "sb_memeff.ops.triton.sgd_8bit.launch_on_blocks", launch
+    )
     switch(True)
     params = parameters([(64, 80), (8, 80)])
     params.append(torch.nn.Parameter(params[0].detach().double()))

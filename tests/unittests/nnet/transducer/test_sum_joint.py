@@ -13,10 +13,11 @@ from speechbrain.nnet.transducer.transducer_joint import Transducer_joint
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sb_memeff.nnet.transducer import rows, sum_joint
+from sb_memeff.nnet.transducer import sum_joint
 from sb_memeff.nnet.transducer.cells import CellLogits
 from sb_memeff.nnet.transducer.joint_loss import TransducerJointLoss
 from sb_memeff.nnet.transducer.sum_joint import SumJoint
+from sb_memeff.ops import logit_rows as rows
 from sb_memeff.ops.triton import (
     joint as joint_kernels,
     logit_rows,

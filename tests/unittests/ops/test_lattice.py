@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 
-from sb_memeff.nnet.transducer.lattice import forward_backward
+from sb_memeff.ops.lattice import forward_backward
 
 
 def paths(frames, targets):

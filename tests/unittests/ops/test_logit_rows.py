@@ -7,7 +7,7 @@ Authors
 import pytest
 import torch
 
-from sb_memeff.nnet.transducer.rows import row_gradient, row_scores
+from sb_memeff.ops.logit_rows import row_gradient, row_scores
 
 
 def deviation(logits, again):
