@@ -153,7 +153,7 @@ def check_counts(
     targets: torch.Tensor,
     blank_index: int,
     vocabulary: int | None,
-) -> None:
+) -> tuple[list[int], list[int]]:
     """Checks lengths and targets of a batch. The host waits once.
 
     Arguments
@@ -170,6 +170,11 @@ def check_counts(
         The blank.
     vocabulary : int, optional
         Symbols, blank included; None if it is not known yet.
+
+    Returns
+    -------
+    tuple of list of int
+        logit_lengths and target_lengths on the host.
 
     Raises
     ------
@@ -191,11 +196,18 @@ def check_counts(
     if known:
         outside |= targets >= vocabulary
     blank = targets == blank_index
-    wrong = torch.stack(
-        [x.any() for x in (*bad, empty, outside & real, blank & real)]
+    masks = (*bad, empty, outside & real, blank & real)
+    host = torch.cat(
+        [
+            torch.stack([x.any() for x in masks]).long(),
+            logit_lengths,
+            target_lengths,
+        ]
     ).tolist()
+    wrong, lengths_on_host = host[: len(masks)], host[len(masks) :]
     if not any(wrong):
-        return
+        batch = len(logit_lengths)
+        return lengths_on_host[:batch], lengths_on_host[batch:]
     for mask, found, what in zip(bad, wrong[:2], ("frames", "targets")):
         if found:
             lens = lengths[what == "targets"]

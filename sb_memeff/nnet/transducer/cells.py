@@ -71,6 +71,7 @@ def cells_inside(
     target_lengths: torch.Tensor,
     rows: int,
     columns: int,
+    size: int,
 ) -> torch.Tensor:
     """The cells inside the lattices of a padded batch.
 
@@ -84,6 +85,8 @@ def cells_inside(
         T.
     columns : int
         U+1.
+    size : int
+        N, how many they are: the host need not wait for it.
 
     Returns
     -------
@@ -92,7 +95,7 @@ def cells_inside(
 
     Example
     -------
-    >>> cells_inside(torch.tensor([1, 2]), torch.tensor([1, 0]), 2, 2)
+    >>> cells_inside(torch.tensor([1, 2]), torch.tensor([1, 0]), 2, 2, 4)
     tensor([0, 1, 4, 6])
     """
     t = torch.arange(rows, device=logit_lengths.device)[:, None]
@@ -100,7 +103,7 @@ def cells_inside(
     inside = (t < logit_lengths[:, None, None]) & (
         u <= target_lengths[:, None, None]
     )
-    return inside.flatten().nonzero().squeeze(1)
+    return inside.flatten().nonzero_static(size=size).squeeze(1)
 
 
 def next_targets(
@@ -192,6 +195,8 @@ class Cells:
         [B].
     target_lengths : torch.Tensor
         [B], targets of each sample.
+    lengths : tuple of list of int
+        Both on the host.
     blank_index : int
         The blank.
     clamp : float, optional
@@ -211,6 +216,7 @@ class Cells:
         targets: torch.Tensor,
         logit_lengths: torch.Tensor,
         target_lengths: torch.Tensor,
+        lengths: tuple[list[int], list[int]],
         blank_index: int,
         clamp: float | None = None,
         check_vocabulary: Callable[[int], None] | None = None,
@@ -226,6 +232,7 @@ class Cells:
         self.rows, self.columns = enc.shape[1], pred.shape[1]
         self.samples = range(len(enc))
         self.logit_lengths, self.target_lengths = logit_lengths, target_lengths
+        self.lengths = lengths
         self.next_targets = next_targets(targets, target_lengths)
 
     @property
@@ -242,7 +249,11 @@ class Cells:
             [N], int64.
         """
         return cells_inside(
-            self.logit_lengths, self.target_lengths, self.rows, self.columns
+            self.logit_lengths,
+            self.target_lengths,
+            self.rows,
+            self.columns,
+            sum(t * (u + 1) for t, u in zip(*self.lengths, strict=True)),
         )
 
     def groups(self, size: int) -> "Iterator[Cells]":
@@ -266,6 +277,8 @@ class Cells:
                 self.logit_lengths[chosen],
                 self.target_lengths[chosen],
             )
+            frames, targets = self.lengths
+            group.lengths = frames[chosen], targets[chosen]
             yield group
 
     def sample_of(self, indices: torch.Tensor) -> torch.Tensor:

@@ -199,7 +199,7 @@ class TransducerJointLoss(nn.Module):
             self.blank_index,
         )
         vocabulary = declared_vocabulary(self.classifier)
-        check(vocabulary)
+        lengths = check(vocabulary)
         if self.method == "batched":
             return self._batched(
                 enc,
@@ -220,6 +220,7 @@ class TransducerJointLoss(nn.Module):
             targets,
             logit_lengths,
             target_lengths,
+            lengths,
             self.blank_index,
             self.clamp,
             _CheckOnce(check, vocabulary),
@@ -243,7 +244,6 @@ class TransducerJointLoss(nn.Module):
             wanted and self.reduction != "none",
             *inputs,
         )
-        _name_samples(nll)
         return reduce(nll, logit_lengths, self.reduction)
 
     def _make_pass(
@@ -296,7 +296,7 @@ class TransducerJointLoss(nn.Module):
 class _CheckOnce:
     """Checks targets against the vocabulary when its size is first seen."""
 
-    def __init__(self, check: Callable[[int], None], vocabulary: int | None):
+    def __init__(self, check: Callable[[int], Any], vocabulary: int | None):
         self.check, self.vocabulary = check, vocabulary
 
     def __call__(self, vocabulary: int) -> None:
@@ -330,19 +330,23 @@ class _Loss(torch.autograd.Function):
         gradients = None
         if at_once:
             gradients = Gradients(enc, pred, dict(zip(names, weights)))
-        nll, ctx.passes = [], []
+        nll, finite, ctx.passes = [], [], []
         with recorder.autocast(), unchanged(cells.logits, enc.device):
             for group in cells.groups(size):
                 lattice_pass = make_pass(group, recorder)
                 nll.append(lattice_pass.forward(gradients))
                 if gradients is not None:
                     lattice_pass.backward(gradients)
+                    finite += lattice_pass.finite
                 if wanted:
                     ctx.passes.append(lattice_pass)
         ctx.names, ctx.gradients = names, gradients
         ctx.modules, ctx.fingerprint = cells.logits, fingerprint(cells.logits)
         ctx.save_for_backward(enc, pred, *weights)
-        return torch.cat(nll)
+        nll = torch.cat(nll)
+        if has_values(nll):
+            _name_samples(finite or nll.isfinite().tolist())
+        return nll
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -360,9 +364,23 @@ class _Loss(torch.autograd.Function):
                 ctx.fingerprint, ctx.modules, "TransducerJointLoss"
             )
             gradients = Gradients(enc, pred, dict(zip(ctx.names, weights)))
-            for lattice_pass in ctx.passes:
+            for lattice_pass in _weighted(ctx.passes, upstream):
                 lattice_pass.backward(gradients, upstream)
         return *[None] * 6, *gradients.totals(scale)
+
+
+def _weighted(
+    passes: list[TiledPass | WholePass], upstream: torch.Tensor
+) -> list[TiledPass | WholePass]:
+    """Leaves out samples of weight 0, which may be those that are not finite.
+
+    A TiledPass finds them itself, cell by cell.
+    """
+    if isinstance(passes[0], TiledPass) or not has_values(upstream):
+        return passes
+    # All samples at once: the host waits for the device.
+    used = (upstream != 0).tolist()
+    return [p for p in passes if used[p.cells.samples.start]]
 
 
 def _rows_of_tile(enc: torch.Tensor, vocabulary: int | None) -> int:
@@ -378,16 +396,13 @@ def _finite_padding(x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     return x.masked_fill(padding[..., None] & ~x.isfinite(), 0)
 
 
-def _name_samples(nll: torch.Tensor) -> None:
-    if not has_values(nll):
-        # Analysed, not computed: there is no value to look at.
-        return
-    bad = (~nll.detach().isfinite()).nonzero().flatten().tolist()
+def _name_samples(finite: list[bool]) -> None:
+    bad = [str(n) for n, is_finite in enumerate(finite) if not is_finite]
     if bad:
         logger.warning(
-            f"The transducer loss of sample {', '.join(map(str, bad))} of the "
-            "batch is not finite: encoder, predictor or weights are not, or "
-            "no path has a positive probability."
+            f"The transducer loss of sample {', '.join(bad)} of the batch is "
+            "not finite: encoder, predictor or weights are not, or no path "
+            "has a positive probability."
         )
 
 

@@ -100,7 +100,7 @@ def transducer_loss(
     logit_lengths = count(input_lens, logits.shape[1], "frames")
     targets = targets.long()
     target_lengths = count(target_lens, targets.shape[1], "targets")
-    check_counts(
+    lengths = check_counts(
         (input_lens, target_lens),
         logit_lengths,
         target_lengths,
@@ -113,6 +113,7 @@ def transducer_loss(
         targets,
         logit_lengths,
         target_lengths,
+        sum(t * (u + 1) for t, u in zip(*lengths, strict=True)),
         blank_index,
         fastemit_lambda,
         clamp,
@@ -155,13 +156,14 @@ class _TransducerLoss(torch.autograd.Function):
         targets: torch.Tensor,
         logit_lengths: torch.Tensor,
         target_lengths: torch.Tensor,
+        size: int,
         blank_index: int,
         fastemit_lambda: float,
         clamp: float | None,
         overwrite_logits: bool,
     ) -> torch.Tensor:
         batch, rows, columns, vocabulary = logits.shape
-        cells = cells_inside(logit_lengths, target_lengths, rows, columns)
+        cells = cells_inside(logit_lengths, target_lengths, rows, columns, size)
         symbols = next_targets(targets, target_lengths)
         planes = logits.new_zeros(
             3, batch * rows * columns, dtype=wide_dtype(logits.dtype)
@@ -219,7 +221,7 @@ class _TransducerLoss(torch.autograd.Function):
                 weight=upstream[sample],
             )
             gradient[sample, t, u] = found
-        return gradient, *[None] * 7
+        return gradient, *[None] * 8
 
 
 def _locate(

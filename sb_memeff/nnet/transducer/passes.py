@@ -22,7 +22,7 @@ from sb_memeff.ops.dispatch import has_values
 from sb_memeff.ops.lattice import loss_and_occupancies
 from sb_memeff.ops.logit_rows import wide_dtype
 
-__all__ = ["Planes", "TiledPass", "WholePass"]
+__all__ = ["Planes", "TiledPass", "WholePass", "some_of"]
 
 # Flat planes of normalisers, and posteriors of blanks and of emissions.
 Planes = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -59,6 +59,8 @@ class TiledPass:
         self.recordings: list[Recording] = []
         self.planes: Planes | None = None
         self.nll: torch.Tensor | None = None
+        # Of each loss, once backward has read it.
+        self.finite: list[bool] = []
 
     def forward(self, gradients: Gradients | None = None) -> torch.Tensor:
         """The loss of each sample.
@@ -128,12 +130,25 @@ class TiledPass:
         _, blank, emission = planes
         # Not "occupancy >= floor": NaN must come out.
         visited = ~((blank + emission)[indices] < self.occupancy_floor)
-        if not has_values(visited):
-            # Memory is analysed, and there are no occupancies: all cells.
-            visited = torch.ones_like(indices, dtype=torch.bool)
         if upstream is not None:
             visited &= (upstream != 0)[cells.sample_of(indices)]
-        self._propagate(gradients, planes, indices, visited, upstream)
+        counts = self._count(visited)
+        self._propagate(gradients, planes, indices, visited, counts, upstream)
+
+    def _count(self, visited: torch.Tensor) -> list[int]:
+        """How many cells of each tile are visited. The host waits once."""
+        tiles = -(-len(visited) // self.max_rows)
+        if not has_values(visited):
+            # Memory is analysed, and there are no occupancies: all cells.
+            return [self.max_rows] * (tiles - 1) + [
+                len(visited) - (tiles - 1) * self.max_rows
+            ]
+        padding = tiles * self.max_rows - len(visited)
+        of_tiles = nn.functional.pad(visited, (0, padding)).view(tiles, -1)
+        finite = cast(torch.Tensor, self.nll).isfinite()
+        read = torch.cat([of_tiles.sum(1), finite]).tolist()
+        self.finite = list(map(bool, read[tiles:]))
+        return read[:tiles]
 
     def _propagate(
         self,
@@ -141,20 +156,30 @@ class TiledPass:
         planes: Planes,
         indices: torch.Tensor,
         visited: torch.Tensor,
+        counts: list[int],
         upstream: torch.Tensor | None,
     ) -> None:
-        """Adds the gradients of the cells that are visited."""
+        """Adds the gradients of the cells that are visited.
+
+        counts says how many they are in each tile.
+        """
         cells = self.cells
         if any(r.random_states for r in self.recordings):
             # Dropout: the same rows as in forward have the same masks.
             tiles, masks = self._split(indices), self._split(visited)
             recordings = self.recordings
+            used = counts
         else:
-            tiles = [x for x in self._split(indices[visited]) if len(x)]
+            count = sum(counts)
+            chosen = some_of(indices, visited, count)
+            tiles = self._split(chosen) if count else []
             masks = [None] * len(tiles)
             recordings = self.recordings[:1] * len(tiles)
-        for chunk, mask, recording in zip(tiles, masks, recordings):
-            if mask is not None and not mask.any():
+            used = [1] * len(tiles)
+        for chunk, mask, recording, cells_used in zip(
+            tiles, masks, recordings, used
+        ):
+            if not cells_used:
                 continue
             with self.recorder.replay(cells.logits, recording):
                 computed = gradients.compute_logits(
@@ -173,6 +198,35 @@ class TiledPass:
         tiles = indices.split(self.max_rows)
         # Where memory is analysed two tell all: each takes the same.
         return tiles if has_values(indices) else tiles[:2]
+
+
+def some_of(
+    indices: torch.Tensor, chosen: torch.Tensor, count: int
+) -> torch.Tensor:
+    """Those that are chosen, without a wait for the device.
+
+    Arguments
+    ---------
+    indices : torch.Tensor
+        [N].
+    chosen : torch.Tensor
+        [N], bool.
+    count : int
+        How many are.
+
+    Returns
+    -------
+    torch.Tensor
+        [count].
+
+    Example
+    -------
+    >>> chosen = torch.tensor([True, False, True])
+    >>> some_of(torch.tensor([5, 6, 7]), chosen, 2)
+    tensor([5, 7])
+    """
+    places = chosen.nonzero_static(size=count).squeeze(1)
+    return indices.index_select(0, places)
 
 
 class WholePass:
@@ -200,6 +254,8 @@ class WholePass:
             | None
         ) = None
         self.nll: torch.Tensor | None = None
+        # Not read here, see TiledPass.
+        self.finite: list[bool] = []
 
     def forward(self, gradients: Gradients | None = None) -> torch.Tensor:
         """The loss of the sample; arguments as TiledPass's."""
@@ -223,8 +279,6 @@ class WholePass:
     ) -> None:
         """Adds the gradients of the sample; arguments as TiledPass's."""
         cells = self.cells
-        if upstream is not None and upstream[cells.samples.start] == 0:
-            return
         computed, self.computed = self.computed, None
         if computed is None:
             tile = cells.tile(cells.indices())
@@ -242,7 +296,8 @@ class WholePass:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         cells = self.cells
         lse, *scores = cells.scores(tile, logits.detach())
-        shape = 1, int(cells.logit_lengths), int(cells.target_lengths) + 1
+        [frames], [targets] = cells.lengths
+        shape = 1, frames, targets + 1
         nll, blank, emission = loss_and_occupancies(
             *(s.view(shape) for s in scores),
             logit_lengths=cells.logit_lengths,

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from sb_memeff.nnet.transducer.cells import CellLogits, Cells, Gradients, Tile
 from sb_memeff.nnet.transducer.half_linear import HALF, wide_product
-from sb_memeff.nnet.transducer.passes import Planes, TiledPass
+from sb_memeff.nnet.transducer.passes import Planes, TiledPass, some_of
 from sb_memeff.ops.dispatch import runs_fused
 
 __all__ = ["SumJoint", "SumJointPass"]
@@ -239,11 +239,11 @@ class SumJointPass(TiledPass):
         planes: Planes,
         indices: torch.Tensor,
         visited: torch.Tensor,
+        counts: list[int],
         upstream: torch.Tensor | None,
     ) -> None:
-        cells, narrow = self.cells, self.joint.narrow()
-        whole = cells.tile(indices[visited])
-        count = len(whole.indices)
+        cells, narrow, count = self.cells, self.joint.narrow(), sum(counts)
+        whole = cells.tile(some_of(indices, visited, count))
         positions = torch.full_like(planes[0], -1, dtype=torch.int32)
         positions[whole.indices] = torch.arange(
             count, dtype=torch.int32, device=positions.device

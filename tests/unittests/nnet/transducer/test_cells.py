@@ -25,7 +25,14 @@ def cells(dtype=torch.float32):
     enc, pred = torch.randn(4, 4, H), torch.randn(4, 3, H)
     targets = torch.randint(1, V, (4, 2))
     return Cells(
-        logits, enc.to(dtype), pred.to(dtype), targets, FRAMES, COUNTS, 0, None
+        logits,
+        enc.to(dtype),
+        pred.to(dtype),
+        targets,
+        FRAMES,
+        COUNTS,
+        (FRAMES.tolist(), COUNTS.tolist()),
+        0,
     )
 
 
@@ -86,7 +93,7 @@ def test_float16_weight_gradients_do_not_overflow():
     pred = torch.full((1, 1, 2), 20.0).half()
     frames, counts = torch.tensor([3000]), torch.tensor([0])
     targets = torch.empty(1, 0, dtype=torch.long)
-    some = Cells(logits, enc, pred, targets, frames, counts, 0)
+    some = Cells(logits, enc, pred, targets, frames, counts, ([3000], [0]), 0)
     sums = Gradients(enc, pred, dict(logits.named_parameters()))
     tile = some.tile(some.indices())
     computed = sums.compute_logits(some, tile)
