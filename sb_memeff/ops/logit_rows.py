@@ -16,7 +16,7 @@ import torch
 
 from sb_memeff.ops.dispatch import has_values, runs_fused
 
-__all__ = ["row_gradient", "row_scores", "wide_dtype"]
+__all__ = ["row_gradient", "row_scores", "scale_into_float16", "wide_dtype"]
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -154,7 +154,7 @@ def row_gradient(
             allowed,
             clamp,
             weight,
-            _scale_into_float16 if fit_into_float16 else None,
+            scale_into_float16 if fit_into_float16 else None,
             overwrite,
         )
     logits = logits.to(wide_dtype(dtype))
@@ -174,14 +174,31 @@ def row_gradient(
     factor = None
     if fit_into_float16:
         largest = torch.linalg.vector_norm(gradient, torch.inf)
-        scale = _scale_into_float16(largest)
+        scale = scale_into_float16(largest)
         gradient *= scale
         factor = scale.reciprocal()
     return gradient.to(dtype), factor
 
 
-def _scale_into_float16(largest: torch.Tensor) -> torch.Tensor:
-    """The power of two by which a tensor is scaled, given its maximum."""
+def scale_into_float16(largest: torch.Tensor) -> torch.Tensor:
+    """Powers of two that bring magnitudes between 8 and 16.
+
+    Arguments
+    ---------
+    largest : torch.Tensor
+        The largest magnitudes, float32 or float64; of what is not finite, or
+        0, the power is some finite one.
+
+    Returns
+    -------
+    torch.Tensor
+        Of that shape and dtype.
+
+    Example
+    -------
+    >>> scale_into_float16(torch.tensor([3.0, 16.0, 1e-5]))
+    tensor([4.0000e+00, 5.0000e-01, 1.0486e+06])
+    """
     largest = largest.nan_to_num(1, 1).clamp_(min=1e-30)
     # largest = mantissa 2^n, so the quotient is a power of two.
     return 16 * torch.frexp(largest).mantissa / largest

@@ -7,7 +7,7 @@ Authors
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, cast
 
 import torch
@@ -16,6 +16,7 @@ from torch.func import functional_call
 
 from sb_memeff.nnet.replay.mismatch import report_mismatches
 from sb_memeff.nnet.transducer.half_linear import HALF, Float32WeightGradients
+from sb_memeff.nnet.transducer.input_gradient import InputGradient
 from sb_memeff.ops.dispatch import has_values
 from sb_memeff.ops.logit_rows import row_gradient, row_scores, wide_dtype
 
@@ -145,7 +146,8 @@ class Tile:
     sample : torch.Tensor
         [N], in the whole batch.
     enc_row : torch.Tensor
-        [N], the cell's row of the encoder's output, taken as [B T, H].
+        [N], the cell's row of the encoder's output of their run of samples,
+        taken as [B T, H].
     pred_row : torch.Tensor
         [N], its row of the prediction network's, taken as [B (U+1), H].
     target : torch.Tensor
@@ -273,10 +275,14 @@ class Cells:
         for first in range(0, len(self.samples), step):
             group, chosen = copy.copy(self), slice(first, first + step)
             group.samples = self.samples[chosen]
-            group.logit_lengths, group.target_lengths = (
-                self.logit_lengths[chosen],
-                self.target_lengths[chosen],
-            )
+            for name in (
+                "enc",
+                "pred",
+                "logit_lengths",
+                "target_lengths",
+                "next_targets",
+            ):
+                setattr(group, name, getattr(self, name)[chosen])
             frames, targets = self.lengths
             group.lengths = frames[chosen], targets[chosen]
             yield group
@@ -309,14 +315,13 @@ class Cells:
         Tile
             The cells with their samples, rows and targets.
         """
-        first = self.samples.start
         frame = indices // self.columns
         sample = frame // self.rows
         # Column (U+1) sample + u, where places are (U+1) (T sample + t) + u.
-        pred_row = indices + self.columns * (sample - frame + first)
-        if first:
-            sample, frame = sample + first, frame + first * self.rows
+        pred_row = indices + self.columns * (sample - frame)
         target = self.next_targets.flatten().index_select(0, pred_row)
+        if self.samples.start:
+            sample = sample + self.samples.start
         return Tile(indices, sample, frame, pred_row, target)
 
     def inputs(self, tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
@@ -381,6 +386,8 @@ class Gradients:
 
     Attributes
     ----------
+    of_inputs : tuple of InputGradient
+        Encoder's and predictor's.
     weight_sums : dict
         Name of each such parameter to the sum of its gradient.
     """
@@ -395,12 +402,11 @@ class Gradients:
         self.weights = {
             name: p.detach().requires_grad_() for name, p in weights.items()
         }
-        self.inputs = [enc, pred, *weights.values()]
-        # Contiguous, whatever the strides of what they belong to.
-        self.sums = [
-            x.new_zeros(x.shape, dtype=wide_dtype(x.dtype)) for x in self.inputs
-        ]
-        self.weight_sums = dict(zip(self.weights, self.sums[2:], strict=True))
+        self.of_inputs = InputGradient(enc), InputGradient(pred)
+        self.weight_sums = {
+            name: p.new_zeros(p.shape, dtype=wide_dtype(p.dtype))
+            for name, p in weights.items()
+        }
         self.linear = Float32WeightGradients(
             {
                 id(weight): self.weight_sums[name]
@@ -410,6 +416,23 @@ class Gradients:
         # How far replays are from forward, in units of what rounding may
         # explain.
         self.deviation = enc.new_zeros(1, dtype=torch.float32)
+
+    @contextlib.contextmanager
+    def run(self, samples: range) -> Generator[None, None, None]:
+        """Inside, ``add`` is given cells of these samples alone.
+
+        Arguments
+        ---------
+        samples : range
+            Each sample is in one run.
+
+        Yields
+        ------
+        None
+        """
+        enc, pred = self.of_inputs
+        with enc.run(samples), pred.run(samples):
+            yield
 
     def compute_logits(
         self, cells: Cells, tile: Tile, wanted: torch.Tensor | None = None
@@ -483,10 +506,9 @@ class Gradients:
             gradient,
             allow_unused=True,
         )
-        indices = tile.enc_row, tile.pred_row
-        for total, value, row in zip(
-            self.sums, found, (*indices, *[None] * len(self.weights))
-        ):
+        sums = [x.sum for x in self.of_inputs] + [*self.weight_sums.values()]
+        indices = tile.enc_row, tile.pred_row, *[None] * len(self.weights)
+        for total, value, row in zip(sums, found, indices, strict=True):
             if value is None:
                 continue
             value = value.to(total.dtype)
@@ -586,9 +608,14 @@ class Gradients:
         if has_values(self.deviation):
             report_mismatches(self.deviation > 1, _describe_mismatch)
         if scale is not None:
-            for total in self.sums:
+            for total in self.weight_sums.values():
                 total *= scale.to(total.dtype)
-        return [total.to(x.dtype) for total, x in zip(self.sums, self.inputs)]
+        return [x.total(scale) for x in self.of_inputs] + [
+            total.to(weight.dtype)
+            for total, weight in zip(
+                self.weight_sums.values(), self.weights.values(), strict=True
+            )
+        ]
 
 
 def _describe_mismatch(_: int) -> str:

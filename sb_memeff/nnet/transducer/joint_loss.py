@@ -336,7 +336,8 @@ class _Loss(torch.autograd.Function):
                 lattice_pass = make_pass(group, recorder)
                 nll.append(lattice_pass.forward(gradients))
                 if gradients is not None:
-                    lattice_pass.backward(gradients)
+                    with gradients.run(group.samples):
+                        lattice_pass.backward(gradients)
                     finite += lattice_pass.finite
                 if wanted:
                     ctx.passes.append(lattice_pass)
@@ -365,7 +366,8 @@ class _Loss(torch.autograd.Function):
             )
             gradients = Gradients(enc, pred, dict(zip(ctx.names, weights)))
             for lattice_pass in _weighted(ctx.passes, upstream):
-                lattice_pass.backward(gradients, upstream)
+                with gradients.run(lattice_pass.cells.samples):
+                    lattice_pass.backward(gradients, upstream)
         return *[None] * 6, *gradients.totals(scale)
 
 

@@ -128,10 +128,9 @@ class SumJoint:
         """
         from sb_memeff.ops.triton.joint import join
 
-        samples = _samples_of(cells)
         joined = join(
-            cells.enc[samples],
-            cells.pred[samples],
+            cells.enc,
+            cells.pred,
             tile.indices,
             self.activation,
             self.slope,
@@ -190,16 +189,15 @@ class SumJoint:
             if total is not None:
                 found = gradient.sum(0, dtype=torch.float32)
                 gradients.linear.add(total, found, total.dtype)
-        samples = _samples_of(cells)
         add_input_gradients(
             for_joined,
             positions,
             start,
             tile.indices,
-            cells.enc[samples],
-            cells.pred[samples],
-            gradients.sums[0][samples],
-            gradients.sums[1][samples],
+            cells.enc,
+            cells.pred,
+            gradients.of_inputs[0].sum,
+            gradients.of_inputs[1].sum,
             self.activation,
             self.slope,
             factor,
@@ -267,10 +265,6 @@ class SumJointPass(TiledPass):
                 factor,
             )
             del joined, gradient
-
-
-def _samples_of(cells: Cells) -> slice:
-    return slice(cells.samples.start, cells.samples.stop)
 
 
 # As they are when this module is imported: somebody may replace them.

@@ -37,9 +37,11 @@ def cells(dtype=torch.float32):
 
 
 def located_in(group):
-    """Sample, rows and target of the cells of a run of samples."""
+    """Sample, rows in the batch, and target of the cells of a run of samples."""
     tile = group.tile(group.indices())
-    return torch.stack([tile.sample, tile.enc_row, tile.pred_row, tile.target])
+    enc_row = tile.enc_row + group.samples.start * group.rows
+    pred_row = tile.pred_row + group.samples.start * group.columns
+    return torch.stack([tile.sample, enc_row, pred_row, tile.target])
 
 
 @pytest.mark.parametrize("size", [1, 24, 30, 1000])
@@ -68,8 +70,10 @@ def gradients(dtype, posterior):
     computed = sums.compute_logits(some, tile)
     lse, *_ = some.scores(tile, computed[0].detach())
     blank = torch.full_like(lse, posterior)
-    sums.add(computed, lse, blank, 0 * blank)
-    return [total.double() for total in sums.sums]
+    with sums.run(some.samples):
+        sums.add(computed, lse, blank, 0 * blank)
+        found = [x.sum.double() for x in sums.of_inputs]
+    return found + [total.double() for total in sums.weight_sums.values()]
 
 
 @pytest.mark.parametrize("posterior", [1e-30, 2e-7, 1.0, 1e6])
@@ -98,8 +102,9 @@ def test_float16_weight_gradients_do_not_overflow():
     tile = some.tile(some.indices())
     computed = sums.compute_logits(some, tile)
     lse, *_ = some.scores(tile, computed[0].detach())
-    sums.add(computed, lse, torch.ones(3000), torch.zeros(3000))
-    weight, bias = sums.sums[2:]
+    with sums.run(some.samples):
+        sums.add(computed, lse, torch.ones(3000), torch.zeros(3000))
+    weight, bias = sums.weight_sums.values()
     expected = 3000 * torch.tensor([-2 / 3, 1 / 3, 1 / 3])
     assert 40 * 2000 > torch.finfo(torch.float16).max
     torch.testing.assert_close(bias, expected, rtol=1e-3, atol=1e-2)
