@@ -21,6 +21,8 @@ from torch.nn.modules.module import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from sb_memeff.utils.hooks import only_observes
+
 __all__ = ["KINDS", "ModuleTracker", "StorageTracker", "Timeline"]
 
 # What memory is for, in the order of tables and pictures. "inputs" is the
@@ -37,6 +39,7 @@ KINDS = (
     "recomputed",
     "temporaries",
 )
+
 # Phase to kind to bytes.
 Timeline = dict[str, dict[str, list[int]]]
 # Of a phase in a timeline; a picture shows no more.
@@ -283,8 +286,10 @@ class ModuleTracker:
     def __enter__(self) -> "ModuleTracker":
         """Begins to follow."""
         self._hooks = [
-            register_module_forward_pre_hook(self._enter),
-            register_module_forward_hook(self._leave, always_call=True),
+            only_observes(register_module_forward_pre_hook(self._enter)),
+            only_observes(
+                register_module_forward_hook(self._leave, always_call=True)
+            ),
         ]
         return self
 

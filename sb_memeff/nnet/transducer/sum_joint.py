@@ -21,6 +21,7 @@ from sb_memeff.nnet.transducer.cells import CellLogits, Cells, Gradients, Tile
 from sb_memeff.nnet.transducer.half_linear import HALF, wide_product
 from sb_memeff.nnet.transducer.passes import Planes, TiledPass, some_of
 from sb_memeff.ops.dispatch import runs_fused
+from sb_memeff.utils.hooks import are_watched
 
 __all__ = ["SumJoint", "SumJointPass"]
 
@@ -313,14 +314,10 @@ def _linear_of(classifier: nn.Module) -> nn.Linear | None:
     return classifier if type(classifier) is nn.Linear else None
 
 
-def _is_watched(modules: nn.Module) -> object:
+def _is_watched(modules: nn.Module) -> bool:
     """Whether somebody sees or changes what single modules compute."""
-    return nn.modules.module._has_any_global_hook() or any(
-        "forward" in vars(module)
-        or _FORWARDS.get(type(module)) not in (None, type(module).forward)
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        for module in modules.modules()
+    parts = list(modules.modules())
+    return are_watched(parts) or any(
+        _FORWARDS.get(type(part)) not in (None, type(part).forward)
+        for part in parts
     )

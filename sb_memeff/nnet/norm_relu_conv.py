@@ -1,0 +1,226 @@
+"""Batch norm, ReLU and convolution as one: the activation is not stored.
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import nn
+
+from sb_memeff.nnet.padding import mask
+from sb_memeff.nnet.replay.kept import keep
+from sb_memeff.ops.norm_relu import norm_relu, norm_relu_backward
+from sb_memeff.utils.hooks import are_watched
+
+__all__ = ["norm_relu_conv"]
+
+
+def norm_relu_conv(
+    x: torch.Tensor,
+    norm: nn.Module,
+    activation: nn.Module,
+    conv: nn.Module,
+    padding: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """conv(activation(norm(x))), with padded frames as zero in between.
+
+    Of BatchNorm2d, ReLU and Conv2d nothing is kept for backward but x and a
+    mean and variance for each channel: the activation is computed again from
+    them. Other modules, and these ones with hooks, are called one by one.
+
+    Arguments
+    ---------
+    x : torch.Tensor
+        [N, C, T, F].
+    norm : torch.nn.Module
+        The batch norm.
+    activation : torch.nn.Module
+        The activation; it leaves zero zero.
+    conv : torch.nn.Module
+        The convolution.
+    padding : torch.Tensor, optional
+        True in padded frames of x, [N, 1, T, 1].
+
+    Returns
+    -------
+    torch.Tensor
+        What the convolution returns.
+
+    Example
+    -------
+    >>> layers = nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 5, 1)
+    >>> norm_relu_conv(torch.rand(2, 3, 6, 7), *layers).shape
+    torch.Size([2, 5, 6, 7])
+    """
+    if (
+        type(norm) is not nn.BatchNorm2d
+        or type(conv) is not nn.Conv2d
+        or type(activation) is not nn.ReLU
+        or not _is_fused(x, norm, conv)
+        or are_watched((norm, activation, conv))
+    ):
+        return conv(activation(mask(norm(x), padding)))
+    of_batch = norm.training or norm.running_mean is None
+    if of_batch:
+        mean, variance = keep(lambda: _batch_statistics(x.detach(), norm))
+    else:
+        mean, variance = norm.running_mean, norm.running_var
+    kind = x.device.type
+    dtype = x.dtype
+    if torch.is_autocast_enabled(kind) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(kind)
+    of_conv = conv.stride, conv.padding, conv.dilation, conv.groups
+    return _NormReLUConv.apply(
+        x,
+        norm.weight,
+        norm.bias,
+        mean,
+        variance,
+        conv.weight,
+        conv.bias,
+        padding,
+        _Settings(norm.eps, of_batch, dtype, of_conv),
+    )
+
+
+def _is_fused(x: torch.Tensor, norm: nn.BatchNorm2d, conv: nn.Conv2d) -> bool:
+    return (
+        norm.affine
+        # The host would have to read the number of batches.
+        and norm.momentum is not None
+        and conv.padding_mode == "zeros"
+        and not isinstance(conv.padding, str)
+        # What is wrong is said by the modules.
+        and x.dim() == 4
+        and x.shape[1] == norm.num_features == conv.in_channels
+        and x.numel() > x.shape[1]
+        and not (
+            torch.compiler.is_compiling()
+            or torch.compiler.is_exporting()
+            or torch.jit.is_tracing()
+        )
+    )
+
+
+def _batch_statistics(
+    x: torch.Tensor, norm: nn.BatchNorm2d
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and variance of a batch; running ones are brought up to date."""
+    running = norm.training and norm.track_running_stats
+    if running and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+    mean, variance = torch.batch_norm_update_stats(
+        x,
+        norm.running_mean if running else None,
+        norm.running_var if running else None,
+        cast(float, norm.momentum),
+    )
+    return mean, variance
+
+
+class _Settings(NamedTuple):
+    """Of a batch norm and a convolution."""
+
+    eps: float
+    of_batch: bool
+    dtype: torch.dtype
+    # Stride, padding, dilation, groups.
+    of_conv: tuple[Any, Any, Any, int]
+
+
+class _NormReLUConv(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        norm_weight: torch.Tensor,
+        norm_bias: torch.Tensor,
+        mean: torch.Tensor,
+        variance: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        padding: torch.Tensor | None,
+        settings: _Settings,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(
+            x, norm_weight, norm_bias, mean, variance, weight, padding
+        )
+        ctx.settings = settings
+        ctx.bias = None if bias is None else (list(bias.shape), bias.dtype)
+        dtype = settings.dtype
+        y = norm_relu(
+            x,
+            norm_weight,
+            norm_bias,
+            mean,
+            variance,
+            settings.eps,
+            padding,
+            dtype,
+        )
+        if bias is not None:
+            bias = bias.to(dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return nn.functional.conv2d(
+                y, weight.to(dtype), bias, *settings.of_conv
+            )
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    # pyrefly: ignore[bad-override]
+    def backward(
+        ctx: Any, gradient: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
+        x, norm_weight, norm_bias, mean, variance, weight, padding = (
+            ctx.saved_tensors
+        )
+        eps, of_batch, dtype, (stride, pad, dilation, groups) = ctx.settings
+        norm = x, norm_weight, norm_bias, mean, variance, eps, padding
+        needs_norm = any(ctx.needs_input_grad[:3])
+        needs_weight, needs_bias = ctx.needs_input_grad[5:7]
+        narrow = weight.to(dtype)
+        shape, bias_dtype = ctx.bias or (None, None)
+
+        def conv_backward(
+            y: torch.Tensor, wanted: list[bool]
+        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            with torch.autocast(gradient.device.type, enabled=False):
+                return torch.ops.aten.convolution_backward(
+                    gradient,
+                    y,
+                    narrow,
+                    shape,
+                    stride,
+                    pad,
+                    dilation,
+                    False,
+                    [0, 0],
+                    groups,
+                    wanted,
+                )
+
+        # One after the other: the activation is freed before its gradient is
+        # there.
+        for_weight = for_bias = None
+        if needs_weight or needs_bias:
+            _, for_weight, for_bias = conv_backward(
+                norm_relu(*norm, dtype), [False, needs_weight, needs_bias]
+            )
+        found: tuple[torch.Tensor | None, ...] = None, None, None
+        if needs_norm:
+            # Only the shape of the input matters.
+            like = torch.empty((), dtype=dtype, device=x.device).expand(x.shape)
+            for_y, _, _ = conv_backward(like, [True, False, False])
+            del gradient
+            found = norm_relu_backward(for_y, *norm, of_batch)
+        return (
+            *found,
+            None,
+            None,
+            for_weight.to(weight.dtype) if needs_weight else None,
+            for_bias.to(bias_dtype) if needs_bias else None,
+            None,
+            None,
+        )

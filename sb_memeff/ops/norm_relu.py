@@ -1,0 +1,192 @@
+"""Batch norm with ReLU, from statistics that are there.
+
+    z = (x - mean) / sqrt(variance + eps) * weight + bias
+    y = max(z, 0), and 0 in padded frames
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+import torch
+
+from sb_memeff.ops.dispatch import runs_fused
+
+__all__ = ["normalize", "norm_relu", "norm_relu_backward"]
+
+
+def normalize(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    mean: torch.Tensor,
+    variance: torch.Tensor,
+    eps: float,
+) -> torch.Tensor:
+    """z, in the dtype and layout of x.
+
+    Arguments
+    ---------
+    x : torch.Tensor
+        [N, C, ...].
+    weight : torch.Tensor
+        [C], and so are the next three.
+    bias : torch.Tensor
+        The norm's.
+    mean : torch.Tensor
+        Of x by channel, or a running one.
+    variance : torch.Tensor
+        The same; not corrected for its bias.
+    eps : float
+        The norm's.
+
+    Returns
+    -------
+    torch.Tensor
+        As x.
+
+    Example
+    -------
+    >>> x = torch.tensor([[[1.0, 3.0]]])
+    >>> ones = torch.ones(1)
+    >>> normalize(x, ones, 0 * ones, 2 * ones, ones, 0.0)
+    tensor([[[-1.,  1.]]])
+    """
+    return torch.native_batch_norm(
+        x, weight, bias, mean, variance, False, 0.0, eps
+    )[0]
+
+
+def norm_relu(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    mean: torch.Tensor,
+    variance: torch.Tensor,
+    eps: float,
+    padding: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """y, in another dtype.
+
+    Arguments
+    ---------
+    x : torch.Tensor
+        [N, C, T, F]; see ``normalize`` for the next five.
+    weight : torch.Tensor
+        [C].
+    bias : torch.Tensor
+        [C].
+    mean : torch.Tensor
+        [C].
+    variance : torch.Tensor
+        [C].
+    eps : float
+        The norm's.
+    padding : torch.Tensor or None
+        [N, 1, T, 1], True in padded frames.
+    dtype : torch.dtype
+        Of the result.
+
+    Returns
+    -------
+    torch.Tensor
+        [N, C, T, F], laid out as x.
+
+    Example
+    -------
+    >>> x = torch.tensor([[[[1.0, 3.0]]]])
+    >>> ones = torch.ones(1)
+    >>> norm_relu(x, ones, 0 * ones, 2 * ones, ones, 0.0, None, torch.half)
+    tensor([[[[0., 1.]]]], dtype=torch.float16)
+    """
+    if _is_fused(x, weight, bias, mean, variance):
+        from sb_memeff.ops.triton import norm_relu as kernels
+
+        return kernels.norm_relu(
+            x, weight, bias, mean, variance, eps, padding, dtype
+        )
+    y = normalize(x, weight, bias, mean, variance, eps).relu_()
+    if padding is not None:
+        y.masked_fill_(padding, 0.0)
+    return y.to(dtype)
+
+
+def norm_relu_backward(
+    gradient: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    mean: torch.Tensor,
+    variance: torch.Tensor,
+    eps: float,
+    padding: torch.Tensor | None,
+    of_batch: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of x, weight and bias from that of y.
+
+    Arguments
+    ---------
+    gradient : torch.Tensor
+        [N, C, T, F], of y. It may be overwritten.
+    x : torch.Tensor
+        As for ``norm_relu``, and so are the next six.
+    weight : torch.Tensor
+        [C].
+    bias : torch.Tensor
+        [C].
+    mean : torch.Tensor
+        [C].
+    variance : torch.Tensor
+        [C].
+    eps : float
+        The norm's.
+    padding : torch.Tensor or None
+        [N, 1, T, 1].
+    of_batch : bool
+        Whether mean and variance are those of x, and depend on it.
+
+    Returns
+    -------
+    tuple of torch.Tensor
+        In the dtypes of x, weight and bias.
+
+    Example
+    -------
+    >>> x = torch.tensor([[[[1.0, 3.0]]]])
+    >>> ones = torch.ones(1)
+    >>> norm = ones, 0 * ones, 2 * ones, ones, 0.0, None
+    >>> norm_relu_backward(torch.ones(1, 1, 1, 2), x, *norm, of_batch=False)
+    (tensor([[[[0., 1.]]]]), tensor([1.]), tensor([1.]))
+    """
+    if _is_fused(x, weight, bias, mean, variance, gradient):
+        from sb_memeff.ops.triton import norm_relu as kernels
+
+        return kernels.norm_relu_backward(
+            gradient, x, weight, bias, mean, variance, eps, padding, of_batch
+        )
+    z = normalize(x, weight, bias, mean, variance, eps)
+    if padding is not None:
+        z.masked_fill_(padding, 0.0)
+    gradient = gradient.to(x.dtype)
+    torch.ops.aten.threshold_backward.grad_input(
+        gradient, z, 0, grad_input=gradient
+    )
+    del z
+    return torch.ops.aten.native_batch_norm_backward(
+        gradient,
+        x,
+        weight,
+        mean,
+        variance,
+        mean,
+        (variance + eps).rsqrt(),
+        of_batch,
+        eps,
+        [True, True, True],
+    )
+
+
+def _is_fused(x: torch.Tensor, *others: torch.Tensor) -> bool:
+    return runs_fused(x, *others) and (
+        x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+    )

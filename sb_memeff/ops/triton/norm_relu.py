@@ -1,0 +1,366 @@
+"""Batch norm with ReLU, and its gradients, in one pass each over memory.
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from sb_memeff.ops.triton.launch import launch
+
+__all__ = ["norm_relu", "norm_relu_backward"]
+
+# Values of a tile; channels that lie next to one another.
+TILE, CHANNELS = 1024, 32
+# Programs that add up a gradient of the channels.
+SPLITS = 256
+
+
+@triton.jit
+def _places(
+    tile,
+    rows,
+    positions,
+    channels,
+    sample_stride,
+    position_stride,
+    channel_stride,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """Channels, rows and places of a tile of rows (n, t f) by channels."""
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    row = tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    sample = row // positions
+    place = (
+        sample * sample_stride + (row - sample * positions) * position_stride
+    )
+    place = place[:, None] + (channel * channel_stride)[None, :]
+    has = (row < rows)[:, None] & (channel < channels)[None, :]
+    return channel, row, place, has
+
+
+@triton.jit
+def _normalized(
+    x_ptr,
+    mean_ptr,
+    variance_ptr,
+    padding_ptr,
+    channel,
+    row,
+    place,
+    has,
+    channels,
+    bands,
+    eps,
+    HAS_PADDING: tl.constexpr,
+):
+    """(x - mean) / deviation, 1 / deviation, and where frames are real."""
+    inside = channel < channels
+    mean = tl.load(mean_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+    variance = tl.load(variance_ptr + channel, mask=inside, other=1.0)
+    scale = 1 / tl.sqrt(variance.to(tl.float32) + eps)
+    x = tl.load(x_ptr + place, mask=has, other=0.0).to(tl.float32)
+    normalized = (x - mean[None, :]) * scale[None, :]
+    real = has
+    if HAS_PADDING:
+        # [N, 1, T, 1] is contiguous: one value for the bands of a frame.
+        exists = tl.max(has.to(tl.int32), 1) > 0
+        padded = tl.load(padding_ptr + row // bands, mask=exists, other=0)
+        real = has & (padded == 0)[:, None]
+    return normalized, scale, real
+
+
+@triton.jit
+def _affine(normalized, weight_ptr, bias_ptr, channel, channels):
+    inside = channel < channels
+    weight = tl.load(weight_ptr + channel, mask=inside, other=0.0)
+    bias = tl.load(bias_ptr + channel, mask=inside, other=0.0)
+    weight = weight.to(tl.float32)[None, :]
+    return normalized * weight + bias.to(tl.float32)[None, :], weight
+
+
+@triton.jit
+def _norm_relu(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    mean_ptr,
+    variance_ptr,
+    padding_ptr,
+    y_ptr,
+    rows,
+    positions,
+    channels,
+    bands,
+    sample_stride,
+    position_stride,
+    channel_stride,
+    eps,
+    HAS_PADDING: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    channel, row, place, has = _places(
+        tl.program_id(0),
+        rows,
+        positions,
+        channels,
+        sample_stride,
+        position_stride,
+        channel_stride,
+        ROWS,
+        CHANNELS,
+    )
+    normalized, _, real = _normalized(
+        x_ptr,
+        mean_ptr,
+        variance_ptr,
+        padding_ptr,
+        channel,
+        row,
+        place,
+        has,
+        channels,
+        bands,
+        eps,
+        HAS_PADDING,
+    )
+    z, _ = _affine(normalized, weight_ptr, bias_ptr, channel, channels)
+    # Not maximum: NaN must come out.
+    y = tl.where(real & ~(z <= 0), z, 0.0)
+    tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=has)
+
+
+@triton.jit
+def _sum_gradients(
+    gradient_ptr,
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    mean_ptr,
+    variance_ptr,
+    padding_ptr,
+    sums_ptr,
+    rows,
+    positions,
+    channels,
+    bands,
+    sample_stride,
+    position_stride,
+    channel_stride,
+    eps,
+    HAS_PADDING: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """Sums of dz and of dz (x - mean) / deviation, by channel and program."""
+    total = tl.zeros((ROWS, CHANNELS), tl.float32)
+    weighted = tl.zeros((ROWS, CHANNELS), tl.float32)
+    splits = tl.num_programs(0)
+    for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), splits):
+        channel, row, place, has = _places(
+            tile,
+            rows,
+            positions,
+            channels,
+            sample_stride,
+            position_stride,
+            channel_stride,
+            ROWS,
+            CHANNELS,
+        )
+        normalized, _, real = _normalized(
+            x_ptr,
+            mean_ptr,
+            variance_ptr,
+            padding_ptr,
+            channel,
+            row,
+            place,
+            has,
+            channels,
+            bands,
+            eps,
+            HAS_PADDING,
+        )
+        z, _ = _affine(normalized, weight_ptr, bias_ptr, channel, channels)
+        dy = tl.load(gradient_ptr + place, mask=has, other=0.0)
+        dz = tl.where(real & ~(z <= 0), dy.to(tl.float32), 0.0)
+        total += dz
+        weighted += tl.where(has, dz * normalized, 0.0)
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    out = sums_ptr + tl.program_id(0) * channels + channel
+    tl.store(out, tl.sum(total, 0), mask=channel < channels)
+    out += splits * channels
+    tl.store(out, tl.sum(weighted, 0), mask=channel < channels)
+
+
+@triton.jit
+def _norm_relu_backward(
+    gradient_ptr,
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    mean_ptr,
+    variance_ptr,
+    padding_ptr,
+    sums_ptr,
+    dx_ptr,
+    rows,
+    positions,
+    channels,
+    bands,
+    sample_stride,
+    position_stride,
+    channel_stride,
+    eps,
+    OF_BATCH: tl.constexpr,
+    HAS_PADDING: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    channel, row, place, has = _places(
+        tl.program_id(0),
+        rows,
+        positions,
+        channels,
+        sample_stride,
+        position_stride,
+        channel_stride,
+        ROWS,
+        CHANNELS,
+    )
+    normalized, scale, real = _normalized(
+        x_ptr,
+        mean_ptr,
+        variance_ptr,
+        padding_ptr,
+        channel,
+        row,
+        place,
+        has,
+        channels,
+        bands,
+        eps,
+        HAS_PADDING,
+    )
+    z, weight = _affine(normalized, weight_ptr, bias_ptr, channel, channels)
+    dy = tl.load(gradient_ptr + place, mask=has, other=0.0)
+    dz = tl.where(real & ~(z <= 0), dy.to(tl.float32), 0.0)
+    if OF_BATCH:
+        inside = channel < channels
+        total = tl.load(sums_ptr + channel, mask=inside, other=0.0)
+        weighted = tl.load(
+            sums_ptr + channels + channel, mask=inside, other=0.0
+        )
+        dz -= (total[None, :] + normalized * weighted[None, :]) / rows
+    dx = dz * weight * scale[None, :]
+    tl.store(dx_ptr + place, dx.to(dx_ptr.dtype.element_ty), mask=has)
+
+
+def _tiling(x: torch.Tensor) -> tuple[int, int, tuple[int, ...]]:
+    """Rows and channels of a tile; and all that says where values are."""
+    samples, channels, frames, bands = x.shape
+    positions = frames * bands
+    if x.is_contiguous():
+        width, strides = 1, (channels * positions, 1, positions)
+    else:
+        width = min(CHANNELS, triton.next_power_of_2(channels))
+        strides = positions * channels, channels, 1
+    sizes = samples * positions, positions, channels, bands
+    return TILE // width, width, (*sizes, *strides)
+
+
+def norm_relu(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    mean: torch.Tensor,
+    variance: torch.Tensor,
+    eps: float,
+    padding: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """See ``sb_memeff.ops.norm_relu.norm_relu``."""
+    y = torch.empty_like(x, dtype=dtype)
+    rows, channels, sizes = _tiling(x)
+    launch(
+        _norm_relu,
+        (triton.cdiv(sizes[0], rows), triton.cdiv(sizes[2], channels)),
+        x,
+        weight,
+        bias,
+        mean,
+        variance,
+        # A pointer that is not read may be any.
+        mean if padding is None else padding.contiguous(),
+        y,
+        *sizes,
+        eps,
+        HAS_PADDING=padding is not None,
+        ROWS=rows,
+        CHANNELS=channels,
+    )
+    return y
+
+
+def norm_relu_backward(
+    gradient: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    mean: torch.Tensor,
+    variance: torch.Tensor,
+    eps: float,
+    padding: torch.Tensor | None,
+    of_batch: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See ``sb_memeff.ops.norm_relu.norm_relu_backward``."""
+    if gradient.stride() != x.stride():
+        gradient = torch.empty_like(x, dtype=gradient.dtype).copy_(gradient)
+    rows, channels, sizes = _tiling(x)
+    tiles = triton.cdiv(sizes[0], rows)
+    splits = min(SPLITS, tiles)
+    across = triton.cdiv(sizes[2], channels)
+    partial = x.new_empty(2, splits, sizes[2], dtype=torch.float32)
+    inputs = (
+        gradient,
+        x,
+        weight,
+        bias,
+        mean,
+        variance,
+        mean if padding is None else padding.contiguous(),
+    )
+    constants = {
+        "HAS_PADDING": padding is not None,
+        "ROWS": rows,
+        "CHANNELS": channels,
+    }
+    launch(
+        _sum_gradients,
+        (splits, across),
+        *inputs,
+        partial,
+        *sizes,
+        eps,
+        **constants,
+    )
+    # In an order that does not depend on the run.
+    sums = partial.sum(1)
+    dx = torch.empty_like(x)
+    launch(
+        _norm_relu_backward,
+        (tiles, across),
+        *inputs,
+        sums,
+        dx,
+        *sizes,
+        eps,
+        OF_BATCH=of_batch,
+        **constants,
+    )
+    return dx, sums[1].to(weight.dtype), sums[0].to(bias.dtype)
