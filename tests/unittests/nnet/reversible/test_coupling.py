@@ -4,12 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from sb_memeff.nnet.reversible.coupling import (
-    AdditiveCoupling,
-    SpaceToDepth,
-    Tap,
-    halves,
-)
+from sb_memeff.nnet.reversible.coupling import AdditiveCoupling, Tap
+from sb_memeff.nnet.reversible.layout import split_streams
+from sb_memeff.nnet.reversible.space_to_depth import SpaceToDepth
 
 
 def test_additive_coupling_is_the_equation():
@@ -61,7 +58,7 @@ def test_tap_wants_a_module():
 def test_space_to_depth_is_pixel_unshuffle_of_each_stream():
     x = torch.randn(2, 6, 8, 4)
     ours = SpaceToDepth(2)(x)
-    first, second = (nn.PixelUnshuffle(2)(half) for half in halves(x))
+    first, second = (nn.PixelUnshuffle(2)(half) for half in split_streams(x))
     assert torch.equal(ours, torch.cat((first, second), 1))
 
 
@@ -95,8 +92,8 @@ def test_space_to_depth_gradient_is_its_inverse():
     y = down(x)
     dy = torch.randn_like(y)
     (dx,) = torch.autograd.grad(y, x, dy)
-    streams = halves(dy)
-    shape = halves(x)[0].shape
+    streams = split_streams(dy)
+    shape = split_streams(x)[0].shape
     _, ours = down.backward_streams(streams, streams, None, shape)
     assert torch.equal(torch.cat(ours, 1), dx)
 
@@ -110,11 +107,11 @@ def test_space_to_depth_errors():
         SpaceToDepth((2, 2))(torch.zeros(1, 2, 4))
 
 
-def test_halves_wants_an_even_number_of_channels():
+def test_split_streams_wants_an_even_number_of_channels():
     with pytest.raises(ValueError, match=r"\(2, 3, 4\)"):
-        halves(torch.zeros(2, 3, 4))
+        split_streams(torch.zeros(2, 3, 4))
     with pytest.raises(ValueError, match=r"shape \(2,\)"):
-        halves(torch.zeros(2))
+        split_streams(torch.zeros(2))
 
 
 def test_an_exported_space_to_depth_takes_odd_and_even_sizes():

@@ -150,20 +150,20 @@ def test_without_a_grid_too(dims):
 def test_space_to_depth_keeps_channels_last(shape):
     down = SpaceToDepth(2)
     x = torch.randn(shape)
-    y = down.down(x)
+    y = down.downsample(x)
     last = channels_last(x).requires_grad_()
-    y_last = down.down(last)
+    y_last = down.downsample(last)
     assert torch.equal(y, y_last)
     assert y.is_contiguous()
     assert y_last.movedim(1, -1).is_contiguous()
-    up, up_last = down.up(y, x.shape), down.up(y_last, x.shape)
+    up, up_last = down.upsample(y, x.shape), down.upsample(y_last, x.shape)
     assert torch.equal(up, x) and torch.equal(up_last, x)
     assert up.is_contiguous()
     assert up_last.movedim(1, -1).is_contiguous()
     # Differentiable in both layouts.
     dy = torch.randn_like(y)
     (dx,) = torch.autograd.grad(y_last, last, dy)
-    assert torch.equal(dx, down.up(dy, x.shape))
+    assert torch.equal(dx, down.upsample(dy, x.shape))
 
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])

@@ -24,11 +24,9 @@ from sb_memeff.nnet.reversible import (
     guards,
     inversion_errors,
 )
-from sb_memeff.nnet.reversible.walk import (
-    Observer,
-    TapSumBesideGraph,
-    Walk,
-)
+from sb_memeff.nnet.reversible.nodes import ChainState
+from sb_memeff.nnet.reversible.observer import Observer
+from sb_memeff.nnet.reversible.tap_sum import DetachedTapSum
 from tests.unittests.nnet.reversible.chains import (
     assert_same_state,
     body,
@@ -750,9 +748,9 @@ def test_eval_and_no_grad_are_a_plain_forward():
 
 def test_save_memory_can_be_switched_at_any_time():
     net = chain(2, save_memory=False)
-    assert "Leave" not in type(net(images()).grad_fn).__name__
+    assert "OutputNode" not in type(net(images()).grad_fn).__name__
     net.save_memory = True
-    assert "Leave" in type(net(images()).grad_fn).__name__
+    assert "OutputNode" in type(net(images()).grad_fn).__name__
 
 
 # --- precision ---------------------------------------------------------------
@@ -1048,10 +1046,10 @@ def test_streams_are_freed_after_backward_whatever_needs_a_gradient_first(
     rebuilt = []
 
     class Watch(Observer):
-        def rebuilt(self, name, streams):
+        def input_reconstructed(self, name, streams):
             rebuilt.extend(map(weakref.ref, streams))
 
-    net._observers.append(Watch)
+    net._observer_factories.append(Watch)
     y = net(images())
     total = sum(part.sum() for part in (y if first == "tap" else (y,)))
     total.backward()
@@ -1062,15 +1060,15 @@ def test_streams_are_freed_after_backward_whatever_needs_a_gradient_first(
 def test_graph_of_taps_is_freed_after_an_error(monkeypatch):
     """As where memory ran out, and a smaller batch is tried."""
     net = Tapped("couplings", ["output", "total"])
-    parts, run_blocks = [], ReversibleSequence._run_blocks
+    parts, apply_blocks = [], ReversibleSequence._apply_blocks
 
     def fail(sequence, state, stream_format, total, *others):
-        run_blocks(sequence, state, stream_format, total, *others)
+        apply_blocks(sequence, state, stream_format, total, *others)
         assert total.value is not None
         parts.append(weakref.ref(total))
         raise MemoryError
 
-    monkeypatch.setattr(ReversibleSequence, "_run_blocks", fail)
+    monkeypatch.setattr(ReversibleSequence, "_apply_blocks", fail)
     with pytest.raises(MemoryError):
         net.net(images())
     gc.collect()
@@ -1218,10 +1216,10 @@ def alive(kind):
 def test_the_gradient_of_the_sum_of_taps_is_not_kept():
     """Though the graph is."""
     net = ReversibleSequence([coupling(), Tap(nn.Tanh()), coupling()])
-    before = alive(TapSumBesideGraph)
+    before = alive(DetachedTapSum)
     y, total = net(images().requires_grad_())
     (y.sum() + total.sum()).backward(retain_graph=True)
-    sums = [o for o in alive(TapSumBesideGraph) if o not in before]
+    sums = [o for o in alive(DetachedTapSum) if o not in before]
     assert sums and all(s.gradient is None for s in sums)
 
 
@@ -1233,12 +1231,12 @@ def test_leaving_the_grid_is_reported_while_others_observe():
 
 def test_streams_are_not_kept_after_an_error_in_backward():
     net = chain(2, dropout=0.0)
-    before = alive(Walk)
+    before = alive(ChainState)
     y = net(1e4 * images())
     with pytest.raises(RuntimeError, match="reached"):
         y.sum().backward()
-    walks = [o for o in alive(Walk) if o not in before]
-    assert walks and all(not w.streams and not w.extras for w in walks)
+    states = [o for o in alive(ChainState) if o not in before]
+    assert states and all(not s.streams and not s.extra_tensors for s in states)
 
 
 @pytest.mark.parametrize("kind", ["module", "coupling", "tap", "first tap"])
@@ -1639,7 +1637,7 @@ def other_order(depth=4, size=64):
 def test_another_order_of_summation_is_an_error_that_names_the_block():
     net = other_order()
     x = 100 * torch.randn(50, 128)
-    with pytest.raises(RuntimeError, match=r"input of blocks\.1 than"):
+    with pytest.raises(RuntimeError, match=r"input of blocks\.1 differs"):
         net(x).square().sum().backward()
     # Neither that block nor those before it have gradients.
     assert net.blocks[1].f.linear.weight.grad is None
@@ -1654,7 +1652,7 @@ def test_another_order_of_summation_may_be_a_warning(monkeypatch, caplog):
     for _ in range(2):
         net(x).square().sum().backward()
     (text,) = [
-        r.message for r in caplog.records if "blocks.1 than" in r.message
+        r.message for r in caplog.records if "blocks.1 differs" in r.message
     ]
     size = float(re.search(r"differs by (\S+) of the largest", text)[1])
     assert 1e-7 < size < 1e-3
@@ -1666,7 +1664,7 @@ def test_a_float64_stream_is_compared_with_a_tolerance():
     x = 100 * torch.randn(50, 128, dtype=torch.float64)
     net(x).square().sum().backward()
     net.blocks[1].f = Nondeterministic()
-    with pytest.raises(RuntimeError, match=r"blocks\.1 than .* by 0"):
+    with pytest.raises(RuntimeError, match=r"blocks\.1 differs by 0"):
         net(x).square().sum().backward()
 
 
