@@ -102,14 +102,22 @@ class ECAPA_TDNN(SpeechBrainECAPA_TDNN):
         -------
         torch.Tensor
             Embeddings [N, 1, lin_neurons].
+
+        Raises
+        ------
+        TypeError
+            If the dtype of x or of lengths does not fit.
+        ValueError
+            If the shape of x does not fit, or lengths are not relative.
         """
         chain = [Stem(self.blocks[0])]
-        for number, block in enumerate(self.blocks[1:]):
-            chain += [Residual(block), Tap(Aggregated(number))]
+        for index, block in enumerate(self.blocks[1:]):
+            chain += [SERes2NetResidual(block), Tap(AggregationTerm(index))]
         # Built at each call: as a part of the network it would change the
         # names in the state_dict.
         trunk = ReversibleSequence(chain, save_memory=self.save_memory)
-        return embed(self, trunk, x, lengths)
+        check_lengths(lengths, x)
+        return embed(self, aggregate(self, trunk, x, lengths=lengths), lengths)
 
 
 def tdnn(
@@ -239,60 +247,82 @@ def squeeze_excite(
     return scale * x
 
 
-def embed(
+def aggregate(
     net: "ECAPA_TDNN | RevECAPA_TDNN",
     trunk: ReversibleSequence,
     x: torch.Tensor,
-    lengths: torch.Tensor | None,
-    padding: torch.Tensor | None = None,
+    **arguments: torch.Tensor | None,
 ) -> torch.Tensor:
-    """From features to embeddings, with the head of an ECAPA-TDNN.
+    """Computes the multi-layer feature aggregation of an ECAPA-TDNN.
 
     Arguments
     ---------
     net : torch.nn.Module
-        Has the parts ``mfa``, ``asp``, ``asp_bn`` and ``fc`` of SpeechBrain's
-        network.
+        Has the submodule ``mfa`` of SpeechBrain's network.
     trunk : ReversibleSequence
-        The blocks, each followed by a tap (``Aggregated``).
+        The blocks, each followed by a tap (``AggregationTerm``).
     x : torch.Tensor
         Features [N, T, input_size].
+    **arguments : dict
+        Further arguments of the trunk.
+
+    Returns
+    -------
+    torch.Tensor
+        [N, C, T].
+
+    Raises
+    ------
+    TypeError
+        If the dtype of x does not fit.
+    ValueError
+        If the shape of x does not fit.
+    """
+    first = cast(Stem, trunk.blocks[0]).block.conv.conv
+    check_features(x, first.in_channels, first.weight.dtype)
+    conv = net.mfa.conv.conv
+    num_taps = sum(isinstance(block, Tap) for block in trunk.blocks)
+    # The sum has no name, so that it is freed after the activation.
+    x = net.mfa.activation(
+        trunk(
+            x,
+            weights=conv.weight.chunk(num_taps, dim=1),
+            bias=conv.bias,
+            save_memory=trunk.save_memory,
+            **arguments,
+        )[1]
+    )
+    return net.mfa.dropout(net.mfa.norm(x))
+
+
+def embed(
+    net: "ECAPA_TDNN | RevECAPA_TDNN",
+    x: torch.Tensor,
+    lengths: torch.Tensor | None = None,
+    padding: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Pools the aggregated features of an ECAPA-TDNN to embeddings.
+
+    Arguments
+    ---------
+    net : torch.nn.Module
+        Has the submodules ``asp``, ``asp_bn`` and ``fc`` of SpeechBrain's
+        network.
+    x : torch.Tensor
+        Aggregated features [N, C, T].
     lengths : torch.Tensor, optional
         Relative lengths [N], to count frames as SpeechBrain does.
     padding : torch.Tensor, optional
-        Instead of lengths: frames [N, 1, T] that count nowhere.
+        Instead of lengths: frames [N, 1, T] that do not count.
 
     Returns
     -------
     torch.Tensor
         Embeddings [N, 1, lin_neurons].
-
-    Raises
-    ------
-    TypeError
-        If the dtype of x or of lengths does not fit.
-    ValueError
-        If the shape of x does not fit, or lengths are not relative.
     """
-    first = cast(Stem, trunk.blocks[0]).block.conv.conv
-    check_features(x, first.in_channels, first.weight.dtype)
-    check_lengths(lengths, x)
-    save_memory = trunk.save_memory
-    conv = net.mfa.conv.conv
-    taps = sum(isinstance(block, Tap) for block in trunk.blocks)
-    # No name for the sum: it is not needed behind the activation.
-    x = net.mfa.activation(
-        trunk(
-            x,
-            lengths=lengths,
-            padding=padding,
-            weights=conv.weight.chunk(taps, dim=1),
-            bias=conv.bias,
-            save_memory=save_memory,
-        )[1]
+    x = attentive_statistics_pooling(
+        net.asp, x, lengths, net.save_memory, padding
     )
-    x = net.mfa.dropout(net.mfa.norm(x))
-    x = attentive_statistics_pooling(net.asp, x, lengths, save_memory, padding)
     # Statistics are float32 at least; a network in half precision is not.
     x = net.asp_bn(x.to(net.fc.conv.weight.dtype))
     return net.fc(x).transpose(1, 2)
@@ -306,8 +336,10 @@ class Stem(nn.Module):
     block : speechbrain.lobes.models.ECAPA_TDNN.TDNNBlock
         The block.
     shortcut : torch.nn.Module, optional
-        To follow it, where the channels change.
+        Follows the block if the channels change.
     """
+
+    takes_arguments = ("padding",)
 
     def __init__(self, block: TDNNBlock, shortcut: nn.Module | None = None):
         super().__init__()
@@ -315,7 +347,7 @@ class Stem(nn.Module):
         self.shortcut = shortcut
 
     def forward(
-        self, x: torch.Tensor, padding: torch.Tensor | None = None, **_: object
+        self, x: torch.Tensor, padding: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Runs the block.
 
@@ -325,8 +357,6 @@ class Stem(nn.Module):
             Features [N, T, F].
         padding : torch.Tensor, optional
             Frames [N, 1, T] that count as zero and are zero in the result.
-        **_ : dict
-            Arguments of the chain for other modules.
 
         Returns
         -------
@@ -340,7 +370,7 @@ class Stem(nn.Module):
         return x if self.shortcut is None else mask(self.shortcut(x), padding)
 
 
-class Residual(nn.Module):
+class SERes2NetResidual(nn.Module):
     """An SERes2NetBlock that stores little of what it computes.
 
     Arguments
@@ -348,6 +378,8 @@ class Residual(nn.Module):
     block : speechbrain.lobes.models.ECAPA_TDNN.SERes2NetBlock
         The block.
     """
+
+    takes_arguments = ("lengths", "save_memory")
 
     def __init__(self, block: SERes2NetBlock):
         super().__init__()
@@ -358,7 +390,6 @@ class Residual(nn.Module):
         x: torch.Tensor,
         lengths: torch.Tensor | None,
         save_memory: bool,
-        **_: object,
     ) -> torch.Tensor:
         """Runs the block.
 
@@ -370,8 +401,6 @@ class Residual(nn.Module):
             Relative lengths [N], or None.
         save_memory : bool
             See ``res2net``.
-        **_ : dict
-            Arguments of the chain for other modules.
 
         Returns
         -------
@@ -383,7 +412,7 @@ class Residual(nn.Module):
         return residual + se_res2net(self.block, x, lengths, save_memory)
 
 
-class Aggregated(nn.Module):
+class AggregationTerm(nn.Module):
     """Share of one tap in the multi-layer feature aggregation.
 
     A 1x1 convolution over the concatenated taps is a sum over taps, each with
@@ -391,20 +420,21 @@ class Aggregated(nn.Module):
 
     Arguments
     ---------
-    number : int
-        Number of the tap.
+    index : int
+        Index of the tap.
     """
 
-    def __init__(self, number: int):
+    takes_arguments = ("weights", "bias")
+
+    def __init__(self, index: int):
         super().__init__()
-        self.number = number
+        self.index = index
 
     def forward(
         self,
         x: torch.Tensor,
         weights: Sequence[torch.Tensor],
         bias: torch.Tensor | None,
-        **_: object,
     ) -> torch.Tensor:
         """Reads from the state of the chain.
 
@@ -416,16 +446,14 @@ class Aggregated(nn.Module):
             Columns [C', C, 1] of the weight for each tap.
         bias : torch.Tensor
             [C'], added by the first tap.
-        **_ : dict
-            Arguments of the chain for other modules.
 
         Returns
         -------
         torch.Tensor
             [N, C', T].
         """
-        bias = bias if self.number == 0 else None
-        return F.conv1d(x, weights[self.number], bias)
+        bias = bias if self.index == 0 else None
+        return F.conv1d(x, weights[self.index], bias)
 
 
 def check_aggregation(

@@ -26,8 +26,9 @@ from speechbrain.lobes.models.ECAPA_TDNN import (
 from torch import nn
 
 from sb_memeff.lobes.models.ECAPA_TDNN import (
-    Aggregated,
+    AggregationTerm,
     Stem,
+    aggregate,
     check_aggregation,
     embed,
     se_res2net,
@@ -74,6 +75,8 @@ class SERes2NetBody(nn.Module):
     torch.Size([8, 32, 120])
     """
 
+    takes_arguments = ("padding", "save_memory")
+
     def __init__(
         self,
         channels: int,
@@ -104,7 +107,6 @@ class SERes2NetBody(nn.Module):
         x: torch.Tensor,
         padding: torch.Tensor | None = None,
         save_memory: bool = True,
-        **_: object,
     ) -> torch.Tensor:
         """Runs the function.
 
@@ -117,8 +119,6 @@ class SERes2NetBody(nn.Module):
             on the others.
         save_memory : bool
             Whether to compute the chunks of Res2Net again in backward.
-        **_ : dict
-            Arguments of the chain for other modules.
 
         Returns
         -------
@@ -262,7 +262,7 @@ class RevECAPA_TDNN(nn.Module):
                 )
                 for _ in "fg"
             )
-            chain += [AdditiveCoupling(f, g), Tap(Aggregated(i - 1))]
+            chain += [AdditiveCoupling(f, g), Tap(AggregationTerm(i - 1))]
         self.trunk = ReversibleSequence(chain, save_memory=save_memory)
         for part in self.trunk.modules():
             if isinstance(part, Conv1d):
@@ -313,10 +313,21 @@ class RevECAPA_TDNN(nn.Module):
         -------
         torch.Tensor
             Embeddings [N, 1, lin_neurons].
+
+        Raises
+        ------
+        TypeError
+            If the dtype of x or of lengths does not fit.
+        ValueError
+            If the shape of x does not fit, or lengths are not relative.
         """
         masks = padding_masks(lengths, x, [1])
         padding = None if masks is None else masks[0].squeeze(3)
-        return embed(self, self.trunk, x, None, padding)
+        return embed(
+            self,
+            aggregate(self, self.trunk, x, padding=padding),
+            padding=padding,
+        )
 
 
 def check_kernels(

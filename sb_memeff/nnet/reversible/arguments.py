@@ -106,12 +106,13 @@ class ExtraArguments(NamedTuple):
         """
         if not self.kwargs:
             return
-        known: list[str] = []
+        # A dict keeps the order.
+        known: dict[str, None] = {}
         for function in functions:
             taken = _taken_by(function)
             if taken is None:
                 return
-            known += (name for name in taken if name not in known)
+            known.update(dict.fromkeys(taken))
         for name in self.kwargs:
             if name not in known:
                 raise TypeError(
