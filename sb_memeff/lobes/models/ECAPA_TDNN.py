@@ -3,14 +3,13 @@
 Desplanques et al., "ECAPA-TDNN: Emphasized Channel Attention, Propagation and
 Aggregation in TDNN Based Speaker Verification" (2020).
 
-Most of its activations are not what the blocks hand on, but what lies between
-and behind them: the concatenation of all block outputs for the multi-layer
-aggregation, the pooling's tensors with three times the channels of that, and
-Res2Net's chunks. So here the aggregation, a convolution over a concatenation,
-is added up block by block, the pooling is computed a few channels at a time,
-and everything between two blocks is computed again in backward. The functions
-of this file do that for the modules of SpeechBrain's network, whatever chain
-of blocks they are in.
+The outputs of its blocks are the smaller part of its activations. Most memory
+goes to the concatenation of all block outputs for the multi-layer aggregation,
+to the pooling, whose tensors have three times as many channels, and to the
+chunks of Res2Net. Here the aggregation, a convolution over the concatenation, is
+added up block by block; the pooling processes a few channels at a time; and
+everything inside a block is recomputed in backward. The functions of this file
+do that for the modules of SpeechBrain's network, in any chain of blocks.
 
 Authors
  * The sb_memeff authors 2026
@@ -46,32 +45,32 @@ __all__ = ["ECAPA_TDNN"]
 
 
 class ECAPA_TDNN(SpeechBrainECAPA_TDNN):
-    """Takes the place of ``speechbrain.lobes.models.ECAPA_TDNN.ECAPA_TDNN``.
+    """A drop-in for ``speechbrain.lobes.models.ECAPA_TDNN.ECAPA_TDNN``.
 
-    The same function, arguments and state_dict, so that pretrained weights
-    load in either. What is kept for backward are the input of each block and
-    two tensors of the aggregation; all else is computed twice.
+    Function, arguments and state_dict are the same, so that pretrained weights
+    load in either. Only the input of each block and two tensors of the
+    aggregation are stored for backward; all else is recomputed.
 
-    Padding matters here as it does in SpeechBrain's network, for whose
-    function the weights were trained: the convolutions read padded frames
-    behind the end of an utterance (alone it would be reflected there), and
-    the masks of its statistics may count one padded frame. So an embedding
-    depends a little on what the utterance is padded to, and NaN in a padded
-    frame makes it NaN. ``RevECAPA_TDNN`` has neither.
+    Padding affects embeddings as in SpeechBrain's network, for which the weights
+    were trained: the convolutions read padded frames after the end of an
+    utterance (without padding, the utterance is reflected there), and the masks
+    of its statistics may count one padded frame. An embedding therefore
+    depends a little on the padding, and NaN in a padded frame makes it NaN.
+    Neither is so in ``RevECAPA_TDNN``.
 
     Arguments
     ---------
     *args : tuple
-        Those of SpeechBrain's class.
+        Arguments of SpeechBrain's class.
     save_memory : bool
         False stores all activations.
     **kwargs : dict
-        Those of SpeechBrain's class.
+        Arguments of SpeechBrain's class by name.
 
     Raises
     ------
     ValueError
-        If an argument does not fit the others.
+        If arguments contradict each other.
 
     Example
     -------
@@ -113,17 +112,16 @@ class ECAPA_TDNN(SpeechBrainECAPA_TDNN):
         chain = [Stem(self.blocks[0])]
         for index, block in enumerate(self.blocks[1:]):
             chain += [SERes2NetResidual(block), Tap(AggregationTerm(index))]
-        # Built at each call: as a part of the network it would change the
-        # names in the state_dict.
+        # Built at each call: as a submodule it would change the state_dict.
         trunk = ReversibleSequence(chain, save_memory=self.save_memory)
         check_lengths(lengths, x)
         return embed(self, aggregate(self, trunk, x, lengths=lengths), lengths)
 
 
-def tdnn(
+def tdnn_forward(
     block: TDNNBlock, x: torch.Tensor, padding: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """A TDNNBlock, without the copy that SpeechBrain makes to pad by 0.
+    """Applies a TDNNBlock, without SpeechBrain's copy to pad by zero frames.
 
     Arguments
     ---------
@@ -132,7 +130,7 @@ def tdnn(
     x : torch.Tensor
         [N, C, T].
     padding : torch.Tensor, optional
-        Frames [N, 1, T] that shall be zero in the result.
+        Frames [N, 1, T] that become zero in the result.
 
     Returns
     -------
@@ -144,13 +142,13 @@ def tdnn(
     return mask(x, padding)
 
 
-def res2net(
+def res2net_forward(
     block: Res2NetBlock,
     x: torch.Tensor,
     save_memory: bool = True,
     padding: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """A Res2NetBlock that holds the intermediates of one chunk at a time.
+    """Applies a Res2NetBlock with the activations of one chunk at a time.
 
     Arguments
     ---------
@@ -159,9 +157,9 @@ def res2net(
     x : torch.Tensor
         [N, C, T].
     save_memory : bool
-        False stores the intermediates of all chunks.
+        False stores the activations of all chunks.
     padding : torch.Tensor, optional
-        Frames [N, 1, T] that are zero in x and shall be zero in the result.
+        Frames [N, 1, T] that are zero in x, and become zero in the result.
 
     Returns
     -------
@@ -176,34 +174,34 @@ def res2net(
         arguments = layer, chunk, padding
         if save_memory and torch.is_grad_enabled():
             name = f"{type(block).__name__}.blocks.{len(results) - 1}"
-            result = Segment().call(name, layer, tdnn, arguments, {})
+            result = Segment().call(name, layer, tdnn_forward, arguments, {})
         else:
-            result = tdnn(*arguments)
+            result = tdnn_forward(*arguments)
         results.append(result)
     return torch.cat(results, dim=1)
 
 
-def se_res2net(
+def se_res2net_forward(
     block: "SERes2NetBlock | SERes2NetBody",
     x: torch.Tensor,
     lengths: torch.Tensor | None = None,
     save_memory: bool = True,
     padding: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """TDNN, Res2Net, TDNN, squeeze and excitation: a block less its shortcut.
+    """Applies an SERes2NetBlock without its shortcut.
 
     Arguments
     ---------
     block : speechbrain.lobes.models.ECAPA_TDNN.SERes2NetBlock
-        The block, or a module with the same parts.
+        The block, or a module with the same submodules.
     x : torch.Tensor
         [N, C, T].
     lengths : torch.Tensor, optional
-        Relative lengths [N], to squeeze as SpeechBrain does.
+        Relative lengths [N], to count frames as SpeechBrain does.
     save_memory : bool
-        See ``res2net``.
+        See ``res2net_forward``.
     padding : torch.Tensor, optional
-        Instead of lengths: frames [N, 1, T] that count nowhere and are zero
+        Instead of lengths: frames [N, 1, T] that do not count, and become zero
         in the result.
 
     Returns
@@ -211,18 +209,18 @@ def se_res2net(
     torch.Tensor
         [N, C', T].
     """
-    x = tdnn(block.tdnn1, x, padding)
-    x = res2net(block.res2net_block, x, save_memory, padding)
-    x = tdnn(block.tdnn2, x, padding)
+    x = tdnn_forward(block.tdnn1, x, padding)
+    x = res2net_forward(block.res2net_block, x, save_memory, padding)
+    x = tdnn_forward(block.tdnn2, x, padding)
     if padding is None:
         return block.se_block(x, lengths)
-    return squeeze_excite(block.se_block, x, padding)
+    return squeeze_excite_forward(block.se_block, x, padding)
 
 
-def squeeze_excite(
+def squeeze_excite_forward(
     block: SEBlock, x: torch.Tensor, padding: torch.Tensor
 ) -> torch.Tensor:
-    """An SEBlock that counts the frames of each utterance exactly.
+    """Applies an SEBlock that counts the frames of each utterance exactly.
 
     Arguments
     ---------
@@ -238,7 +236,7 @@ def squeeze_excite(
     torch.Tensor
         [N, C, T], zero in padded frames.
     """
-    # A sum of hundreds of frames may be too large for float16.
+    # In float16 the sum of hundreds of frames may overflow.
     total = x.sum(
         2, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)
     )
@@ -349,14 +347,15 @@ class Stem(nn.Module):
     def forward(
         self, x: torch.Tensor, padding: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Runs the block.
+        """Applies the block.
 
         Arguments
         ---------
         x : torch.Tensor
             Features [N, T, F].
         padding : torch.Tensor, optional
-            Frames [N, 1, T] that count as zero and are zero in the result.
+            Frames [N, 1, T] that count as zero, and become zero in the
+            result.
 
         Returns
         -------
@@ -366,12 +365,12 @@ class Stem(nn.Module):
         x = x.transpose(1, 2)
         if padding is not None:
             x = x.masked_fill(padding, 0.0)
-        x = tdnn(self.block, x, padding)
+        x = tdnn_forward(self.block, x, padding)
         return x if self.shortcut is None else mask(self.shortcut(x), padding)
 
 
 class SERes2NetResidual(nn.Module):
-    """An SERes2NetBlock that stores little of what it computes.
+    """An SERes2NetBlock that recomputes the chunks of Res2Net.
 
     Arguments
     ---------
@@ -391,7 +390,7 @@ class SERes2NetResidual(nn.Module):
         lengths: torch.Tensor | None,
         save_memory: bool,
     ) -> torch.Tensor:
-        """Runs the block.
+        """Applies the block.
 
         Arguments
         ---------
@@ -400,7 +399,7 @@ class SERes2NetResidual(nn.Module):
         lengths : torch.Tensor
             Relative lengths [N], or None.
         save_memory : bool
-            See ``res2net``.
+            See ``res2net_forward``.
 
         Returns
         -------
@@ -409,13 +408,15 @@ class SERes2NetResidual(nn.Module):
         """
         shortcut = self.block.shortcut
         residual = x if shortcut is None else shortcut(x)
-        return residual + se_res2net(self.block, x, lengths, save_memory)
+        return residual + se_res2net_forward(
+            self.block, x, lengths, save_memory
+        )
 
 
 class AggregationTerm(nn.Module):
-    """Share of one tap in the multi-layer feature aggregation.
+    """The term of one tap in the multi-layer feature aggregation.
 
-    A 1x1 convolution over the concatenated taps is a sum over taps, each with
+    A 1x1 convolution over the concatenated states is a sum over taps, each with
     its columns of the weight.
 
     Arguments
@@ -436,7 +437,7 @@ class AggregationTerm(nn.Module):
         weights: Sequence[torch.Tensor],
         bias: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Reads from the state of the chain.
+        """Computes the term from the state of the chain.
 
         Arguments
         ---------
@@ -459,16 +460,16 @@ class AggregationTerm(nn.Module):
 def check_aggregation(
     channels: Sequence[int], kernel_size: int, groups: int
 ) -> None:
-    """The aggregation must be a sum over blocks.
+    """Checks that the aggregation is a sum over blocks.
 
     Arguments
     ---------
     channels : list of int
-        As the network was given them.
+        Argument of the network.
     kernel_size : int
-        Of the aggregation's convolution.
+        Kernel of the aggregation.
     groups : int
-        Of the aggregation's convolution.
+        Groups of the aggregation.
 
     Raises
     ------

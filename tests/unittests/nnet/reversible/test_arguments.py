@@ -13,6 +13,7 @@ from sb_memeff.nnet.reversible import (
 from sb_memeff.nnet.reversible.arguments import ExtraArguments
 from tests.unittests.nnet.reversible.chains import (
     gradients,
+    images,
     relative_error,
     stored,
 )
@@ -173,3 +174,95 @@ def test_a_compiled_module_declares_as_before(compiled):
         net.save_memory = False
         net = torch.compile(net, backend="eager", fullgraph=True)
     assert torch.equal(net(x, offset=0.5), expected)
+
+
+class ScaledByLengths(nn.Module):
+    """Uses what the sequence is called with."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(1, 4, 1, 1))
+
+    def forward(self, x, lengths, *, gain=None):
+        y = torch.tanh(x * self.weight) * lengths.view(-1, 1, 1, 1)
+        return y if gain is None else y * gain["tensor"]
+
+
+def test_extra_arguments_reach_f_and_g_and_get_gradients():
+    net = ReversibleSequence(
+        [
+            AdditiveCoupling(ScaledByLengths(), ScaledByLengths())
+            for _ in range(3)
+        ]
+    ).double()
+    x = images(dtype=torch.float64)
+    found = []
+    for module in (net, stored(net)):
+        lengths = torch.tensor([1.0, 0.5, 0.2], dtype=torch.float64)
+        gain = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+        _, grads, _ = gradients(module, x, lengths, gain={"tensor": gain})
+        found.append([*grads, gain.grad])
+    assert relative_error(*found) < 1e-9
+    # ... and they matter.
+    _, others, _ = gradients(stored(net), x, torch.ones(3, dtype=torch.float64))
+    assert relative_error(others, found[0][:-1]) > 1e-2
+
+
+class Mixed(nn.Module):
+    """Uses the tensors among arguments of all kinds."""
+
+    def forward(self, x, *arguments):
+        for argument in arguments:
+            if isinstance(argument, torch.Tensor):
+                x = x * argument
+        return x.sin()
+
+
+@pytest.mark.parametrize("wanted", [(True, True), (False, True), (True, False)])
+@pytest.mark.parametrize(
+    "between", [(None,), (2, "text"), (None, 0.5, None)], ids=str
+)
+def test_tensors_among_other_arguments_get_their_gradients(between, wanted):
+    net = ReversibleSequence(
+        [AdditiveCoupling(Mixed(), Mixed()) for _ in range(2)]
+    ).double()
+    x = images(dtype=torch.float64)
+    found = []
+    for module in (net, stored(net)):
+        gains = [
+            torch.tensor(value, dtype=torch.float64, requires_grad=needed)
+            for value, needed in zip((0.7, 1.3), wanted)
+        ]
+        arguments = (*between, gains[0], *between, gains[1])
+        _, grads, _ = gradients(module, x, *arguments)
+        found.append([*grads, *(g.grad for g in gains if g.requires_grad)])
+    assert relative_error(*found) < 1e-9
+
+
+@pytest.mark.parametrize("kind", ["module", "coupling", "tap", "first tap"])
+@pytest.mark.parametrize("save_memory", [True, False])
+def test_extra_arguments_by_name_reach_every_kind_of_block(kind, save_memory):
+    class Scaled(nn.Module):
+        def forward(self, x, *, scale):
+            return x * scale
+
+    blocks = {
+        "module": [Scaled()],
+        "coupling": [AdditiveCoupling(Scaled(), Scaled())],
+        "tap": [AdditiveCoupling(Scaled(), Scaled()), Tap(Scaled())],
+        "first tap": [Tap(Scaled())],
+    }[kind]
+    net = ReversibleSequence(blocks, save_memory)
+    x = images().requires_grad_()
+    result = net(x, scale=0.5)
+    y = result[-1] if isinstance(result, tuple) else result
+    y.sum().backward()
+    # x1 + x2 / 2 and x2 + (x1 + x2 / 2) / 2, halved by the tap.
+    first, second = {
+        "module": (0.5, 0.5),
+        "coupling": (1.5, 1.75),
+        "tap": (0.75, 0.875),
+        "first tap": (0.5, 0.5),
+    }[kind]
+    assert x.grad[:, :4].unique().tolist() == [first]
+    assert x.grad[:, 4:].unique().tolist() == [second]
