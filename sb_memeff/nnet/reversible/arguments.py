@@ -133,7 +133,7 @@ class ExtraArguments(NamedTuple):
         tuple
             The tensors, and a function that puts tensors in their places.
         """
-        leaves, structure = tree_flatten(self)
+        leaves, structure = tree_flatten(tuple(self))
         positions = [
             i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)
         ]
@@ -142,11 +142,13 @@ class ExtraArguments(NamedTuple):
         for i in positions:
             leaves[i] = None
 
-        def with_tensors(replacements: Sequence[torch.Tensor]) -> Any:
+        def with_tensors(
+            replacements: Sequence[torch.Tensor],
+        ) -> ExtraArguments:
             filled = list(leaves)
             for i, tensor in zip(positions, replacements, strict=True):
                 filled[i] = tensor
-            return tree_unflatten(filled, structure)
+            return ExtraArguments(*tree_unflatten(filled, structure))
 
         return tensors, with_tensors
 

@@ -429,7 +429,8 @@ def _tensor_versions(
         return []
     tensors: list[tuple[str, Any]] = [("its input", x) for x in state]
     tensors += [
-        (f"extra argument {i}", x) for i, x in enumerate(tree_leaves(extra))
+        (f"extra argument {i}", x)
+        for i, x in enumerate(tree_leaves(tuple(extra)))
     ]
     # To find the name of each would take longer than calling a small function.
     tensors += [
