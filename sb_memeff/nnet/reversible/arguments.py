@@ -8,8 +8,8 @@ Every function in it gets all of them, unless it declares those that it takes:
 
         def forward(self, x, mask=None): ...
 
-Then it gets, of the arguments that are passed by name, only these. A name that
-nobody declares is an error, as is one that a function without a declaration
+Then it gets only these of the arguments that are passed by name. A name that no
+function declares is an error; so is one that a function without a declaration
 does not take.
 
 Authors
@@ -131,7 +131,7 @@ class ExtraArguments(NamedTuple):
         Returns
         -------
         tuple
-            The tensors, and a function that puts tensors in their places.
+            The tensors, and a function that replaces them by others.
         """
         leaves, structure = tree_flatten(tuple(self))
         positions = [

@@ -285,7 +285,7 @@ class AdditiveCoupling(Invertible):
     Raises
     ------
     TypeError
-        If f or g is not a Module, whose parameters could be found.
+        If f or g is not a Module.
     ValueError
         If it is an empty list.
 

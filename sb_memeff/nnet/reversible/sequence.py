@@ -262,11 +262,11 @@ class ReversibleSequence(nn.Module):
             shapes.append(torch.Size(shape))
             shape = block.forward_shape(shape)
         if tuple(shape) != tuple(last):
-            first = self._with_channels(shapes[0], lambda c: 2 * c)
-            given = first if input_shape is None else input_shape
+            if input_shape is None:
+                input_shape = self._with_channels(shapes[0], lambda c: 2 * c)
             raise ValueError(
                 f"ReversibleSequence.inverse: an input of shape "
-                f"{tuple(given)} gives streams of {tuple(shape)}, the "
+                f"{tuple(input_shape)} gives streams of {tuple(shape)}, the "
                 f"output holds streams of {tuple(last)}."
             )
         return shapes

@@ -1,5 +1,7 @@
 """Extra arguments reach the functions that take them."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -151,12 +153,14 @@ def test_blocks_alone_and_inverses_refuse_it_too(call):
 
 
 def test_split_tensors_keeps_none_of_them():
-    tensors = [torch.zeros(1), torch.ones(1)]
     extra = ExtraArguments(
-        (1, [tensors[0]]), {"a": {"b": tensors[1]}, "c": "d"}
+        (1, [torch.zeros(1)]), {"a": {"b": torch.ones(1)}, "c": "d"}
     )
-    found, with_tensors = extra.split_tensors()
-    assert all(map(torch.Tensor.is_set_to, found, tensors))
+    tensors, with_tensors = extra.split_tensors()
+    assert tensors == [extra.args[1][0], extra.kwargs["a"]["b"]]
+    references = [weakref.ref(tensor) for tensor in tensors]
+    del extra, tensors
+    assert all(reference() is None for reference in references)
     assert with_tensors("xy") == ((1, ["x"]), {"a": {"b": "y"}, "c": "d"})
 
 

@@ -155,7 +155,7 @@ def test_check_invertible_of_a_chain_without_invertible_blocks():
     assert "no block" in str(report)
 
 
-def test_check_invertible_wakes_functions_that_begin_as_zero():
+def test_check_invertible_draws_zero_parameters_of_the_first_layer():
     net = ReversibleSequence([AdditiveCoupling(OtherOrder(64), nn.Tanh())])
     nn.init.zeros_(net.blocks[0].f.linear.weight)
     report = check_invertible(net, 100 * torch.randn(50, 128))
@@ -163,7 +163,7 @@ def test_check_invertible_wakes_functions_that_begin_as_zero():
     assert not net.blocks[0].f.linear.weight.any()
 
 
-class Forgetful(nn.Module):
+class DiffersInBackward(nn.Module):
     """Its convolution differs in backward; its last step begins at zero."""
 
     def __init__(self, last):
@@ -211,9 +211,9 @@ class LayerScale(nn.Module):
         lambda: parametrizations.weight_norm(zero_conv()),
     ],
 )
-def test_check_invertible_wakes_what_begins_at_zero(last):
+def test_check_invertible_draws_zero_parameters(last):
     net = ReversibleSequence(
-        [AdditiveCoupling(Forgetful(last()), Forgetful(last()))]
+        [AdditiveCoupling(DiffersInBackward(last()), DiffersInBackward(last()))]
     )
     outer = nn.Sequential(zero_conv_of_8(), net)
     before = copy.deepcopy(outer)

@@ -23,7 +23,7 @@ from tests.unittests.nnet.reversible.chains import (
 from tests.unittests.weights import without_zeros
 
 
-class Sees(nn.Module):
+class RecordsStrides(nn.Module):
     """Notes the strides of what a function is given.
 
     Not in an attribute: a replay restores those.
@@ -76,7 +76,7 @@ def network(dims, other=False, exact=True):
 
     def coupling(channels):
         f, g = functions(channels, dims, other)
-        return AdditiveCoupling(Sees(f), Sees(g))
+        return AdditiveCoupling(RecordsStrides(f), RecordsStrides(g))
 
     wide = 4 * 2**dims
     return ReversibleSequence(
@@ -110,7 +110,7 @@ class Outputs(nn.Module):
 def test_replay_sees_the_strides_of_forward(
     dims, input_layout, other, sizes, autocast
 ):
-    strides = Sees.strides
+    strides = RecordsStrides.strides
     strides.clear()
     net = Outputs(network(dims, other))
     if dims > 1:
@@ -144,7 +144,7 @@ def dense(strides):
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_without_a_grid_too(dims):
-    strides = Sees.strides
+    strides = RecordsStrides.strides
     strides.clear()
     net = Outputs(network(dims, other=True, exact=False))
     gradients(net, channels_last(torch.randn(2, 8, *(7, 6, 5)[:dims])))
@@ -279,12 +279,12 @@ def test_channels_last_is_as_exact_as_contiguous(dims, amp):
 def test_channels_last_is_kept_inside():
     layouts = []
 
-    class Look(nn.Module):
+    class RecordsCall(nn.Module):
         def forward(self, x):
             layouts.append(x.is_contiguous(memory_format=torch.channels_last))
             return torch.tanh(x)
 
-    net = ReversibleSequence([AdditiveCoupling(Look(), Look())])
+    net = ReversibleSequence([AdditiveCoupling(RecordsCall(), RecordsCall())])
     x = images().to(memory_format=torch.channels_last).requires_grad_()
     net(x).sum().backward()
     assert layouts == [True] * 4

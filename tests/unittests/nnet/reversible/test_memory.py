@@ -48,7 +48,7 @@ class Conditioned(nn.Module):
         return self.conv(x).tanh() + condition
 
 
-class Bare(nn.Module):
+class ReturnsParameter(nn.Module):
     """Returns a parameter."""
 
     def __init__(self):
@@ -77,7 +77,7 @@ CHAINS = {
     "added last": lambda: couplings(Positional),
     "views": lambda: couplings(lambda: Positional(view=True)),
     "identities": lambda: couplings(nn.Identity),
-    "parameters alone": lambda: couplings(Bare),
+    "parameters alone": lambda: couplings(ReturnsParameter),
     "shared": shared,
     "lists": lists,
     "taps": lambda: [
@@ -136,7 +136,7 @@ def test_each_gradient_has_memory_of_its_own(kind):
     assert len(storages) == len(found)
 
 
-class Curious(nn.Module):
+class KeepsTensors(nn.Module):
     """Keeps what passes, with a copy of how it was."""
 
     def __init__(self, keep, inner):
@@ -160,14 +160,14 @@ class Curious(nn.Module):
     "inner", [nn.Tanh, nn.Identity, Positional, lambda: nn.Dropout(0.5)]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_nothing_that_a_module_or_hook_has_kept_changes(inner, exact, dtype):
+def test_tensors_that_a_module_or_hook_keeps_do_not_change(inner, exact, dtype):
     kept = []
 
     def keep(tensor):
         kept.append((tensor.detach(), tensor.detach().clone()))
 
-    blocks = couplings(lambda: Curious(keep, inner()), 2)
-    blocks.insert(1, Tap(Curious(keep, nn.Identity())))
+    blocks = couplings(lambda: KeepsTensors(keep, inner()), 2)
+    blocks.insert(1, Tap(KeepsTensors(keep, nn.Identity())))
     net = ReversibleSequence(blocks, exact=exact).to(dtype)
     x = sequences(2 if inner is not Positional else 1, dtype).requires_grad_()
     y, total = net(x)
@@ -368,7 +368,7 @@ def positional_chain(shared):
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_gradients_that_are_the_stream_s_own(shared):
+def test_gradients_of_parameters_that_are_added_last(shared):
     net = positional_chain(shared)
     x = torch.randn(1, 8, 9, dtype=torch.float64)
     found = []
@@ -390,7 +390,7 @@ class Identity(nn.Module):
 
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("function", [nn.Tanh, Identity])
-def test_what_hooks_have_kept_does_not_change(function, exact):
+def test_tensors_that_hooks_keep_do_not_change(function, exact):
     net = ReversibleSequence(
         [AdditiveCoupling(function(), function()) for _ in range(3)],
         exact=exact,

@@ -134,7 +134,7 @@ def in_place():
     return nn.Sequential(nn.SiLU(inplace=True), nn.Conv2d(4, 4, 1))
 
 
-class Secretly(nn.Module):
+class ChangesInput(nn.Module):
     def forward(self, x):
         with torch.no_grad():
             x.mul_(2)
@@ -147,7 +147,7 @@ class Secretly(nn.Module):
         (lambda: with_f(Clamped()), r"blocks\.1\.f changes its parameter gain"),
         (lambda: with_f(Unguarded()), r"blocks\.1\.f changes its input or a p"),
         (lambda: with_f(in_place()), r"blocks\.1\.f changes its input or a p"),
-        (lambda: with_f(Secretly()), r"blocks\.1\.f changes its input in"),
+        (lambda: with_f(ChangesInput()), r"blocks\.1\.f changes its input in"),
         (
             lambda: ReversibleSequence(
                 [nn.Conv2d(8, 8, 1), nn.SiLU(inplace=True)]
@@ -155,22 +155,24 @@ class Secretly(nn.Module):
             r"blocks\.1 cannot be computed again: it changes its input",
         ),
         (
-            lambda: ReversibleSequence([nn.Conv2d(8, 8, 1), Tap(Secretly())]),
+            lambda: ReversibleSequence(
+                [nn.Conv2d(8, 8, 1), Tap(ChangesInput())]
+            ),
             r"blocks\.1\.read changes its input",
         ),
         (
-            lambda: ReversibleSequence([Secretly(), *chain(1).blocks]),
+            lambda: ReversibleSequence([ChangesInput(), *chain(1).blocks]),
             r"blocks\.0 cannot be computed again: it changes its input",
         ),
     ],
 )
-def test_what_changes_in_place_while_it_runs_is_refused(build, message):
+def test_changes_in_place_during_a_call_are_refused(build, message):
     net = build()
     x = images()
     before = x.clone()
     with pytest.raises(RuntimeError, match=message + ".*inplace=False"):
         net(x)
-    if not isinstance(net.blocks[0], Secretly):
+    if not isinstance(net.blocks[0], ChangesInput):
         assert torch.equal(x, before)
 
 
@@ -189,7 +191,7 @@ def test_an_argument_that_f_changes_is_refused(by_name):
 def test_a_stream_changed_in_place_is_refused_without_gradients_too(
     save_memory,
 ):
-    net = with_f(Secretly())
+    net = with_f(ChangesInput())
     net.save_memory = save_memory
     with torch.no_grad(), pytest.raises(RuntimeError, match="changes its inp"):
         net(images())
@@ -283,7 +285,7 @@ def test_flags_of_backends_in_both_passes():
     cudnn = torch.backends.cudnn
     seen = []
 
-    class Look(nn.Module):
+    class RecordsCall(nn.Module):
         def forward(self, x):
             seen.append((cudnn.benchmark, cudnn.deterministic))
             return x.tanh()
@@ -291,7 +293,9 @@ def test_flags_of_backends_in_both_passes():
     before = cudnn.benchmark, cudnn.deterministic
     try:
         cudnn.benchmark = cudnn.deterministic = True
-        net = ReversibleSequence([Look(), AdditiveCoupling(Look(), Look())])
+        net = ReversibleSequence(
+            [RecordsCall(), AdditiveCoupling(RecordsCall(), RecordsCall())]
+        )
         y = net(images().requires_grad_())
         cudnn.deterministic = False
         y.sum().backward()
@@ -373,11 +377,11 @@ def test_a_batch_of_none(exact, dtype):
     assert found[0][0].shape == found[1][0].shape
     assert found[0][1].shape == (0, 8, 7, 6)
     assert all(g is not None and not g.any() for g in found[0][2])
-    report = check_invertible(Only(net), images(batch=0, dtype=dtype))
+    report = check_invertible(FirstOutput(net), images(batch=0, dtype=dtype))
     assert report.inversion_error == 0.0
 
 
-class Only(nn.Module):
+class FirstOutput(nn.Module):
     def __init__(self, net):
         super().__init__()
         self.net = net
