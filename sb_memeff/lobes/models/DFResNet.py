@@ -124,8 +124,8 @@ class DownSampling(nn.Module):
 class DFResNet(StagedNetwork):
     """Depth-first residual network with temporal statistics pooling.
 
-    A drop-in for ``speechbrain.lobes.models.ResNet.ResNet``; it respects
-    ``lengths`` as our ``ResNet`` does. A stage begins with a down-sampling
+    A drop-in replacement for ``speechbrain.lobes.models.ResNet.ResNet``; it
+    respects ``lengths`` as our ``ResNet`` does. A stage begins with a down-sampling
     layer if its stride is not 1 or if it changes the number of channels.
 
     ================= ============= ============== ==========

@@ -45,7 +45,7 @@ __all__ = ["ECAPA_TDNN"]
 
 
 class ECAPA_TDNN(SpeechBrainECAPA_TDNN):
-    """A drop-in for ``speechbrain.lobes.models.ECAPA_TDNN.ECAPA_TDNN``.
+    """Drop-in for ``speechbrain.lobes.models.ECAPA_TDNN.ECAPA_TDNN``.
 
     Function, arguments and state_dict are the same, so that pretrained weights
     load in either. Only the input of each block and two tensors of the

@@ -30,8 +30,8 @@ BLOCKS = {"basic": BasicBlock, "bottleneck": Bottleneck}
 class ResNet(StagedNetwork):
     """Residual network with temporal statistics pooling.
 
-    A drop-in for ``speechbrain.lobes.models.ResNet.ResNet``. Unlike that class
-    it respects ``lengths``: the values of padded frames, NaN included, affect
+    A drop-in replacement for ``speechbrain.lobes.models.ResNet.ResNet``. Unlike
+    that class it respects ``lengths``: the values of padded frames, NaN included, affect
     neither embeddings nor gradients, and in eval mode the embedding of an
     utterance does not depend on its padding. In training mode padded frames
     count as zeros in the statistics of batch norm.

@@ -38,8 +38,9 @@ class ReversibleSequence(nn.Module):
     second output; nothing is stored for it. Values, gradients, running
     statistics and random numbers are those of a chain that stores everything.
 
-    A module that declares ``takes_arguments = ("lengths",)``, say, gets only
-    these of the extra arguments that are passed by name. Others get all.
+    Extra arguments reach every f, g and module. A module may declare those that
+    it takes, for example ``takes_arguments = ("lengths",)``; of the arguments
+    that are passed by name it then gets only these.
 
     Arguments
     ---------
