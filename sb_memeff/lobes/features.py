@@ -1,4 +1,4 @@
-"""Check the features [N, T, F] that a network is called with.
+"""Check the input of a network.
 
 Authors
  * The sb_memeff authors 2026
@@ -12,23 +12,23 @@ __all__ = ["check_features"]
 def check_features(
     x: torch.Tensor, input_size: int, dtype: torch.dtype
 ) -> None:
-    """Features must fit the network, in shape and dtype.
+    """Checks that shape and dtype of features fit the network.
 
     Arguments
     ---------
     x : torch.Tensor
-        Features that a network was called with.
+        Features [N, T, F].
     input_size : int
-        Features per frame that it was made for.
+        Features per frame that the network takes.
     dtype : torch.dtype
-        Of its weights.
+        Dtype of its weights.
 
     Raises
     ------
     ValueError
         If the shape does not fit.
     TypeError
-        If the dtype does not fit, and autocast does not see to it.
+        If the dtype does not fit, and autocast does not convert it.
 
     Example
     -------
@@ -39,13 +39,13 @@ def check_features(
             f"Features must have the shape [N, T, {input_size}], got "
             f"{tuple(x.shape)}; the last number is the network's input_size."
         )
-    # Autocast converts neither whole numbers nor float64.
-    casts = (
+    # Autocast converts neither integers nor float64.
+    is_converted = (
         torch.is_autocast_enabled(x.device.type)
         and x.is_floating_point()
         and torch.float64 not in (x.dtype, dtype)
     )
-    if x.dtype != dtype and not casts:
+    if x.dtype != dtype and not is_converted:
         raise TypeError(
             f"Features are {x.dtype} and the network's weights {dtype}; call "
             f"feats.to({dtype}) or net.to({x.dtype})."

@@ -27,7 +27,7 @@ class Presets:
         name : str
             A key of the class's PRESETS.
         **overrides : dict
-            Arguments of the class that shall differ from the preset.
+            Arguments of the class that replace those of the preset.
 
         Returns
         -------
@@ -37,7 +37,7 @@ class Presets:
         Raises
         ------
         ValueError
-            If the name is unknown; the message lists the known ones.
+            If the name is unknown; the message lists the presets.
         """
         if name not in cls.PRESETS:
             raise ValueError(
@@ -48,14 +48,14 @@ class Presets:
 
     @classmethod
     def preset_arguments(cls, name: str, **overrides: Any) -> dict[str, Any]:
-        """The arguments that a preset stands for.
+        """The arguments of a preset.
 
         Arguments
         ---------
         name : str
             A key of the class's PRESETS.
         **overrides : dict
-            Arguments that shall differ.
+            Arguments that replace those of the preset.
 
         Returns
         -------

@@ -1,9 +1,9 @@
 """Depth-first residual networks for speaker recognition.
 
 Liu et al., "DF-ResNet: Boosting Speaker Verification Performance with
-Depth-First Design" (Interspeech 2022): many cheap blocks instead of few wide
-ones. And the same with the strides of Liu et al., "Golden Gemini is All You
-Need" (2023), which halve the bands in each stage and the frames only once.
+Depth-First Design" (Interspeech 2022): many narrow blocks instead of few wide
+ones. The Gemini presets have the strides of Liu et al., "Golden Gemini is All
+You Need" (2023), which halve the bands in each stage and the frames only once.
 
 Authors
  * The sb_memeff authors 2026
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sb_memeff.lobes.models.ResNet import (
+from sb_memeff.lobes.residual import (
     Bottleneck,
     StagedNetwork,
     check_stages,
@@ -25,11 +25,11 @@ from sb_memeff.nnet.padding import mask
 
 __all__ = ["DFResNet", "DownSampling", "InvertedBottleneck"]
 
-# (time, frequency): T14c in the paper's trellis of strides.
+# (time, frequency) of each stage: T14c in the paper.
 GOLDEN_GEMINI = [[1, 2], [2, 2], [1, 2], [1, 2]]
 
-# The names of the original count the layers of stem, blocks and embedding;
-# those of the other paper count the four down-sampling layers too.
+# Names of the original presets count the layers of stem, blocks and embedding.
+# Gemini's count the four down-sampling layers too.
 BLOCK_SIZES = {
     56: [3, 3, 9, 3],
     110: [3, 3, 27, 3],
@@ -39,7 +39,9 @@ BLOCK_SIZES = {
 
 
 class InvertedBottleneck(Bottleneck):
-    """1x1 to four times the channels, depthwise 3x3, 1x1 back; a shortcut.
+    """1x1, depthwise 3x3 and 1x1 convolutions with a shortcut.
+
+    Inside, there are four times as many channels.
 
     Arguments
     ---------
@@ -58,13 +60,13 @@ class InvertedBottleneck(Bottleneck):
     def __init__(
         self, channels: int, activation: Callable[..., nn.Module] = nn.ReLU
     ):
-        inside = self.expansion * channels
+        inner_channels = self.expansion * channels
         super().__init__(
             channels,
-            inside,
+            inner_channels,
             activation=activation,
             out_channels=channels,
-            groups=inside,
+            groups=inner_channels,
         )
 
 
@@ -100,7 +102,7 @@ class DownSampling(nn.Module):
         padding: torch.Tensor | None = None,
         padding_in: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Runs the layer.
+        """Applies the layer.
 
         Arguments
         ---------
@@ -109,7 +111,7 @@ class DownSampling(nn.Module):
         padding : torch.Tensor, optional
             Padded frames of the output, [N, 1, T', 1].
         padding_in : torch.Tensor, optional
-            Not needed here; blocks need it.
+            Ignored; blocks need it.
 
         Returns
         -------
@@ -122,9 +124,9 @@ class DownSampling(nn.Module):
 class DFResNet(StagedNetwork):
     """Depth-first residual network with temporal statistics pooling.
 
-    Called like ``speechbrain.lobes.models.ResNet.ResNet``; respects
-    ``lengths`` as our ``ResNet`` does. A stage begins with a down-sampling
-    layer if it has a stride or other channels than the stage before.
+    A drop-in replacement for ``speechbrain.lobes.models.ResNet.ResNet``; it
+    respects ``lengths`` as our ``ResNet`` does. A stage begins with a down-sampling
+    layer if its stride is not 1 or if it changes the number of channels.
 
     ================= ============= ============== ==========
     preset            block_sizes   strides        parameters
@@ -139,17 +141,18 @@ class DFResNet(StagedNetwork):
     GeminiDFResNet237 3, 8, 63, 3   Golden Gemini     11.68 M
     ================= ============= ============== ==========
 
-    Golden Gemini ends with half the frames and a sixteenth of the bands, the
-    others with an eighth of both.
+    With Golden Gemini, the last stage has half the frames and a sixteenth of
+    the bands; otherwise it has an eighth of both.
 
     Arguments
     ---------
     input_size : int
         Number of features per frame.
     activation : type
-        Class of the activations; they must leave zero zero (padding).
+        Class of the activations; they must map zero to zero (padding).
     channels : list of int
-        Channels of each of the four stages; the stem has those of the first.
+        Channels of each of the four stages; the stem has as many as the
+        first.
     block_sizes : list of int
         Inverted bottlenecks in each stage.
     strides : list
@@ -160,7 +163,7 @@ class DFResNet(StagedNetwork):
     Raises
     ------
     ValueError
-        If an argument does not fit the others; for an unknown preset.
+        If arguments contradict each other; for an unknown preset.
 
     Example
     -------
@@ -188,7 +191,7 @@ class DFResNet(StagedNetwork):
     def preset_arguments(
         cls, name: str, base_channels: int = 32, **overrides: Any
     ) -> dict[str, Any]:
-        """The arguments that a preset stands for.
+        """The arguments of a preset.
 
         Arguments
         ---------
@@ -198,7 +201,7 @@ class DFResNet(StagedNetwork):
             Channels of the first stage; each further stage has twice as
             many. The published networks have 32.
         **overrides : dict
-            Arguments of the class that shall differ.
+            Arguments of the class that replace those of the preset.
 
         Returns
         -------
@@ -237,7 +240,7 @@ def depth_first_stage(
     stride: tuple[int, int],
     activation: Callable[..., nn.Module],
 ) -> list[nn.Module]:
-    """A down-sampling layer, where one is needed, and inverted bottlenecks.
+    """Creates a stage: down-sampling, if needed, and inverted bottlenecks.
 
     Arguments
     ---------

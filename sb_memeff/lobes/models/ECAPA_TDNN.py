@@ -3,14 +3,13 @@
 Desplanques et al., "ECAPA-TDNN: Emphasized Channel Attention, Propagation and
 Aggregation in TDNN Based Speaker Verification" (2020).
 
-Most of its activations are not what the blocks hand on, but what lies between
-and behind them: the concatenation of all block outputs for the multi-layer
-aggregation, the pooling's tensors with three times the channels of that, and
-Res2Net's chunks. So here the aggregation, a convolution over a concatenation,
-is added up block by block, the pooling is computed a few channels at a time,
-and everything between two blocks is computed again in backward. The functions
-of this file do that for the modules of SpeechBrain's network, whatever chain
-of blocks they are in.
+The outputs of its blocks are the smaller part of its activations. Most memory
+goes to the concatenation of all block outputs for the multi-layer aggregation,
+to the pooling, whose tensors have three times as many channels, and to the
+chunks of Res2Net. Here the aggregation, a convolution over the concatenation, is
+added up block by block; the pooling processes a few channels at a time; and
+everything inside a block is recomputed in backward. The functions of this file
+do that for the modules of SpeechBrain's network, in any chain of blocks.
 
 Authors
  * The sb_memeff authors 2026
@@ -46,32 +45,32 @@ __all__ = ["ECAPA_TDNN"]
 
 
 class ECAPA_TDNN(SpeechBrainECAPA_TDNN):
-    """Takes the place of ``speechbrain.lobes.models.ECAPA_TDNN.ECAPA_TDNN``.
+    """Drop-in for ``speechbrain.lobes.models.ECAPA_TDNN.ECAPA_TDNN``.
 
-    The same function, arguments and state_dict, so that pretrained weights
-    load in either. What is kept for backward are the input of each block and
-    two tensors of the aggregation; all else is computed twice.
+    Function, arguments and state_dict are the same, so that pretrained weights
+    load in either. Only the input of each block and two tensors of the
+    aggregation are stored for backward; all else is recomputed.
 
-    Padding matters here as it does in SpeechBrain's network, for whose
-    function the weights were trained: the convolutions read padded frames
-    behind the end of an utterance (alone it would be reflected there), and
-    the masks of its statistics may count one padded frame. So an embedding
-    depends a little on what the utterance is padded to, and NaN in a padded
-    frame makes it NaN. ``RevECAPA_TDNN`` has neither.
+    Padding affects embeddings as in SpeechBrain's network, for which the weights
+    were trained: the convolutions read padded frames after the end of an
+    utterance (without padding, the utterance is reflected there), and the masks
+    of its statistics may count one padded frame. An embedding therefore
+    depends a little on the padding, and NaN in a padded frame makes it NaN.
+    Neither is so in ``RevECAPA_TDNN``.
 
     Arguments
     ---------
     *args : tuple
-        Those of SpeechBrain's class.
+        Arguments of SpeechBrain's class.
     save_memory : bool
         False stores all activations.
     **kwargs : dict
-        Those of SpeechBrain's class.
+        Arguments of SpeechBrain's class by name.
 
     Raises
     ------
     ValueError
-        If an argument does not fit the others.
+        If arguments contradict each other.
 
     Example
     -------
@@ -102,20 +101,27 @@ class ECAPA_TDNN(SpeechBrainECAPA_TDNN):
         -------
         torch.Tensor
             Embeddings [N, 1, lin_neurons].
+
+        Raises
+        ------
+        TypeError
+            If the dtype of x or of lengths does not fit.
+        ValueError
+            If the shape of x does not fit, or lengths are not relative.
         """
         chain = [Stem(self.blocks[0])]
-        for number, block in enumerate(self.blocks[1:]):
-            chain += [Residual(block), Tap(Aggregated(number))]
-        # Built at each call: as a part of the network it would change the
-        # names in the state_dict.
+        for index, block in enumerate(self.blocks[1:]):
+            chain += [SERes2NetResidual(block), Tap(AggregationTerm(index))]
+        # Built at each call: as a submodule it would change the state_dict.
         trunk = ReversibleSequence(chain, save_memory=self.save_memory)
-        return embed(self, trunk, x, lengths)
+        check_lengths(lengths, x)
+        return embed(self, aggregate(self, trunk, x, lengths=lengths), lengths)
 
 
-def tdnn(
+def tdnn_forward(
     block: TDNNBlock, x: torch.Tensor, padding: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """A TDNNBlock, without the copy that SpeechBrain makes to pad by 0.
+    """Applies a TDNNBlock, without SpeechBrain's copy to pad by zero frames.
 
     Arguments
     ---------
@@ -124,7 +130,7 @@ def tdnn(
     x : torch.Tensor
         [N, C, T].
     padding : torch.Tensor, optional
-        Frames [N, 1, T] that shall be zero in the result.
+        Frames [N, 1, T] that become zero in the result.
 
     Returns
     -------
@@ -136,13 +142,13 @@ def tdnn(
     return mask(x, padding)
 
 
-def res2net(
+def res2net_forward(
     block: Res2NetBlock,
     x: torch.Tensor,
     save_memory: bool = True,
     padding: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """A Res2NetBlock that holds the intermediates of one chunk at a time.
+    """Applies a Res2NetBlock with the activations of one chunk at a time.
 
     Arguments
     ---------
@@ -151,9 +157,9 @@ def res2net(
     x : torch.Tensor
         [N, C, T].
     save_memory : bool
-        False stores the intermediates of all chunks.
+        False stores the activations of all chunks.
     padding : torch.Tensor, optional
-        Frames [N, 1, T] that are zero in x and shall be zero in the result.
+        Frames [N, 1, T] that are zero in x, and become zero in the result.
 
     Returns
     -------
@@ -168,34 +174,34 @@ def res2net(
         arguments = layer, chunk, padding
         if save_memory and torch.is_grad_enabled():
             name = f"{type(block).__name__}.blocks.{len(results) - 1}"
-            result = Segment().call(name, layer, tdnn, arguments, {})
+            result = Segment().call(name, layer, tdnn_forward, arguments, {})
         else:
-            result = tdnn(*arguments)
+            result = tdnn_forward(*arguments)
         results.append(result)
     return torch.cat(results, dim=1)
 
 
-def se_res2net(
+def se_res2net_forward(
     block: "SERes2NetBlock | SERes2NetBody",
     x: torch.Tensor,
     lengths: torch.Tensor | None = None,
     save_memory: bool = True,
     padding: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """TDNN, Res2Net, TDNN, squeeze and excitation: a block less its shortcut.
+    """Applies an SERes2NetBlock without its shortcut.
 
     Arguments
     ---------
     block : speechbrain.lobes.models.ECAPA_TDNN.SERes2NetBlock
-        The block, or a module with the same parts.
+        The block, or a module with the same submodules.
     x : torch.Tensor
         [N, C, T].
     lengths : torch.Tensor, optional
-        Relative lengths [N], to squeeze as SpeechBrain does.
+        Relative lengths [N], to count frames as SpeechBrain does.
     save_memory : bool
-        See ``res2net``.
+        See ``res2net_forward``.
     padding : torch.Tensor, optional
-        Instead of lengths: frames [N, 1, T] that count nowhere and are zero
+        Instead of lengths: frames [N, 1, T] that do not count, and become zero
         in the result.
 
     Returns
@@ -203,18 +209,18 @@ def se_res2net(
     torch.Tensor
         [N, C', T].
     """
-    x = tdnn(block.tdnn1, x, padding)
-    x = res2net(block.res2net_block, x, save_memory, padding)
-    x = tdnn(block.tdnn2, x, padding)
+    x = tdnn_forward(block.tdnn1, x, padding)
+    x = res2net_forward(block.res2net_block, x, save_memory, padding)
+    x = tdnn_forward(block.tdnn2, x, padding)
     if padding is None:
         return block.se_block(x, lengths)
-    return squeeze_excite(block.se_block, x, padding)
+    return squeeze_excite_forward(block.se_block, x, padding)
 
 
-def squeeze_excite(
+def squeeze_excite_forward(
     block: SEBlock, x: torch.Tensor, padding: torch.Tensor
 ) -> torch.Tensor:
-    """An SEBlock that counts the frames of each utterance exactly.
+    """Applies an SEBlock that counts the frames of each utterance exactly.
 
     Arguments
     ---------
@@ -230,7 +236,7 @@ def squeeze_excite(
     torch.Tensor
         [N, C, T], zero in padded frames.
     """
-    # A sum of hundreds of frames may be too large for float16.
+    # In float16 the sum of hundreds of frames may overflow.
     total = x.sum(
         2, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)
     )
@@ -239,60 +245,82 @@ def squeeze_excite(
     return scale * x
 
 
-def embed(
+def aggregate(
     net: "ECAPA_TDNN | RevECAPA_TDNN",
     trunk: ReversibleSequence,
     x: torch.Tensor,
-    lengths: torch.Tensor | None,
-    padding: torch.Tensor | None = None,
+    **arguments: torch.Tensor | None,
 ) -> torch.Tensor:
-    """From features to embeddings, with the head of an ECAPA-TDNN.
+    """Computes the multi-layer feature aggregation of an ECAPA-TDNN.
 
     Arguments
     ---------
     net : torch.nn.Module
-        Has the parts ``mfa``, ``asp``, ``asp_bn`` and ``fc`` of SpeechBrain's
-        network.
+        Has the submodule ``mfa`` of SpeechBrain's network.
     trunk : ReversibleSequence
-        The blocks, each followed by a tap (``Aggregated``).
+        The blocks, each followed by a tap (``AggregationTerm``).
     x : torch.Tensor
         Features [N, T, input_size].
+    **arguments : dict
+        Further arguments of the trunk.
+
+    Returns
+    -------
+    torch.Tensor
+        [N, C, T].
+
+    Raises
+    ------
+    TypeError
+        If the dtype of x does not fit.
+    ValueError
+        If the shape of x does not fit.
+    """
+    first = cast(Stem, trunk.blocks[0]).block.conv.conv
+    check_features(x, first.in_channels, first.weight.dtype)
+    conv = net.mfa.conv.conv
+    num_taps = sum(isinstance(block, Tap) for block in trunk.blocks)
+    # The sum has no name, so that it is freed after the activation.
+    x = net.mfa.activation(
+        trunk(
+            x,
+            weights=conv.weight.chunk(num_taps, dim=1),
+            bias=conv.bias,
+            save_memory=trunk.save_memory,
+            **arguments,
+        )[1]
+    )
+    return net.mfa.dropout(net.mfa.norm(x))
+
+
+def embed(
+    net: "ECAPA_TDNN | RevECAPA_TDNN",
+    x: torch.Tensor,
+    lengths: torch.Tensor | None = None,
+    padding: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Pools the aggregated features of an ECAPA-TDNN to embeddings.
+
+    Arguments
+    ---------
+    net : torch.nn.Module
+        Has the submodules ``asp``, ``asp_bn`` and ``fc`` of SpeechBrain's
+        network.
+    x : torch.Tensor
+        Aggregated features [N, C, T].
     lengths : torch.Tensor, optional
         Relative lengths [N], to count frames as SpeechBrain does.
     padding : torch.Tensor, optional
-        Instead of lengths: frames [N, 1, T] that count nowhere.
+        Instead of lengths: frames [N, 1, T] that do not count.
 
     Returns
     -------
     torch.Tensor
         Embeddings [N, 1, lin_neurons].
-
-    Raises
-    ------
-    TypeError
-        If the dtype of x or of lengths does not fit.
-    ValueError
-        If the shape of x does not fit, or lengths are not relative.
     """
-    first = cast(Stem, trunk.blocks[0]).block.conv.conv
-    check_features(x, first.in_channels, first.weight.dtype)
-    check_lengths(lengths, x)
-    save_memory = trunk.save_memory
-    conv = net.mfa.conv.conv
-    taps = sum(isinstance(block, Tap) for block in trunk.blocks)
-    # No name for the sum: it is not needed behind the activation.
-    x = net.mfa.activation(
-        trunk(
-            x,
-            lengths=lengths,
-            padding=padding,
-            weights=conv.weight.chunk(taps, dim=1),
-            bias=conv.bias,
-            save_memory=save_memory,
-        )[1]
+    x = attentive_statistics_pooling(
+        net.asp, x, lengths, net.save_memory, padding
     )
-    x = net.mfa.dropout(net.mfa.norm(x))
-    x = attentive_statistics_pooling(net.asp, x, lengths, save_memory, padding)
     # Statistics are float32 at least; a network in half precision is not.
     x = net.asp_bn(x.to(net.fc.conv.weight.dtype))
     return net.fc(x).transpose(1, 2)
@@ -306,8 +334,10 @@ class Stem(nn.Module):
     block : speechbrain.lobes.models.ECAPA_TDNN.TDNNBlock
         The block.
     shortcut : torch.nn.Module, optional
-        To follow it, where the channels change.
+        Follows the block if the channels change.
     """
+
+    takes_arguments = ("padding",)
 
     def __init__(self, block: TDNNBlock, shortcut: nn.Module | None = None):
         super().__init__()
@@ -315,18 +345,17 @@ class Stem(nn.Module):
         self.shortcut = shortcut
 
     def forward(
-        self, x: torch.Tensor, padding: torch.Tensor | None = None, **_: object
+        self, x: torch.Tensor, padding: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Runs the block.
+        """Applies the block.
 
         Arguments
         ---------
         x : torch.Tensor
             Features [N, T, F].
         padding : torch.Tensor, optional
-            Frames [N, 1, T] that count as zero and are zero in the result.
-        **_ : dict
-            Arguments of the chain for other modules.
+            Frames [N, 1, T] that count as zero, and become zero in the
+            result.
 
         Returns
         -------
@@ -336,18 +365,20 @@ class Stem(nn.Module):
         x = x.transpose(1, 2)
         if padding is not None:
             x = x.masked_fill(padding, 0.0)
-        x = tdnn(self.block, x, padding)
+        x = tdnn_forward(self.block, x, padding)
         return x if self.shortcut is None else mask(self.shortcut(x), padding)
 
 
-class Residual(nn.Module):
-    """An SERes2NetBlock that stores little of what it computes.
+class SERes2NetResidual(nn.Module):
+    """An SERes2NetBlock that recomputes the chunks of Res2Net.
 
     Arguments
     ---------
     block : speechbrain.lobes.models.ECAPA_TDNN.SERes2NetBlock
         The block.
     """
+
+    takes_arguments = ("lengths", "save_memory")
 
     def __init__(self, block: SERes2NetBlock):
         super().__init__()
@@ -358,9 +389,8 @@ class Residual(nn.Module):
         x: torch.Tensor,
         lengths: torch.Tensor | None,
         save_memory: bool,
-        **_: object,
     ) -> torch.Tensor:
-        """Runs the block.
+        """Applies the block.
 
         Arguments
         ---------
@@ -369,9 +399,7 @@ class Residual(nn.Module):
         lengths : torch.Tensor
             Relative lengths [N], or None.
         save_memory : bool
-            See ``res2net``.
-        **_ : dict
-            Arguments of the chain for other modules.
+            See ``res2net_forward``.
 
         Returns
         -------
@@ -380,33 +408,36 @@ class Residual(nn.Module):
         """
         shortcut = self.block.shortcut
         residual = x if shortcut is None else shortcut(x)
-        return residual + se_res2net(self.block, x, lengths, save_memory)
+        return residual + se_res2net_forward(
+            self.block, x, lengths, save_memory
+        )
 
 
-class Aggregated(nn.Module):
-    """Share of one tap in the multi-layer feature aggregation.
+class AggregationTerm(nn.Module):
+    """The term of one tap in the multi-layer feature aggregation.
 
-    A 1x1 convolution over the concatenated taps is a sum over taps, each with
+    A 1x1 convolution over the concatenated states is a sum over taps, each with
     its columns of the weight.
 
     Arguments
     ---------
-    number : int
-        Number of the tap.
+    index : int
+        Index of the tap.
     """
 
-    def __init__(self, number: int):
+    takes_arguments = ("weights", "bias")
+
+    def __init__(self, index: int):
         super().__init__()
-        self.number = number
+        self.index = index
 
     def forward(
         self,
         x: torch.Tensor,
         weights: Sequence[torch.Tensor],
         bias: torch.Tensor | None,
-        **_: object,
     ) -> torch.Tensor:
-        """Reads from the state of the chain.
+        """Computes the term from the state of the chain.
 
         Arguments
         ---------
@@ -416,31 +447,29 @@ class Aggregated(nn.Module):
             Columns [C', C, 1] of the weight for each tap.
         bias : torch.Tensor
             [C'], added by the first tap.
-        **_ : dict
-            Arguments of the chain for other modules.
 
         Returns
         -------
         torch.Tensor
             [N, C', T].
         """
-        bias = bias if self.number == 0 else None
-        return F.conv1d(x, weights[self.number], bias)
+        bias = bias if self.index == 0 else None
+        return F.conv1d(x, weights[self.index], bias)
 
 
 def check_aggregation(
     channels: Sequence[int], kernel_size: int, groups: int
 ) -> None:
-    """The aggregation must be a sum over blocks.
+    """Checks that the aggregation is a sum over blocks.
 
     Arguments
     ---------
     channels : list of int
-        As the network was given them.
+        Argument of the network.
     kernel_size : int
-        Of the aggregation's convolution.
+        Kernel of the aggregation.
     groups : int
-        Of the aggregation's convolution.
+        Groups of the aggregation.
 
     Raises
     ------

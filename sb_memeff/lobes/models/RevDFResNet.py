@@ -2,24 +2,23 @@
 
 DF-ResNet (Liu et al., Interspeech 2022) made reversible as Liu and Qian,
 "Memory-Efficient Training for Deep Speaker Embedding Learning in Speaker
-Verification" (2024), propose; see ``sb_memeff.lobes.models.RevResNet`` for
-what Type I and Type II are.
+Verification" (2024), propose; ``sb_memeff.lobes.reversible_network`` explains Type I
+and Type II.
 
-f and g are inverted bottlenecks on half of the channels. The activation that
-DF-ResNet has after the sum could not be undone; it stands before the first
-convolution instead. Between the stages of Type I stand DF-ResNet's own
-down-sampling layers.
+f and g are inverted bottlenecks on half of the channels. DF-ResNet's activation
+after the sum could not be inverted, so it precedes the first convolution. Type
+I has DF-ResNet's own down-sampling layers between its stages.
 
-**Slices.** In a reversible network the expansions set the peak: backward
-through one inverted bottleneck holds six maps of four times its channels. But
-the depthwise convolution does not mix them, so that the function is a sum over
-slices k of the channels inside,
+**Slices.** In a reversible network the expansions determine the peak: backward
+through one inverted bottleneck needs six maps of four times its channels. The
+depthwise convolution, however, does not mix channels, so that the function is a
+sum over slices k of the inner channels,
 
     f(x) = sum_k  w3_k * act(norm(w2_k * act(norm(w1_k * act(norm_k(x)))))),
 
-which a coupling evaluates one after another, in forward and in backward: the
-memory of one slice, the arithmetic of the whole. (Each slice has a batch norm
-of its own for x, which is the one difference from the unsliced function.)
+which a coupling evaluates one after another, in forward and in backward. This
+takes the memory of one slice for the arithmetic of all. (Each slice has its own
+batch norm of x, the only difference from the unsliced function.)
 
 Authors
  * The sb_memeff authors 2026
@@ -33,12 +32,9 @@ import torch
 from torch import nn
 
 from sb_memeff.lobes.models.DFResNet import BLOCK_SIZES, GOLDEN_GEMINI
-from sb_memeff.lobes.models.ResNet import check_stages, conv3x3
-from sb_memeff.lobes.models.RevResNet import (
-    NormActConv,
-    ResidualBody,
-    ReversibleNetwork,
-)
+from sb_memeff.lobes.residual import check_stages, conv3x3
+from sb_memeff.lobes.reversible_blocks import NormActConv, ResidualBody
+from sb_memeff.lobes.reversible_network import ReversibleNetwork
 from sb_memeff.nnet.padding import mask
 
 __all__ = ["RevDFResNet", "StridedConvolution"]
@@ -50,13 +46,13 @@ class StridedConvolution(nn.Module):
     Arguments
     ---------
     in_channels : int
-        Channels of both streams together before.
+        Channels of the input, both streams together.
     out_channels : int
-        Channels of both streams together after.
+        Channels of the output, both streams together.
     stride : int or tuple of int
         Stride.
     stage : int
-        Which of the padding masks belongs to the output.
+        Index of the output's padding mask.
     activation : type
         Class of the activation.
 
@@ -67,8 +63,8 @@ class StridedConvolution(nn.Module):
     torch.Size([1, 16, 10, 5])
     """
 
-    # It stands beside the couplings of its stage, not for one of them.
-    couplings = 0
+    # It replaces no coupling of its stage.
+    num_couplings = 0
 
     def __init__(
         self,
@@ -86,7 +82,7 @@ class StridedConvolution(nn.Module):
     def forward(
         self, x: torch.Tensor, masks: Sequence[torch.Tensor] | None = None
     ) -> torch.Tensor:
-        """Runs the layer.
+        """Applies the layer.
 
         Arguments
         ---------
@@ -105,18 +101,18 @@ class StridedConvolution(nn.Module):
         return mask(self.layer(x, masks[self.stage - 1]), masks[self.stage])
 
 
-def half(block_sizes: Sequence[int]) -> list[int]:
-    """Couplings instead of blocks: each has two residual functions."""
+def num_couplings(block_sizes: Sequence[int]) -> list[int]:
+    """Couplings that replace the blocks; each has two residual functions."""
     return [(size + 1) // 2 for size in block_sizes]
 
 
 class RevDFResNet(ReversibleNetwork):
     """Reversible DF-ResNet; a drop-in for ``speechbrain.lobes.models.ResNet``.
 
-    Half the units, each with two residual functions. Where the memory is
-    (stages 1 and 2) both streams together are as wide as the vanilla network
-    or little wider, where the parameters are (stages 3 and 4) Type I has
-    wider streams or expansions.
+    It has half as many units as the vanilla network, each with two residual
+    functions. In stages 1 and 2, which need most memory, both streams together
+    are as wide as the vanilla network or little wider. In stages 3 and 4, which
+    have most parameters, Type I has wider streams or expansions.
 
     ================== ============= ======= =======
     preset             block_sizes   Type I  Type II
@@ -131,10 +127,10 @@ class RevDFResNet(ReversibleNetwork):
     GeminiDFRevNet237  2, 4, 32, 2   11.50 M 11.48 M
     ================== ============= ======= =======
 
-    ``channels`` counts both streams, ``inside`` is the width within f and g:
+    ``channels`` counts both streams, ``inner`` is the width within f and g:
 
     =============== ==== ==================== =================== ==========
-    presets         type channels             inside              slices
+    presets         type channels             inner               slices
     =============== ==== ==================== =================== ==========
     DFRevNet        I    32, 64, 256, 256     64, 128, 512, 1024  2, 1, 2, 1
     DFRevNet        II   32, 128, 512, 2048   64, 256, 256, 160   2, 2, 1, 1
@@ -142,7 +138,7 @@ class RevDFResNet(ReversibleNetwork):
     GeminiDFRevNet  II   64, 256, 512, 1024   128, 256, 256, 320  2, 1, 1, 1
     =============== ==== ==================== =================== ==========
 
-    Type II narrows the last stage to 256 channels before pooling
+    Type II reduces the last stage to 256 channels before pooling
     (``pool_channels``).
 
     Arguments
@@ -150,12 +146,11 @@ class RevDFResNet(ReversibleNetwork):
     input_size : int
         Number of features per frame.
     activation : type
-        Class of the activations; they must leave zero zero (padding).
+        Class of the activations; they must map zero to zero (padding).
     channels : list of int
-        Channels of both streams together in each of the four stages. With
-        invertible down-sampling nothing is lost: each stage has as many times
-        the channels of the stage before as it has fewer positions (4 times
-        for a stride of 2).
+        Channels of both streams together in each of the four stages.
+        Invertible down-sampling keeps the number of values: the channels grow
+        as the positions shrink (4 times for a stride of 2).
     block_sizes : list of int
         Couplings in each stage, each with two residual functions.
     strides : list
@@ -163,23 +158,22 @@ class RevDFResNet(ReversibleNetwork):
     lin_neurons : int
         Size of the embedding.
     inner_channels : list of int, optional
-        Channels inside f and g. By default four times those of a stream.
+        Channels inside f and g; by default four times those of a stream.
     pool_channels : int, optional
-        Narrow the last stage to this many channels before pooling. The
+        Reduce the last stage to this number of channels before pooling. The
         embedding layer has 2 * pool_channels * bands inputs.
     slices : list of int
-        In how many slices the f and g of each stage are evaluated. The more,
-        the less memory they need and the more small kernels they start.
+        Number of slices of f and g in each stage. More slices need less
+        memory and launch more, smaller kernels.
     downsampling : str
         "strided" (Type I) or "invertible" (Type II).
     save_memory : bool
-        False stores all activations, as other networks do: same function,
-        same weights.
+        False stores all activations; function and weights are the same.
 
     Raises
     ------
     ValueError
-        If an argument does not fit the others; for an unknown preset.
+        If arguments contradict each other; for an unknown preset.
 
     Example
     -------
@@ -192,7 +186,7 @@ class RevDFResNet(ReversibleNetwork):
     PRESETS = {
         **{
             f"DFRevNet{depth}": {
-                "block_sizes": half(sizes),
+                "block_sizes": num_couplings(sizes),
                 "strided": {
                     "channels": [32, 64, 256, 256],
                     "inner_channels": [64, 128, 512, 1024],
@@ -209,7 +203,7 @@ class RevDFResNet(ReversibleNetwork):
         },
         **{
             f"GeminiDFRevNet{depth + 4}": {
-                "block_sizes": half(sizes),
+                "block_sizes": num_couplings(sizes),
                 "strides": GOLDEN_GEMINI,
                 "strided": {
                     "channels": [64, 64, 256, 256],
@@ -261,7 +255,7 @@ class RevDFResNet(ReversibleNetwork):
             downsampling,
             save_memory,
             make_residual=partial(sliced_residual, slices),
-            make_transition=transition,
+            make_transition=make_transition,
         )
 
 
@@ -273,18 +267,18 @@ def sliced_residual(
     stage: int,
     activation: Callable[..., nn.Module],
 ) -> nn.ModuleList:
-    """An inverted bottleneck as a list of its slices, for a coupling.
+    """Creates an inverted bottleneck as a list of slices.
 
     Arguments
     ---------
     slices : list of int
-        Their number in each stage.
+        Number of slices in each stage.
     in_channels : int
         Channels of the stream.
     channels : int
-        Channels inside all slices together.
+        Inner channels of all slices together.
     out_channels : int
-        Channels of the stream after.
+        Channels of the output stream.
     stage : int
         The stage, from 1.
     activation : type
@@ -293,23 +287,23 @@ def sliced_residual(
     Returns
     -------
     torch.nn.ModuleList
-        The slices, whose sum is the function.
+        The slices; the function is their sum.
     """
-    count = slices[stage - 1]
+    num_slices = slices[stage - 1]
     return nn.ModuleList(
         ResidualBody(
             "inverted_bottleneck",
             in_channels,
-            channels // count,
+            channels // num_slices,
             out_channels,
             stage=stage,
             activation=activation,
         )
-        for _ in range(count)
+        for _ in range(num_slices)
     )
 
 
-def transition(
+def make_transition(
     in_channels: int,
     channels: int,
     out_channels: int,
@@ -317,16 +311,16 @@ def transition(
     stage: int,
     activation: Callable[..., nn.Module],
 ) -> StridedConvolution:
-    """Transition between two stages of Type I.
+    """Creates the transition between two stages of Type I.
 
     Arguments
     ---------
     in_channels : int
-        Channels of each stream before.
+        Channels of each input stream.
     channels : int
-        Not needed: channels inside the couplings that follow.
+        Ignored: channels inside the couplings that follow.
     out_channels : int
-        Channels of each stream after.
+        Channels of each output stream.
     stride : tuple of int
         Stride.
     stage : int

@@ -2,10 +2,10 @@
 
 Each SE-Res2Net block of ECAPA-TDNN (Desplanques et al., 2020) becomes an
 additive coupling (Gomez et al., "The Reversible Residual Network", 2017),
-whose f and g are SE-Res2Net bodies on half of the channels. The multi-layer
-aggregation is added up by taps while the chain runs; backward rebuilds the
-taps as it walks back. Between forward and backward a network of any depth
-keeps the features, the two streams and two tensors of the aggregation.
+whose f and g are SE-Res2Net bodies on half of the channels. Taps add up the
+multi-layer aggregation in forward; backward reconstructs their inputs. Between
+forward and backward a network of any depth stores the features, the two streams
+and two tensors of the aggregation.
 
 Authors
  * The sb_memeff authors 2026
@@ -26,11 +26,12 @@ from speechbrain.lobes.models.ECAPA_TDNN import (
 from torch import nn
 
 from sb_memeff.lobes.models.ECAPA_TDNN import (
-    Aggregated,
+    AggregationTerm,
     Stem,
+    aggregate,
     check_aggregation,
     embed,
-    se_res2net,
+    se_res2net_forward,
 )
 from sb_memeff.nnet.padding import padding_masks
 from sb_memeff.nnet.reversible import (
@@ -43,7 +44,7 @@ __all__ = ["RevECAPA_TDNN"]
 
 
 class SERes2NetBody(nn.Module):
-    """TDNN, Res2Net, TDNN, squeeze and excitation: f or g of a coupling.
+    """An SE-Res2Net block without its shortcut: f or g of a coupling.
 
     Arguments
     ---------
@@ -73,6 +74,8 @@ class SERes2NetBody(nn.Module):
     >>> body(torch.rand(8, 32, 120)).shape
     torch.Size([8, 32, 120])
     """
+
+    takes_arguments = ("padding", "save_memory")
 
     def __init__(
         self,
@@ -104,45 +107,42 @@ class SERes2NetBody(nn.Module):
         x: torch.Tensor,
         padding: torch.Tensor | None = None,
         save_memory: bool = True,
-        **_: object,
     ) -> torch.Tensor:
-        """Runs the function.
+        """Applies the function.
 
         Arguments
         ---------
         x : torch.Tensor
             A stream [N, C, T].
         padding : torch.Tensor, optional
-            Padded frames [N, 1, T]: zero in the result, and of no influence
-            on the others.
+            Padded frames [N, 1, T], which become zero and do not affect
+            others.
         save_memory : bool
-            Whether to compute the chunks of Res2Net again in backward.
-        **_ : dict
-            Arguments of the chain for other modules.
+            Recompute the chunks of Res2Net in backward.
 
         Returns
         -------
         torch.Tensor
             [N, C, T].
         """
-        return se_res2net(self, x, None, save_memory, padding)
+        return se_res2net_forward(self, x, None, save_memory, padding)
 
 
 class RevECAPA_TDNN(nn.Module):
     """ECAPA-TDNN with reversible blocks.
 
-    Called like ``speechbrain.lobes.models.ECAPA_TDNN.ECAPA_TDNN``, with as
-    many parameters. It is another function than that network, though, and
-    cannot take its weights: train it from scratch. For pretrained weights
-    there is ``sb_memeff.lobes.models.ECAPA_TDNN``, which is also the smaller
-    one under bf16 autocast as long as blocks or batches are few: here the
-    streams are float32.
+    It has the call signature of
+    ``speechbrain.lobes.models.ECAPA_TDNN.ECAPA_TDNN`` and as many parameters,
+    but it is another function and cannot load its weights: train it from
+    scratch. For pretrained weights use ``sb_memeff.lobes.models.ECAPA_TDNN``.
+    With few blocks or small batches that network also needs less memory under
+    bf16 autocast, since the streams here are float32.
 
-    Its convolutions continue an utterance with zeros, where SpeechBrain's
-    reflect it. So ``lengths`` cut all padding off: what padded frames hold,
-    NaN included, reaches neither the embeddings nor a gradient, and in eval
-    mode an utterance gives the same embedding whatever it is padded to. In
-    training mode padded frames count in the statistics of batch norm.
+    Its convolutions pad an utterance with zeros, where SpeechBrain's reflect
+    it. With ``lengths``, therefore, the values of padded frames, NaN included,
+    affect neither embeddings nor gradients, and in eval mode the embedding of
+    an utterance does not depend on its padding. In training mode padded frames
+    count in the statistics of batch norm.
 
     Arguments
     ---------
@@ -168,21 +168,21 @@ class RevECAPA_TDNN(nn.Module):
     se_channels : int
         Channels of the squeeze.
     global_context : bool
-        Whether the attention sees mean and deviation of the utterance.
+        Give the attention the mean and deviation of the utterance.
     groups : list of int
         Groups of each of them.
     dropout : float
         Rate of channel dropout in training.
     inner_channels : int, optional
-        Channels of the Res2Net block in each f and g. By default as many as
-        give a reversible block the parameters of SpeechBrain's block.
+        Channels of the Res2Net block in each f and g. The default gives a
+        reversible block as many parameters as SpeechBrain's block has.
     save_memory : bool
-        False stores all activations: same function, same weights.
+        False stores all activations; function and weights are the same.
 
     Raises
     ------
     ValueError
-        If an argument does not fit the others.
+        If arguments contradict each other.
 
     Example
     -------
@@ -262,12 +262,12 @@ class RevECAPA_TDNN(nn.Module):
                 )
                 for _ in "fg"
             )
-            chain += [AdditiveCoupling(f, g), Tap(Aggregated(i - 1))]
+            chain += [AdditiveCoupling(f, g), Tap(AggregationTerm(i - 1))]
         self.trunk = ReversibleSequence(chain, save_memory=save_memory)
         for part in self.trunk.modules():
             if isinstance(part, Conv1d):
                 part.padding_mode = "constant"
-        # From here on named and shaped as in SpeechBrain's network.
+        # Names and shapes of these are those of SpeechBrain's network.
         self.mfa = TDNNBlock(
             width * (len(channels) - 2),
             channels[-1],
@@ -290,7 +290,7 @@ class RevECAPA_TDNN(nn.Module):
 
     @property
     def save_memory(self) -> bool:
-        """Whether activations are computed again instead of stored."""
+        """Whether activations are recomputed instead of stored."""
         return self.trunk.save_memory
 
     @save_memory.setter
@@ -313,16 +313,27 @@ class RevECAPA_TDNN(nn.Module):
         -------
         torch.Tensor
             Embeddings [N, 1, lin_neurons].
+
+        Raises
+        ------
+        TypeError
+            If the dtype of x or of lengths does not fit.
+        ValueError
+            If the shape of x does not fit, or lengths are not relative.
         """
         masks = padding_masks(lengths, x, [1])
         padding = None if masks is None else masks[0].squeeze(3)
-        return embed(self, self.trunk, x, None, padding)
+        return embed(
+            self,
+            aggregate(self, self.trunk, x, padding=padding),
+            padding=padding,
+        )
 
 
 def check_kernels(
     kernel_sizes: Sequence[int], dilations: Sequence[int]
 ) -> None:
-    """Each convolution must keep the number of frames.
+    """Checks that each convolution keeps the number of frames.
 
     Arguments
     ---------
@@ -352,7 +363,7 @@ def matching_width(
     kernel_size: int,
     groups: int,
 ) -> int:
-    """Inner channels that give a coupling the parameters of one block.
+    """Inner channels for which a coupling has the parameters of one block.
 
     Arguments
     ---------
@@ -373,38 +384,40 @@ def matching_width(
         A multiple of res2net_scale and groups.
     """
 
-    def parameters(outside: int, inside: int) -> int:
-        chunk = inside // res2net_scale
+    def num_parameters(outer: int, inner: int) -> int:
+        chunk = inner // res2net_scale
         res2net = (res2net_scale - 1) * (kernel_size * chunk + 3) * chunk
-        tdnn = (2 * outside // groups + 3) * inside + 3 * outside
-        return res2net + tdnn + (2 * se_channels + 1) * outside + se_channels
+        tdnn = (2 * outer // groups + 3) * inner + 3 * outer
+        return res2net + tdnn + (2 * se_channels + 1) * outer + se_channels
 
-    wanted = parameters(channels, channels)
+    target = num_parameters(channels, channels)
     step = math.lcm(res2net_scale, groups)
     return min(
         range(step, 2 * channels + step, step),
-        key=lambda inside: abs(2 * parameters(channels // 2, inside) - wanted),
+        key=lambda inner: abs(
+            2 * num_parameters(channels // 2, inner) - target
+        ),
     )
 
 
 def check_inner_channels(
     inner_channels: int, res2net_scale: int, groups: int
 ) -> None:
-    """Res2Net splits them in chunks, and groups in groups.
+    """Checks that Res2Net and groups can split the channels.
 
     Arguments
     ---------
     inner_channels : int
         Channels of a Res2Net block.
     res2net_scale : int
-        Its number of chunks.
+        Number of chunks.
     groups : int
         Groups of the TDNN blocks around it.
 
     Raises
     ------
     ValueError
-        If that does not come out even.
+        If they cannot be split evenly.
     """
     step = math.lcm(res2net_scale, groups)
     if inner_channels < 1 or inner_channels % step:

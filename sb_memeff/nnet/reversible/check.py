@@ -1,4 +1,4 @@
-"""Does backward see the activations that forward saw?
+"""Check that backward reconstructs the activations of forward.
 
 Authors
  * The sb_memeff authors 2026
@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from sb_memeff.nnet.replay.random_states import forked_generators
+from sb_memeff.nnet.reversible.observer import Observer
 from sb_memeff.nnet.reversible.sequence import ReversibleSequence
-from sb_memeff.nnet.reversible.walk import Observer
 
 __all__ = ["InvertibilityReport", "check_invertible", "inversion_errors"]
 
@@ -29,14 +29,16 @@ class InvertibilityReport:
     Arguments
     ---------
     inversion_error : float
-        Largest |x_rebuilt - x| / max|x| over all blocks; 0 is bit-exact.
+        Largest |x_reconstructed - x| / max|x| over all blocks; 0 is
+        bit-exact.
     gradient_error : float
-        ||g - g_stored|| / ||g_stored|| over input and parameters together.
+        ||g - g_stored|| / ||g_stored||, where g is the gradient of the input
+        and all parameters.
     blocks : dict
         Inversion error by block.
     parameters : dict
-        Each parameter's part of it, ||g - g_stored|| over the same norm of
-        all together; "input" is among them.
+        Each parameter's share of the gradient error, ||g - g_stored|| of the
+        parameter over ||g_stored|| of all; so too for "input".
     """
 
     inversion_error: float
@@ -60,13 +62,13 @@ class InvertibilityReport:
 def check_invertible(
     module: nn.Module, x: torch.Tensor, *args: Any, **kwargs: Any
 ) -> InvertibilityReport:
-    """Compares backward's activations and gradients with stored ones.
+    """Compares the activations and gradients of backward with stored ones.
 
     It works on a copy: weights, statistics, gradients and the random state
-    stay as they are. In the copy, parameters of chains that begin at zero, or
-    nearly so, are drawn at random: the last layer of a residual function often begins as zero, and
-    then every inversion is exact. Call it inside the autocast context of the
-    training to check that precision.
+    stay as they are. In the copy, the parameters of chains that are zero, or
+    nearly so, are drawn at random: the last layer of a residual function is
+    often initialised with zeros, and then every inverse is exact. Call it
+    inside the autocast context of the training to check that precision.
 
     Arguments
     ---------
@@ -77,7 +79,7 @@ def check_invertible(
     *args : tuple
         Further arguments of the module.
     **kwargs : dict
-        The same, by name.
+        Further arguments by name.
 
     Returns
     -------
@@ -88,7 +90,7 @@ def check_invertible(
     Raises
     ------
     ValueError
-        If there is no ReversibleSequence in the module.
+        If the module contains no ReversibleSequence.
 
     Example
     -------
@@ -104,25 +106,24 @@ def check_invertible(
             f"check_invertible: {type(module).__name__} holds no "
             f"ReversibleSequence."
         )
-    found, blocks = [], {}
-    awake = _awake(copy.deepcopy(module))
-    for save_memory in (True, False):
-        copied = copy.deepcopy(awake)
+    without_zeros = _draw_zero_parameters(copy.deepcopy(module))
+
+    def step(save_memory: bool) -> tuple[dict[str, Any], dict[str, float]]:
+        copied = copy.deepcopy(without_zeros)
         with (
             forked_generators(x.device),
             inversion_errors(copied) as errors,
         ):
-            found.append(_gradients(copied, x, args, kwargs, save_memory))
-        blocks.update(errors)
-    ours, stored = (
-        {name: g.double() for name, g in gradients.items()}
-        for gradients in found
-    )
+            gradients = _gradients(copied, x, args, kwargs, save_memory)
+        return {name: g.double() for name, g in gradients.items()}, errors
+
+    gradients, blocks = step(save_memory=True)
+    stored, _ = step(save_memory=False)
     scale = _norm(stored.values()) or 1.0
-    # A gradient that one of the two lacks is zero there.
+    # A gradient that is missing on one side is zero.
     differences = {
-        name: ours.get(name, 0.0) - stored.get(name, torch.zeros(()))
-        for name in {**ours, **stored}
+        name: gradients.get(name, 0.0) - stored.get(name, torch.zeros(()))
+        for name in {**gradients, **stored}
     }
     return InvertibilityReport(
         max(blocks.values(), default=0.0),
@@ -132,22 +133,22 @@ def check_invertible(
     )
 
 
-# Below this a parameter counts as zero: layer scales begin at 1e-6 to 1e-4.
-_ASLEEP = 1e-3
+# Layer scales, which are initialised with 1e-6 to 1e-4, count as zero.
+_NEAR_ZERO = 1e-3
 
 
-def _awake(module: nn.Module) -> nn.Module:
-    """Draws what is zero, so that every f and g of the chains does something."""
+def _draw_zero_parameters(module: nn.Module) -> nn.Module:
+    """Draws parameters of chains that are zero, so that no f or g is zero."""
     generator = torch.Generator().manual_seed(0)
     chains = [m for m in module.modules() if isinstance(m, ReversibleSequence)]
     parameters = {p: None for chain in chains for p in chain.parameters()}
     for p in parameters:
-        if p.numel() and p.detach().abs().max() < _ASLEEP:
-            # A weight passes on the scale of its input; a gain halves it.
+        if p.numel() and p.detach().abs().max() < _NEAR_ZERO:
+            # A weight keeps the scale of its input; a gain halves it.
             std = p[0].numel() ** -0.5 if p.dim() > 1 else 0.5
-            drawn = torch.randn(p.shape, generator=generator) * std
+            values = torch.randn(p.shape, generator=generator) * std
             with torch.no_grad():
-                p.copy_(drawn)
+                p.copy_(values)
     return module
 
 
@@ -162,9 +163,9 @@ def _gradients(
     kwargs: dict[str, Any],
     save_memory: bool,
 ) -> dict[str, torch.Tensor]:
-    for part in module.modules():
-        if isinstance(part, ReversibleSequence):
-            part.save_memory = save_memory
+    for chain in module.modules():
+        if isinstance(chain, ReversibleSequence):
+            chain.save_memory = save_memory
     x = x.detach().clone().requires_grad_()
     with torch.enable_grad():
         y = module(x, *args, **kwargs)
@@ -172,16 +173,16 @@ def _gradients(
             y.shape, generator=torch.Generator().manual_seed(0)
         )
         loss = (y.float() * weight.to(y.device)).sum()
-    named = {"input": x}
-    named.update(
+    leaves = {"input": x}
+    leaves.update(
         (n, p) for n, p in module.named_parameters() if p.requires_grad
     )
     gradients = torch.autograd.grad(
-        loss, tuple(named.values()), allow_unused=True
+        loss, tuple(leaves.values()), allow_unused=True
     )
     return {
         name: gradient
-        for name, gradient in zip(named, gradients, strict=True)
+        for name, gradient in zip(leaves, gradients, strict=True)
         if gradient is not None
     }
 
@@ -190,21 +191,21 @@ def _gradients(
 def inversion_errors(
     module: nn.Module,
 ) -> Generator[dict[str, float], None, None]:
-    """Compares what backward rebuilds with what forward saw, meanwhile.
+    """Measures inversion errors of the steps inside this context.
 
     For this the streams before every block are stored.
 
     Arguments
     ---------
     module : torch.nn.Module
-        A network with ReversibleSequences inside.
+        A network that contains ReversibleSequences.
 
     Yields
     ------
     dict
-        Filled by backward, in its order: name of each invertible block in the
-        module to the largest |x_rebuilt - x| / max|x| of its streams; inf
-        where that is no number.
+        The largest |x_reconstructed - x| / max|x| of the streams before each
+        invertible block, by the name of the block, in the order of backward;
+        inf if it is NaN.
 
     Example
     -------
@@ -216,50 +217,59 @@ def inversion_errors(
     >>> errors
     {'blocks.0': 0.0}
     """
-    errors = {}
-    watched = []
-    for name, part in module.named_modules():
-        if isinstance(part, ReversibleSequence):
+    errors: dict[str, float] = {}
+    observed = []
+    for name, chain in module.named_modules():
+        if isinstance(chain, ReversibleSequence):
             prefix = f"{name}." if name else ""
-            observer = functools.partial(_InversionErrors, errors, prefix)
-            part._observers.append(observer)
-            watched.append((part, observer))
+            make_observer = functools.partial(_InversionErrors, errors, prefix)
+            chain._observer_factories.append(make_observer)
+            observed.append((chain, make_observer))
     try:
         yield errors
     finally:
-        for part, observer in watched:
-            part._observers.remove(observer)
+        for chain, make_observer in observed:
+            chain._observer_factories.remove(make_observer)
 
 
 class _InversionErrors(Observer):
     """Compares the streams before each block in forward and in backward."""
 
     def __init__(self, errors: dict[str, float], prefix: str):
-        self.errors, self.prefix = errors, prefix
-        self.before = {}
+        self.errors = errors
+        self.prefix = prefix
+        self.names: list[str] = []
+        # Of the streams before each block.
+        self.copies: dict[str, list[torch.Tensor]] = {}
 
-    def entered(self, names: list[str], streams: list[torch.Tensor]) -> None:
+    def forward_begins(
+        self, names: list[str], streams: list[torch.Tensor]
+    ) -> None:
         """Stores the streams before the first block."""
         self.names = names
-        self.computed(None, streams)
+        self._store(0, streams)
 
-    def computed(self, name: str | None, streams: list[torch.Tensor]) -> None:
+    def block_computed(self, name: str, streams: list[torch.Tensor]) -> None:
         """Stores the streams before the next block."""
-        number = 0 if name is None else self.names.index(name) + 1
-        if number < len(self.names):
-            self.before[self.names[number]] = [s.clone() for s in streams]
+        self._store(self.names.index(name) + 1, streams)
 
-    def rebuilt(self, name: str, streams: list[torch.Tensor]) -> None:
+    def input_reconstructed(
+        self, name: str, streams: list[torch.Tensor]
+    ) -> None:
         """Keeps the largest error of all calls of a block."""
-        worst = max(map(_relative_error, streams, self.before[name]))
+        error = max(map(_relative_error, streams, self.copies[name]))
         name = self.prefix + name
-        self.errors[name] = max(worst, self.errors.get(name, 0.0))
+        self.errors[name] = max(error, self.errors.get(name, 0.0))
+
+    def _store(self, index: int, streams: list[torch.Tensor]) -> None:
+        if index < len(self.names):
+            self.copies[self.names[index]] = [s.clone() for s in streams]
 
 
-def _relative_error(rebuilt: torch.Tensor, true: torch.Tensor) -> float:
+def _relative_error(reconstructed: torch.Tensor, true: torch.Tensor) -> float:
     if not true.numel():
         return 0.0
-    error = (rebuilt - true).abs().max()
+    error = (reconstructed - true).abs().max()
     if error == 0:
         return 0.0
     error = (error / true.abs().max()).item()

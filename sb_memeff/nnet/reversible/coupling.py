@@ -1,103 +1,115 @@
-"""Invertible maps of two streams: the maths of reversible networks.
+"""Invertible maps of two streams: the mathematics of reversible networks.
 
-This module says what is computed. ``walk.py`` evaluates it in little memory.
+This module defines what is computed. ``nodes.py`` evaluates it in little
+memory.
 
 Authors
  * The sb_memeff authors 2026
 """
 
-import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-if TYPE_CHECKING:
-    from sb_memeff.nnet.reversible.evaluator import (
-        Evaluator,
-        ReplayingEvaluator,
-    )
+from sb_memeff.nnet.reversible.arguments import ExtraArguments
+from sb_memeff.nnet.reversible.layout import split_streams
 
 __all__ = [
     "AdditiveCoupling",
     "Invertible",
-    "SpaceToDepth",
     "Tap",
-    "channels_are_last",
-    "halves",
+    "ValueEvaluator",
+    "VjpEvaluator",
 ]
 
-# Both streams, or what belongs to them.
+# Both streams, or their gradients.
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
-def halves(x: torch.Tensor, axis: int = 1) -> Pair:
-    """The two streams of a tensor.
-
-    Arguments
-    ---------
-    x : torch.Tensor
-        [N, C, ...] with C even; or C elsewhere, see axis.
-    axis : int
-        The dimension that is split; -1 for [N, ..., C].
-
-    Returns
-    -------
-    tuple of torch.Tensor
-        Two views, [N, C/2, ...].
-
-    Raises
-    ------
-    ValueError
-        If C is odd or missing, or is the batch.
-
-    Example
-    -------
-    >>> first, second = halves(torch.rand(2, 6, 10))
-    >>> first.shape
-    torch.Size([2, 3, 10])
-    """
-    place = axis + x.dim() if axis < 0 else axis
-    if not 1 <= place < x.dim() or x.shape[place] % 2:
-        raise ValueError(
-            f"Reversible blocks split dimension {axis} in two equal streams; "
-            f"the input has shape {tuple(x.shape)}. Use an even number of "
-            f"channels."
-        )
-    first, second = x.chunk(2, dim=place)
-    return first, second
-
-
-class _Plain:
-    """Evaluates a block on its own: plain autograd, no grid."""
-
-    def __init__(
-        self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ):
-        self.block = block
-        self.args = args
-        self.kwargs = kwargs
+class ValueEvaluator(Protocol):
+    """Evaluates the functions of a block."""
 
     def value(self, function: str, stream: torch.Tensor) -> torch.Tensor:
-        """The increment, see ``Evaluator.value``."""
-        module = self.block.get_submodule(function)
-        return module(stream, *self.args, **self.kwargs)
+        """The increment that a function computes from a stream.
+
+        Arguments
+        ---------
+        function : str
+            Name of a submodule of the block, such as "f" or "g.0".
+        stream : torch.Tensor
+            [N, C/2, ...].
+
+        Returns
+        -------
+        torch.Tensor
+            Same shape.
+        """
+
+
+class VjpEvaluator(Protocol):
+    """Evaluates and differentiates the functions of a block."""
+
+    def vjp(
+        self, function: str, stream: torch.Tensor
+    ) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+        """The increment, and the pullback of its gradient.
+
+        Arguments
+        ---------
+        function : str
+            As in ``ValueEvaluator.value``.
+        stream : torch.Tensor
+            As in ``ValueEvaluator.value``.
+
+        Returns
+        -------
+        tuple
+            The increment, and a function from the gradient of the increment
+            to that of the stream. Call it once.
+        """
+
+
+class _PlainEvaluator:
+    """Evaluates a block outside of a chain: plain autograd, no grid."""
+
+    def __init__(self, block: "Invertible", extra: ExtraArguments):
+        extra.check(block.functions())
+        self.block = block
+        self.extra = extra
+
+    def value(self, function: str, stream: torch.Tensor) -> torch.Tensor:
+        """See ``ValueEvaluator.value``."""
+        return self.extra.call(self.block.get_submodule(function), stream)
 
 
 class Invertible(nn.Module):
-    """A map of two streams that can be undone.
+    """A map of two streams that can be inverted.
 
-    Subclasses write the maths once for each direction. They ask an evaluator
-    for the increments of their submodules (``sb_memeff.nnet.reversible.
-    evaluator``), which decides about gradients, dtypes and rounding.
+    Subclasses define the map in each direction. They get the increments of
+    their submodules from an evaluator (``sb_memeff.nnet.reversible.
+    evaluator``), which decides on gradients, dtypes and rounding.
     """
 
+    def functions(self) -> Iterator[nn.Module]:
+        """The submodules that are evaluated, with extra arguments.
+
+        Yields
+        ------
+        torch.nn.Module
+            Each child; of a list of modules, each member.
+        """
+        for child in self.children():
+            if isinstance(child, nn.ModuleList):
+                yield from child
+            else:
+                yield child
+
     def forward_streams(
-        self, x1: torch.Tensor, x2: torch.Tensor, evaluator: "Evaluator"
+        self, x1: torch.Tensor, x2: torch.Tensor, evaluator: ValueEvaluator
     ) -> Pair:
-        """The map.
+        """Applies the map.
 
         Arguments
         ---------
@@ -105,7 +117,7 @@ class Invertible(nn.Module):
             First stream [N, C/2, ...].
         x2 : torch.Tensor
             Second stream, same shape.
-        evaluator : Evaluator
+        evaluator : ValueEvaluator
             ``evaluator.value("f", x)`` is the increment f(x).
 
         Returns
@@ -119,10 +131,10 @@ class Invertible(nn.Module):
         self,
         y1: torch.Tensor,
         y2: torch.Tensor,
-        evaluator: "Evaluator",
+        evaluator: ValueEvaluator,
         shape: tuple[int, ...],
     ) -> Pair:
-        """The map undone.
+        """Inverts the map.
 
         Arguments
         ---------
@@ -130,7 +142,7 @@ class Invertible(nn.Module):
             First stream after the map.
         y2 : torch.Tensor
             Second stream after the map.
-        evaluator : Evaluator
+        evaluator : ValueEvaluator
             As in ``forward_streams``.
         shape : torch.Size
             Shape of one stream before the map.
@@ -146,19 +158,19 @@ class Invertible(nn.Module):
         self,
         y: list[torch.Tensor],
         dy: list[torch.Tensor],
-        evaluator: "ReplayingEvaluator",
+        evaluator: VjpEvaluator,
         shape: tuple[int, ...],
     ) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
-        """The map undone and differentiated, with one evaluation of each h.
+        """Inverts and differentiates the map; evaluates each function once.
 
         Arguments
         ---------
         y : list of torch.Tensor
-            Both streams after the map. Take them out of the list, so that they
-            are freed as soon as they are replaced.
+            Both streams after the map. Take them out of the list, so that
+            each is freed as soon as it is replaced.
         dy : list of torch.Tensor
-            Their gradients; the same.
-        evaluator : ReplayingEvaluator
+            Their gradients. Take them out as well.
+        evaluator : VjpEvaluator
             ``evaluator.vjp("f", x)`` returns the increment f(x) and the
             pullback of its gradient.
         shape : torch.Size
@@ -171,8 +183,8 @@ class Invertible(nn.Module):
         """
         raise NotImplementedError
 
-    def stream_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of one stream after the map, from that before it.
+    def forward_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of one stream after the map.
 
         Arguments
         ---------
@@ -182,12 +194,12 @@ class Invertible(nn.Module):
         Returns
         -------
         tuple of int
-            Shape of one stream after it.
+            Shape of one stream after the map.
         """
         return shape
 
-    def stream_shape_before(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Undoes ``stream_shape``, as if nothing had been padded.
+    def inverse_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of one stream before the map, if the map pads nothing.
 
         Arguments
         ---------
@@ -197,31 +209,31 @@ class Invertible(nn.Module):
         Returns
         -------
         tuple of int
-            Shape of one stream before it.
+            Shape of one stream before the map.
         """
         return shape
 
     def forward(
         self, x: torch.Tensor, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        """The map on its own, by plain autograd and plain arithmetic.
+        """Applies the map with plain autograd, without rounding.
 
         Arguments
         ---------
         x : torch.Tensor
             Both streams, [N, C, ...] with C even.
         *args : tuple
-            Passed on to the modules inside.
+            Extra arguments of the modules inside.
         **kwargs : dict
-            Passed on to the modules inside.
+            Extra arguments by name.
 
         Returns
         -------
         torch.Tensor
             Both streams after the map.
         """
-        plain = cast("Evaluator", _Plain(self, args, kwargs))
-        return torch.cat(self.forward_streams(*halves(x), plain), dim=1)
+        plain = _PlainEvaluator(self, ExtraArguments(args, kwargs))
+        return torch.cat(self.forward_streams(*split_streams(x), plain), dim=1)
 
     def inverse(
         self,
@@ -230,12 +242,12 @@ class Invertible(nn.Module):
         input_shape: tuple[int, ...] | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """``forward`` undone, by plain arithmetic.
+        """Inverts ``forward``, without rounding.
 
         Arguments
         ---------
         y : torch.Tensor
-            What ``forward`` returned.
+            An output of ``forward``.
         *args : tuple
             The extra arguments of that call.
         input_shape : tuple of int, optional
@@ -248,12 +260,12 @@ class Invertible(nn.Module):
         torch.Tensor
             The input.
         """
-        y1, y2 = halves(y)
+        y1, y2 = split_streams(y)
         if input_shape is None:
-            shape = self.stream_shape_before(y1.shape)
+            shape = self.inverse_shape(y1.shape)
         else:
             shape = (input_shape[0], input_shape[1] // 2, *input_shape[2:])
-        plain = cast("Evaluator", _Plain(self, args, kwargs))
+        plain = _PlainEvaluator(self, ExtraArguments(args, kwargs))
         return torch.cat(self.inverse_streams(y1, y2, plain, shape), dim=1)
 
 
@@ -263,17 +275,17 @@ class AdditiveCoupling(Invertible):
     Arguments
     ---------
     f : torch.nn.Module or torch.nn.ModuleList
-        Maps a stream [N, C/2, ...] to one of the same shape. Whatever extra
-        arguments the sequence is called with, f is called with them too. A
-        list stands for the sum of its members: they are evaluated one after
-        another, so that a sequence needs the memory of one.
+        Maps a stream [N, C/2, ...] to an increment of the same shape. It gets
+        the extra arguments of the sequence. A list stands for the sum of its
+        members: they are evaluated one after another, so that a sequence needs
+        the memory of one.
     g : torch.nn.Module or torch.nn.ModuleList
         The same, for the other stream.
 
     Raises
     ------
     TypeError
-        If f or g is not a Module (its parameters could not be found).
+        If f or g is not a Module.
     ValueError
         If it is an empty list.
 
@@ -298,7 +310,7 @@ class AdditiveCoupling(Invertible):
         self.g = g
 
     def forward_streams(
-        self, x1: torch.Tensor, x2: torch.Tensor, evaluator: "Evaluator"
+        self, x1: torch.Tensor, x2: torch.Tensor, evaluator: ValueEvaluator
     ) -> Pair:
         """y1 = x1 + f(x2), y2 = x2 + g(y1)."""
         y1, y2 = x1, x2
@@ -312,7 +324,7 @@ class AdditiveCoupling(Invertible):
         self,
         y1: torch.Tensor,
         y2: torch.Tensor,
-        evaluator: "Evaluator",
+        evaluator: ValueEvaluator,
         shape: tuple[int, ...],
     ) -> Pair:
         """x2 = y2 - g(y1), x1 = y1 - f(x2)."""
@@ -327,7 +339,7 @@ class AdditiveCoupling(Invertible):
         self,
         y: list[torch.Tensor],
         dy: list[torch.Tensor],
-        evaluator: "ReplayingEvaluator",
+        evaluator: VjpEvaluator,
         shape: tuple[int, ...],
     ) -> tuple[Pair, Pair]:
         """dx1 = dy1 + g'(y1)^T dy2, dx2 = dy2 + f'(x2)^T dx1."""
@@ -353,225 +365,26 @@ class AdditiveCoupling(Invertible):
         return [name]
 
 
-def _for_any_size() -> bool:
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
-
-
-def channels_are_last(x: torch.Tensor) -> bool:
-    """Whether a stream is laid out as in torch.channels_last.
-
-    Arguments
-    ---------
-    x : torch.Tensor
-        [N, C, ...].
-
-    Returns
-    -------
-    bool
-        False for what is contiguous too.
-
-    Example
-    -------
-    >>> x = torch.rand(2, 3, 4, 5)
-    >>> channels_are_last(x.to(memory_format=torch.channels_last))
-    True
-    """
-    if x.dim() < 3 or x.is_contiguous():
-        return False
-    return x.movedim(1, -1).is_contiguous()
-
-
-class SpaceToDepth(Invertible):
-    """Invertible down-sampling: blocks of space become channels.
-
-    Each stream [N, C, T, F] becomes [N, C * t * f, T/t, F/f] for a factor of
-    (t, f); nothing is lost, nothing is computed (Jacobsen et al., "i-RevNet",
-    2018, sec. 3.1). The channels that come from one channel stand together,
-    as in ``torch.nn.PixelUnshuffle``, which it equals for 2-D streams.
-
-    Sizes that the factor does not divide are padded with zeros at the end
-    (T becomes ceil(T/t), as in a strided convolution with padding) and the
-    inverse cuts the padding off again. A stream in channels_last stays so.
-
-    Arguments
-    ---------
-    factor : int or tuple of int
-        By how much each axis after the channels shrinks.
-
-    Raises
-    ------
-    ValueError
-        If a factor is below 1, or their number is not that of the axes.
-
-    Example
-    -------
-    >>> down = SpaceToDepth(2)
-    >>> down(torch.rand(1, 4, 5, 8)).shape
-    torch.Size([1, 16, 3, 4])
-    """
-
-    def __init__(self, factor: int | Sequence[int] = 2):
-        super().__init__()
-        factors = cast(
-            Sequence[int],
-            factor if isinstance(factor, (tuple, list)) else (factor,),
-        )
-        if any(int(f) != f or f < 1 for f in factors):
-            raise ValueError(
-                f"SpaceToDepth: factor must be whole and at least 1, "
-                f"got {factor}."
-            )
-        self.factor = factor
-
-    def extra_repr(self) -> str:
-        """Text that print(module) shows."""
-        return f"factor={self.factor}"
-
-    def _factors(self, shape: Sequence[int]) -> tuple[int, ...]:
-        axes = len(shape) - 2
-        if not isinstance(self.factor, (tuple, list)):
-            return (cast(int, self.factor),) * axes
-        if len(self.factor) != axes:
-            raise ValueError(
-                f"SpaceToDepth: factor {tuple(self.factor)} is for "
-                f"{len(self.factor)} axes, the stream {tuple(shape)} has "
-                f"{axes} after the channels."
-            )
-        return tuple(self.factor)
-
-    def stream_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """See Invertible.stream_shape."""
-        factors = self._factors(shape)
-        sizes = (
-            math.ceil(s / f) for s, f in zip(shape[2:], factors, strict=True)
-        )
-        return (shape[0], shape[1] * math.prod(factors), *sizes)
-
-    def stream_shape_before(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """See Invertible.stream_shape_before."""
-        factors = self._factors(shape)
-        sizes = (s * f for s, f in zip(shape[2:], factors, strict=True))
-        return (shape[0], shape[1] // math.prod(factors), *sizes)
-
-    def down(self, x: torch.Tensor) -> torch.Tensor:
-        """One stream, [N, C, T, F] to [N, C*t*f, T/t, F/f].
-
-        Arguments
-        ---------
-        x : torch.Tensor
-            The stream.
-
-        Returns
-        -------
-        torch.Tensor
-            The stream, down-sampled.
-        """
-        factors = self._factors(x.shape)
-        last = channels_are_last(x)
-        padding = []
-        for size, f in zip(reversed(x.shape[2:]), reversed(factors)):
-            # Not -size % f: ONNX has another remainder of negative numbers.
-            padding += [0, (size + f - 1) // f * f - size]
-        # A graph for any size cannot depend on the size of the example.
-        if _for_any_size() or any(padding):
-            x = F.pad(x, padding)
-        channels = x.shape[1] * math.prod(factors)
-        split = [*x.shape[:2]]
-        for size, f in zip(x.shape[2:], factors):
-            split += [size // f, f]
-        x = x.reshape(split)
-        axes = range(2, x.dim(), 2)
-        inner = [a + 1 for a in axes]
-        sizes = x.shape[2::2]
-        if last:
-            x = x.permute(0, *axes, 1, *inner)
-            return x.reshape(x.shape[0], *sizes, channels).movedim(-1, 1)
-        x = x.permute(0, 1, *inner, *axes)
-        return x.reshape(x.shape[0], channels, *sizes)
-
-    def up(self, y: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-        """One stream back; also the gradient, since ``down`` is orthogonal.
-
-        Arguments
-        ---------
-        y : torch.Tensor
-            A stream as ``down`` returns it.
-        shape : torch.Size
-            Shape of the stream that went into ``down``.
-
-        Returns
-        -------
-        torch.Tensor
-            The stream of that shape.
-        """
-        factors = self._factors(y.shape)
-        n = len(factors)
-        last = channels_are_last(y)
-        sizes = [size * f for size, f in zip(y.shape[2:], factors)]
-        y = y.reshape(
-            y.shape[0], y.shape[1] // math.prod(factors), *factors, *y.shape[2:]
-        )
-        order = [axis for i in range(n) for axis in (2 + n + i, 2 + i)]
-        channels = y.shape[1]
-        if last:
-            y = y.permute(0, *order, 1)
-            y = y.reshape(y.shape[0], *sizes, channels).movedim(-1, 1)
-        else:
-            y = y.permute(0, 1, *order)
-            y = y.reshape(y.shape[0], channels, *sizes)
-        for axis, size in enumerate(shape[2:], start=2):
-            y = y.narrow(axis, 0, size)
-        if last:
-            return y.movedim(1, -1).contiguous().movedim(-1, 1)
-        return y.contiguous()
-
-    def forward_streams(
-        self, x1: torch.Tensor, x2: torch.Tensor, evaluator: "Evaluator"
-    ) -> Pair:
-        """Each stream down-sampled."""
-        return self.down(x1), self.down(x2)
-
-    def inverse_streams(
-        self,
-        y1: torch.Tensor,
-        y2: torch.Tensor,
-        evaluator: "Evaluator",
-        shape: tuple[int, ...],
-    ) -> Pair:
-        """Each stream up-sampled."""
-        return self.up(y1, shape), self.up(y2, shape)
-
-    def backward_streams(
-        self,
-        y: list[torch.Tensor],
-        dy: list[torch.Tensor],
-        evaluator: "ReplayingEvaluator",
-        shape: tuple[int, ...],
-    ) -> tuple[Pair, Pair]:
-        """The streams and their gradients up-sampled."""
-        y1, y2 = y
-        d1, d2 = dy
-        return (
-            (self.up(y1, shape), self.up(y2, shape)),
-            (self.up(d1, shape), self.up(d2, shape)),
-        )
-
-
 class Tap(Invertible):
-    """Reads something from the middle of a chain; the state passes unchanged.
+    """Computes a value from the state inside a chain, which stays as it is.
 
-    A sequence with taps returns, besides its output, the sum of what they
-    read: s = r_1(x_1) + r_2(x_2) + ... for the states x_k where they stand. A
+    A sequence with taps returns, besides its output, the sum of their values:
+    s = r_1(x_1) + r_2(x_2) + ..., where x_k is the state at tap k. A
     convolution over the concatenated x_k is such a sum, with one slice of the
-    weight for each. Backward needs no value of the sum, only its gradient,
-    which is the same for all taps, and the x_k, which are rebuilt on the way;
-    so the concatenation is never held.
+    weight for each. Backward needs the gradient of the sum, which is the same
+    for all taps, and each x_k, which is reconstructed on the way. So the
+    concatenation is never in memory.
 
     Arguments
     ---------
     read : torch.nn.Module
-        Maps the state [N, C, ...] (both streams joined) to any tensor. It is
-        called with the extra arguments of the sequence.
+        Maps the state [N, C, ...] (both streams joined) to any tensor. It
+        gets the extra arguments of the sequence.
+
+    Raises
+    ------
+    TypeError
+        If read is not a Module.
 
     Example
     -------
@@ -595,27 +408,27 @@ class Tap(Invertible):
         self.read = read
 
     def forward_streams(
-        self, x1: torch.Tensor, x2: torch.Tensor, evaluator: "Evaluator"
+        self, x1: torch.Tensor, x2: torch.Tensor, evaluator: ValueEvaluator
     ) -> Pair:
-        """Both streams as they are."""
+        """Returns both streams."""
         return x1, x2
 
     def inverse_streams(
         self,
         y1: torch.Tensor,
         y2: torch.Tensor,
-        evaluator: "Evaluator",
+        evaluator: ValueEvaluator,
         shape: tuple[int, ...],
     ) -> Pair:
-        """Both streams as they are."""
+        """Returns both streams."""
         return y1, y2
 
     def backward_streams(
         self,
         y: list[torch.Tensor],
         dy: list[torch.Tensor],
-        evaluator: "ReplayingEvaluator",
+        evaluator: VjpEvaluator,
         shape: tuple[int, ...],
     ) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
-        """Everything as it is."""
+        """Returns streams and gradients."""
         return y, dy

@@ -1,16 +1,16 @@
-"""How a block evaluates its functions: plainly, recorded, or replayed.
+"""Evaluate the functions of a block: plainly, recorded, or replayed.
 
-``coupling.py`` says y1 = x1 + f(x2). An evaluator decides how "f(x2)" is
-computed: by plain autograd; once, recording what a replay needs;
-or as a replay with the recorded random numbers, which also returns the pullback
-of the gradient. All three share dtypes and grid.
+``coupling.py`` defines y1 = x1 + f(x2). An evaluator decides how "f(x2)" is
+computed: by plain autograd; without a graph, while the state that a replay
+needs is recorded; or by a replay, which restores that state and also returns
+the pullback of the gradient. All three share dtypes and grid.
 
 Authors
  * The sb_memeff authors 2026
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -21,9 +21,13 @@ from torch.utils._pytree import tree_leaves
 from sb_memeff.nnet.recompute.segment import nothing_saved
 from sb_memeff.nnet.replay.module_state import modules_of
 from sb_memeff.nnet.replay.recorder import Recorder, Recording
+from sb_memeff.nnet.reversible.arguments import ExtraArguments
 from sb_memeff.nnet.reversible.grid import StreamFormat
 
 __all__ = ["Evaluator", "RecordingEvaluator", "ReplayingEvaluator"]
+
+# The argument of a module: one tensor, or both streams.
+ModuleInput = torch.Tensor | tuple[torch.Tensor, ...]
 
 
 class Evaluator:
@@ -32,15 +36,13 @@ class Evaluator:
     Arguments
     ---------
     block : torch.nn.Module
-        Whose submodules are evaluated.
+        Its submodules are the functions.
     name : str
         Name of the block in its sequence, for messages.
     stream_format : StreamFormat
         Dtypes and grid.
-    args : tuple
-        Extra arguments of every function.
-    kwargs : dict
-        The same, by name.
+    extra : ExtraArguments
+        For the functions.
     """
 
     def __init__(
@@ -48,17 +50,15 @@ class Evaluator:
         block: nn.Module,
         name: str,
         stream_format: StreamFormat,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        extra: ExtraArguments,
     ):
         self.block = block
         self.name = name
         self.format = stream_format
-        self.args = args
-        self.kwargs = kwargs or {}
+        self.extra = extra
 
     def value(self, function: str, stream: torch.Tensor) -> torch.Tensor:
-        """The increment that a function adds to a stream.
+        """The increment that a function computes from a stream.
 
         Arguments
         ---------
@@ -73,118 +73,116 @@ class Evaluator:
         torch.Tensor
             A tensor of that shape in the dtype and on the grid of the streams.
         """
-        given = stream.to(self.format.inner_dtype)
-        value = self.call(function, given, (stream,))
-        self._check_increment(function, value, stream)
-        return self.format.on_grid(value)
+        module_input = stream.to(self.format.module_dtype)
+        increment = self.call(function, module_input, (stream,))
+        self._check_increment(function, increment, stream)
+        return self.format.on_grid(increment)
 
-    def read(self, function: str, *streams: torch.Tensor) -> torch.Tensor:
-        """Returns what a function computes from the state of the chain.
+    def tap_value(self, function: str, *state: torch.Tensor) -> torch.Tensor:
+        """The value that a tap computes from the state of the chain.
 
         Arguments
         ---------
         function : str
             Name of a submodule of the block.
-        *streams : torch.Tensor
-            Both streams; or one tensor, where no coupling stands before.
+        *state : torch.Tensor
+            Both streams; or one tensor, if there is no coupling before.
 
         Returns
         -------
         torch.Tensor
             Any tensor.
         """
-        given = self._given(function, streams)
-        value = self.call(function, given, streams)
-        self._check_tensor(function, value, "a tap")
+        module_input = self._tap_input(function, state)
+        value = self.call(function, module_input, state)
+        self._check_is_tensor(function, value, "a tap")
         return value
 
     def call(
         self,
         function: str,
-        given: torch.Tensor | tuple[torch.Tensor, ...],
-        streams: Sequence[torch.Tensor],
+        module_input: ModuleInput,
+        state: Sequence[torch.Tensor],
     ) -> torch.Tensor:
-        """Calls a submodule with its argument and the extra ones.
+        """Calls a submodule with its input and the extra arguments.
 
         Arguments
         ---------
         function : str
             Name of the submodule.
-        given : torch.Tensor or tuple of torch.Tensor
-            Its argument, in the inner dtype.
-        streams : tuple of torch.Tensor
-            What the argument was made of.
+        module_input : torch.Tensor or tuple of torch.Tensor
+            Its input, in the dtype of modules.
+        state : tuple of torch.Tensor
+            The streams from which the input was made.
 
         Returns
         -------
         torch.Tensor
-            The result; not checked.
+            The result; it is not checked.
 
         Raises
         ------
         RuntimeError
-            If it changes them or its weights in place: others need them as
-            they were, and a second call would find something else.
+            If the call changes the streams, the extra arguments or its
+            parameters in place: the second call would get other values.
         """
         module = self.block.get_submodule(function)
-        watched = _versions(module, streams, self.args, self.kwargs)
+        versions = _tensor_versions(module, state, self.extra)
         try:
-            result = self._call(function, module, given)
+            result = self._call(function, module, module_input)
         except RuntimeError as error:
             if "leaf Variable" not in str(error):
                 raise
-            what = "its input or a parameter"
-            raise self._in_place(function, what) from error
-        for what, tensor, version in watched:
+            changed = "its input or a parameter"
+            raise self._in_place_error(function, changed) from error
+        for changed, tensor, version in versions:
             if tensor._version != version:
-                for name, p in module.named_parameters():
-                    if p is tensor:
-                        what = f"its parameter {name}"
-                raise self._in_place(function, what)
+                for name, parameter in module.named_parameters():
+                    if parameter is tensor:
+                        changed = f"its parameter {name}"
+                raise self._in_place_error(function, changed)
         return result
 
     def _call(
-        self,
-        function: str,
-        module: nn.Module,
-        given: torch.Tensor | tuple[torch.Tensor, ...],
+        self, function: str, module: nn.Module, module_input: ModuleInput
     ) -> torch.Tensor:
-        return module(given, *self.args, **self.kwargs)
+        return self.extra.call(module, module_input)
 
-    def _in_place(self, function: str, what: str) -> RuntimeError:
+    def _in_place_error(self, function: str, changed: str) -> RuntimeError:
         return RuntimeError(
-            f"{self._full_name(function)} changes {what} in place while it "
+            f"{self._full_name(function)} changes {changed} in place while it "
             f"runs, so that backward could not compute the same again. Set "
             f"inplace=False in it, or work on a copy; an Embedding with "
             f"max_norm may limit its norm after the optimizer's step instead."
         )
 
-    def _given(
-        self, function: str, streams: Sequence[torch.Tensor]
-    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        if not getattr(
-            self.block.get_submodule(function), "takes_streams", False
-        ):
-            return self.format.leave(*streams)
-        if len(streams) == 1:
-            streams = self.format.enter(*streams)
-        return tuple(s.to(self.format.inner_dtype) for s in streams)
+    def _tap_input(
+        self, function: str, state: Sequence[torch.Tensor]
+    ) -> ModuleInput:
+        module = self.block.get_submodule(function)
+        if not getattr(module, "takes_streams", False):
+            return self.format.from_streams(*state)
+        if len(state) == 1:
+            state = self.format.to_streams(*state)
+        return tuple(s.to(self.format.module_dtype) for s in state)
 
     def _full_name(self, function: str) -> str:
         return ".".join(part for part in (self.name, function) if part)
 
-    def _check_tensor(self, function: str, value: object, place: str) -> None:
+    def _check_is_tensor(
+        self, function: str, value: object, block_kind: str
+    ) -> None:
         if not isinstance(value, torch.Tensor):
             raise TypeError(
                 f"{self._full_name(function)} returned "
-                f"{type(value).__name__}; inside {place} it must return one "
-                f"tensor."
+                f"{type(value).__name__}; inside {block_kind} it must return "
+                f"one tensor."
             )
 
     def _check_increment(
         self, function: str, value: torch.Tensor, stream: torch.Tensor
     ) -> None:
-        self._check_tensor(function, value, "a coupling")
+        self._check_is_tensor(function, value, "a coupling")
         if value.shape != stream.shape:
             raise ValueError(
                 f"{self._full_name(function)} changed the shape of its stream "
@@ -194,7 +192,7 @@ class Evaluator:
 
 
 class RecordingEvaluator(Evaluator):
-    """Evaluates, saves nothing for gradients, and records what a replay needs.
+    """Evaluates without keeping a graph, and records the state of each call.
 
     Arguments
     ---------
@@ -207,11 +205,12 @@ class RecordingEvaluator(Evaluator):
     def __init__(self, recorder: Recorder, *args: Any):
         super().__init__(*args)
         self.recorder = recorder
+        # By function.
         self.recordings: dict[str, Recording] = {}
 
-    # With gradients, though nothing is saved for the graph and it is dropped at
-    # once: some modules take a faster path without, and torch.compile builds
-    # other code, both of which round differently.
+    # With gradients, though no tensor is saved and the graph is dropped at
+    # once: without them some modules take a faster path, and torch.compile
+    # builds other code. Both round differently from the replay.
 
     def value(self, function: str, stream: torch.Tensor) -> torch.Tensor:
         """The increment, computed as ``ReplayingEvaluator.vjp`` does."""
@@ -219,41 +218,38 @@ class RecordingEvaluator(Evaluator):
             stream = stream.detach().requires_grad_()
             return super().value(function, stream).detach()
 
-    def read(self, function: str, *streams: torch.Tensor) -> torch.Tensor:
-        """Returns what a function reads, computed as in a replay."""
+    def tap_value(self, function: str, *state: torch.Tensor) -> torch.Tensor:
+        """The tap's value, computed as in a replay."""
         with torch.enable_grad(), nothing_saved():
-            leaves = [s.detach().requires_grad_() for s in streams]
-            return super().read(function, *leaves).detach()
+            leaves = [s.detach().requires_grad_() for s in state]
+            return super().tap_value(function, *leaves).detach()
 
     def _call(
-        self,
-        function: str,
-        module: nn.Module,
-        given: torch.Tensor | tuple[torch.Tensor, ...],
+        self, function: str, module: nn.Module, module_input: ModuleInput
     ) -> torch.Tensor:
         with self.recorder.recording(module) as recording:
-            result = super()._call(function, module, given)
+            result = super()._call(function, module, module_input)
         self.recordings[function] = recording
         return result
 
 
 class ReplayingEvaluator(Evaluator):
-    """Evaluates once more, with gradients.
+    """Repeats the calls of a ``RecordingEvaluator``, with gradients.
 
-    Modules see leaves that share memory with their parameters: with the
-    parameters themselves autograd would call their hooks here, and again when
-    the node of the block returns the gradient.
+    Modules work on leaves that share memory with their parameters. With the
+    parameters themselves, autograd would call their hooks twice: here, and when
+    the node of the block returns the gradients.
 
     Arguments
     ---------
     recorder : Recorder
         Of the forward pass.
     recordings : dict
-        What ``RecordingEvaluator`` recorded for this block.
-    weights : dict
-        Name of each parameter of the block that needs a gradient to a leaf;
-        a shared one has several names.
-    extras : list of torch.Tensor
+        ``RecordingEvaluator.recordings`` of this block.
+    parameters : dict
+        The leaf of each parameter of the block that needs a gradient, by
+        name; a shared parameter has several names.
+    extra_tensors : list of torch.Tensor
         Those of the extra arguments that need a gradient.
     *args : tuple
         As Evaluator's.
@@ -263,33 +259,19 @@ class ReplayingEvaluator(Evaluator):
         self,
         recorder: Recorder,
         recordings: dict[str, Recording],
-        weights: dict[str, torch.Tensor],
-        extras: list[torch.Tensor],
+        parameters: dict[str, torch.Tensor],
+        extra_tensors: list[torch.Tensor],
         *args: Any,
     ):
         super().__init__(*args)
         self.recorder = recorder
         self.recordings = recordings
-        self.weights = weights
-        self.extras = extras
-        # By identity, since a weight may have several names.
+        self.parameters = parameters
+        self.extra_tensors = extra_tensors
+        # By id of the leaf, since a parameter may have several names.
         self._gradients: dict[int, torch.Tensor] = {}
-        # Of gradients that have been handed out.
-        self._storages: set[int] = set()
-
-    def _call(
-        self,
-        function: str,
-        module: nn.Module,
-        given: torch.Tensor | tuple[torch.Tensor, ...],
-    ) -> torch.Tensor:
-        with self.recorder.replay(module, self.recordings[function]):
-            return functional_call(
-                module,
-                self._weights_of(function),
-                (given, *self.args),
-                self.kwargs,
-            )
+        # Those of gradients that have been returned.
+        self._used_storages: set[int] = set()
 
     def vjp(
         self, function: str, stream: torch.Tensor
@@ -299,147 +281,165 @@ class ReplayingEvaluator(Evaluator):
         Arguments
         ---------
         function : str
-            As for ``value``.
+            As in ``value``.
         stream : torch.Tensor
-            As for ``value``.
+            As in ``value``.
 
         Returns
         -------
         tuple
             The increment, as ``value`` returns it; and a function from the
-            gradient of the increment to that of the stream, which collects the
-            gradients of weights and extra arguments. Call it once.
+            gradient of the increment to that of the stream, which adds to the
+            gradients of parameters and extra arguments. Call it once.
         """
         stream = stream.detach().requires_grad_()
         with torch.enable_grad():
-            given = stream.to(self.format.inner_dtype)
-            value = self.call(function, given, (stream,))
-        increment = self.format.on_grid(value.detach())
-        # The pullback needs the graph of the value, not its storage.
-        graph = _edge(value)
+            module_input = stream.to(self.format.module_dtype)
+            output = self.call(function, module_input, (stream,))
+        increment = self.format.on_grid(output.detach())
+        # The pullback needs the graph of the output, not its storage.
+        graph = _Graph.of(output)
 
         def pullback(gradient: torch.Tensor) -> torch.Tensor:
-            return self._pull(function, graph, gradient, [stream])[0]
+            return self._pull_back(function, graph, gradient, [stream])[0]
 
         return increment, pullback
 
-    def read_gradient(
-        self,
-        function: str,
-        gradient: torch.Tensor,
-        *streams: torch.Tensor,
+    def tap_gradients(
+        self, function: str, gradient: torch.Tensor, *state: torch.Tensor
     ) -> list[torch.Tensor]:
-        """Gradients of the streams from that of what ``read`` returned.
+        """Gradients of the state, from that of a tap's value.
 
         Arguments
         ---------
         function : str
-            As for ``read``.
+            As in ``tap_value``.
         gradient : torch.Tensor
             Gradient of the value.
-        *streams : torch.Tensor
-            As for ``read``.
+        *state : torch.Tensor
+            As in ``tap_value``.
 
         Returns
         -------
         list of torch.Tensor
-            One for each stream.
+            One gradient for each tensor of the state.
         """
-        leaves = [s.detach().requires_grad_() for s in streams]
+        leaves = [s.detach().requires_grad_() for s in state]
         with torch.enable_grad():
-            graph = _edge(self.read(function, *leaves))
-        return self._pull(function, graph, gradient, leaves)
+            graph = _Graph.of(self.tap_value(function, *leaves))
+        return self._pull_back(function, graph, gradient, leaves)
 
     def gradients(self) -> list[torch.Tensor | None]:
-        """Gradients of the extra arguments and the weights, in that order.
+        """Gradients of the extra arguments and the parameters, in that order.
 
-        One for each weight, also if it has several names.
+        There is one for each parameter, also if it has several names.
         """
-        wanted = (*self.extras, *self.weights.values())
-        return [self._gradients.get(key) for key in {id(x): 0 for x in wanted}]
+        leaves = (*self.extra_tensors, *self.parameters.values())
+        return [
+            self._gradients.get(key) for key in dict.fromkeys(map(id, leaves))
+        ]
 
-    def _own(self, gradient: torch.Tensor) -> torch.Tensor:
-        """A gradient with memory of its own.
+    def _call(
+        self, function: str, module: nn.Module, module_input: ModuleInput
+    ) -> torch.Tensor:
+        with self.recorder.replay(module, self.recordings[function]):
+            return functional_call(
+                module,
+                self._parameters_of(function),
+                (module_input, *self.extra.args),
+                self.extra.named_for(module),
+            )
 
-        autograd hands out one tensor for several weights that are added up,
-        and hands on that of the stream to those added last. What becomes a
-        weight's ``grad`` may be changed in place at any time.
-        """
-        place = gradient.untyped_storage()._cdata
-        if place in self._storages:
-            return gradient.clone()
-        self._storages.add(place)
-        return gradient
-
-    def _weights_of(self, function: str) -> dict[str, torch.Tensor]:
+    def _parameters_of(self, function: str) -> dict[str, torch.Tensor]:
         prefix = f"{function}."
         return {
-            name.removeprefix(prefix): weight
-            for name, weight in self.weights.items()
+            name.removeprefix(prefix): parameter
+            for name, parameter in self.parameters.items()
             if name.startswith(prefix)
         }
 
-    def _pull(
+    def _pull_back(
         self,
         function: str,
-        graph: tuple[GradientEdge | None, torch.dtype],
+        graph: "_Graph",
         gradient: torch.Tensor,
         streams: Sequence[torch.Tensor],
     ) -> list[torch.Tensor]:
-        edge, dtype = graph
-        if edge is None:
+        """Returns the gradients of streams; keeps those of other leaves."""
+        if graph.edge is None:
             return [torch.zeros_like(s) for s in streams]
         leaves = {
-            id(x): x
-            for x in (*self.extras, *self._weights_of(function).values())
+            id(leaf): leaf
+            for leaf in (
+                *self.extra_tensors,
+                *self._parameters_of(function).values(),
+            )
         }
-        found = torch.autograd.grad(
-            [edge],
+        gradients = torch.autograd.grad(
+            [graph.edge],
             [*streams, *leaves.values()],
-            [gradient.to(dtype)],
+            [gradient.to(graph.dtype)],
             allow_unused=True,
         )
-        count = len(streams)
-        self._storages.add(gradient.untyped_storage()._cdata)
-        for key, value in zip(leaves, found[count:], strict=True):
-            if value is not None:
-                known = self._gradients.get(key)
+        of_streams = gradients[: len(streams)]
+        self._used_storages.add(gradient.untyped_storage()._cdata)
+        for key, found in zip(leaves, gradients[len(streams) :], strict=True):
+            if found is not None:
+                total = self._gradients.get(key)
                 self._gradients[key] = (
-                    self._own(value) if known is None else known + value
+                    self._own_storage(found) if total is None else total + found
                 )
         return [
-            torch.zeros_like(s) if value is None else value
-            for s, value in zip(streams, found[:count], strict=True)
+            torch.zeros_like(s) if g is None else g
+            for s, g in zip(streams, of_streams, strict=True)
         ]
 
+    def _own_storage(self, gradient: torch.Tensor) -> torch.Tensor:
+        """The gradient, copied if its storage is in use already.
 
-def _versions(
-    module: nn.Module,
-    streams: Sequence[torch.Tensor],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+        autograd returns one tensor for all parameters that are added up, and
+        the gradient of the output itself for those added last. A parameter's
+        ``grad``, however, may be changed in place at any time.
+        """
+        storage = gradient.untyped_storage()._cdata
+        if storage in self._used_storages:
+            return gradient.clone()
+        self._used_storages.add(storage)
+        return gradient
+
+
+class _Graph(NamedTuple):
+    """The graph of a value, without the value."""
+
+    # None if no gradient is needed.
+    edge: GradientEdge | None
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, value: torch.Tensor) -> "_Graph":
+        edge = get_gradient_edge(value) if value.requires_grad else None
+        return cls(edge, value.dtype)
+
+
+def _tensor_versions(
+    module: nn.Module, state: Sequence[torch.Tensor], extra: ExtraArguments
 ) -> list[tuple[str, torch.Tensor, int]]:
     """(name, tensor, version) of all that a call must not change in place."""
     if torch.compiler.is_compiling():
         return []
-    found = [("its input", x) for x in streams]
-    found += [
+    tensors: list[tuple[str, Any]] = [("its input", x) for x in state]
+    tensors += [
         (f"extra argument {i}", x)
-        for i, x in enumerate(tree_leaves((args, kwargs)))
+        for i, x in enumerate(tree_leaves(tuple(extra)))
     ]
-    # Naming them all would take longer than the call of a small function.
-    found += [
+    # To find the name of each would take longer than calling a small function.
+    tensors += [
         ("a parameter", p)
         for part in modules_of(module)
         for p in part._parameters.values()
     ]
     return [
-        (what, x, x._version)
-        for what, x in found
+        (name, x, x._version)
+        for name, x in tensors
         if isinstance(x, torch.Tensor) and not x.is_inference()
     ]
-
-
-def _edge(value: torch.Tensor) -> tuple[GradientEdge | None, torch.dtype]:
-    edge = get_gradient_edge(value) if value.requires_grad else None
-    return edge, value.dtype

@@ -1,4 +1,4 @@
-"""The exact stream: float32 numbers on a grid, where sums are exact.
+"""The streams of a chain: float32 numbers on a grid, where sums are exact.
 
 Prior art: bit-reversible integrators in fixed-point arithmetic (Rein and
 Tamayo, "JANUS: a bit-wise reversible integrator for N-body dynamics", 2018).
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from sb_memeff.nnet.reversible.coupling import channels_are_last, halves
+from sb_memeff.nnet.reversible.layout import is_channels_last, split_streams
 from sb_memeff.ops.dispatch import runs_fused
 
 __all__ = ["StreamFormat", "round_to_grid"]
@@ -44,8 +44,8 @@ def round_to_grid(x: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def _rounded(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """On the grid, in float32 or float64."""
-    if runs_fused(x) and (x.is_contiguous() or channels_are_last(x)):
+    """Rounds without a graph."""
+    if runs_fused(x) and (x.is_contiguous() or is_channels_last(x)):
         from sb_memeff.ops.triton import grid
 
         return grid.round_to_grid(x, bits)
@@ -69,56 +69,58 @@ class _RoundToGrid(torch.autograd.Function):
 
 @dataclasses.dataclass(frozen=True)
 class StreamFormat:
-    """Dtypes inside and outside of f and g, and the grid of the streams.
+    """Dtypes of modules and streams, and the grid of the streams.
 
     Arguments
     ---------
-    inner_dtype : torch.dtype
-        In which modules are called.
-    bits : int, optional
-        Streams are multiples of 2**-bits; None for a stream without a grid.
+    module_dtype : torch.dtype
+        Dtype of the inputs of modules.
+    grid_bits : int, optional
+        Streams are multiples of 2**-grid_bits; None for a stream without a
+        grid.
     axis : int
-        The dimension of a tensor that both streams share.
+        The dimension of a tensor that is split into two streams.
     """
 
-    inner_dtype: torch.dtype
-    bits: int | None
+    module_dtype: torch.dtype
+    grid_bits: int | None
     axis: int = 1
 
     @property
     def stream_dtype(self) -> torch.dtype:
-        """float32, or float64 for itself."""
-        return torch.promote_types(self.inner_dtype, torch.float32)
+        """float64 for modules in float64, else float32."""
+        return torch.promote_types(self.module_dtype, torch.float32)
 
     def on_grid(self, x: torch.Tensor) -> torch.Tensor:
-        """A tensor in the dtype and on the grid of the streams."""
-        # Rounding takes half precision as it is, in one pass.
+        """Converts a tensor to the dtype and the grid of the streams."""
+        # Rounding converts half precision by itself, in the same pass.
         widened = torch.promote_types(x.dtype, torch.float32)
-        if self.bits is None or widened != self.stream_dtype:
+        if self.grid_bits is None or widened != self.stream_dtype:
             x = x.to(self.stream_dtype)
-        return x if self.bits is None else round_to_grid(x, self.bits)
+        return x if self.grid_bits is None else round_to_grid(x, self.grid_bits)
 
-    def enter(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        """Two streams from two tensors, or from the halves of one.
+    def to_streams(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        """Makes two streams of two tensors, or of the halves of one.
 
-        They are new tensors: an expanded input has no layout to restore.
+        They are new tensors, since the layout of an expanded input cannot be
+        restored.
         """
         if len(tensors) == 1:
             tensors = self.split(tensors[0])
-        if self.bits is None:
+        if self.grid_bits is None:
             return [x.to(self.stream_dtype, copy=True) for x in tensors]
         return [self.on_grid(x) for x in tensors]
 
-    def leave(self, *tensors: torch.Tensor) -> torch.Tensor:
-        """One tensor, as modules see it, from two streams or from itself."""
+    def from_streams(self, *tensors: torch.Tensor) -> torch.Tensor:
+        """Makes the input of a module of two streams, or of one tensor."""
         if len(tensors) == 1:
             return tensors[0]
-        return self.join(*tensors).to(self.inner_dtype)
+        return self.join(*tensors).to(self.module_dtype)
 
     def split(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Views of one tensor: the two streams, in its dtype."""
-        return halves(x, self.axis)
+        """Splits a tensor into two streams in its dtype, which are views."""
+        return split_streams(x, self.axis)
 
     def join(self, *streams: torch.Tensor) -> torch.Tensor:
-        """One tensor of two streams, in their dtype."""
+        """Joins two streams to one tensor in their dtype."""
         return torch.cat(streams, dim=self.axis)

@@ -5,7 +5,7 @@ Authors
 """
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -13,36 +13,34 @@ from torch import nn
 
 from sb_memeff.nnet.recompute.segment import Segment
 from sb_memeff.nnet.replay.recorder import Recorder, without_trace
-from sb_memeff.nnet.reversible.coupling import (
-    Invertible,
-    Pair,
-    SpaceToDepth,
-    Tap,
-)
+from sb_memeff.nnet.reversible.arguments import ExtraArguments
+from sb_memeff.nnet.reversible.coupling import Invertible, Pair, Tap
 from sb_memeff.nnet.reversible.evaluator import Evaluator
 from sb_memeff.nnet.reversible.grid import StreamFormat
 from sb_memeff.nnet.reversible.guards import StreamGuard
-from sb_memeff.nnet.reversible.walk import (
-    Observer,
-    TapSum,
-    TapSumBesideGraph,
-    run_without_storing,
-)
+from sb_memeff.nnet.reversible.nodes import apply_invertible_blocks
+from sb_memeff.nnet.reversible.observer import Observer
+from sb_memeff.nnet.reversible.space_to_depth import SpaceToDepth
+from sb_memeff.nnet.reversible.tap_sum import DetachedTapSum, TapSum
 from sb_memeff.ops.dispatch import has_values
 
 __all__ = ["ReversibleSequence"]
 
 
 class ReversibleSequence(nn.Module):
-    """Runs a chain of blocks and stores (almost) nothing for backward.
+    """A chain of blocks that stores (almost) nothing for backward.
 
-    Invertible blocks (``AdditiveCoupling``, ``SpaceToDepth``) are undone in
-    backward. Any other module may stand in the chain too (a stem, a strided
-    transition, a pooling): its input is stored and its output recomputed, so
-    it costs one stored tensor and one extra forward. A ``Tap`` reads from the
-    state where it stands, and the sum of what all taps read is a second
-    output; nothing is stored for it. Values, gradients, running statistics and
-    random numbers are those of the chain that stores everything.
+    Invertible blocks (``AdditiveCoupling``, ``SpaceToDepth``) are inverted in
+    backward. Any other module may be part of the chain too (a stem, a strided
+    transition, a pooling): its input is stored and the module is recomputed,
+    which costs one stored tensor and one extra forward. A ``Tap`` computes a
+    value from the state at its position, and the sum of these values is a
+    second output; nothing is stored for it. Values, gradients, running
+    statistics and random numbers are those of a chain that stores everything.
+
+    Extra arguments reach every f, g and module. A module may declare those that
+    it takes, for example ``takes_arguments = ("lengths",)``; of the arguments
+    that are passed by name it then gets only these.
 
     Arguments
     ---------
@@ -52,19 +50,19 @@ class ReversibleSequence(nn.Module):
         ``takes_streams = True``.
     save_memory : bool
         False computes the same function with the same weights by plain
-        autograd: the reference, and the form to export. May be changed at
+        autograd: the reference, and the form to export. It may be changed at
         any time.
     exact : bool
         Keep float32 streams on a grid of 2**-grid_bits, which makes the
-        inverse bit-exact whatever the precision inside the blocks (module
-        docstring). float16 and bfloat16 inputs are carried in a float32
-        stream. A float64 stream is left as it is.
+        inverse bit-exact whatever the precision inside the blocks (see
+        ``sb_memeff.nnet.reversible``). float16 and bfloat16 inputs become
+        float32 streams. A float64 stream has no grid.
     grid_bits : int
-        Finer grids leave less room: values must stay below
+        The finer the grid, the smaller its range: values must stay below
         2**(24 - grid_bits).
     axis : int
-        The dimension that the two streams share: 1 for [N, C, ...], -1 or 2
-        for sequences [N, T, C], whose layers work on the last one.
+        The dimension that is split into two streams: 1 for [N, C, ...], -1
+        or 2 for sequences [N, T, C], whose layers work on the last one.
 
     Raises
     ------
@@ -122,8 +120,9 @@ class ReversibleSequence(nn.Module):
         self.exact = exact
         self.grid_bits = grid_bits
         self.axis = axis
-        # Called without arguments, each makes an Observer of one forward pass.
-        self._observers = []
+        # Each, called without arguments, returns an Observer of one forward
+        # pass.
+        self._observer_factories: list[Callable[[], Observer]] = []
 
     def extra_repr(self) -> str:
         """Text that print(module) shows."""
@@ -135,32 +134,33 @@ class ReversibleSequence(nn.Module):
     def forward(
         self, x: torch.Tensor, *args: Any, **kwargs: Any
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Runs the chain.
+        """Applies the chain.
 
         Arguments
         ---------
         x : torch.Tensor
-            [N, C, ...], or C at axis; even where the first block is
+            [N, C, ...], or with C at axis; C is even if the first block is
             invertible.
         *args : tuple
             Extra arguments (lengths, masks) for every f, g and module.
         **kwargs : dict
-            The same, by name.
+            Extra arguments by name.
 
         Returns
         -------
         torch.Tensor or tuple of torch.Tensor
-            What the last block returns; both streams joined, if it is
-            invertible. Under autocast the streams are float32. With taps in
-            the chain a pair: that, and the sum of what they read, in the
-            dtype in which they read.
+            The output of the last block; both streams joined, if it is
+            invertible. Under autocast the streams are float32. If the chain
+            has taps, a pair: this output, and the sum of the taps' values in
+            their dtype.
 
         Raises
         ------
         ValueError
             For an odd number of channels, or if f or g changes the shape.
         TypeError
-            If x is not a floating-point tensor.
+            If x is not a floating-point tensor, or if no function takes an
+            argument.
         RuntimeError
             In backward: if the stream left the grid; if weights or the
             training mode changed since forward; for double backward.
@@ -171,9 +171,11 @@ class ReversibleSequence(nn.Module):
                 f"ReversibleSequence: x must be a floating-point tensor, "
                 f"got {kind}."
             )
+        extra = ExtraArguments(args, kwargs)
+        extra.check(self._functions())
         if self.save_memory and torch.is_grad_enabled():
-            return self._forward_reversible(x, args, kwargs)
-        return self._forward_stored(x, args, kwargs)
+            return self._forward_reversible(x, extra)
+        return self._forward_stored(x, extra)
 
     def inverse(
         self,
@@ -182,20 +184,20 @@ class ReversibleSequence(nn.Module):
         input_shape: tuple[int, ...] | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """Computes the input back from the output, without gradients.
+        """Reconstructs the input from the output, without gradients.
 
-        Batch norms in training mode use the statistics of the batch and count
-        nothing. Modules that draw random numbers cannot be undone in training
-        mode.
+        Batch norms in training mode use the statistics of the batch and do not
+        update their running statistics. Modules that draw random numbers cannot
+        be inverted in training mode.
 
         Arguments
         ---------
         y : torch.Tensor
-            An output of ``forward``; of a pair, the first.
+            An output of ``forward``; the first of a pair.
         *args : tuple
             The extra arguments of that call.
         input_shape : tuple of int, optional
-            Shape of the input. Needed only where down-sampling padded an odd
+            Shape of the input; needed only if down-sampling padded an odd
             size.
         **kwargs : dict
             The extra arguments by name.
@@ -218,15 +220,17 @@ class ReversibleSequence(nn.Module):
                     f"ReversibleSequence.inverse: blocks.{name} "
                     f"({type(block).__name__}) is not invertible."
                 )
+        extra = ExtraArguments(args, kwargs)
+        extra.check(self._functions())
         with torch.no_grad(), without_trace(self):
-            stream_format = self._format(y)
+            stream_format = self._stream_format(y)
             y1, y2 = stream_format.split(y.to(stream_format.stream_dtype))
             shapes = self._stream_shapes(y1.shape, input_shape)
             recorder = Recorder(y.device)
             for (name, block), shape in zip(
                 reversed(self._named_blocks()), reversed(shapes)
             ):
-                evaluator = Evaluator(block, name, stream_format, args, kwargs)
+                evaluator = Evaluator(block, name, stream_format, extra)
                 (y1, y2), recording = recorder.record(
                     cast(Invertible, block).inverse_streams,
                     y1,
@@ -241,29 +245,29 @@ class ReversibleSequence(nn.Module):
                         f"be drawn again from the output alone; call eval() "
                         f"first."
                     )
-            return stream_format.leave(y1, y2)
+            return stream_format.from_streams(y1, y2)
 
     def _stream_shapes(
         self, last: tuple[int, ...], input_shape: tuple[int, ...] | None
     ) -> list[torch.Size]:
-        # The shape of a stream before each block.
+        """Shape of a stream before each block, from that after the last."""
         blocks = cast(Sequence[Invertible], self.blocks)
         if input_shape is None:
             shape = last
             for block in reversed(blocks):
-                shape = block.stream_shape_before(shape)
+                shape = block.inverse_shape(shape)
         else:
             shape = self._with_channels(input_shape, lambda c: c // 2)
         shapes = []
         for block in blocks:
             shapes.append(torch.Size(shape))
-            shape = block.stream_shape(shape)
+            shape = block.forward_shape(shape)
         if tuple(shape) != tuple(last):
-            first = self._with_channels(shapes[0], lambda c: 2 * c)
-            given = first if input_shape is None else input_shape
+            if input_shape is None:
+                input_shape = self._with_channels(shapes[0], lambda c: 2 * c)
             raise ValueError(
                 f"ReversibleSequence.inverse: an input of shape "
-                f"{tuple(given)} gives streams of {tuple(shape)}, the "
+                f"{tuple(input_shape)} gives streams of {tuple(shape)}, the "
                 f"output holds streams of {tuple(last)}."
             )
         return shapes
@@ -281,157 +285,159 @@ class ReversibleSequence(nn.Module):
             for name, block in self.blocks.named_children()
         ]
 
-    def _format(self, x: torch.Tensor) -> StreamFormat:
-        # Autocast picks the precision inside f by itself; without it, the
-        # modules expect what they were called with.
-        inner = x.dtype
+    def _functions(self) -> Iterator[nn.Module]:
+        """Modules that are called with extra arguments."""
+        for block in self.blocks:
+            if isinstance(block, Invertible):
+                yield from block.functions()
+            else:
+                yield block
+
+    def _stream_format(self, x: torch.Tensor) -> StreamFormat:
+        # Autocast chooses the precision inside f by itself. Without it, modules
+        # expect the dtype of the input.
+        module_dtype = x.dtype
         if torch.is_autocast_enabled(x.device.type):
-            inner = torch.promote_types(x.dtype, torch.float32)
-        stream = torch.promote_types(inner, torch.float32)
-        exact = self.exact and stream == torch.float32
-        return StreamFormat(inner, self.grid_bits if exact else None, self.axis)
+            module_dtype = torch.promote_types(x.dtype, torch.float32)
+        stream_dtype = torch.promote_types(module_dtype, torch.float32)
+        has_grid = self.exact and stream_dtype == torch.float32
+        grid_bits = self.grid_bits if has_grid else None
+        return StreamFormat(module_dtype, grid_bits, self.axis)
 
     def _forward_stored(
-        self, x: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, x: torch.Tensor, extra: ExtraArguments
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        stream_format = self._format(x)
-        total = TapSum(stream_format)
+        """Plain autograd."""
+        stream_format = self._stream_format(x)
+        tap_sum = TapSum(stream_format)
         state: Sequence[torch.Tensor] = (x,)
         for name, block in self._named_blocks():
-            evaluator = Evaluator(block, name, stream_format, args, kwargs)
             if isinstance(block, Tap):
-                total.add(evaluator.read("read", *state), f"{name}.read")
+                value = _tap_value(block, name, stream_format, extra, *state)
+                tap_sum.add(value, f"{name}.read")
             elif isinstance(block, Invertible):
                 if len(state) == 1:
-                    state = stream_format.enter(*state)
+                    state = stream_format.to_streams(*state)
+                evaluator = Evaluator(block, name, stream_format, extra)
                 state = block.forward_streams(*cast(Pair, state), evaluator)
             else:
-                state = _call(block, stream_format, args, kwargs, *state)
-        output = stream_format.leave(*state)
-        return output if total.value is None else (output, total.result())
+                state = _call_module(block, stream_format, extra, *state)
+        output = stream_format.from_streams(*state)
+        return output if tap_sum.value is None else (output, tap_sum.result())
 
-    # In a compiled network the chain runs as it is: a compiler would build
-    # other code for the replay, which rounds differently.
+    # In a compiled network the chain stays in eager mode: a compiler would
+    # build other code for the replay, which rounds differently.
     @functools.partial(
         torch.compiler.disable,
         reason="a reversible chain is not compiled; save_memory=False, which "
         "stores its activations, can be",
     )
     def _forward_reversible(
-        self, x: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, x: torch.Tensor, extra: ExtraArguments
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        stream_format = self._format(x)
-        # Fake tensors draw no random numbers and hold no values to look at.
+        """Autograd nodes that reconstruct or recompute their inputs."""
+        stream_format = self._stream_format(x)
+        # Fake tensors draw no random numbers and have no values to check.
         real = has_values(x)
         recorder = Recorder(x.device, follow_random=real)
-        observers = [make() for make in self._observers]
-        guarded = self.exact or stream_format.stream_dtype == torch.float64
-        if real and guarded:
-            # Whoever observes has asked for the differences.
-            guard = StreamGuard(stream_format.bits, compare=not observers)
-            observers.append(guard)
-        total = TapSumBesideGraph(stream_format, x.device)
+        observers = [
+            make_observer() for make_observer in self._observer_factories
+        ]
+        checkable = self.exact or stream_format.stream_dtype == torch.float64
+        if real and checkable:
+            # Other observers compare the streams themselves.
+            compare = not observers
+            observers.append(StreamGuard(stream_format.grid_bits, compare))
+        tap_sum = DetachedTapSum(stream_format, x.device)
         try:
-            state = self._run_blocks(
-                (x,), stream_format, total, recorder, observers, args, kwargs
+            state = self._apply_blocks(
+                (x,), stream_format, tap_sum, recorder, observers, extra
             )
-            output = stream_format.leave(*state)
-            return output if total.value is None else (output, total.result())
+            output = stream_format.from_streams(*state)
+            if tap_sum.value is None:
+                return output
+            return output, tap_sum.result()
         finally:
-            total.release()
+            tap_sum.release()
 
-    def _run_blocks(
+    def _apply_blocks(
         self,
         state: tuple[torch.Tensor, ...],
         stream_format: StreamFormat,
-        total: TapSumBesideGraph,
+        tap_sum: DetachedTapSum,
         recorder: Recorder,
         observers: list[Observer],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        extra: ExtraArguments,
     ) -> tuple[torch.Tensor, ...]:
-        """The state after all blocks; what taps read is added to total."""
+        """The state after all blocks; adds the taps' values to tap_sum."""
         blocks = self._named_blocks()
         while blocks:
-            run = _leading_run(blocks, state)
-            if run:
-                del blocks[: len(run)]
-                state = run_without_storing(
-                    run,
+            invertible = _leading_invertible_blocks(blocks, state)
+            if invertible:
+                del blocks[: len(invertible)]
+                state = apply_invertible_blocks(
+                    invertible,
                     state,
                     not blocks,
                     stream_format,
-                    total,
+                    tap_sum,
                     recorder,
                     observers,
-                    args,
-                    kwargs,
+                    extra,
                 )
                 continue
             name, block = blocks.pop(0)
             if isinstance(block, Tap):
-                value = Segment().call(
-                    name,
-                    block,
-                    _read,
-                    (block, name, stream_format, args, kwargs, *state),
-                    {},
-                )
-                total.add(value, f"{name}.read")
+                arguments = (block, name, stream_format, extra, *state)
+                value = Segment().call(name, block, _tap_value, arguments, {})
+                tap_sum.add(value, f"{name}.read")
             else:
-                state = Segment().call(
-                    name,
-                    block,
-                    _call,
-                    (block, stream_format, args, kwargs, *state),
-                    {},
-                )
+                arguments = (block, stream_format, extra, *state)
+                state = Segment().call(name, block, _call_module, arguments, {})
         return state
 
 
-def _leading_run(
+def _leading_invertible_blocks(
     blocks: list[tuple[str, nn.Module]], state: tuple[torch.Tensor, ...]
 ) -> list[tuple[str, Invertible]]:
-    """The invertible blocks at the head of what is left of the chain."""
-    run = []
+    """The invertible blocks at the beginning of a list, up to any other."""
+    leading = []
     for name, block in blocks:
         if not isinstance(block, Invertible):
             break
-        if not run and len(state) == 1 and isinstance(block, Tap):
-            # It reads a tensor that need not have two halves.
+        if not leading and len(state) == 1 and isinstance(block, Tap):
+            # A tensor before the first coupling may have no two halves.
             break
-        run.append((name, block))
-    return run
+        leading.append((name, block))
+    return leading
 
 
-def _read(
+def _tap_value(
     block: nn.Module,
     name: str,
     stream_format: StreamFormat,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    extra: ExtraArguments,
     *state: torch.Tensor,
 ) -> torch.Tensor:
-    """Value that a tap reads."""
-    evaluator = Evaluator(block, name, stream_format, args, kwargs)
-    return evaluator.read("read", *state)
+    """The value of a tap."""
+    evaluator = Evaluator(block, name, stream_format, extra)
+    return evaluator.tap_value("read", *state)
 
 
-def _call(
+def _call_module(
     block: nn.Module,
     stream_format: StreamFormat,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    extra: ExtraArguments,
     *state: torch.Tensor,
 ) -> tuple[torch.Tensor, ...]:
     """The state after a block that is not invertible."""
     if getattr(block, "takes_streams", False):
         if len(state) == 1:
-            state = cast(Pair, stream_format.enter(*state))
-        given = tuple(s.to(stream_format.inner_dtype) for s in state)
+            state = cast(Pair, stream_format.to_streams(*state))
+        module_input = tuple(s.to(stream_format.module_dtype) for s in state)
     else:
-        given = stream_format.leave(*state)
-    result = block(given, *args, **kwargs)
+        module_input = stream_format.from_streams(*state)
+    result = extra.call(block, module_input)
     if isinstance(result, torch.Tensor):
         return (result,)
-    return tuple(stream_format.enter(*result))
+    return tuple(stream_format.to_streams(*result))

@@ -13,8 +13,8 @@ from speechbrain.lobes.models.ECAPA_TDNN import (
 
 from sb_memeff.lobes.models.ECAPA_TDNN import (
     ECAPA_TDNN,
-    res2net,
-    squeeze_excite,
+    res2net_forward,
+    squeeze_excite_forward,
 )
 from tests.unittests.lobes.networks import ECAPA as SMALL
 from tests.unittests.nnet.reversible.chains import saved_bytes
@@ -128,7 +128,7 @@ class Chunks(torch.nn.Module):
         self.block = block
 
     def forward(self, x):
-        return res2net(self.block, x)
+        return res2net_forward(self.block, x)
 
 
 def test_res2net_keeps_the_chunks_and_not_what_they_were_cut_from():
@@ -150,8 +150,8 @@ def test_a_sum_over_frames_that_float16_cannot_hold():
     with torch.no_grad():
         for parameter in block.parameters():
             parameter.mul_(0.1)
-        expected = squeeze_excite(block, x, padding)
-        found = squeeze_excite(block.half(), x.half(), padding)
+        expected = squeeze_excite_forward(block, x, padding)
+        found = squeeze_excite_forward(block.half(), x.half(), padding)
     assert expected.std(dim=1).max() > 1
     torch.testing.assert_close(found.float(), expected, rtol=5e-3, atol=0)
 

@@ -5,11 +5,11 @@ import torch
 from hyperpyyaml import load_hyperpyyaml
 
 from sb_memeff.lobes.models.DFResNet import DFResNet
-from sb_memeff.lobes.models.ResNet import stride_pairs
 from sb_memeff.lobes.models.RevDFResNet import (
     RevDFResNet,
     StridedConvolution,
 )
+from sb_memeff.lobes.residual import stride_pairs
 from sb_memeff.memory.leftovers import no_leftovers
 from sb_memeff.memory.step import training_step_memory
 from sb_memeff.nnet.padding import mask, padding_masks

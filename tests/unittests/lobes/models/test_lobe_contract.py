@@ -20,14 +20,12 @@ from torch import nn
 
 from sb_memeff.lobes.models.DFResNet import DFResNet, DownSampling
 from sb_memeff.lobes.models.ECAPA_TDNN import ECAPA_TDNN
-from sb_memeff.lobes.models.ResNet import ResNet, _ResidualBlock
+from sb_memeff.lobes.models.ResNet import ResNet
 from sb_memeff.lobes.models.RevDFResNet import RevDFResNet
 from sb_memeff.lobes.models.RevECAPA_TDNN import RevECAPA_TDNN
-from sb_memeff.lobes.models.RevResNet import (
-    ResidualBody,
-    RevResNet,
-    StridedCoupling,
-)
+from sb_memeff.lobes.models.RevResNet import RevResNet, StridedCoupling
+from sb_memeff.lobes.residual import ResidualBlock
+from sb_memeff.lobes.reversible_blocks import ResidualBody
 from sb_memeff.memory.fake import fake_tensors
 from sb_memeff.memory.leftovers import no_leftovers
 from sb_memeff.memory.step import training_step_memory
@@ -334,7 +332,7 @@ def test_features_that_are_refused(name):
 def test_every_vanilla_block_begins_as_its_shortcut(name):
     torch.manual_seed(0)
     net = NETWORKS[name]()
-    blocks = [m for m in net.modules() if isinstance(m, _ResidualBlock)]
+    blocks = [m for m in net.modules() if isinstance(m, ResidualBlock)]
     assert len(blocks) == sum(map(len, net.stages)) - sum(
         isinstance(m, DownSampling) for m in net.modules()
     )

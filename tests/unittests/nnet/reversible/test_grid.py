@@ -63,7 +63,7 @@ def test_float64_is_left_alone_under_autocast_too():
 @pytest.mark.parametrize("bits", [12, None])
 def test_streams_are_copies(bits):
     x = torch.zeros(1, 4, 3)
-    for stream in StreamFormat(torch.float32, bits).enter(x):
+    for stream in StreamFormat(torch.float32, bits).to_streams(x):
         stream.add_(1)
     assert not x.any()
 
@@ -80,9 +80,9 @@ def test_streams_are_copies(bits):
 )
 def test_dtypes(inner, outer, bits):
     stream_format = StreamFormat(inner, bits)
-    streams = stream_format.enter(torch.ones(1, 4, 3, dtype=inner))
+    streams = stream_format.to_streams(torch.ones(1, 4, 3, dtype=inner))
     assert [s.dtype for s in streams] == [outer, outer]
-    assert stream_format.leave(*streams).dtype == inner
+    assert stream_format.from_streams(*streams).dtype == inner
 
 
 @pytest.mark.parametrize("bits", [None, 12])

@@ -10,7 +10,9 @@ from sb_memeff.nnet.reversible import (
     Tap,
 )
 from tests.unittests.nnet.reversible.chains import (
+    chain,
     gradients,
+    images,
     relative_error,
     stored,
 )
@@ -46,7 +48,7 @@ class Conditioned(nn.Module):
         return self.conv(x).tanh() + condition
 
 
-class Bare(nn.Module):
+class ReturnsParameter(nn.Module):
     """Returns a parameter."""
 
     def __init__(self):
@@ -75,7 +77,7 @@ CHAINS = {
     "added last": lambda: couplings(Positional),
     "views": lambda: couplings(lambda: Positional(view=True)),
     "identities": lambda: couplings(nn.Identity),
-    "parameters alone": lambda: couplings(Bare),
+    "parameters alone": lambda: couplings(ReturnsParameter),
     "shared": shared,
     "lists": lists,
     "taps": lambda: [
@@ -134,7 +136,7 @@ def test_each_gradient_has_memory_of_its_own(kind):
     assert len(storages) == len(found)
 
 
-class Curious(nn.Module):
+class KeepsTensors(nn.Module):
     """Keeps what passes, with a copy of how it was."""
 
     def __init__(self, keep, inner):
@@ -158,14 +160,14 @@ class Curious(nn.Module):
     "inner", [nn.Tanh, nn.Identity, Positional, lambda: nn.Dropout(0.5)]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_nothing_that_a_module_or_hook_has_kept_changes(inner, exact, dtype):
+def test_tensors_that_a_module_or_hook_keeps_do_not_change(inner, exact, dtype):
     kept = []
 
     def keep(tensor):
         kept.append((tensor.detach(), tensor.detach().clone()))
 
-    blocks = couplings(lambda: Curious(keep, inner()), 2)
-    blocks.insert(1, Tap(Curious(keep, nn.Identity())))
+    blocks = couplings(lambda: KeepsTensors(keep, inner()), 2)
+    blocks.insert(1, Tap(KeepsTensors(keep, nn.Identity())))
     net = ReversibleSequence(blocks, exact=exact).to(dtype)
     x = sequences(2 if inner is not Positional else 1, dtype).requires_grad_()
     y, total = net(x)
@@ -300,3 +302,114 @@ def test_input_extras_and_parameters_of_any_strides(layout, begin):
                 g.sum(0) if leaf else g for g in (ours, reference)
             )
         torch.testing.assert_close(ours, reference, rtol=1e-9, atol=1e-12)
+
+
+def test_input_and_output_of_the_caller_stay_untouched():
+    for batch in (1, 3):  # one utterance: its halves are contiguous views
+        net = chain(3)
+        x = images(batch=batch).requires_grad_()
+        before = x.detach().clone()
+        y = net(x)
+        after = y.detach().clone()
+        y.square().sum().backward()
+        assert torch.equal(x, before)
+        assert torch.equal(y, after)
+
+
+class Sum(nn.Module):
+    """Both streams get the same tensor for a gradient."""
+
+    takes_streams = True
+
+    def forward(self, streams):
+        return streams[0] + streams[1]
+
+
+@pytest.mark.parametrize("head", [Sum(), nn.Identity(), nn.Flatten()])
+def test_gradients_that_share_memory(head):
+    net = ReversibleSequence([*chain(2).blocks, head]).double()
+    x = images(dtype=torch.float64)
+    _, reference, _ = gradients(stored(net), x)
+    _, ours, _ = gradients(net, x)
+    assert relative_error(ours, reference) < 1e-9
+    # ... and that of the caller is not overwritten.
+    y = net(x)
+    dy = torch.ones_like(y)
+    y.backward(dy)
+    assert torch.equal(dy, torch.ones_like(y))
+
+
+class TwoPositions(nn.Module):
+    """Adds parameters of the stream's full shape last.
+
+    autograd then hands out one tensor for the gradients of both, and that of
+    the stream itself.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(4, 4, 3, padding=1)
+        self.position = nn.Parameter(torch.randn(1, 4, 9))
+        self.offset = nn.Parameter(torch.randn(1, 4, 9))
+
+    def forward(self, x, condition=0):
+        return self.conv(x).tanh() + self.position + self.offset + condition
+
+
+def positional_chain(shared):
+    torch.manual_seed(0)
+    couplings = []
+    for _ in range(3):
+        f, g = TwoPositions(), TwoPositions()
+        if shared:
+            g.position = f.position
+        couplings.append(AdditiveCoupling(f, g))
+    return ReversibleSequence(couplings).double()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_gradients_of_parameters_that_are_added_last(shared):
+    net = positional_chain(shared)
+    x = torch.randn(1, 8, 9, dtype=torch.float64)
+    found = []
+    for module in (net, stored(net)):
+        condition = torch.ones(1, 4, 9, dtype=torch.float64)
+        condition.requires_grad_()
+        _, grads, _ = gradients(module, x, condition=condition)
+        found.append([*grads, condition.grad])
+    for ours, reference in zip(*found, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-9, atol=1e-12)
+
+
+class Identity(nn.Module):
+    """Hands its input on: whoever adds to the result changes the input."""
+
+    def forward(self, x):
+        return x
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("function", [nn.Tanh, Identity])
+def test_tensors_that_hooks_keep_do_not_change(function, exact):
+    net = ReversibleSequence(
+        [AdditiveCoupling(function(), function()) for _ in range(3)],
+        exact=exact,
+    )
+    kept = []
+
+    def keep(module, inputs, output):
+        for x in (*inputs, output):
+            kept.append((x, x.detach().clone()))
+
+    def keep_gradients(module, inputs, outputs):
+        for x in (*inputs, *outputs):
+            kept.append((x, x.clone()))
+
+    for part in net.modules():
+        if isinstance(part, function):
+            part.register_forward_hook(keep)
+            part.register_full_backward_hook(keep_gradients)
+    net(images().requires_grad_()).square().sum().backward()
+    assert len(kept) == 6 * 2 * 2 + 6 * 2  # f, g: twice, then backward
+    for now, before in kept:
+        assert torch.equal(now, before)

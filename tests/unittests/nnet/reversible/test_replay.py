@@ -1,6 +1,5 @@
 """Changes of state in, during and after a call of f or g."""
 
-import copy
 import random
 
 import numpy as np
@@ -20,14 +19,10 @@ from tests.unittests.nnet.reversible.chains import (
     assert_same_state,
     chain,
     gradients,
+    images,
     relative_error,
     stored,
 )
-
-
-def images(batch=3, dtype=torch.float32):
-    torch.manual_seed(0)
-    return torch.randn(batch, 8, 7, 6, dtype=dtype)
 
 
 def with_f(f, *others):
@@ -139,7 +134,7 @@ def in_place():
     return nn.Sequential(nn.SiLU(inplace=True), nn.Conv2d(4, 4, 1))
 
 
-class Secretly(nn.Module):
+class ChangesInput(nn.Module):
     def forward(self, x):
         with torch.no_grad():
             x.mul_(2)
@@ -152,7 +147,7 @@ class Secretly(nn.Module):
         (lambda: with_f(Clamped()), r"blocks\.1\.f changes its parameter gain"),
         (lambda: with_f(Unguarded()), r"blocks\.1\.f changes its input or a p"),
         (lambda: with_f(in_place()), r"blocks\.1\.f changes its input or a p"),
-        (lambda: with_f(Secretly()), r"blocks\.1\.f changes its input in"),
+        (lambda: with_f(ChangesInput()), r"blocks\.1\.f changes its input in"),
         (
             lambda: ReversibleSequence(
                 [nn.Conv2d(8, 8, 1), nn.SiLU(inplace=True)]
@@ -160,22 +155,24 @@ class Secretly(nn.Module):
             r"blocks\.1 cannot be computed again: it changes its input",
         ),
         (
-            lambda: ReversibleSequence([nn.Conv2d(8, 8, 1), Tap(Secretly())]),
+            lambda: ReversibleSequence(
+                [nn.Conv2d(8, 8, 1), Tap(ChangesInput())]
+            ),
             r"blocks\.1\.read changes its input",
         ),
         (
-            lambda: ReversibleSequence([Secretly(), *chain(1).blocks]),
+            lambda: ReversibleSequence([ChangesInput(), *chain(1).blocks]),
             r"blocks\.0 cannot be computed again: it changes its input",
         ),
     ],
 )
-def test_what_changes_in_place_while_it_runs_is_refused(build, message):
+def test_changes_in_place_during_a_call_are_refused(build, message):
     net = build()
     x = images()
     before = x.clone()
     with pytest.raises(RuntimeError, match=message + ".*inplace=False"):
         net(x)
-    if not isinstance(net.blocks[0], Secretly):
+    if not isinstance(net.blocks[0], ChangesInput):
         assert torch.equal(x, before)
 
 
@@ -194,7 +191,7 @@ def test_an_argument_that_f_changes_is_refused(by_name):
 def test_a_stream_changed_in_place_is_refused_without_gradients_too(
     save_memory,
 ):
-    net = with_f(Secretly())
+    net = with_f(ChangesInput())
     net.save_memory = save_memory
     with torch.no_grad(), pytest.raises(RuntimeError, match="changes its inp"):
         net(images())
@@ -288,7 +285,7 @@ def test_flags_of_backends_in_both_passes():
     cudnn = torch.backends.cudnn
     seen = []
 
-    class Look(nn.Module):
+    class RecordsCall(nn.Module):
         def forward(self, x):
             seen.append((cudnn.benchmark, cudnn.deterministic))
             return x.tanh()
@@ -296,7 +293,9 @@ def test_flags_of_backends_in_both_passes():
     before = cudnn.benchmark, cudnn.deterministic
     try:
         cudnn.benchmark = cudnn.deterministic = True
-        net = ReversibleSequence([Look(), AdditiveCoupling(Look(), Look())])
+        net = ReversibleSequence(
+            [RecordsCall(), AdditiveCoupling(RecordsCall(), RecordsCall())]
+        )
         y = net(images().requires_grad_())
         cudnn.deterministic = False
         y.sum().backward()
@@ -378,11 +377,11 @@ def test_a_batch_of_none(exact, dtype):
     assert found[0][0].shape == found[1][0].shape
     assert found[0][1].shape == (0, 8, 7, 6)
     assert all(g is not None and not g.any() for g in found[0][2])
-    report = check_invertible(Only(net), images(batch=0, dtype=dtype))
+    report = check_invertible(FirstOutput(net), images(batch=0, dtype=dtype))
     assert report.inversion_error == 0.0
 
 
-class Only(nn.Module):
+class FirstOutput(nn.Module):
     def __init__(self, net):
         super().__init__()
         self.net = net
@@ -391,139 +390,134 @@ class Only(nn.Module):
         return self.net(x)[0]
 
 
-# --- the range of the grid -----------------------------------------------------
+def test_random_numbers_of_python_numpy_and_own_generators():
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+            self.own = [torch.Generator().manual_seed(3)]
+            self.rng = np.random.default_rng(3)
 
+        def forward(self, x):
+            noise = torch.rand(4, generator=self.own[0])
+            scale = random.random() + np.random.rand() + self.rng.random()
+            return self.linear(x) * noise * scale
 
-@pytest.mark.parametrize("scale", [5000.0, -5000.0])
-@pytest.mark.parametrize("stream", [0, 1])
-def test_either_stream_beyond_the_grid_on_either_side(scale, stream):
+    torch.manual_seed(0)
     net = ReversibleSequence(
-        [AdditiveCoupling(nn.Tanh(), nn.Tanh()) for _ in range(2)]
-    )
-    x = torch.zeros(2, 4)
-    x[1, 2 * stream] = scale
-    y = net(x.requires_grad_())
-    with pytest.raises(RuntimeError, match="blocks.0 the stream reached 500"):
+        [AdditiveCoupling(Noisy(), Noisy()) for _ in range(2)]
+    ).double()
+    twin = stored(net)
+    x = torch.randn(3, 8, dtype=torch.float64)
+    found, after = [], []
+    for module in (net, twin):
+        random.seed(1)
+        np.random.seed(1)
+        found.append(gradients(module, x)[1])
+        after.append(
+            (
+                random.random(),
+                np.random.rand(),
+                module.blocks[0].f.rng.random(),
+                torch.rand(1, generator=module.blocks[0].f.own[0]).item(),
+            )
+        )
+    assert relative_error(*found) < 1e-12
+    assert after[0] == after[1]
+
+
+def test_changes_between_forward_and_backward_are_found():
+    net = chain(2)
+    y = net(images())
+    with torch.no_grad():
+        net.blocks[1].g[0].bias.add_(1)
+    with pytest.raises(RuntimeError, match=r"blocks\.1\.g\.0\.bias was"):
         y.sum().backward()
-    assert x.grad is None
-
-
-class Constant(nn.Module):
-    """Adds the same to a whole stream."""
-
-    def __init__(self, value):
-        super().__init__()
-        self.value = nn.Parameter(torch.tensor(value))
-
-    def forward(self, x):
-        return self.value.expand_as(x)
-
-
-@pytest.mark.parametrize("block", [0, 1, 2])
-def test_any_block_may_be_the_one_that_leaves_the_grid(block):
-    """The last one too, though its output is the input of no other."""
-    net = ReversibleSequence(
-        [AdditiveCoupling(Constant(0.0), Constant(0.0)) for _ in range(3)]
-    )
-    net.blocks[block].g.value.data.fill_(5000.0)
-    y = net(torch.zeros(2, 4))
-    with pytest.raises(RuntimeError, match=f"at blocks.{block} the stream re"):
+    y = net(images())
+    net.blocks[0].f[0].weight.requires_grad_(False)
+    with pytest.raises(RuntimeError, match=r"blocks\.0\.f\.0\.weight was"):
+        y.sum().backward()
+    y = net(images())
+    net.eval()
+    with pytest.raises(RuntimeError, match="mode of the forward pass"):
         y.sum().backward()
     assert all(p.grad is None for p in net.parameters())
 
 
-@pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_the_edge_of_the_grid_is_beyond_it(sign):
-    """4096 + 2**-12 is rounded to 4096, so that 4096 may stand for either."""
-    net = ReversibleSequence([AdditiveCoupling(nn.Tanh(), nn.Tanh())])
-    x = torch.zeros(2, 4)
-    x[0, 0] = sign * 4096.0
-    y = net(x.requires_grad_())
-    with pytest.raises(RuntimeError, match="reached 4096, beyond 4096"):
-        y.sum().backward()
-    x = x.detach()
-    x[0, 0] = sign * (4096.0 - 2.0**-10)
-    y = net(x.requires_grad_())
-    y.sum().backward()
-    assert x.grad is not None
-
-
-# --- check_invertible ----------------------------------------------------------
-
-
-class Forgetful(nn.Module):
-    """Its convolution differs in backward; its last step begins at zero."""
-
-    def __init__(self, last):
-        super().__init__()
-        self.conv = nn.Conv2d(4, 4, 1)
-        self.last = last
-
-    def forward(self, x):
-        y = self.conv(x)
-        if torch._C._current_graph_task_id() != -1:
-            y = y * 1.1
-        return self.last(y)
-
-
-def zero_conv():
-    conv = nn.Conv2d(4, 4, 1)
-    nn.init.zeros_(conv.weight)
-    return conv
-
-
-def zero_norm():
-    norm = nn.BatchNorm2d(4, momentum=None).eval()
-    nn.init.zeros_(norm.weight)
-    return norm
-
-
-class LayerScale(nn.Module):
-    def __init__(self, shape=(4, 1, 1), value=1e-6):
-        super().__init__()
-        self.gamma = nn.Parameter(torch.full(shape, value))
-
-    def forward(self, x):
-        return x * self.gamma
-
-
-@pytest.mark.parametrize(
-    "last",
-    [
-        zero_conv,
-        zero_norm,
-        LayerScale,
-        lambda: LayerScale((), 0.0),
-        lambda: LayerScale((1,), 0.0),
-        lambda: nn.Sequential(zero_conv(), LayerScale()),
-        lambda: parametrizations.weight_norm(zero_conv()),
-    ],
-)
-def test_check_invertible_wakes_what_begins_at_zero(last):
-    net = ReversibleSequence(
-        [AdditiveCoupling(Forgetful(last()), Forgetful(last()))]
-    )
-    outer = nn.Sequential(zero_conv_of_8(), net)
-    before = copy.deepcopy(outer)
-    report = check_invertible(outer, images())
-    assert report.blocks["1.blocks.0"] > 1e-3
-    assert report.gradient_error > 1e-3 or not outer[0].weight.any()
-    assert_same_state(outer, before)
-
-
-def zero_conv_of_8():
-    conv = nn.Conv2d(8, 8, 1)
-    nn.init.dirac_(conv.weight)
-    return conv
-
-
-def test_check_invertible_says_the_same_again_and_draws_nothing():
+def test_changes_of_one_submodule_and_by_data_are_found():
     net = chain(2)
-    nn.init.zeros_(net.blocks[0].f[4].weight)
-    torch.manual_seed(5)
-    state = torch.get_rng_state()
-    x = images()
-    torch.set_rng_state(state)
-    reports = [check_invertible(net, x) for _ in range(2)]
-    assert reports[0] == reports[1]
-    assert torch.equal(torch.get_rng_state(), state)
+    y = net(images())
+    net.blocks[0].g[1].eval()
+    with pytest.raises(RuntimeError, match="mode of the forward pass"):
+        y.sum().backward()
+    net.train()
+    y = net(images())
+    weight = net.blocks[1].f[0].weight
+    weight.data = weight.data + 1
+    with pytest.raises(RuntimeError, match=r"blocks\.1\.f\.0\.weight was"):
+        y.sum().backward()
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_cached_parametrizations_get_gradients():
+    def conv():
+        return parametrizations.weight_norm(nn.Conv1d(4, 4, 3, padding=1))
+
+    torch.manual_seed(0)
+    net = ReversibleSequence([AdditiveCoupling(conv(), conv())]).double()
+    x = torch.randn(2, 8, 6, dtype=torch.float64)
+    with parametrize.cached():
+        _, ours, _ = gradients(net, x)
+    _, reference, _ = gradients(stored(net), x)
+    assert relative_error(ours, reference) < 1e-12
+
+
+def test_attributes_count_once():
+    class Counting(nn.Conv2d):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            return super().forward(x) * self.calls
+
+    net = ReversibleSequence(
+        [AdditiveCoupling(Counting(4, 4, 1), Counting(4, 4, 1))]
+    ).double()
+    twin = stored(net)
+    x = images(dtype=torch.float64)
+    for _ in range(2):
+        assert relative_error(gradients(net, x)[1], gradients(twin, x)[1]) < (
+            1e-12
+        )
+    assert net.blocks[0].f.calls == twin.blocks[0].f.calls == 2
+
+
+def test_modules_with_other_state():
+    """Spectral norm changes its buffers in forward and uses them."""
+
+    def half():
+        conv = nn.Conv2d(4, 4, 3, padding=1)
+        return nn.utils.parametrizations.spectral_norm(conv)
+
+    torch.manual_seed(2)
+    net = ReversibleSequence(
+        [AdditiveCoupling(half(), half()) for _ in range(3)]
+    ).double()
+    twin = stored(net)
+    x = images(dtype=torch.float64)
+    _, ours, _ = gradients(net, x)
+    _, reference, _ = gradients(twin, x)
+    assert relative_error(ours, reference) < 1e-9
+    assert_same_state(net, twin)
+
+
+def test_global_random_stream_is_that_of_plain_autograd():
+    draws = []
+    for module in (chain(3), stored(chain(3))):
+        torch.manual_seed(9)
+        y = module(images())
+        between = torch.rand(3)
+        y.sum().backward()
+        draws.append((between, torch.rand(3)))
+    assert torch.equal(draws[0][0], draws[1][0])
+    assert torch.equal(draws[0][1], draws[1][1])
