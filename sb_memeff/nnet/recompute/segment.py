@@ -45,11 +45,7 @@ from torch.utils._pytree import (
     tree_unflatten,
 )
 
-from sb_memeff.nnet.replay.mismatch import (
-    checksum,
-    next_forward,
-    report_mismatches,
-)
+from sb_memeff.nnet.replay.mismatch import next_forward, report_mismatches
 from sb_memeff.nnet.replay.recorder import (
     Fingerprint,
     Recorder,
@@ -58,6 +54,7 @@ from sb_memeff.nnet.replay.recorder import (
     fingerprint,
 )
 from sb_memeff.ops.dispatch import has_values
+from sb_memeff.ops.summary import checksum
 
 __all__ = ["Segment", "nothing_saved"]
 

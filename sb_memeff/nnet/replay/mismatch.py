@@ -15,15 +15,16 @@ Authors
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, TypeGuard
 
 import torch
 from speechbrain.utils.logger import get_logger
 
+from sb_memeff.ops.summary import checksum
+
 __all__ = [
     "Summary",
-    "checksum",
     "is_read_at_once",
     "mismatch_action",
     "next_forward",
@@ -38,48 +39,6 @@ logger = get_logger(__name__)
 # Values of a tensor that are kept to tell how large a difference is.
 SAMPLE = 1024
 
-_INTEGER_OF_SIZE = {
-    1: torch.int8,
-    2: torch.int16,
-    4: torch.int32,
-    8: torch.int64,
-}
-
-
-def checksum(tensor: torch.Tensor) -> torch.Tensor:
-    """Sums the bits of a tensor as integers, which wrap around.
-
-    The order of the sum does not matter, so it is the same for any number of
-    threads, any device and any layout.
-
-    Arguments
-    ---------
-    tensor : torch.Tensor
-        Any shape, strides and dtype.
-
-    Returns
-    -------
-    torch.Tensor
-        A scalar of int32 or int64, on the tensor's device.
-
-    Example
-    -------
-    >>> x = torch.rand(3, 4)
-    >>> torch.equal(checksum(x), checksum(x.t().contiguous()))
-    True
-    >>> torch.equal(checksum(x), checksum(x.nextafter(x + 1)))
-    False
-    """
-    bits = tensor.detach()
-    if bits.is_complex():
-        bits = torch.view_as_real(bits)
-    if bits.dtype == torch.bool:
-        bits = bits.to(torch.int8)
-    bits = bits.view(_INTEGER_OF_SIZE[bits.element_size()])
-    # A sum in the dtype of the elements is 20 times as fast as one in int64.
-    wide = torch.int64 if bits.dtype == torch.int64 else torch.int32
-    return bits.sum(dtype=wide)
-
 
 class Summary:
     """Summary of tensors in forward, to be compared in backward.
@@ -93,6 +52,8 @@ class Summary:
         Tensors; anything else is passed over.
     sampled : bool, optional
         Keep values too. By default if the action is "warn".
+    sums : list of torch.Tensor, optional
+        Checksums of the tensors, if they are known: of any one shape.
 
     Example
     -------
@@ -102,12 +63,17 @@ class Summary:
     tensor(True)
     """
 
-    def __init__(self, leaves: Iterable[object], sampled: bool | None = None):
+    def __init__(
+        self,
+        leaves: Iterable[object],
+        sampled: bool | None = None,
+        sums: list[torch.Tensor] | None = None,
+    ):
         if sampled is None:
             sampled = mismatch_action() == "warn"
         tensors = [x for x in leaves if _is_plain(x)]
         self.sampled = sampled
-        self.sums = [checksum(x) for x in tensors]
+        self.sums = [checksum(x) for x in tensors] if sums is None else sums
         self.samples = [sample(x) for x in tensors] if sampled else []
 
     def again(self, leaves: Iterable[object]) -> Summary:
@@ -124,6 +90,26 @@ class Summary:
         return torch.stack(
             [(a != b).to(device) for a, b in zip(self.sums, other.sums)]
         ).any()
+
+    @staticmethod
+    def differ(pairs: Sequence[tuple[Summary, Summary]]) -> torch.Tensor:
+        """Which pairs of summaries differ, in few operations.
+
+        Arguments
+        ---------
+        pairs : sequence of tuple
+            All of as many tensors, on one device.
+
+        Returns
+        -------
+        torch.Tensor
+            [N] of bool on that device.
+        """
+        before, now = (
+            torch.stack([x for summary in side for x in summary.sums])
+            for side in zip(*pairs, strict=True)
+        )
+        return (before != now).view(len(pairs), -1).any(1)
 
     def relative_error(self, other: Summary) -> torch.Tensor:
         """Largest difference of a sampled value over the largest value."""

@@ -29,7 +29,11 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 class ValueEvaluator(Protocol):
-    """Evaluates the functions of a block."""
+    """Evaluates the functions of a block.
+
+    ``add`` and ``subtract`` do in one pass over memory, where a kernel can, what
+    the sum or difference with a ``value`` does in two.
+    """
 
     def value(self, function: str, stream: torch.Tensor) -> torch.Tensor:
         """The increment that a function computes from a stream.
@@ -46,6 +50,53 @@ class ValueEvaluator(Protocol):
         torch.Tensor
             Same shape.
         """
+        raise NotImplementedError
+
+    def add(
+        self, stream: torch.Tensor, function: str, given: torch.Tensor
+    ) -> torch.Tensor:
+        """stream + function(given).
+
+        Arguments
+        ---------
+        stream : torch.Tensor
+            [N, C/2, ...].
+        function : str
+            As in ``value``.
+        given : torch.Tensor
+            The other stream, same shape.
+
+        Returns
+        -------
+        torch.Tensor
+            A new stream.
+        """
+        return stream + self.value(function, given)
+
+    def subtract(
+        self, stream: torch.Tensor, function: str, given: torch.Tensor
+    ) -> torch.Tensor:
+        """stream - function(given).
+
+        Arguments
+        ---------
+        stream : torch.Tensor
+            [N, C/2, ...].
+        function : str
+            As in ``value``.
+        given : torch.Tensor
+            The other stream, same shape.
+
+        Returns
+        -------
+        torch.Tensor
+            A new stream.
+        """
+        return stream - self.value(function, given)
+
+
+# Of the gradient of an increment, to that of the stream it was computed from.
+Pullback = Callable[[torch.Tensor], torch.Tensor]
 
 
 class VjpEvaluator(Protocol):
@@ -53,7 +104,7 @@ class VjpEvaluator(Protocol):
 
     def vjp(
         self, function: str, stream: torch.Tensor
-    ) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+    ) -> tuple[torch.Tensor, Pullback]:
         """The increment, and the pullback of its gradient.
 
         Arguments
@@ -69,9 +120,31 @@ class VjpEvaluator(Protocol):
             The increment, and a function from the gradient of the increment
             to that of the stream. Call it once.
         """
+        raise NotImplementedError
+
+    def subtract_vjp(
+        self, stream: torch.Tensor, function: str, given: torch.Tensor
+    ) -> tuple[torch.Tensor, Pullback]:
+        """stream - function(given), and the pullback of the function.
+
+        Arguments
+        ---------
+        stream : torch.Tensor
+            [N, C/2, ...]. It may be overwritten.
+        function : str
+            As in ``vjp``.
+        given : torch.Tensor
+            The other stream, same shape.
+
+        Returns
+        -------
+        tuple
+            The difference, and the pullback as of ``vjp``.
+        """
+        raise NotImplementedError
 
 
-class _PlainEvaluator:
+class _PlainEvaluator(ValueEvaluator):
     """Evaluates a block outside of a chain: plain autograd, no grid."""
 
     def __init__(self, block: "Invertible", extra: ExtraArguments):
@@ -118,7 +191,8 @@ class Invertible(nn.Module):
         x2 : torch.Tensor
             Second stream, same shape.
         evaluator : ValueEvaluator
-            ``evaluator.value("f", x)`` is the increment f(x).
+            ``evaluator.value("f", x)`` is the increment f(x), and
+            ``evaluator.add(y, "f", x)`` is y + f(x).
 
         Returns
         -------
@@ -172,7 +246,8 @@ class Invertible(nn.Module):
             Their gradients. Take them out as well.
         evaluator : VjpEvaluator
             ``evaluator.vjp("f", x)`` returns the increment f(x) and the
-            pullback of its gradient.
+            pullback of its gradient; ``evaluator.subtract_vjp(y, "f", x)``
+            returns y - f(x) and the same pullback.
         shape : torch.Size
             Shape of one stream before the map.
 
@@ -315,9 +390,9 @@ class AdditiveCoupling(Invertible):
         """y1 = x1 + f(x2), y2 = x2 + g(y1)."""
         y1, y2 = x1, x2
         for f in self._summands("f"):
-            y1 = y1 + evaluator.value(f, x2)
+            y1 = evaluator.add(y1, f, x2)
         for g in self._summands("g"):
-            y2 = y2 + evaluator.value(g, y1)
+            y2 = evaluator.add(y2, g, y1)
         return y1, y2
 
     def inverse_streams(
@@ -330,9 +405,9 @@ class AdditiveCoupling(Invertible):
         """x2 = y2 - g(y1), x1 = y1 - f(x2)."""
         x1, x2 = y1, y2
         for g in self._summands("g"):
-            x2 = x2 - evaluator.value(g, y1)
+            x2 = evaluator.subtract(x2, g, y1)
         for f in self._summands("f"):
-            x1 = x1 - evaluator.value(f, x2)
+            x1 = evaluator.subtract(x1, f, x2)
         return x1, x2
 
     def backward_streams(
@@ -347,14 +422,10 @@ class AdditiveCoupling(Invertible):
         d2, d1 = dy.pop(), dy.pop()
         # In the order in which autograd adds up the gradients.
         for g in reversed(self._summands("g")):
-            increment, pullback = evaluator.vjp(g, y1)
-            y2 = y2 - increment
-            del increment
+            y2, pullback = evaluator.subtract_vjp(y2, g, y1)
             d1 = d1 + pullback(d2)
         for f in reversed(self._summands("f")):
-            increment, pullback = evaluator.vjp(f, y2)
-            y1 = y1 - increment
-            del increment
+            y1, pullback = evaluator.subtract_vjp(y1, f, y2)
             d2 = d2 + pullback(d1)
         return (y1, y2), (d1, d2)
 

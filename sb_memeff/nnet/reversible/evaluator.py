@@ -9,7 +9,7 @@ Authors
  * The sb_memeff authors 2026
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence, Set
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ from sb_memeff.nnet.recompute.segment import nothing_saved
 from sb_memeff.nnet.replay.module_state import modules_of
 from sb_memeff.nnet.replay.recorder import Recorder, Recording
 from sb_memeff.nnet.reversible.arguments import ExtraArguments
+from sb_memeff.nnet.reversible.coupling import Pullback
 from sb_memeff.nnet.reversible.grid import StreamFormat
 
 __all__ = ["Evaluator", "RecordingEvaluator", "ReplayingEvaluator"]
@@ -73,10 +74,26 @@ class Evaluator:
         torch.Tensor
             A tensor of that shape in the dtype and on the grid of the streams.
         """
+        return self.format.on_grid(self._increment(function, stream))
+
+    def add(
+        self, stream: torch.Tensor, function: str, given: torch.Tensor
+    ) -> torch.Tensor:
+        """See ``ValueEvaluator.add``."""
+        return self.format.add(stream, self._increment(function, given))
+
+    def subtract(
+        self, stream: torch.Tensor, function: str, given: torch.Tensor
+    ) -> torch.Tensor:
+        """See ``ValueEvaluator.subtract``."""
+        return self.format.subtract(stream, self._increment(function, given))
+
+    def _increment(self, function: str, stream: torch.Tensor) -> torch.Tensor:
+        """The increment as the function returns it, checked."""
         module_input = stream.to(self.format.module_dtype)
         increment = self.call(function, module_input, (stream,))
         self._check_increment(function, increment, stream)
-        return self.format.on_grid(increment)
+        return increment
 
     def tap_value(self, function: str, *state: torch.Tensor) -> torch.Tensor:
         """The value that a tap computes from the state of the chain.
@@ -212,11 +229,11 @@ class RecordingEvaluator(Evaluator):
     # once: without them some modules take a faster path, and torch.compile
     # builds other code. Both round differently from the replay.
 
-    def value(self, function: str, stream: torch.Tensor) -> torch.Tensor:
+    def _increment(self, function: str, stream: torch.Tensor) -> torch.Tensor:
         """The increment, computed as ``ReplayingEvaluator.vjp`` does."""
         with torch.enable_grad(), nothing_saved():
             stream = stream.detach().requires_grad_()
-            return super().value(function, stream).detach()
+            return super()._increment(function, stream).detach()
 
     def tap_value(self, function: str, *state: torch.Tensor) -> torch.Tensor:
         """The tap's value, computed as in a replay."""
@@ -251,6 +268,8 @@ class ReplayingEvaluator(Evaluator):
         name; a shared parameter has several names.
     extra_tensors : list of torch.Tensor
         Those of the extra arguments that need a gradient.
+    saved_storages : set of int
+        Of each storage that must not be overwritten, the address.
     *args : tuple
         As Evaluator's.
     """
@@ -261,6 +280,7 @@ class ReplayingEvaluator(Evaluator):
         recordings: dict[str, Recording],
         parameters: dict[str, torch.Tensor],
         extra_tensors: list[torch.Tensor],
+        saved_storages: Set[int],
         *args: Any,
     ):
         super().__init__(*args)
@@ -268,6 +288,7 @@ class ReplayingEvaluator(Evaluator):
         self.recordings = recordings
         self.parameters = parameters
         self.extra_tensors = extra_tensors
+        self.saved_storages = saved_storages
         # By id of the leaf, since a parameter may have several names.
         self._gradients: dict[int, torch.Tensor] = {}
         # Those of gradients that have been returned.
@@ -275,7 +296,7 @@ class ReplayingEvaluator(Evaluator):
 
     def vjp(
         self, function: str, stream: torch.Tensor
-    ) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+    ) -> tuple[torch.Tensor, Pullback]:
         """The increment, and the pullback of its gradient.
 
         Arguments
@@ -292,18 +313,32 @@ class ReplayingEvaluator(Evaluator):
             gradient of the increment to that of the stream, which adds to the
             gradients of parameters and extra arguments. Call it once.
         """
+        increment, pullback = self._increment_vjp(function, stream)
+        return self.format.on_grid(increment), pullback
+
+    def subtract_vjp(
+        self, stream: torch.Tensor, function: str, given: torch.Tensor
+    ) -> tuple[torch.Tensor, Pullback]:
+        """See ``VjpEvaluator.subtract_vjp``."""
+        increment, pullback = self._increment_vjp(function, given)
+        # What autograd has saved is read again by another backward pass.
+        saved = stream.untyped_storage()._cdata in self.saved_storages
+        return self.format.subtract(stream, increment, not saved), pullback
+
+    def _increment_vjp(
+        self, function: str, stream: torch.Tensor
+    ) -> tuple[torch.Tensor, Pullback]:
+        """The increment as the function returns it, and the pullback."""
         stream = stream.detach().requires_grad_()
         with torch.enable_grad():
-            module_input = stream.to(self.format.module_dtype)
-            output = self.call(function, module_input, (stream,))
-        increment = self.format.on_grid(output.detach())
-        # The pullback needs the graph of the output, not its storage.
-        graph = _Graph.of(output)
+            increment = self._increment(function, stream)
+        # The pullback needs the graph of the increment, not its storage.
+        graph = _Graph.of(increment)
 
         def pullback(gradient: torch.Tensor) -> torch.Tensor:
             return self._pull_back(function, graph, gradient, [stream])[0]
 
-        return increment, pullback
+        return increment.detach(), pullback
 
     def tap_gradients(
         self, function: str, gradient: torch.Tensor, *state: torch.Tensor

@@ -12,59 +12,11 @@ from typing import Any
 
 import torch
 
-from sb_memeff.nnet.reversible.layout import is_channels_last, split_streams
-from sb_memeff.ops.dispatch import runs_fused
+from sb_memeff.nnet.reversible.layout import split_streams
+from sb_memeff.ops.grid import add_on_grid, round_to_grid, subtract_on_grid
+from sb_memeff.ops.summary import Summaries
 
-__all__ = ["StreamFormat", "round_to_grid"]
-
-
-def round_to_grid(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """Rounds to multiples of 2**-bits; the gradient passes unchanged.
-
-    Arguments
-    ---------
-    x : torch.Tensor
-        Any shape, floating point.
-    bits : int
-        Bits after the binary point.
-
-    Returns
-    -------
-    torch.Tensor
-        A new tensor of that shape, float32 (float64 of float64).
-
-    Example
-    -------
-    >>> round_to_grid(torch.tensor([0.3, 0.4]), bits=1)
-    tensor([0.5000, 0.5000])
-    """
-    if torch.is_grad_enabled() and x.requires_grad:
-        return _RoundToGrid.apply(x, bits)
-    return _rounded(x, bits)
-
-
-def _rounded(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """Rounds without a graph."""
-    if runs_fused(x) and (x.is_contiguous() or is_channels_last(x)):
-        from sb_memeff.ops.triton import grid
-
-        return grid.round_to_grid(x, bits)
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    # Scaling by a power of two is exact; only round() rounds. It makes -0 of
-    # small negative numbers, which no subtraction would give back.
-    return (x * 2.0**bits).round_().mul_(2.0**-bits).add_(0.0)
-
-
-class _RoundToGrid(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, bits: int) -> torch.Tensor:
-        ctx.dtype = x.dtype
-        return _rounded(x, bits)
-
-    @staticmethod
-    # pyrefly: ignore[bad-override]
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return gradient.to(ctx.dtype), None
+__all__ = ["StreamFormat"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,24 +32,105 @@ class StreamFormat:
         grid.
     axis : int
         The dimension of a tensor that is split into two streams.
+    summaries : Summaries, optional
+        Where kernels leave the summaries of the streams that they compute.
     """
 
     module_dtype: torch.dtype
     grid_bits: int | None
     axis: int = 1
+    summaries: Summaries | None = None
 
     @property
     def stream_dtype(self) -> torch.dtype:
         """float64 for modules in float64, else float32."""
         return torch.promote_types(self.module_dtype, torch.float32)
 
-    def on_grid(self, x: torch.Tensor) -> torch.Tensor:
-        """Converts a tensor to the dtype and the grid of the streams."""
+    def on_grid(
+        self, x: torch.Tensor, summaries: Summaries | None = None
+    ) -> torch.Tensor:
+        """Converts a tensor to the dtype and the grid of the streams.
+
+        Arguments
+        ---------
+        x : torch.Tensor
+            Any shape, floating point.
+        summaries : Summaries, optional
+            Where a kernel leaves the summary of the result.
+
+        Returns
+        -------
+        torch.Tensor
+            The tensor; a new one if there is a grid.
+        """
+        x = self._widened(x)
+        if self.grid_bits is None:
+            return x
+        if _needs_graph(x):
+            return _RoundToGrid.apply(x, self.grid_bits)
+        return round_to_grid(x, self.grid_bits, summaries)
+
+    def add(
+        self, stream: torch.Tensor, increment: torch.Tensor
+    ) -> torch.Tensor:
+        """Adds an increment to a stream, on the grid.
+
+        Arguments
+        ---------
+        stream : torch.Tensor
+            [N, C/2, ...].
+        increment : torch.Tensor
+            Same shape, floating point.
+
+        Returns
+        -------
+        torch.Tensor
+            A new tensor in the dtype of the streams.
+        """
+        if self.grid_bits is None or _needs_graph(stream, increment):
+            return stream + self.on_grid(increment)
+        increment = self._widened(increment)
+        return add_on_grid(stream, increment, self.grid_bits, self.summaries)
+
+    def subtract(
+        self,
+        stream: torch.Tensor,
+        increment: torch.Tensor,
+        overwrite: bool = False,
+    ) -> torch.Tensor:
+        """Undoes ``add``.
+
+        Arguments
+        ---------
+        stream : torch.Tensor
+            A result of ``add``.
+        increment : torch.Tensor
+            The same as there.
+        overwrite : bool
+            Put the result where the stream is.
+
+        Returns
+        -------
+        torch.Tensor
+            The stream before.
+        """
+        if self.grid_bits is None or _needs_graph(stream, increment):
+            increment = self.on_grid(increment)
+            return stream.sub_(increment) if overwrite else stream - increment
+        return subtract_on_grid(
+            stream,
+            self._widened(increment),
+            self.grid_bits,
+            self.summaries,
+            overwrite,
+        )
+
+    def _widened(self, x: torch.Tensor) -> torch.Tensor:
         # Rounding converts half precision by itself, in the same pass.
         widened = torch.promote_types(x.dtype, torch.float32)
         if self.grid_bits is None or widened != self.stream_dtype:
-            x = x.to(self.stream_dtype)
-        return x if self.grid_bits is None else round_to_grid(x, self.grid_bits)
+            return x.to(self.stream_dtype)
+        return x
 
     def to_streams(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
         """Makes two streams of two tensors, or of the halves of one.
@@ -109,7 +142,7 @@ class StreamFormat:
             tensors = self.split(tensors[0])
         if self.grid_bits is None:
             return [x.to(self.stream_dtype, copy=True) for x in tensors]
-        return [self.on_grid(x) for x in tensors]
+        return [self.on_grid(x, self.summaries) for x in tensors]
 
     def from_streams(self, *tensors: torch.Tensor) -> torch.Tensor:
         """Makes the input of a module of two streams, or of one tensor."""
@@ -124,3 +157,21 @@ class StreamFormat:
     def join(self, *streams: torch.Tensor) -> torch.Tensor:
         """Joins two streams to one tensor in their dtype."""
         return torch.cat(streams, dim=self.axis)
+
+
+def _needs_graph(*tensors: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+class _RoundToGrid(torch.autograd.Function):
+    """The gradient passes unchanged."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, bits: int) -> torch.Tensor:
+        ctx.dtype = x.dtype
+        return round_to_grid(x, bits)
+
+    @staticmethod
+    # pyrefly: ignore[bad-override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient.to(ctx.dtype), None

@@ -17,6 +17,7 @@ from sb_memeff.nnet.replay.mismatch import (
     report_mismatches,
 )
 from sb_memeff.nnet.reversible.observer import Observer
+from sb_memeff.ops.summary import Summaries
 
 __all__ = ["StreamGuard"]
 
@@ -42,13 +43,15 @@ class StreamGuard(Observer):
     def __init__(self, grid_bits: int | None, compare: bool = True):
         self.grid_bits = grid_bits
         self.compare = compare
-        self._extremes: list[tuple[str, torch.Tensor]] = []
+        self.summaries = Summaries()
+        # In forward, of both streams before each block and after the last.
+        self._reached: list[tuple[str, torch.Tensor]] = []
         self._max_abs: list[float] | None = None
         # Of the streams before each block.
-        self._summaries: dict[str, Summary | None] = {}
+        self._before: dict[str, Summary] = {}
         self._names: list[str] = []
-        # (block, whether it differs, summary in forward, in backward).
-        self._comparisons: list[tuple[str, torch.Tensor, Summary, Summary]] = []
+        # (block, summary in forward, in backward).
+        self._comparisons: list[tuple[str, Summary, Summary]] = []
         self._all_finite = True
         next_forward()
 
@@ -58,33 +61,29 @@ class StreamGuard(Observer):
         """Summarises the streams before the first block."""
         self._names = names
         if names:
-            self._measure(names[0], streams)
-            self._summaries[names[0]] = self._summary(streams)
+            self._see(names[0], 0, streams)
 
     def block_computed(self, name: str, streams: list[torch.Tensor]) -> None:
         """Summarises the streams before the next block."""
-        self._measure(name, streams)
-        index = self._names.index(name) + 1
-        if index < len(self._names):
-            self._summaries[self._names[index]] = self._summary(streams)
+        self._see(name, self._names.index(name) + 1, streams)
 
     def backward_begins(self) -> None:
         """Raises if |x| reached 2**(24 - grid_bits), or for an earlier step."""
         read_arrived()
-        if not self._extremes:
+        if not self._reached:
             return
         grid_bits = cast(int, self.grid_bits)
         limit = 2.0 ** (24 - grid_bits)
         if self._max_abs is None:
-            extremes = torch.stack([pair for _, pair in self._extremes])
             # The only time that the host waits for the device, however many
             # groups of invertible blocks the chain has.
-            self._max_abs = extremes.abs().amax(dim=1).tolist()
+            rows = torch.stack([row for _, row in self._reached]).cpu()
+            self._max_abs = rows[:, 0].view(torch.float32).tolist()
         max_abs = self._max_abs
         # inf and NaN pass, as they do in autograd: GradScaler and Brain skip
         # or count non-finite steps.
         self._all_finite = all(map(math.isfinite, max_abs))
-        for (name, _), value in zip(self._extremes, max_abs):
+        for (name, _), value in zip(self._reached, max_abs):
             if limit <= value < math.inf:
                 raise RuntimeError(
                     f"ReversibleSequence: at {name} the stream reached "
@@ -99,18 +98,12 @@ class StreamGuard(Observer):
         self, name: str, streams: list[torch.Tensor]
     ) -> None:
         """Compares the streams; on the CPU a difference is an error at once."""
-        if not self.compare:
+        if not self.compare or not self._all_finite:
             return
-        before = cast(Summary, self._summaries[name])
-        now = before.again(streams)
-        if self.grid_bits is None:
-            differs = before.relative_error(now) > FLOAT64_TOLERANCE
-        elif self._all_finite:
-            differs = before.differs(now)
-        else:
-            return
-        self._comparisons.append((name, differs, before, now))
-        if is_read_at_once(differs.device):
+        before = self._before[name]
+        now = self._summary(streams, before.sampled)
+        self._comparisons.append((name, before, now))
+        if is_read_at_once(streams[0].device):
             self.backward_ends()
 
     def backward_ends(self) -> None:
@@ -118,30 +111,32 @@ class StreamGuard(Observer):
         comparisons, self._comparisons = self._comparisons, []
         if not comparisons:
             return
+        pairs = [(before, now) for _, before, now in comparisons]
+        if self.grid_bits is None:
+            errors = [before.relative_error(now) for before, now in pairs]
+            differ = torch.stack(errors) > FLOAT64_TOLERANCE
+        else:
+            differ = Summary.differ(pairs)
 
         def message(index: int) -> str:
-            name, _, before, now = comparisons[index]
-            return _message(name, before, now)
+            return _message(*comparisons[index])
 
-        report_mismatches(torch.stack([c[1] for c in comparisons]), message)
+        report_mismatches(differ, message)
 
-    def _measure(self, name: str, streams: list[torch.Tensor]) -> None:
-        """Stores the smallest and the largest value of each stream."""
+    def _see(self, name: str, index: int, streams: list[torch.Tensor]) -> None:
+        """Summarises the streams before a block, which another has computed."""
         if self.grid_bits is not None:
-            for stream in streams:
-                extremes = (
-                    stream.aminmax()
-                    if stream.numel()
-                    else (stream.new_zeros(2))
-                )
-                self._extremes.append((name, torch.stack(tuple(extremes))))
+            self._reached += [(name, self.summaries.of(x)) for x in streams]
+        if self.compare and index < len(self._names):
+            self._before[self._names[index]] = self._summary(streams)
 
-    def _summary(self, streams: list[torch.Tensor]) -> Summary | None:
-        if not self.compare:
-            return None
-        return Summary(
-            streams, sampled=True if self.grid_bits is None else None
-        )
+    def _summary(
+        self, streams: list[torch.Tensor], sampled: bool | None = None
+    ) -> Summary:
+        if self.grid_bits is None:
+            return Summary(streams, True, [])
+        sums = [self.summaries.of(x) for x in streams]
+        return Summary(streams, sampled, sums)
 
 
 def _message(name: str, before: Summary, now: Summary) -> str:

@@ -4,6 +4,7 @@ Authors
  * The sb_memeff authors 2026
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
@@ -347,7 +348,11 @@ class ReversibleSequence(nn.Module):
         if real and checkable:
             # Other observers compare the streams themselves.
             compare = not observers
-            observers.append(StreamGuard(stream_format.grid_bits, compare))
+            guard = StreamGuard(stream_format.grid_bits, compare)
+            observers.append(guard)
+            stream_format = dataclasses.replace(
+                stream_format, summaries=guard.summaries
+            )
         tap_sum = DetachedTapSum(stream_format, x.device)
         try:
             state = self._apply_blocks(

@@ -1,4 +1,4 @@
-"""Rounding onto the grid of the exact stream, in one pass.
+"""Rounding onto the grid of the exact stream and sums on it, in one pass.
 
 Authors
  * The sb_memeff authors 2026
@@ -9,24 +9,29 @@ import triton
 import triton.language as tl
 
 from sb_memeff.ops.triton.launch import launch
+from sb_memeff.ops.triton.summary import BLOCK, add_to_summary
 
-__all__ = ["round_to_grid"]
-
-BLOCK = 1024
+__all__ = ["combine_on_grid"]
 
 
 @triton.jit
-def _round(
-    x_ptr,
-    rounded_ptr,
+def _grid(
+    increment_ptr,
+    # Not read if SIGN is 0.
+    stream_ptr,
+    result_ptr,
+    summary_ptr,
     size,
+    SIGN: tl.constexpr,
     BITS: tl.constexpr,
+    SUMMARIZES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     scale: tl.constexpr = 2.0**BITS
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     has = place < size
-    x = tl.load(x_ptr + place, mask=has, other=0.0).to(tl.float32) * scale
+    x = tl.load(increment_ptr + place, mask=has, other=0.0)
+    x = x.to(tl.float32) * scale
     # Half to even, as torch rounds. Where the difference is not exact it is
     # far from a half.
     y = tl.floor(x)
@@ -34,35 +39,55 @@ def _round(
     odd = y * 0.5 != tl.floor(y * 0.5)
     y = tl.where((rest > 0.5) | ((rest == 0.5) & odd), y + 1, y)
     # No -0, which no subtraction would give back.
-    y = tl.where(y == 0, 0.0, y)
-    tl.store(rounded_ptr + place, y * (1 / scale), mask=has)
+    y = tl.where(y == 0, 0.0, y) * (1 / scale)
+    if SIGN == 1:
+        y = tl.load(stream_ptr + place, mask=has, other=0.0) + y
+    if SIGN == -1:
+        y = tl.load(stream_ptr + place, mask=has, other=0.0) - y
+    tl.store(result_ptr + place, y, mask=has)
+    if SUMMARIZES:
+        add_to_summary(y, has, summary_ptr)
 
 
-def round_to_grid(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """Rounds to multiples of 2**-bits.
+def combine_on_grid(
+    sign: int,
+    stream: torch.Tensor | None,
+    increment: torch.Tensor,
+    bits: int,
+    result: torch.Tensor,
+    summary: torch.Tensor | None,
+) -> None:
+    """stream + sign * round(increment), or round(increment) alone.
 
     Arguments
     ---------
-    x : torch.Tensor
-        float32 or half precision; its values stand next to one another in
-        memory, in any order of the axes.
+    sign : int
+        1 or -1; 0 for the increment alone.
+    stream : torch.Tensor or None
+        float32. All values are adjacent in memory, in the same order of the
+        axes in all tensors.
+    increment : torch.Tensor
+        float32 or half precision.
     bits : int
-        Bits after the binary point.
-
-    Returns
-    -------
-    torch.Tensor
-        float32, laid out as x.
+        Round to multiples of 2**-bits.
+    result : torch.Tensor
+        Takes the result, float32; may be the stream.
+    summary : torch.Tensor or None
+        Takes the summary of the result, see ``triton.summary.summarize``.
     """
-    rounded = torch.empty_like(x, dtype=torch.float32)
-    if x.numel():
+    size = increment.numel()
+    if size:
         launch(
-            _round,
-            (triton.cdiv(x.numel(), BLOCK),),
-            x,
-            rounded,
-            x.numel(),
+            _grid,
+            (triton.cdiv(size, BLOCK),),
+            increment,
+            # A pointer that is not used may be any.
+            increment if stream is None else stream,
+            result,
+            increment if summary is None else summary,
+            size,
+            SIGN=sign,
             BITS=bits,
+            SUMMARIZES=summary is not None,
             BLOCK=BLOCK,
         )
-    return rounded

@@ -23,6 +23,7 @@ from sb_memeff.ops.triton import (
     lattice,
     logit_rows,
     sgd_8bit,
+    summary,
 )
 
 CUOBJDUMP = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
@@ -101,13 +102,31 @@ def kernels():
             min(4, block // 32),
         )
     for dtype in ("fp16", "bf16", "fp32"):
-        yield (
-            f"round_to_grid {dtype}",
-            grid._round,
-            {"x_ptr": f"*{dtype}", "rounded_ptr": "*fp32", "size": "i32"},
-            {"BITS": 12, "BLOCK": grid.BLOCK},
-            4,
-        )
+        for sign in (0, -1):
+            yield (
+                f"grid {dtype} sign={sign}",
+                grid._grid,
+                {
+                    "increment_ptr": f"*{dtype}",
+                    **dict.fromkeys(("stream_ptr", "result_ptr"), "*fp32"),
+                    "summary_ptr": "*i32",
+                    "size": "i32",
+                },
+                {
+                    "SIGN": sign,
+                    "BITS": 12,
+                    "SUMMARIZES": True,
+                    "BLOCK": summary.BLOCK,
+                },
+                4,
+            )
+    yield (
+        "summarize",
+        summary._summarize,
+        {"x_ptr": "*fp32", "summary_ptr": "*i32", "size": "i32"},
+        {"BLOCK": summary.BLOCK},
+        4,
+    )
     # The longest of the activations.
     constants = {"ACTIVATION": "gelu_tanh"}
     for dtype in ("fp16", "bf16", "fp32"):

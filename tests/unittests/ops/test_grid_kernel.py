@@ -1,15 +1,52 @@
-"""Rounding onto the grid by the kernel against torch's operations."""
+"""Sums on the grid and their summaries: kernels against torch's operations."""
 
 import pytest
 import torch
 
-from sb_memeff.nnet.reversible.grid import round_to_grid
-from sb_memeff.ops.triton import grid
+from sb_memeff.ops import grid, summary
+from sb_memeff.ops.dispatch import fused_on_fake_tensors
+from sb_memeff.ops.grid import add_on_grid, round_to_grid, subtract_on_grid
+from sb_memeff.ops.summary import Summaries, is_dense
+from sb_memeff.ops.triton.launch import watch_launches
 from tests.unittests.ops.kernels import DEVICE, poison
+
+HALF = torch.float16, torch.bfloat16
+DTYPES = (torch.float32, *HALF)
+LAYOUTS = {
+    "contiguous": lambda x: x.contiguous(),
+    "channels_last": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
+}
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Kernels run wherever a GPU would run them; their names."""
+    for module in (grid, summary):
+        monkeypatch.setattr(
+            module,
+            "runs_fused",
+            lambda *tensors: all(x.dtype in DTYPES for x in tensors),
+        )
+    names = []
+    with watch_launches(lambda name, arguments: names.append(name)):
+        yield names
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """Calls a function with the plain forms, even on a GPU."""
+
+    def call(function, *args):
+        with monkeypatch.context() as patch:
+            for module in (grid, summary):
+                patch.setattr(module, "runs_fused", lambda *tensors: False)
+            return function(*args)
+
+    return call
 
 
 def values(dtype, bits):
-    """Ties, both zeros, what is beyond float32's integers, and the rest."""
+    """Ties, both zeros, values beyond float32's integers, and the rest."""
     torch.manual_seed(0)
     ties = (torch.arange(-9, 10) / 2 + 0.5) * 2.0**-bits
     odd = [0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-30, -1e-30]
@@ -20,56 +57,225 @@ def values(dtype, bits):
     )
 
 
+def on_grid(*shape, bits=12, scale=100.0):
+    """A stream."""
+    x = (scale * torch.randn(*shape) * 2.0**bits).round() * 2.0**-bits
+    return x.to(DEVICE)
+
+
+def same_bits(a, b):
+    """Equal with the signs of zeros; a NaN equals any NaN."""
+    assert a.dtype == b.dtype == torch.float32
+    assert torch.equal(a.isnan(), b.isnan())
+    a, b = (x.nan_to_num(7.0, torch.inf, -torch.inf) for x in (a, b))
+    return torch.equal(a.view(torch.int32), b.view(torch.int32))
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's
 @pytest.mark.parametrize("bits", [0, 9, 12])
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.float16, torch.bfloat16]
-)
-def test_the_same_bits(monkeypatch, dtype, bits):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rounding_has_the_same_bits(monkeypatch, launches, dtype, bits):
     x = values(dtype, bits)
     exact = (x.double() * 2.0**bits).round() * 2.0**-bits
     poison(monkeypatch)
-    found = grid.round_to_grid(x, bits)
-    assert found.dtype == torch.float32
-    assert torch.equal(found.isnan(), exact.isnan())
-    assert torch.equal(found.nan_to_num(7.0), exact.float().nan_to_num(7.0))
+    found = round_to_grid(x, bits)
+    assert same_bits(found, exact.float() + 0.0)
     assert not (found.signbit() & (found == 0)).any()
+    assert launches == ["_grid"]
 
 
-def test_layouts():
-    x = torch.randn(2, 3, 4, 5, device=DEVICE)
-    for memory_format in (torch.contiguous_format, torch.channels_last):
-        laid_out = x.to(memory_format=memory_format)
-        found = grid.round_to_grid(laid_out, 12)
-        assert found.stride() == laid_out.stride()
-        assert torch.equal(found, round_to_grid(x, 12))
-    assert grid.round_to_grid(x[:0], 12).shape == (0, 3, 4, 5)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("function", [add_on_grid, subtract_on_grid])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sums_have_the_same_bits(monkeypatch, launches, plain, function, dtype):
+    """Whatever the values; NaN and infinities come out."""
+    increment = values(dtype, 12)
+    stream = on_grid(len(increment))
+    stream[5:9] = torch.tensor([-0.0, torch.inf, -torch.inf, torch.nan])
+    stream[40:50] = round_to_grid(increment[40:50], 12)
+    before = stream.clone()
+    exact = plain(function, stream, increment, 12)
+    poison(monkeypatch)
+    assert same_bits(function(stream, increment, 12), exact)
+    assert same_bits(stream, before)
 
 
-def test_other_strides_take_the_plain_form(monkeypatch):
-    """A slice has values of others in between."""
-    monkeypatch.setattr(
-        "sb_memeff.nnet.reversible.grid.runs_fused", lambda *tensors: True
-    )
-    x = torch.randn(2, 6, 4, 5, device=DEVICE)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (1, 9, 1000), (3, 2, 2047)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_subtracting_undoes_adding(
+    monkeypatch, launches, plain, dtype, shape, layout
+):
+    torch.manual_seed(1)
+    x = LAYOUTS[layout](on_grid(*shape))
+    increment = LAYOUTS[layout](torch.randn(*shape, device=DEVICE)).to(dtype)
+    expected = plain(add_on_grid, x, increment, 12)
+    poison(monkeypatch)
+    y = add_on_grid(x, increment, 12)
+    assert torch.equal(y, expected)
+    assert y.stride() == x.stride()
+    again = subtract_on_grid(y, increment, 12)
+    assert torch.equal(again, x) and torch.equal(y, expected)
+    same = subtract_on_grid(y, increment, 12, overwrite=True)
+    assert same is y and torch.equal(y, x)
+    assert launches == 3 * ["_grid"]
+
+
+@pytest.mark.parametrize("size", [1, 2047, 2048, 2049, 100_000])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_sum_leaves_the_summary_of_the_plain_form(
+    launches, plain, size, dtype
+):
+    torch.manual_seed(size)
+    x, increment = on_grid(size), torch.randn(size, device=DEVICE).to(dtype)
+    for function in (add_on_grid, subtract_on_grid):
+        summaries = Summaries()
+        y = function(x, increment, 12, summaries)
+        expected = plain(Summaries().of, y)
+        assert torch.equal(summaries.of(y), expected)
+        # By reading it again, too.
+        assert torch.equal(Summaries().of(y), expected)
+    summaries = Summaries()
+    rounded = round_to_grid(increment, 12, summaries)
+    assert torch.equal(summaries.of(rounded), plain(Summaries().of, rounded))
+    assert launches == 2 * ["_grid", "_summarize"] + ["_grid"]
+
+
+@pytest.mark.parametrize("odd", [torch.inf, -torch.inf, torch.nan])
+def test_a_value_that_is_not_finite_is_the_largest(launches, plain, odd):
+    x = on_grid(5000)
+    increment = torch.zeros(5000, device=DEVICE, dtype=torch.float16)
+    increment[4321] = odd
+    summaries = Summaries()
+    y = add_on_grid(x, increment, 12, summaries)
+    for found in (summaries.of(y), plain(Summaries().of, y)):
+        largest = found.view(torch.float32)[0]
+        assert torch.equal(largest.isfinite(), torch.tensor(False))
+        assert largest.isnan() == (odd != odd)
+
+
+def test_the_largest_magnitude_may_be_negative(launches, plain):
+    x = on_grid(3000)
+    x[2500] = -4000.5
+    increment = torch.zeros(3000, device=DEVICE)
+    summaries = Summaries()
+    y = add_on_grid(x, increment, 12, summaries)
+    for found in (summaries.of(y), plain(Summaries().of, y)):
+        assert found.view(torch.float32)[0] == 4000.5
+
+
+def test_a_summary_is_forgotten_with_its_tensor_or_its_values(launches):
+    summaries = Summaries()
+    x, increment = on_grid(100), torch.randn(100, device=DEVICE)
+    y = add_on_grid(x, increment, 12, summaries)
+    before = summaries.of(y).clone()
+    y[3] += 1
+    assert not torch.equal(summaries.of(y), before)
+    assert len(summaries._known) == 1
+    del y
+    assert len(summaries._known) == 0
+
+
+def test_a_summary_of_what_was_overwritten_is_that_of_the_result(launches):
+    summaries = Summaries()
+    x, increment = on_grid(100), torch.randn(100, device=DEVICE)
+    first = summaries.of(x).clone()
+    y = add_on_grid(x, increment, 12, summaries)
+    second = summaries.of(y).clone()
+    y = subtract_on_grid(y, increment, 12, summaries, overwrite=True)
+    assert torch.equal(summaries.of(y), first)
+    assert not torch.equal(first, second)
+
+
+def test_many_summaries_take_few_launches(launches):
+    """One for each table of them, besides the kernels'."""
+    summaries = Summaries()
+    rows = [summaries.row(torch.device(DEVICE)) for _ in range(600)]
+    for i, row in enumerate(rows):
+        assert row.tolist() == [0, 0]
+        row.fill_(i)
+    assert [row.tolist() for row in rows] == [[i, i] for i in range(600)]
+    tables = {row.untyped_storage().data_ptr() for row in rows}
+    assert len(tables) == 2
+    assert all(row.data_ptr() % 16 == rows[0].data_ptr() % 16 for row in rows)
+
+
+def test_other_strides_of_a_sum_take_the_plain_form(launches):
+    """The kernel walks through memory."""
+    x = on_grid(2, 6, 4, 5)
+    increment = torch.randn(2, 6, 4, 5, device=DEVICE)
+    last = LAYOUTS["channels_last"]
+    for stream, given in (
+        (x, last(increment)),
+        (last(x), increment),
+        (x[:, ::2], increment[:, ::2]),
+        (x[..., 1:], increment[..., 1:]),
+        (x[:1].expand(2, 6, 4, 5), increment[:1].expand(2, 6, 4, 5)),
+        (x, increment.double()),
+        (x.half(), increment),
+        (x, increment[:, :1]),
+    ):
+        expected = stream + (given * 2.0**12).round() * 2.0**-12
+        if given.dtype == torch.float64:
+            given = given.float().double()
+        assert torch.equal(add_on_grid(stream, given, 12), expected)
+    assert "_summarize" not in launches
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_half_of_a_tensor_is_rounded(launches, plain, dtype):
+    """And is laid out as by the plain form."""
+    x = torch.randn(2, 6, 4, 5, device=DEVICE).to(dtype)
     flat = x.flatten()
     for view in (
+        *x.chunk(2, dim=1),
+        *LAYOUTS["channels_last"](x).chunk(2, dim=1),
         x[:, ::2],
         x[..., 1:],
+        x.transpose(1, 3),
         x.expand(3, 2, 6, 4, 5),
         flat[::2],
         flat[:1].expand(5),
     ):
-        assert torch.equal(
-            round_to_grid(view, 12), round_to_grid(view.contiguous(), 12)
+        found, expected = (
+            round_to_grid(view, 12),
+            plain(round_to_grid, view, 12),
         )
+        assert torch.equal(found, expected)
+        assert found.stride() == expected.stride()
+    assert launches
 
 
-def test_gradient_passes(monkeypatch):
-    monkeypatch.setattr(
-        "sb_memeff.nnet.reversible.grid.runs_fused", lambda *tensors: True
-    )
-    x = torch.randn(7, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
-    upstream = torch.arange(7.0, device=DEVICE)
-    (round_to_grid(x, 12) @ upstream).backward()
-    assert torch.equal(x.grad, upstream.bfloat16())
+def test_empty_streams(launches, plain):
+    x = on_grid(0, 3)
+    summaries = Summaries()
+    y = add_on_grid(x, x.half(), 12, summaries)
+    assert y.shape == round_to_grid(x, 12).shape == (0, 3)
+    assert summaries.of(y).tolist() == plain(Summaries().of, y).tolist()
+    assert not launches
+
+
+def test_dense_is_each_value_once_and_nothing_in_between():
+    x = torch.rand(2, 3, 4, 5)
+    last = LAYOUTS["channels_last"](x)
+    for dense in (x, last, x.permute(3, 1, 0, 2), x[:1], x[0, 0, 0, 0]):
+        assert is_dense(dense)
+    for view in (x[:, 1:], last[:, 1:], x[..., ::2], x[:, :1].expand_as(x)):
+        assert not is_dense(view)
+
+
+def test_fake_tensors_are_counted_as_on_a_gpu():
+    from sb_memeff.memory.fake import fake_tensors
+
+    names = []
+    with (
+        fake_tensors(),
+        fused_on_fake_tensors(),
+        watch_launches(lambda name, arguments: names.append(name)),
+    ):
+        x = torch.zeros(2, 3)
+        summaries = Summaries()
+        y = add_on_grid(x, x.half(), 12, summaries)
+        summaries.of(y)
+        summaries.of(x)
+    assert names == ["_grid", "_summarize"]

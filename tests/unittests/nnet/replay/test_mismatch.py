@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from sb_memeff.nnet.replay import mismatch
-from sb_memeff.nnet.replay.mismatch import Summary, checksum
+from sb_memeff.nnet.replay.mismatch import Summary
+from sb_memeff.ops.summary import checksum
 
 
 class Event:

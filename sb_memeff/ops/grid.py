@@ -1,0 +1,156 @@
+"""The grid of an exact stream: rounding onto it, and sums on it.
+
+A sum of multiples of 2**-bits is exact in float32 as long as it stays below
+2**(24 - bits), and so is its inverse.
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+import torch
+
+from sb_memeff.ops.dispatch import runs_fused
+from sb_memeff.ops.summary import Summaries, is_dense
+
+__all__ = ["add_on_grid", "round_to_grid", "subtract_on_grid"]
+
+
+def round_to_grid(
+    x: torch.Tensor, bits: int, summaries: Summaries | None = None
+) -> torch.Tensor:
+    """Rounds to multiples of 2**-bits, half to even.
+
+    Arguments
+    ---------
+    x : torch.Tensor
+        Any shape, floating point.
+    bits : int
+        Bits after the binary point.
+    summaries : Summaries, optional
+        Where a kernel leaves the summary of the result.
+
+    Returns
+    -------
+    torch.Tensor
+        A new tensor of that shape, float32 (float64 of float64).
+
+    Example
+    -------
+    >>> round_to_grid(torch.tensor([0.3, 0.4]), bits=1)
+    tensor([0.5000, 0.5000])
+    """
+    if runs_fused(x):
+        # To copy the half of a tensor is cheaper than the plain form.
+        x = x if is_dense(x) else x.clone()
+        if is_dense(x):
+            rounded = torch.empty_like(x, dtype=torch.float32)
+            return _combine(0, None, x, bits, rounded, summaries)
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    # Scaling by a power of two is exact; only round() rounds. It makes -0 of
+    # small negative numbers, which no subtraction would give back.
+    return (x * 2.0**bits).round_().mul_(2.0**-bits).add_(0.0)
+
+
+def add_on_grid(
+    stream: torch.Tensor,
+    increment: torch.Tensor,
+    bits: int,
+    summaries: Summaries | None = None,
+) -> torch.Tensor:
+    """stream + round_to_grid(increment).
+
+    Arguments
+    ---------
+    stream : torch.Tensor
+        float32, on the grid.
+    increment : torch.Tensor
+        Of that shape, float32 or half precision.
+    bits : int
+        Bits after the binary point.
+    summaries : Summaries, optional
+        Where a kernel leaves the summary of the result.
+
+    Returns
+    -------
+    torch.Tensor
+        A new tensor, float32.
+
+    Example
+    -------
+    >>> add_on_grid(torch.tensor([2.0]), torch.tensor([0.3]), bits=1)
+    tensor([2.5000])
+    """
+    if _are_fused(stream, increment):
+        result = torch.empty_like(stream)
+        return _combine(1, stream, increment, bits, result, summaries)
+    return stream + round_to_grid(increment, bits)
+
+
+def subtract_on_grid(
+    stream: torch.Tensor,
+    increment: torch.Tensor,
+    bits: int,
+    summaries: Summaries | None = None,
+    overwrite: bool = False,
+) -> torch.Tensor:
+    """stream - round_to_grid(increment), which undoes ``add_on_grid``.
+
+    Arguments
+    ---------
+    stream : torch.Tensor
+        float32, on the grid.
+    increment : torch.Tensor
+        Of that shape, float32 or half precision.
+    bits : int
+        Bits after the binary point.
+    summaries : Summaries, optional
+        Where a kernel leaves the summary of the result.
+    overwrite : bool
+        Put the result where the stream is.
+
+    Returns
+    -------
+    torch.Tensor
+        The stream itself, if it is overwritten; else a new tensor.
+
+    Example
+    -------
+    >>> subtract_on_grid(torch.tensor([2.5]), torch.tensor([0.3]), bits=1)
+    tensor([2.])
+    """
+    if _are_fused(stream, increment):
+        result = stream if overwrite else torch.empty_like(stream)
+        return _combine(-1, stream, increment, bits, result, summaries)
+    increment = round_to_grid(increment, bits)
+    return stream.sub_(increment) if overwrite else stream - increment
+
+
+def _are_fused(stream: torch.Tensor, increment: torch.Tensor) -> bool:
+    """Whether a kernel may walk through both in the order of memory."""
+    return (
+        runs_fused(stream, increment)
+        and stream.dtype == torch.float32
+        and stream.shape == increment.shape
+        and is_dense(stream)
+        and (
+            stream.stride() == increment.stride()
+            or (stream.is_contiguous() and increment.is_contiguous())
+        )
+    )
+
+
+def _combine(
+    sign: int,
+    stream: torch.Tensor | None,
+    increment: torch.Tensor,
+    bits: int,
+    result: torch.Tensor,
+    summaries: Summaries | None,
+) -> torch.Tensor:
+    from sb_memeff.ops.triton.grid import combine_on_grid
+
+    summary = None if summaries is None else summaries.row(result.device)
+    combine_on_grid(sign, stream, increment, bits, result, summary)
+    if summaries is not None and summary is not None:
+        summaries.put(result, summary)
+    return result

@@ -1,0 +1,50 @@
+"""Largest magnitude and checksum of a tensor, in one pass.
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from sb_memeff.ops.triton.launch import launch
+
+__all__ = ["add_to_summary", "summarize"]
+
+BLOCK = 2048
+
+
+@triton.jit
+def add_to_summary(x, has, summary_ptr):
+    """Takes the values of one program into account."""
+    bits = tl.where(has, x.to(tl.int32, bitcast=True), 0)
+    # Without the sign, the bits are in the order of the magnitudes.
+    largest = tl.max(bits & 0x7FFFFFFF, 0)
+    tl.atomic_max(summary_ptr, largest, sem="relaxed")
+    # It wraps around at the end only, since the interpreter refuses to before.
+    total = tl.sum(bits.to(tl.int64), 0).to(tl.int32)
+    tl.atomic_add(summary_ptr + 1, total, sem="relaxed")
+
+
+@triton.jit
+def _summarize(x_ptr, summary_ptr, size, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    has = place < size
+    x = tl.load(x_ptr + place, mask=has, other=0.0)
+    add_to_summary(x, has, summary_ptr)
+
+
+def summarize(x: torch.Tensor, summary: torch.Tensor) -> None:
+    """Adds the values of a tensor to a summary.
+
+    Arguments
+    ---------
+    x : torch.Tensor
+        float32; its values are adjacent in memory.
+    summary : torch.Tensor
+        [2], int32: the bits of the largest magnitude, and the checksum.
+    """
+    if x.numel():
+        grid = (triton.cdiv(x.numel(), BLOCK),)
+        launch(_summarize, grid, x, summary, x.numel(), BLOCK=BLOCK)
