@@ -38,6 +38,7 @@ FREE = {
     "empty_strided",
     "new_empty",
     "new_empty_strided",
+    "promote_types",
     "_unsafe_view",
     "_local_scalar_dense",
     "lift_fresh",

@@ -5,6 +5,9 @@ Without a GPU they run in Triton's interpreter, see tests/conftest.py.
 
 import torch
 
+from sb_memeff.ops import grid, summary
+from sb_memeff.ops.dispatch import DTYPES
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -21,6 +24,16 @@ def poison(monkeypatch):
 
     monkeypatch.setattr(torch, "empty_like", filled(empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", filled(new_empty))
+
+
+def force_grid_kernels(monkeypatch, forced=True):
+    """Streams of any device take the kernels, or the plain forms."""
+    for module in (grid, summary):
+        monkeypatch.setattr(
+            module,
+            "runs_fused",
+            lambda *tensors: forced and all(x.dtype in DTYPES for x in tensors),
+        )
 
 
 def error(found, exact):

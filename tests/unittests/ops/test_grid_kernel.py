@@ -3,15 +3,16 @@
 import pytest
 import torch
 
-from sb_memeff.ops import grid, summary
-from sb_memeff.ops.dispatch import fused_on_fake_tensors
+from sb_memeff.ops.dispatch import DTYPES, fused_on_fake_tensors
 from sb_memeff.ops.grid import add_on_grid, round_to_grid, subtract_on_grid
 from sb_memeff.ops.summary import Summaries, is_dense
 from sb_memeff.ops.triton.launch import watch_launches
-from tests.unittests.ops.kernels import DEVICE, poison
+from tests.unittests.ops.kernels import (
+    DEVICE,
+    force_grid_kernels,
+    poison,
+)
 
-HALF = torch.float16, torch.bfloat16
-DTYPES = (torch.float32, *HALF)
 LAYOUTS = {
     "contiguous": lambda x: x.contiguous(),
     "channels_last": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
@@ -21,12 +22,7 @@ LAYOUTS = {
 @pytest.fixture
 def launches(monkeypatch):
     """Kernels run wherever a GPU would run them; their names."""
-    for module in (grid, summary):
-        monkeypatch.setattr(
-            module,
-            "runs_fused",
-            lambda *tensors: all(x.dtype in DTYPES for x in tensors),
-        )
+    force_grid_kernels(monkeypatch)
     names = []
     with watch_launches(lambda name, arguments: names.append(name)):
         yield names
@@ -38,8 +34,7 @@ def plain(monkeypatch):
 
     def call(function, *args):
         with monkeypatch.context() as patch:
-            for module in (grid, summary):
-                patch.setattr(module, "runs_fused", lambda *tensors: False)
+            force_grid_kernels(patch, False)
             return function(*args)
 
     return call
