@@ -146,7 +146,7 @@ def without_trace(
                 vars(module)[name] = _copied(value, copies)
         for name, buffer in buffers.items():
             if buffer is not None and _may_change_buffers(module):
-                module._buffers[name] = buffer.clone()
+                module._buffers[name] = _to_be_changed(module, buffer)
     for (module, name), value in changes.attributes.items():
         _put(vars(module), name, _copied(value, copies))
     for (module, name), buffer in changes.buffers.items():
@@ -249,6 +249,16 @@ def _ignores_buffers(module: nn.Module) -> bool:
 
 def _may_change_buffers(module: nn.Module) -> bool:
     return module.training or not _ignores_buffers(module)
+
+
+def _to_be_changed(module: nn.Module, buffer: torch.Tensor) -> torch.Tensor:
+    """A tensor in place of a buffer, which the module may change."""
+    if _ignores_buffers(module) and module.momentum is not None:
+        # Statistics that are written and not read: to copy three small
+        # buffers of each batch norm takes a launch each. Without a momentum
+        # it reads how many batches there were.
+        return torch.empty_like(buffer)
+    return buffer.clone()
 
 
 def _copied(value: Any, copies: dict[int, tuple[Any, Any]]) -> Any:

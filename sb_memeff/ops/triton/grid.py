@@ -17,14 +17,14 @@ __all__ = ["combine_on_grid"]
 @triton.jit
 def _grid(
     increment_ptr,
-    # Not read if SIGN is 0.
+    # None if SIGN is 0.
     stream_ptr,
     result_ptr,
+    # None if it is not wanted.
     summary_ptr,
     size,
     SIGN: tl.constexpr,
     BITS: tl.constexpr,
-    SUMMARIZES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     scale: tl.constexpr = 2.0**BITS
@@ -45,7 +45,7 @@ def _grid(
     if SIGN == -1:
         y = tl.load(stream_ptr + place, mask=has, other=0.0) - y
     tl.store(result_ptr + place, y, mask=has)
-    if SUMMARIZES:
+    if summary_ptr is not None:
         add_to_summary(y, has, summary_ptr)
 
 
@@ -81,13 +81,11 @@ def combine_on_grid(
             _grid,
             (triton.cdiv(size, BLOCK),),
             increment,
-            # A pointer that is not used may be any.
-            increment if stream is None else stream,
+            stream,
             result,
-            increment if summary is None else summary,
+            summary,
             size,
             SIGN=sign,
             BITS=bits,
-            SUMMARIZES=summary is not None,
             BLOCK=BLOCK,
         )

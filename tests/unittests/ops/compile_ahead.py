@@ -102,7 +102,7 @@ def kernels():
             min(4, block // 32),
         )
     for dtype in ("fp16", "bf16", "fp32"):
-        for sign in (0, -1):
+        for sign, absent in ((0, {"stream_ptr": None}), (-1, {})):
             yield (
                 f"grid {dtype} sign={sign}",
                 grid._grid,
@@ -112,12 +112,7 @@ def kernels():
                     "summary_ptr": "*i32",
                     "size": "i32",
                 },
-                {
-                    "SIGN": sign,
-                    "BITS": 12,
-                    "SUMMARIZES": True,
-                    "BLOCK": summary.BLOCK,
-                },
+                {"SIGN": sign, "BITS": 12, "BLOCK": summary.BLOCK, **absent},
                 4,
             )
     yield (
