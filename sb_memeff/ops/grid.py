@@ -83,7 +83,8 @@ def add_on_grid(
     if _are_fused(stream, increment):
         result = torch.empty_like(stream)
         return _combine(1, stream, increment, bits, result, summaries)
-    return stream + round_to_grid(increment, bits)
+    # In place, since the increment is still in memory.
+    return round_to_grid(increment, bits).add_(stream)
 
 
 def subtract_on_grid(
@@ -122,7 +123,9 @@ def subtract_on_grid(
         result = stream if overwrite else torch.empty_like(stream)
         return _combine(-1, stream, increment, bits, result, summaries)
     increment = round_to_grid(increment, bits)
-    return stream.sub_(increment) if overwrite else stream - increment
+    if overwrite:
+        return stream.sub_(increment)
+    return increment.neg_().add_(stream)
 
 
 def _are_fused(stream: torch.Tensor, increment: torch.Tensor) -> bool:

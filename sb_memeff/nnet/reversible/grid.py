@@ -88,7 +88,9 @@ class StreamFormat:
             A new tensor in the dtype of the streams.
         """
         if self.grid_bits is None or _needs_graph(stream, increment):
-            return stream + self.on_grid(increment)
+            # Of the same name, so that the increment itself is freed.
+            increment = self.on_grid(increment)
+            return stream + increment
         increment = self._widened(increment)
         return add_on_grid(stream, increment, self.grid_bits, self.summaries)
 

@@ -207,8 +207,6 @@ def test_other_strides_of_a_sum_take_the_plain_form(launches):
         (x[..., 1:], increment[..., 1:]),
         (x[:1].expand(2, 6, 4, 5), increment[:1].expand(2, 6, 4, 5)),
         (x, increment.double()),
-        (x.half(), increment),
-        (x, increment[:, :1]),
     ):
         expected = stream + (given * 2.0**12).round() * 2.0**-12
         if given.dtype == torch.float64:

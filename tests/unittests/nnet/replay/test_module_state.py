@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sb_memeff.nnet.replay.module_state import (
     ModuleState,
@@ -202,6 +203,43 @@ def test_a_batch_norm_costs_no_copy_when_recorded(kind):
     state = ModuleState(norm)
     norm(torch.rand(4, 3))
     assert state.changes().buffers == {}
+
+
+class Clones(TorchDispatchMode):
+    """Counts copies of tensors."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.clone.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "norm, copies",
+    [
+        (nn.BatchNorm1d(3), 0),
+        (nn.BatchNorm1d(3).eval(), 0),
+        (nn.BatchNorm1d(3, track_running_stats=False), 0),
+        # It divides by the number of batches.
+        (nn.BatchNorm1d(3, momentum=None), 3),
+        (Renorm(3), 3),
+    ],
+)
+def test_statistics_are_not_copied_to_be_overwritten(norm, copies):
+    """One batch norm needs three launches for that, as long as itself."""
+    x = torch.rand(4, 3)
+    state = ModuleState(norm)
+    y = norm(x)
+    before = {name: buffer.clone() for name, buffer in norm.named_buffers()}
+    changes = state.changes()
+    with Clones() as clones, without_trace(norm, changes):
+        found = norm(x)
+    # Another copy of each buffer that the record holds.
+    assert clones.count == copies + len(changes.buffers)
+    assert torch.equal(found, y)
+    for name, buffer in norm.named_buffers():
+        assert torch.equal(buffer, before[name])
 
 
 def test_modules_are_in_torchs_order():
