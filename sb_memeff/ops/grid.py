@@ -73,7 +73,7 @@ def add_on_grid(
     Returns
     -------
     torch.Tensor
-        A new tensor, float32.
+        A new tensor, float32, laid out as the stream.
 
     Example
     -------
@@ -83,8 +83,11 @@ def add_on_grid(
     if _are_fused(stream, increment):
         result = torch.empty_like(stream)
         return _combine(1, stream, increment, bits, result, summaries)
+    rounded = round_to_grid(increment, bits)
+    if rounded.stride() != stream.stride():
+        return stream + rounded
     # In place, since the increment is still in memory.
-    return round_to_grid(increment, bits).add_(stream)
+    return rounded.add_(stream)
 
 
 def subtract_on_grid(
@@ -122,10 +125,12 @@ def subtract_on_grid(
     if _are_fused(stream, increment):
         result = stream if overwrite else torch.empty_like(stream)
         return _combine(-1, stream, increment, bits, result, summaries)
-    increment = round_to_grid(increment, bits)
+    rounded = round_to_grid(increment, bits)
     if overwrite:
-        return stream.sub_(increment)
-    return increment.neg_().add_(stream)
+        return stream.sub_(rounded)
+    if rounded.stride() != stream.stride():
+        return stream - rounded
+    return rounded.neg_().add_(stream)
 
 
 def _are_fused(stream: torch.Tensor, increment: torch.Tensor) -> bool:
@@ -152,8 +157,10 @@ def _combine(
 ) -> torch.Tensor:
     from sb_memeff.ops.triton.grid import combine_on_grid
 
-    summary = None if summaries is None else summaries.row(result.device)
-    combine_on_grid(sign, stream, increment, bits, result, summary)
+    row = summary = None
+    if summaries is not None:
+        row, summary = summaries.new(result.device)
+    combine_on_grid(sign, stream, increment, bits, result, row)
     if summaries is not None and summary is not None:
         summaries.put(result, summary)
     return result

@@ -8,13 +8,14 @@ Authors
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sb_memeff.ops.dispatch import runs_fused
 
-__all__ = ["Summaries", "checksum", "is_dense"]
+__all__ = ["Summaries", "TensorSummary", "checksum", "is_dense"]
 
 _INTEGER_OF_SIZE = {
     1: torch.int8,
@@ -24,7 +25,7 @@ _INTEGER_OF_SIZE = {
 }
 # Rows of a table, which one launch fills with zeros; and the integers of a row,
 # 16 bytes, so that Triton compiles no kernel twice.
-ROWS, ALIGNED = 512, 4
+ROWS, ALIGNED = 256, 4
 
 
 def checksum(tensor: torch.Tensor) -> torch.Tensor:
@@ -87,27 +88,33 @@ def is_dense(x: torch.Tensor) -> bool:
     return x.permute(axes).is_contiguous()
 
 
+class TensorSummary(NamedTuple):
+    """Scalars that summarise a float32 tensor, on its device."""
+
+    # float32; NaN if there is one.
+    largest_magnitude: torch.Tensor
+    # int32.
+    checksum: torch.Tensor
+
+
 class Summaries:
     """Summaries of float32 tensors, by tensor.
 
-    A summary is two integers of 32 bits: the largest magnitude, as the bits of
-    a float32 (NaN if there is one), and the checksum. A kernel that computes a
-    tensor finds its summary without reading it again, and leaves it here.
+    A kernel that computes a tensor finds its summary without reading it again,
+    and leaves it here.
 
     Example
     -------
-    >>> summaries = Summaries()
-    >>> largest, _ = summaries.of(torch.tensor([1.0, -3.0])).view(torch.float32)
-    >>> largest
+    >>> Summaries().of(torch.tensor([1.0, -3.0])).largest_magnitude
     tensor(3.)
     """
 
     def __init__(self):
         # With the version of the tensor. Tensors are not kept alive.
         self._known: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        self._rows: Iterator[torch.Tensor] = iter(())
+        self._rows: Iterator[tuple[torch.Tensor, TensorSummary]] = iter(())
 
-    def of(self, x: torch.Tensor) -> torch.Tensor:
+    def of(self, x: torch.Tensor) -> TensorSummary:
         """The summary of a tensor, computed if it is not known.
 
         Arguments
@@ -117,27 +124,52 @@ class Summaries:
 
         Returns
         -------
-        torch.Tensor
-            [2] of int32, on the tensor's device.
+        TensorSummary
+            Both scalars.
         """
+        summary = self._found(x)
+        if summary is None:
+            smallest, largest = (
+                x.aminmax() if x.numel() else 2 * [x.new_zeros(())]
+            )
+            summary = TensorSummary(
+                torch.maximum(largest, smallest.neg()), checksum(x)
+            )
+            self.put(x, summary)
+        return summary
+
+    def checksum(self, x: torch.Tensor) -> torch.Tensor:
+        """The checksum of a tensor, computed if it is not known.
+
+        Arguments
+        ---------
+        x : torch.Tensor
+            float32, any strides.
+
+        Returns
+        -------
+        torch.Tensor
+            A scalar of int32.
+        """
+        summary = self._found(x)
+        return checksum(x) if summary is None else summary.checksum
+
+    def _found(self, x: torch.Tensor) -> TensorSummary | None:
+        """The summary that is known, or that a kernel finds."""
         version, summary = self._known.get(x, (None, None))
         if version == x._version:
             return summary
-        if runs_fused(x) and is_dense(x):
-            from sb_memeff.ops.triton import summary as kernels
+        if not (runs_fused(x) and is_dense(x)):
+            return None
+        from sb_memeff.ops.triton.summary import summarize
 
-            summary = self.row(x.device)
-            kernels.summarize(x, summary)
-            self.put(x, summary)
-            return summary
-        extremes = x.aminmax() if x.numel() else (x.new_zeros(()),) * 2
-        largest = torch.stack(extremes).abs().amax()
-        summary = torch.stack([largest.view(torch.int32), checksum(x)])
+        row, summary = self.new(x.device)
+        summarize(x, row)
         self.put(x, summary)
         return summary
 
-    def row(self, device: torch.device) -> torch.Tensor:
-        """Zeros for a kernel to raise and to add to.
+    def new(self, device: torch.device) -> tuple[torch.Tensor, TensorSummary]:
+        """A summary of nothing, for a kernel to complete.
 
         Arguments
         ---------
@@ -146,25 +178,30 @@ class Summaries:
 
         Returns
         -------
-        torch.Tensor
-            [2] of int32.
+        tuple
+            Zeros, int32, in which a kernel raises the first one to the bits of
+            the largest magnitude, and adds the checksum to the second; and the
+            summary that they are.
         """
         row = next(self._rows, None)
         if row is None:
             size = ROWS, ALIGNED
             table = torch.zeros(size, dtype=torch.int32, device=device)
-            self._rows = iter(table[:, :2].unbind())
+            magnitudes = table.view(torch.float32)[:, 0]
+            scalars = magnitudes.unbind(), table[:, 1].unbind()
+            summaries = map(TensorSummary, *scalars)
+            self._rows = zip(table.unbind(), summaries, strict=True)
             row = next(self._rows)
         return row
 
-    def put(self, x: torch.Tensor, summary: torch.Tensor) -> None:
+    def put(self, x: torch.Tensor, summary: TensorSummary) -> None:
         """Keeps the summary of a tensor until one of the two changes.
 
         Arguments
         ---------
         x : torch.Tensor
             float32.
-        summary : torch.Tensor
+        summary : TensorSummary
             Its summary.
         """
         self._known[x] = x._version, summary

@@ -53,7 +53,7 @@ class Summary:
     sampled : bool, optional
         Keep values too. By default if the action is "warn".
     sums : list of torch.Tensor, optional
-        Checksums of the tensors, if they are known: of any one shape.
+        Checksums of the tensors, if they are known.
 
     Example
     -------

@@ -9,7 +9,7 @@ Authors
  * The sb_memeff authors 2026
 """
 
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -268,8 +268,6 @@ class ReplayingEvaluator(Evaluator):
         name; a shared parameter has several names.
     extra_tensors : list of torch.Tensor
         Those of the extra arguments that need a gradient.
-    saved_storages : set of int
-        Of each storage that must not be overwritten, the address.
     *args : tuple
         As Evaluator's.
     """
@@ -280,7 +278,6 @@ class ReplayingEvaluator(Evaluator):
         recordings: dict[str, Recording],
         parameters: dict[str, torch.Tensor],
         extra_tensors: list[torch.Tensor],
-        saved_storages: Set[int],
         *args: Any,
     ):
         super().__init__(*args)
@@ -288,7 +285,6 @@ class ReplayingEvaluator(Evaluator):
         self.recordings = recordings
         self.parameters = parameters
         self.extra_tensors = extra_tensors
-        self.saved_storages = saved_storages
         # By id of the leaf, since a parameter may have several names.
         self._gradients: dict[int, torch.Tensor] = {}
         # Those of gradients that have been returned.
@@ -321,9 +317,8 @@ class ReplayingEvaluator(Evaluator):
     ) -> tuple[torch.Tensor, Pullback]:
         """See ``VjpEvaluator.subtract_vjp``."""
         increment, pullback = self._increment_vjp(function, given)
-        # What autograd has saved is read again by another backward pass.
-        saved = stream.untyped_storage()._cdata in self.saved_storages
-        return self.format.subtract(stream, increment, not saved), pullback
+        alone = _use_count(stream) == _use_count(torch.empty(0))
+        return self.format.subtract(stream, increment, alone), pullback
 
     def _increment_vjp(
         self, function: str, stream: torch.Tensor
@@ -332,11 +327,13 @@ class ReplayingEvaluator(Evaluator):
         stream = stream.detach().requires_grad_()
         with torch.enable_grad():
             increment = self._increment(function, stream)
-        # The pullback needs the graph of the increment, not its storage.
-        graph = _Graph.of(increment)
+        # The pullback needs the graph of the increment, not its storage; and
+        # the stream until it was called.
+        held = [(_Graph.of(increment), stream)]
 
         def pullback(gradient: torch.Tensor) -> torch.Tensor:
-            return self._pull_back(function, graph, gradient, [stream])[0]
+            graph, leaf = held.pop()
+            return self._pull_back(function, graph, gradient, [leaf])[0]
 
         return increment.detach(), pullback
 
@@ -454,6 +451,15 @@ class _Graph(NamedTuple):
     def of(cls, value: torch.Tensor) -> "_Graph":
         edge = get_gradient_edge(value) if value.requires_grad else None
         return cls(edge, value.dtype)
+
+
+def _use_count(x: torch.Tensor) -> int:
+    """How many tensors and savers of tensors share the storage of one.
+
+    Among them may be what a hook of a function keeps of its input, and what
+    autograd has saved for another backward pass.
+    """
+    return torch._C._storage_Use_Count(x.untyped_storage()._cdata)
 
 
 def _tensor_versions(

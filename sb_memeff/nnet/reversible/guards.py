@@ -77,8 +77,7 @@ class StreamGuard(Observer):
         if self._max_abs is None:
             # The only time that the host waits for the device, however many
             # groups of invertible blocks the chain has.
-            rows = torch.stack([row for _, row in self._reached]).cpu()
-            self._max_abs = rows[:, 0].view(torch.float32).tolist()
+            self._max_abs = torch.stack([x for _, x in self._reached]).tolist()
         max_abs = self._max_abs
         # inf and NaN pass, as they do in autograd: GradScaler and Brain skip
         # or count non-finite steps.
@@ -126,7 +125,9 @@ class StreamGuard(Observer):
     def _see(self, name: str, index: int, streams: list[torch.Tensor]) -> None:
         """Summarises the streams before a block, which another has computed."""
         if self.grid_bits is not None:
-            self._reached += [(name, self.summaries.of(x)) for x in streams]
+            self._reached += [
+                (name, self.summaries.of(x).largest_magnitude) for x in streams
+            ]
         if self.compare and index < len(self._names):
             self._before[self._names[index]] = self._summary(streams)
 
@@ -135,7 +136,7 @@ class StreamGuard(Observer):
     ) -> Summary:
         if self.grid_bits is None:
             return Summary(streams, True, [])
-        sums = [self.summaries.of(x) for x in streams]
+        sums = [self.summaries.checksum(x) for x in streams]
         return Summary(streams, sampled, sums)
 
 

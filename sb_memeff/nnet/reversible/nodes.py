@@ -182,8 +182,6 @@ class ChainState:
         self.extra_tensors: Sequence[torch.Tensor] | None
         self.extra_tensors, self._with_tensors = extra.split_tensors()
         self._need_gradients = [x.requires_grad for x in self.extra_tensors]
-        # The address of each storage that backward must not overwrite.
-        self._saved_storages: set[int] = set()
 
     def inputs_with_gradients(self, block: _Block) -> list[torch.Tensor]:
         """Tensors for which a block's node returns gradients."""
@@ -241,7 +239,6 @@ class ChainState:
         extra_tensors: Sequence[torch.Tensor],
         streams: list[torch.Tensor],
         gradients: list[torch.Tensor],
-        saved: Sequence[torch.Tensor],
     ) -> None:
         """Sets the state after the last block.
 
@@ -253,8 +250,6 @@ class ChainState:
             Both streams.
         gradients : list of torch.Tensor
             Their gradients.
-        saved : sequence of torch.Tensor
-            Tensors that autograd has saved, perhaps the streams themselves.
         """
         # Before there is any gradient. Each block checks its own state again.
         for record in self.records:
@@ -263,7 +258,6 @@ class ChainState:
             observer.backward_begins()
         self.extra_tensors = extra_tensors
         self.streams, self.gradients = streams, gradients
-        self._saved_storages = {x.untyped_storage()._cdata for x in saved}
 
     def replaying_evaluator(self, record: _ForwardRecord) -> ReplayingEvaluator:
         """Evaluator of a block in backward.
@@ -303,7 +297,6 @@ class ChainState:
                 if id(parameter) in leaves
             },
             [x for x in extra_tensors if x.requires_grad],
-            self._saved_storages,
             block.module,
             block.name,
             self.format,
@@ -492,7 +485,7 @@ class _OutputNode(torch.autograd.Function):
             _own_storage(_with_strides(s, strides))
             for s, strides in zip(streams, ctx.strides, strict=True)
         ]
-        state.begin_backward(extra_tensors, streams, stream_gradients, outputs)
+        state.begin_backward(extra_tensors, streams, stream_gradients)
         return (
             None,
             None,

@@ -5,7 +5,7 @@ import torch
 
 from sb_memeff.ops.dispatch import DTYPES, fused_on_fake_tensors
 from sb_memeff.ops.grid import add_on_grid, round_to_grid, subtract_on_grid
-from sb_memeff.ops.summary import Summaries, is_dense
+from sb_memeff.ops.summary import Summaries, checksum, is_dense
 from sb_memeff.ops.triton.launch import watch_launches
 from tests.unittests.ops.kernels import (
     DEVICE,
@@ -127,12 +127,16 @@ def test_a_sum_leaves_the_summary_of_the_plain_form(
         summaries = Summaries()
         y = function(x, increment, 12, summaries)
         expected = plain(Summaries().of, y)
-        assert torch.equal(summaries.of(y), expected)
+        assert summaries.of(y) == expected
+        assert torch.equal(summaries.checksum(y), plain(checksum, y))
         # By reading it again, too.
-        assert torch.equal(Summaries().of(y), expected)
+        assert Summaries().of(y) == expected
     summaries = Summaries()
     rounded = round_to_grid(increment, 12, summaries)
-    assert torch.equal(summaries.of(rounded), plain(Summaries().of, rounded))
+    assert summaries.of(rounded) == plain(Summaries().of, rounded)
+    # No kernel has left one.
+    first, second = (plain(f, y) for f in (Summaries().checksum, checksum))
+    assert torch.equal(first, second)
     assert launches == 2 * ["_grid", "_summarize"] + ["_grid"]
 
 
@@ -144,8 +148,8 @@ def test_a_value_that_is_not_finite_is_the_largest(launches, plain, odd):
     summaries = Summaries()
     y = add_on_grid(x, increment, 12, summaries)
     for found in (summaries.of(y), plain(Summaries().of, y)):
-        largest = found.view(torch.float32)[0]
-        assert torch.equal(largest.isfinite(), torch.tensor(False))
+        largest = found.largest_magnitude
+        assert not largest.isfinite()
         assert largest.isnan() == (odd != odd)
 
 
@@ -156,16 +160,16 @@ def test_the_largest_magnitude_may_be_negative(launches, plain):
     summaries = Summaries()
     y = add_on_grid(x, increment, 12, summaries)
     for found in (summaries.of(y), plain(Summaries().of, y)):
-        assert found.view(torch.float32)[0] == 4000.5
+        assert found.largest_magnitude == 4000.5
 
 
 def test_a_summary_is_forgotten_with_its_tensor_or_its_values(launches):
     summaries = Summaries()
     x, increment = on_grid(100), torch.randn(100, device=DEVICE)
     y = add_on_grid(x, increment, 12, summaries)
-    before = summaries.of(y).clone()
+    before = summaries.checksum(y)
     y[3] += 1
-    assert not torch.equal(summaries.of(y), before)
+    assert summaries.checksum(y) != before
     assert len(summaries._known) == 1
     del y
     assert len(summaries._known) == 0
@@ -174,25 +178,27 @@ def test_a_summary_is_forgotten_with_its_tensor_or_its_values(launches):
 def test_a_summary_of_what_was_overwritten_is_that_of_the_result(launches):
     summaries = Summaries()
     x, increment = on_grid(100), torch.randn(100, device=DEVICE)
-    first = summaries.of(x).clone()
+    first = summaries.of(x)
     y = add_on_grid(x, increment, 12, summaries)
-    second = summaries.of(y).clone()
+    second = summaries.of(y)
     y = subtract_on_grid(y, increment, 12, summaries, overwrite=True)
-    assert torch.equal(summaries.of(y), first)
-    assert not torch.equal(first, second)
+    assert summaries.of(y) == first != second
 
 
-def test_many_summaries_take_few_launches(launches):
+def test_many_summaries_take_few_launches():
     """One for each table of them, besides the kernels'."""
     summaries = Summaries()
-    rows = [summaries.row(torch.device(DEVICE)) for _ in range(600)]
-    for i, row in enumerate(rows):
-        assert row.tolist() == [0, 0]
-        row.fill_(i)
-    assert [row.tolist() for row in rows] == [[i, i] for i in range(600)]
-    tables = {row.untyped_storage().data_ptr() for row in rows}
-    assert len(tables) == 2
-    assert all(row.data_ptr() % 16 == rows[0].data_ptr() % 16 for row in rows)
+    rows = [summaries.new(torch.device(DEVICE)) for _ in range(600)]
+    for i, (row, (largest, total)) in enumerate(rows):
+        assert row.tolist() == [0, 0, 0, 0]
+        row[:2] = torch.tensor([1.5, 0.0]).view(torch.int32)
+        row[1] = i
+        assert largest == 1.5 and total == i
+    assert [int(summary.checksum) for _, summary in rows] == list(range(600))
+    assert len({row.untyped_storage().data_ptr() for row, _ in rows}) == 3
+    assert all(
+        row.data_ptr() % 16 == rows[0][0].data_ptr() % 16 for row, _ in rows
+    )
 
 
 def test_other_strides_of_a_sum_take_the_plain_form(launches):
@@ -239,12 +245,28 @@ def test_a_half_of_a_tensor_is_rounded(launches, plain, dtype):
     assert launches
 
 
+@pytest.mark.parametrize("forced", [False, True])
+def test_a_sum_is_laid_out_as_the_stream(monkeypatch, forced):
+    """The next function must not get the layout of the last one's result."""
+    force_grid_kernels(monkeypatch, forced)
+    x, increment = on_grid(2, 3, 5), torch.randn(2, 3, 5, device=DEVICE)
+    for stream in (x, LAYOUTS["channels_last"](x)):
+        for given in (increment, LAYOUTS["channels_last"](increment)):
+            y = add_on_grid(stream, given, 12)
+            assert y.stride() == stream.stride()
+            again = subtract_on_grid(y, given, 12)
+            assert again.stride() == stream.stride()
+            assert torch.equal(again, x)
+            same = subtract_on_grid(y, given, 12, overwrite=True)
+            assert same is y and torch.equal(y, x)
+
+
 def test_empty_streams(launches, plain):
     x = on_grid(0, 3)
     summaries = Summaries()
     y = add_on_grid(x, x.half(), 12, summaries)
     assert y.shape == round_to_grid(x, 12).shape == (0, 3)
-    assert summaries.of(y).tolist() == plain(Summaries().of, y).tolist()
+    assert summaries.of(y) == plain(Summaries().of, y) == (0, 0)
     assert not launches
 
 
@@ -270,5 +292,6 @@ def test_fake_tensors_are_counted_as_on_a_gpu():
         summaries = Summaries()
         y = add_on_grid(x, x.half(), 12, summaries)
         summaries.of(y)
+        summaries.checksum(y)
         summaries.of(x)
     assert names == ["_grid", "_summarize"]
