@@ -188,6 +188,39 @@ def test_saved_streams_are_not_overwritten(monkeypatch, build, forced):
         assert torch.equal(now, then)
 
 
+@pytest.mark.parametrize("kept", ["", "f", "g"])
+def test_a_stream_is_overwritten_unless_a_hook_keeps_it(monkeypatch, kept):
+    """It saves backward a tensor; what hooks have seen must not change."""
+    force_grid_kernels(monkeypatch)
+    net = chain(2, dropout=0.0).to(DEVICE)
+    seen = []
+
+    def keep(module, inputs):
+        seen.append((inputs[0].detach(), inputs[0].detach().clone()))
+
+    for block in net.blocks:
+        if kept:
+            getattr(block, kept).register_forward_pre_hook(keep)
+    in_place = []
+
+    def watch(name, arguments):
+        if arguments["SIGN"] == -1:
+            stream, result = arguments["stream_ptr"], arguments["result_ptr"]
+            in_place.append(stream is result)
+
+    y = net(images().to(DEVICE).requires_grad_())
+    with watch_launches(watch):
+        y.sum().backward()
+    # From the end: x2 = y2 - g(y1), x1 = y1 - f(x2), block by block.
+    assert in_place == {
+        "": [True, True, True, True],
+        "g": [True, False, True, False],
+        "f": [True, True, False, True],
+    }[kept]
+    for tensor, copy in seen:
+        assert torch.equal(tensor, copy)
+
+
 def test_a_stream_beyond_the_grid_is_reported(monkeypatch):
     force_grid_kernels(monkeypatch)
     net = chain(2, dropout=0.0).to(DEVICE)
