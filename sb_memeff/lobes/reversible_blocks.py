@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from sb_memeff.lobes.residual import conv1x1, conv3x3, make_activation
+from sb_memeff.nnet.norm_relu_conv import norm_relu_conv
 from sb_memeff.nnet.padding import mask
 from sb_memeff.nnet.pooling import TemporalStatisticsPooling
 
@@ -63,7 +64,7 @@ class NormActConv(nn.Module):
         torch.Tensor
             The output of the convolution.
         """
-        return self.conv(self.activation(mask(self.norm(x), padding)))
+        return norm_relu_conv(x, self.norm, self.activation, self.conv, padding)
 
 
 def basic_convolutions(

@@ -120,6 +120,22 @@ def _batch_statistics(
     return mean, variance
 
 
+def _narrow(
+    weight: torch.Tensor, dtype: torch.dtype, x: torch.Tensor
+) -> torch.Tensor:
+    """The weight in another dtype, laid out as the input.
+
+    Where the input itself is not there the layout of the weight decides.
+    """
+    if x.is_contiguous():
+        return weight.to(dtype)
+    _, channels, rows, columns = weight.shape
+    # Also of 1 x 1, which torch takes for either.
+    strides = channels * rows * columns, 1, columns * channels, channels
+    narrow = weight.new_empty_strided(weight.shape, strides, dtype=dtype)
+    return narrow.copy_(weight)
+
+
 class _Settings(NamedTuple):
     """Of a batch norm and a convolution."""
 
@@ -180,7 +196,7 @@ class _NormReLUConv(torch.autograd.Function):
         norm = x, norm_weight, norm_bias, mean, variance, eps, padding
         needs_norm = any(ctx.needs_input_grad[:3])
         needs_weight, needs_bias = ctx.needs_input_grad[5:7]
-        narrow = weight.to(dtype)
+        narrow = _narrow(weight, dtype, x)
         shape, bias_dtype = ctx.bias or (None, None)
 
         def conv_backward(

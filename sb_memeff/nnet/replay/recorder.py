@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from sb_memeff.nnet.replay.backends import BackendFlags
+from sb_memeff.nnet.replay.kept import keeping, replaying
 from sb_memeff.nnet.replay.module_state import (
     Changes,
     ModuleState,
@@ -59,10 +60,13 @@ class Recording:
         call drew from; None if it drew no random numbers.
     changes : Changes
         Buffers and attributes of modules that the call changed.
+    kept : list
+        What the call has given to ``keep``.
     """
 
     random_states: list[tuple[Source, Any]] | None = None
     changes: Changes = field(default_factory=Changes)
+    kept: list[Any] = field(default_factory=list)
 
 
 class Recorder:
@@ -162,7 +166,11 @@ class Recorder:
         before = ModuleState(function)
         sources = self._sources(before.attribute_values(), arguments)
         states = [source.read() for source in sources]
-        with self.flags.applied(), _without_cached_weights():
+        with (
+            self.flags.applied(),
+            _without_cached_weights(),
+            keeping(recording.kept),
+        ):
             yield recording
         drawn = [
             (source, state)
@@ -203,6 +211,7 @@ class Recorder:
                 self.flags.applied(),
                 _without_cached_weights(),
                 without_trace(function, recording.changes),
+                replaying(recording.kept),
             ):
                 yield
         finally:
