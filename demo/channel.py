@@ -36,18 +36,7 @@ class Channel:
         self._level_db = rng.uniform(-32, -20)
 
     def __call__(self, samples):
-        """Sends a clean utterance through the channel.
-
-        Arguments
-        ---------
-        samples : np.ndarray
-            The clean utterance.
-
-        Returns
-        -------
-        np.ndarray
-            As many samples, between -1 and 1.
-        """
+        """Sends clean samples through; as many come out, within -1 and 1."""
         count = len(samples)
         samples = fftconvolve(samples, self._response)[:count]
         samples = _filter(samples, self._equalizer_gain)

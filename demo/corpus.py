@@ -32,22 +32,6 @@ from voices import (
 
 
 @dataclasses.dataclass(frozen=True)
-class Session:
-    """Utterances of one speaker over one channel.
-
-    Arguments
-    ---------
-    folder : str
-        Their folder in the corpus.
-    texts : dict
-        Name of the audio file to the text, a tuple of str.
-    """
-
-    folder: str
-    texts: dict
-
-
-@dataclasses.dataclass(frozen=True)
 class Speaker:
     """One speaker, complete enough for a process of its own.
 
@@ -60,7 +44,8 @@ class Speaker:
     seed : tuple
         Seed of the speaker's own random stream.
     sessions : list
-        Of Session.
+        For each session, which has one channel, a dict from the path of an
+        audio file in the corpus to its text, a tuple of str.
     """
 
     name: str
@@ -71,34 +56,25 @@ class Speaker:
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """What all corpora share; the fields of a subclass are its options.
+    """How all corpora are made; the fields of a subclass are its options.
 
     FORMAT goes into the hash: any change to what the code writes must change
-    it, or an earlier corpus passes for a new one. WORDS_PER_MINUTE bounds how
-    fast the speakers speak.
+    it, or an earlier corpus passes for a new one. The formats SPEAKER and AUDIO
+    take the speaker's number, and split, speaker, session and utterance.
     """
 
     FORMAT: ClassVar[int]
+    SPEAKER: ClassVar[str]
+    AUDIO: ClassVar[str]
+    FIRST_SESSION: ClassVar[int]
     WORDS_PER_MINUTE: ClassVar[tuple]
 
     def groups(self):
         """Training and test speakers.
 
-        Returns
-        -------
-        list
-            For each group the variants of its voices, the first speaker's
-            number, how many speakers, and a (split, utterances) for each
-            session of a speaker.
+        Each group has the variants of its voices, the first speaker's number,
+        how many speakers, and a (split, utterances) for each session.
         """
-        raise NotImplementedError
-
-    def name_speaker(self, number):
-        """The name of a speaker."""
-        raise NotImplementedError
-
-    def name_session(self, speaker, number, split):
-        """A session's folder, and a format string for its audio files."""
         raise NotImplementedError
 
     def draw_text(self, rng):
@@ -106,28 +82,11 @@ class Corpus:
         raise NotImplementedError
 
     def speak(self, rng, say, pitch, text):
-        """Speaks a text.
-
-        Arguments
-        ---------
-        rng : np.random.Generator
-            The speaker's random stream.
-        say : callable
-            Turns a str, given pitch, into samples.
-        pitch : float
-            The session's pitch.
-        text : tuple
-            Of the utterance.
-
-        Returns
-        -------
-        np.ndarray
-            The clean samples.
-        """
+        """Clean samples of a text, where say(str, pitch) calls eSpeak NG."""
         raise NotImplementedError
 
     def lists(self, speakers):
-        """Path in the corpus to content, for each file of text."""
+        """Transcripts or trials: path in the corpus to content."""
         raise NotImplementedError
 
     def counts(self, speakers):
@@ -135,56 +94,30 @@ class Corpus:
         raise NotImplementedError
 
     def describe_counts(self, manifest):
-        """Puts the numbers into words."""
+        """Puts these numbers into words."""
         raise NotImplementedError
 
     def plan(self):
-        """Hands out names, voices and texts.
-
-        Returns
-        -------
-        list
-            Of Speaker.
-        """
+        """Hands out names, voices and texts; returns a list of Speaker."""
         rng = np.random.default_rng([self.seed, self.FORMAT])
         texts = distinct(lambda: self.draw_text(rng))
         speakers = []
         for variants, first, count, sizes in self.groups():
-            for number, voice in enumerate(
-                choose_voices(variants, count), first
-            ):
-                name = self.name_speaker(number)
-                sessions = []
-                for s, (split, size) in enumerate(sizes):
-                    folder, audio = self.name_session(name, s, split)
-                    sessions.append(
-                        Session(
-                            folder,
-                            {audio.format(u): next(texts) for u in range(size)},
-                        )
-                    )
+            voices = choose_voices(variants, count)
+            for number, voice in enumerate(voices, first):
+                name = self.SPEAKER.format(number)
+                sessions = [
+                    {
+                        self.AUDIO.format(
+                            split=split, speaker=name, session=s, utterance=u
+                        ): next(texts)
+                        for u in range(size)
+                    }
+                    for s, (split, size) in enumerate(sizes, self.FIRST_SESSION)
+                ]
                 seed = (self.seed, self.FORMAT, number)
                 speakers.append(Speaker(name, voice, seed, sessions))
         return speakers
-
-    def describe(self, manifest):
-        """Puts a manifest into one line."""
-        return (
-            f"{self.train_speakers} training and {self.test_speakers} unseen "
-            f"test speakers, {self.describe_counts(manifest)}, "
-            f"{manifest['minutes']:.0f} min"
-            + (", cached" if manifest["cached"] else "")
-        )
-
-    def fingerprint(self):
-        """Hashes everything that decides the bytes of the corpus."""
-        decisive = [
-            self.FORMAT,
-            dataclasses.asdict(self),
-            TRAIN_VARIANTS,
-            TEST_VARIANTS,
-        ]
-        return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
 
     def make(self, out, workers=None, progress=True):
         """Makes the corpus, unless it is there.
@@ -210,8 +143,7 @@ class Corpus:
         """
         out = Path(out).resolve()
         speakers = self.plan()
-        audio = audio_files(speakers)
-        lists = self.lists(speakers)
+        audio, lists = audio_files(speakers), self.lists(speakers)
         manifest = read_manifest(out)
         if manifest.get("options_sha256") == self.fingerprint() and all(
             (out / path).exists() for path in (*audio, *lists)
@@ -247,6 +179,21 @@ class Corpus:
         partial.rename(out)
         return {**manifest, "cached": False}
 
+    def describe(self, manifest):
+        """Puts a manifest into one line."""
+        return (
+            f"{self.train_speakers} training and {self.test_speakers} unseen "
+            f"test speakers, {self.describe_counts(manifest)}, "
+            f"{manifest['minutes']:.0f} min"
+            + (", cached" if manifest["cached"] else "")
+        )
+
+    def fingerprint(self):
+        """Hashes everything that decides the bytes of the corpus."""
+        options = dataclasses.asdict(self)
+        decisive = [self.FORMAT, options, TRAIN_VARIANTS, TEST_VARIANTS]
+        return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
+
 
 def distinct(draw):
     """Draws at random, and yields nothing twice."""
@@ -261,10 +208,10 @@ def distinct(draw):
 def audio_files(speakers):
     """Paths of the audio files in the corpus."""
     return [
-        f"{session.folder}/{name}"
+        path
         for speaker in speakers
         for session in speaker.sessions
-        for name in session.texts
+        for path in session
     ]
 
 
@@ -331,12 +278,10 @@ def speak_one(job):
         def say(text, pitch, rate=rate, pitch_range=pitch_range):
             return espeak.say(text, speaker.voice, rate, pitch, pitch_range)
 
-        place = Path(folder) / session.folder
-        place.mkdir(parents=True)
-        for name, text in session.texts.items():
+        for path, text in session.items():
             samples = channel(corpus.speak(rng, say, pitch, text))
-            soundfile.write(
-                place / name, samples, SAMPLE_RATE, subtype="PCM_16"
-            )
+            file = Path(folder) / path
+            file.parent.mkdir(parents=True, exist_ok=True)
+            soundfile.write(file, samples, SAMPLE_RATE, subtype="PCM_16")
             written += len(samples)
     return written

@@ -16,9 +16,10 @@ Authors
 
 import collections
 import dataclasses
+from pathlib import Path
 
 import numpy as np
-from corpus import Corpus
+from corpus import Corpus, audio_files
 from voices import SAMPLE_RATE, TEST_VARIANTS, TRAIN_VARIANTS
 
 WORDS = "zero one two three four five six seven eight nine".split()
@@ -30,27 +31,16 @@ SHORTEST, LONGEST = 3, 6
 class Digits(Corpus):
     """Settings of the corpus.
 
-    Arguments
-    ---------
-    train_speakers : int
-        Number of training speakers.
-    train_chapters : int
-        Chapters of each of them in train.
-    train_utterances : int
-        Utterances of each training chapter.
-    dev_utterances : int
-        Utterances of each training speaker in dev, one chapter.
-    test_speakers : int
-        Number of unseen test speakers.
-    test_chapters : int
-        Chapters of each test speaker.
-    test_utterances : int
-        Utterances of each test chapter.
-    seed : int
-        Decides everything that is drawn at random.
+    A speaker has so many chapters of so many utterances each; dev has one more
+    chapter of each training speaker.
     """
 
     FORMAT = 1
+    SPEAKER = "{}"
+    AUDIO = (
+        "{split}/{speaker}/{session}/{speaker}-{session}-{utterance:04d}.flac"
+    )
+    FIRST_SESSION = 1
     WORDS_PER_MINUTE = (130, 170)
 
     train_speakers: int = 30
@@ -72,16 +62,6 @@ class Digits(Corpus):
             (TEST_VARIANTS, 201, self.test_speakers, test),
         ]
 
-    def name_speaker(self, number):
-        """The number, as in LibriSpeech."""
-        return str(number)
-
-    def name_session(self, speaker, number, split):
-        """Chapters count from one."""
-        chapter = number + 1
-        folder = f"{split}/{speaker}/{chapter}"
-        return folder, f"{speaker}-{chapter}-{{:04d}}.flac"
-
     def draw_text(self, rng):
         """Draws a string of digits."""
         count = rng.integers(SHORTEST, LONGEST + 1)
@@ -101,23 +81,20 @@ class Digits(Corpus):
         transcripts = {}
         for speaker in speakers:
             for session in speaker.sessions:
-                _, name, chapter = session.folder.split("/")
-                path = f"{session.folder}/{name}-{chapter}.trans.txt"
-                transcripts[path] = "".join(
-                    f"{audio.removesuffix('.flac')} {' '.join(text).upper()}\n"
-                    for audio, text in session.texts.items()
+                chapter = next(iter(session)).rpartition("-")[0]
+                transcripts[f"{chapter}.trans.txt"] = "".join(
+                    f"{Path(path).stem} {' '.join(text).upper()}\n"
+                    for path, text in session.items()
                 )
         return transcripts
 
     def counts(self, speakers):
         """Utterances of each split, and chapters."""
-        utterances, chapters = collections.Counter(), 0
-        for speaker in speakers:
-            for session in speaker.sessions:
-                split = session.folder.partition("/")[0]
-                utterances[split] += len(session.texts)
-                chapters += 1
-        return {"utterances": dict(utterances), "chapters": chapters}
+        splits = (path.partition("/")[0] for path in audio_files(speakers))
+        return {
+            "utterances": dict(collections.Counter(splits)),
+            "chapters": sum(len(speaker.sessions) for speaker in speakers),
+        }
 
     def describe_counts(self, manifest):
         """Utterances of each split."""

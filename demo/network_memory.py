@@ -31,14 +31,14 @@ LABELS = {
 
 
 def compare_networks(base_channels, shape):
-    """Measures parameters, memory and time of the networks.
+    """Measures the networks at this size, with time, and at full sizes.
 
     Arguments
     ---------
     base_channels : int
-        Width at which time is measured, too.
+        Width of the networks.
     shape : tuple
-        Shape of the features there, [batch, frames, bands].
+        Shape of the features, [batch, frames, bands].
 
     Returns
     -------
@@ -113,13 +113,7 @@ def print_networks(rows):
 
 
 def compare_states():
-    """Measures the states of the optimizers, 32-bit and 8-bit.
-
-    Returns
-    -------
-    list
-        One dict for each optimizer.
-    """
+    """Measures the states of 32-bit and 8-bit optimizers, in pairs."""
     sgd, adam = {"lr": 0.1, "momentum": 0.9}, {"lr": 0.1}
     rows = []
     for kind, options in (

@@ -21,6 +21,9 @@ import transducer_part
 from recipe_runner import ROOT, DemoError
 from voices import CorpusError
 
+# A part has the number of its STEPS; run(data, results, epochs, heading), which
+# prints a heading for each step and returns its findings; check(findings), which
+# raises a DemoError if a network has not learned enough; and what to do NEXT.
 PARTS = {"speakers": speaker_part, "transducer": transducer_part}
 
 

@@ -117,24 +117,7 @@ def verify(corpus, output, checkpoints):
 
 
 def run(data, results, epochs, heading):
-    """Runs the part and prints what it finds.
-
-    Arguments
-    ---------
-    data : Path
-        Folder of the corpora.
-    results : Path
-        Folder for everything else that is written.
-    epochs : int
-        Number of epochs.
-    heading : callable
-        Prints a step's heading.
-
-    Returns
-    -------
-    dict
-        What was found.
-    """
+    """Runs the part and prints its findings; run_demo.py says how."""
     heading("A corpus of synthetic speakers")
     corpus, folder = Speakers(), data / "voices"
     manifest = corpus.make(folder, progress=sys.stderr.isatty())

@@ -50,25 +50,13 @@ TIMES = (
 class Speakers(Corpus):
     """Settings of the corpus.
 
-    Arguments
-    ---------
-    train_speakers : int
-        Number of training speakers.
-    train_sessions : int
-        Sessions of each training speaker.
-    train_utterances : int
-        Utterances of each training session.
-    test_speakers : int
-        Number of unseen test speakers.
-    test_sessions : int
-        Sessions of each test speaker.
-    test_utterances : int
-        Utterances of each test session.
-    seed : int
-        Decides everything that is drawn at random.
+    A speaker has so many sessions of so many utterances each.
     """
 
     FORMAT = 1
+    SPEAKER = "id{:05d}"
+    AUDIO = "wav/{speaker}/s{session:02d}/{utterance:05d}.wav"
+    FIRST_SESSION = 0
     WORDS_PER_MINUTE = (150, 190)
 
     train_speakers: int = 60
@@ -87,14 +75,6 @@ class Speakers(Corpus):
             (TRAIN_VARIANTS, 10001, self.train_speakers, train),
             (TEST_VARIANTS, 20001, self.test_speakers, test),
         ]
-
-    def name_speaker(self, number):
-        """An identity, as in VoxCeleb."""
-        return f"id{number:05d}"
-
-    def name_session(self, speaker, number, split):
-        """Training and test share a folder, as in VoxCeleb."""
-        return f"wav/{speaker}/s{number:02d}", "{:05d}.wav"
 
     def draw_text(self, rng):
         """Draws two sentences; the second is for those who speak fast."""

@@ -85,24 +85,7 @@ def read_wer(path):
 
 
 def run(data, results, epochs, heading):
-    """Runs the part and prints what it finds.
-
-    Arguments
-    ---------
-    data : Path
-        Folder of the corpora.
-    results : Path
-        Folder for everything else that is written.
-    epochs : int
-        Number of epochs.
-    heading : callable
-        Prints a step's heading.
-
-    Returns
-    -------
-    dict
-        What was found.
-    """
+    """Runs the part and prints its findings; run_demo.py says how."""
     heading("A corpus of spoken digits")
     corpus, folder = Digits(), data / "digits"
     manifest = corpus.make(folder, progress=sys.stderr.isatty())

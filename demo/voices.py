@@ -142,18 +142,7 @@ class Espeak:
 
 
 def find_espeak():
-    """Finds the library and its data without loading either.
-
-    Returns
-    -------
-    tuple
-        Path of the shared library, path of espeak-ng-data.
-
-    Raises
-    ------
-    CorpusError
-        If the package espeakng-loader is missing.
-    """
+    """Paths of the shared library and of its data; loads neither."""
     try:
         import espeakng_loader
     except ImportError:
@@ -164,25 +153,7 @@ def find_espeak():
 
 
 def choose_voices(variants, count):
-    """Takes some of the variants, and gives each an accent.
-
-    Arguments
-    ---------
-    variants : list of str
-        TRAIN_VARIANTS or TEST_VARIANTS.
-    count : int
-        How many; a variant is taken once.
-
-    Returns
-    -------
-    list of str
-        Names of voices, accent+variant.
-
-    Raises
-    ------
-    CorpusError
-        If there are not so many.
-    """
+    """Names of voices, accent+variant; no variant is taken twice."""
     if not 1 <= count <= len(variants):
         raise CorpusError(f"There are {len(variants)} voices, not {count}.")
     # Spread over the list, or a smaller corpus would hold adam to iven.

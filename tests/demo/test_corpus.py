@@ -33,6 +33,9 @@ class Letters(corpus.Corpus):
     """A letter for each speaker, who takes a second for it."""
 
     FORMAT = 1
+    SPEAKER = "s{}"
+    AUDIO = "{split}/{speaker}/{utterance}.wav"
+    FIRST_SESSION = 0
     WORDS_PER_MINUTE = (100, 200)
 
     speakers: int = 1
@@ -40,12 +43,6 @@ class Letters(corpus.Corpus):
 
     def groups(self):
         return [(["a", "b", "c"], 1, self.speakers, [("all", 1)])]
-
-    def name_speaker(self, number):
-        return f"s{number}"
-
-    def name_session(self, speaker, number, split):
-        return f"{split}/{speaker}", "{}.wav"
 
     def draw_text(self, rng):
         return ("abc"[rng.integers(3)],)
@@ -163,6 +160,6 @@ def test_no_text_is_given_to_two_speakers():
         text
         for speaker in Letters(speakers=3).plan()
         for session in speaker.sessions
-        for text in session.texts.values()
+        for text in session.values()
     ]
     assert sorted(texts) == [("a",), ("b",), ("c",)]

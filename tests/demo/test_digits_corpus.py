@@ -135,7 +135,7 @@ def test_voices_of_test_are_unseen(made):
 def test_no_text_twice_and_no_voice_twice():
     speakers = Digits().plan()
     chapters = [c for s in speakers for c in s.sessions]
-    texts = [text for c in chapters for text in c.texts.values()]
+    texts = [text for c in chapters for text in c.values()]
     assert len(set(texts)) == len(texts)
     assert {len(text) for text in texts} == {3, 4, 5, 6}
     assert {word for text in texts for word in text} == set(WORDS)

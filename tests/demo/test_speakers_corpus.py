@@ -105,7 +105,7 @@ def test_no_text_twice_and_no_voice_twice():
         sentence
         for speaker in speakers
         for session in speaker.sessions
-        for pair in session.texts.values()
+        for pair in session.values()
         for sentence in pair
     ]
     assert len(set(texts)) == len(texts)
