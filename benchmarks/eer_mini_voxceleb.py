@@ -322,8 +322,16 @@ def main():
         return
     measured = costs()
     print_head(
-        *("network", "optimizer", "seed", "EER untrained", "EER", "minDCF"),
-        *("last training loss", "states", "peak", "s/step"),
+        "network",
+        "optimizer",
+        "seed",
+        "EER untrained",
+        "EER",
+        "minDCF",
+        "last training loss",
+        "states",
+        "peak",
+        "s/step",
     )
     for row in rows:
         row.update(measured[row["network"], row["optimizer"]])
