@@ -15,14 +15,15 @@ Authors
 import argparse
 import functools
 import itertools
-import statistics
 
 import torch
-from common import Checkpointed, write_results
+from resnets import Checkpointed
+from result_file import write_results
 from speechbrain.lobes.models.ECAPA_TDNN import (
     ECAPA_TDNN as SpeechBrainECAPA_TDNN,
 )
-from step_time_resnet import timed_step
+from table import print_head, print_row
+from timing import median_seconds, training_step
 
 from sb_memeff.lobes.models.ECAPA_TDNN import ECAPA_TDNN
 from sb_memeff.lobes.models.RevECAPA_TDNN import RevECAPA_TDNN
@@ -120,7 +121,7 @@ def memory_of(
     )
 
 
-def times(channels, shape, rounds=7):
+def times(channels, shape, rounds=6):
     """Median time of forward and backward of each network.
 
     Arguments
@@ -130,7 +131,7 @@ def times(channels, shape, rounds=7):
     shape : tuple of int
         Shape of the features.
     rounds : int
-        Steps of each network; they take turns.
+        Timed steps of each network.
 
     Returns
     -------
@@ -140,16 +141,11 @@ def times(channels, shape, rounds=7):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(1)
     x = torch.randn(shape, device=device)
-    found = {kind: [] for kind in NETWORKS}
-    nets = {
-        kind: network(**arguments_of(channels)).to(device)
+    steps = {
+        kind: training_step(network(**arguments_of(channels)).to(device), x)
         for kind, network in NETWORKS.items()
     }
-    for _ in range(rounds):
-        for kind, net in nets.items():
-            found[kind].append(timed_step(net, x))
-    # The first step sets up kernels and memory.
-    return {kind: statistics.median(t[1:]) for kind, t in found.items()}
+    return median_seconds(steps, rounds)
 
 
 def main():
@@ -162,9 +158,14 @@ def main():
     options = parser.parse_args()
     shape = (options.batch, options.frames, 80)
     memory = []
-    print(
-        "| precision | blocks | network | parameters | peak of a step "
-        "| activations | smaller by |\n|---|---|---|---|---|---|---|"
+    print_head(
+        "precision",
+        "blocks",
+        "network",
+        "parameters",
+        "peak of a step",
+        "activations",
+        "smaller by",
     )
     for autocast, blocks in itertools.product((None, torch.bfloat16), (3, 12)):
         for kind in NETWORKS:
@@ -183,12 +184,14 @@ def main():
             )
             if kind == "stored":
                 stored = found.activation_bytes
-            print(
-                f"| {precision} | {blocks} | {kind} "
-                f"| {found.parameters / 1e6:.2f} M "
-                f"| {found.peak_bytes / 1e6:.0f} MB "
-                f"| {found.activation_bytes / 1e6:.0f} MB "
-                f"| {stored / found.activation_bytes:.1f}x |"
+            print_row(
+                precision,
+                blocks,
+                kind,
+                f"{found.parameters / 1e6:.2f} M",
+                f"{found.peak_bytes / 1e6:.0f} MB",
+                f"{found.activation_bytes / 1e6:.0f} MB",
+                f"{stored / found.activation_bytes:.1f}x",
             )
     seconds = times(options.time_channels, (8, 200, 80))
     for kind, value in seconds.items():

@@ -13,15 +13,15 @@ Authors
 import argparse
 import json
 import re
-import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
-from common import write_results
+from result_file import write_results
 from speechbrain.lobes.models.ECAPA_TDNN import Classifier
+from table import print_head, print_row
+from timing import median_seconds, training_step
 
 from sb_memeff import optim
 from sb_memeff.lobes.models.DFResNet import DFResNet
@@ -265,8 +265,7 @@ def costs(rounds=7):
     Arguments
     ---------
     rounds : int
-        Timed steps of each; the median counts. They take turns, so that
-        whatever else the machine does hits all of them.
+        Timed steps of each; the median counts.
 
     Returns
     -------
@@ -275,25 +274,19 @@ def costs(rounds=7):
     """
     shape = (16, 200, 40)
     features = torch.randn(shape)
-    found, systems = {}, {}
+    found, optimizers, steps = {}, {}, {}
     for network, name in SYSTEMS:
+        key = network, name
         memory = training_step_memory(
             lambda network=network: build(network), shape, make_optimizer(name)
         )
-        found[network, name] = {"peak_bytes": memory.peak_bytes, "times": []}
+        found[key] = {"peak_bytes": memory.peak_bytes}
         net = build(network)
-        systems[network, name] = net, make_optimizer(name)(net.parameters())
-    for _ in range(rounds + 1):
-        for key, (net, optimizer) in systems.items():
-            started = time.perf_counter()
-            net(features).square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            found[key]["times"].append(time.perf_counter() - started)
-    for key, (_, optimizer) in systems.items():
-        # The first round warms up.
-        found[key]["step_s"] = statistics.median(found[key].pop("times")[1:])
-        found[key]["state_bytes"] = optim.state_bytes(optimizer)
+        optimizers[key] = make_optimizer(name)(net.parameters())
+        steps[key] = training_step(net, features, optimizers[key])
+    for key, step_s in median_seconds(steps, rounds).items():
+        found[key]["step_s"] = step_s
+        found[key]["state_bytes"] = optim.state_bytes(optimizers[key])
     return found
 
 
@@ -328,21 +321,30 @@ def main():
     if parts > 1:
         return
     measured = costs()
-    print(
-        "| network | optimizer | seed | EER untrained | EER | minDCF "
-        "| last training loss | states | peak | s/step |\n"
-        "|---|---|---|---|---|---|---|---|---|---|"
+    print_head(
+        "network",
+        "optimizer",
+        "seed",
+        "EER untrained",
+        "EER",
+        "minDCF",
+        "last training loss",
+        "states",
+        "peak",
+        "s/step",
     )
     for row in rows:
         row.update(measured[row["network"], row["optimizer"]])
         before, after = row["untrained"], row["trained"]
-        print(
-            f"| {row['network']} | {row['optimizer']} | {row['seed']} "
-            f"| {before['eer']:.1f} %"
-            f" | {after['eer']:.2f} % | {after['min_dcf']:.3f}"
-            f" | {row['last_train_loss']:.2f}"
-            f" | {row['state_bytes'] / 1e6:.2f} MB"
-            f" | {row['peak_bytes'] / 1e6:.0f} MB | {row['step_s']:.2f} |"
+        print_row(
+            *(row[name] for name in ("network", "optimizer", "seed")),
+            f"{before['eer']:.1f} %",
+            f"{after['eer']:.2f} %",
+            f"{after['min_dcf']:.3f}",
+            f"{row['last_train_loss']:.2f}",
+            f"{row['state_bytes'] / 1e6:.2f} MB",
+            f"{row['peak_bytes'] / 1e6:.0f} MB",
+            f"{row['step_s']:.2f}",
         )
     write_results(__file__, rows)
 

@@ -12,7 +12,8 @@ Authors
 
 from pathlib import Path
 
-from common import write_results
+from result_file import write_results
+from table import print_head, print_row
 
 from sb_memeff.analysis.families.step import Variant
 from sb_memeff.analysis.fit import fit, usable
@@ -51,7 +52,7 @@ def main():
     """Fits, prints a Markdown table and writes the result file."""
     limit = usable("11GB")
     rows = []
-    print("| | on 11 GB | peak |\n|---|---|---|")
+    print_head("", "on 11 GB", "peak")
     for path, overrides, seconds, variant in cases():
         found = fit(path, overrides, limit, seconds=seconds, variant=variant)
         row = {
@@ -66,10 +67,8 @@ def main():
         }
         rows.append(row)
         text = " ".join(f"--{k}={v}" for k, v in found.overrides.items())
-        print(
-            f"| {row['label']} | `{text}` | {row['peak_bytes'] / 1e9:.2f} GB |",
-            flush=True,
-        )
+        peak = f"{row['peak_bytes'] / 1e9:.2f} GB"
+        print_row(row["label"], f"`{text}`", peak)
     write_results(__file__, rows)
 
 

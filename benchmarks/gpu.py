@@ -78,12 +78,6 @@ def check(name, function):
         torch.cuda.empty_cache()
 
 
-def synchronize():
-    """Waits for the device."""
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-
-
 def timed(step, rounds=3, warm=2):
     """Median time of a step, that of the host alone, and the peak.
 
@@ -233,7 +227,7 @@ def machine():
         n, k = (1 << 20, 256) if SMALL else (1 << 30, 8192)
         a = torch.empty(n, dtype=torch.uint8, device=DEVICE)
         b = torch.empty_like(a)
-        row = dict(common.machine())
+        row = dict(machine_and_versions())
         copied = timed(lambda: b.copy_(a), 10)["ms"]
         row["copy_gb_s"] = round(2 * n / 1e6 / copied, 1)
         for name in ("bfloat16", "float16", "float32"):
@@ -353,15 +347,7 @@ def step_of(net, shape, precision="fp32", optimizer=None):
     optimizer = optimizer or torch.optim.SGD(
         net.parameters(), lr=1e-3, momentum=0.9
     )
-
-    def step():
-        with autocast(precision):
-            y = net(x)
-        y.float().square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+    return training_step(net, x, optimizer, lambda: autocast(precision))
 
 
 def limits():
@@ -474,7 +460,7 @@ def compiled():
             "inductor_against_eager": error(fused, eager),
         }
 
-    built = common.networks("ResNet34", **width)
+    built = networks("ResNet34", **width)
     # torch 2.12's inductor crashes on a CPU in the stored one.
     for kind in ("type_2",) if SMALL else ("type_2", "stored"):
         for precision in ("fp32", "bf16"):
@@ -592,7 +578,7 @@ def steps():
     torch.backends.cuda.matmul.allow_tf32 = True
     names = ["ResNet34", "ResNet101", "ResNet293", "DFResNet110"]
     for name in names[: 1 if SMALL else None]:
-        for kind, build in common.networks(name, **width).items():
+        for kind, build in networks(name, **width).items():
             built = build()
             precisions = (
                 list(DTYPES) if name == "ResNet101" else ["fp32", "bf16"]
@@ -613,7 +599,7 @@ def steps():
 
                 check(f"step {name} {kind} bf16 NHWC", nhwc)
     for kind in ("stored", "type_2"):
-        build = common.networks(names[0 if SMALL else 1], **width)[kind]
+        build = networks(names[0 if SMALL else 1], **width)[kind]
 
         def kernels():
             net = build().to(DEVICE).train()
@@ -696,7 +682,7 @@ def eleven_gb():
         return
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(10.5e9 / total)
-    kinds = common.networks("ResNet293")
+    kinds = networks("ResNet293")
     for kind in ("type_2", "type_1", "checkpoint", "stored"):
 
         def one():
@@ -765,7 +751,9 @@ if __name__ == "__main__":
 
 import torch  # noqa: E402
 
-import common  # noqa: E402
+from resnets import networks  # noqa: E402
+from result_file import machine as machine_and_versions  # noqa: E402
+from timing import synchronize, training_step  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ import re
 import time
 from pathlib import Path
 
-from common import RESULTS, write_results
+from result_file import RESULTS, write_results
+from table import print_head, print_row
 
 from sb_memeff.analysis.plot import load_pyplot, plot_kinds
 from sb_memeff.analysis.profile import profile
@@ -158,14 +159,14 @@ def main():
         ],
         RESULTS / "memory_by_kind.png",
     )
-    print("\n| batch 64 |" + "".join(f" {depth} |" for depth in DEPTHS))
-    print("|---|" + "---|" * len(DEPTHS))
+    print()
+    print_head("batch 64", *DEPTHS)
     for network, *_ in NETWORKS:
         cells = [
             f"{found[network, d, 64][0].memory.peak_bytes / 1e9:.1f} GB"
             for d in DEPTHS
         ]
-        print(f"| {network} | " + " | ".join(cells) + " |")
+        print_row(network, *cells)
     write_results(
         __file__,
         [

@@ -12,8 +12,9 @@ Authors
  * The sb_memeff authors 2026
 """
 
-from common import RESULTS, networks, write_results
 from peak_memory import sgd
+from resnets import networks
+from result_file import RESULTS, write_results
 
 from sb_memeff.analysis.plot import plot_timelines
 from sb_memeff.analysis.profile import Profile

@@ -17,11 +17,12 @@ Authors
 
 import argparse
 import copy
-import time
 
 import torch
-from common import write_results
+from result_file import write_results
 from speechbrain.nnet.transducer.transducer_joint import Transducer_joint
+from table import print_head, print_row
+from timing import seconds
 from torch import nn
 from torchaudio_loss import TorchaudioJointLoss
 
@@ -123,12 +124,7 @@ class Batch:
             ((a - b).norm() / b.norm()).item() for a, b in zip(gradients, exact)
         )
         del gradients
-        seconds = []
-        for _ in range(rounds):
-            started = time.perf_counter()
-            step()
-            seconds.append(time.perf_counter() - started)
-        return extra, min(seconds), error
+        return extra, min(seconds(step) for _ in range(rounds)), error
 
 
 def compare(name, batch):
@@ -149,23 +145,24 @@ def compare(name, batch):
     rows = []
     exact = batch.exact()
     for method, (kind, options) in METHODS.items():
-        extra, seconds, error = batch.measure(kind, exact, **options)
+        extra, step_s, error = batch.measure(kind, exact, **options)
         if not rows:
-            reference = extra, seconds
+            reference = extra, step_s
         rows.append(
             {
                 "batch": name,
                 "method": method,
                 "extra_bytes": extra,
-                "seconds": seconds,
+                "seconds": step_s,
                 "gradient_error": error,
             }
         )
-        print(
-            f"| {name} | {method} | {extra / 1e6:.0f} MB "
-            f"(1/{reference[0] / extra:.1f}) | {seconds:.2f} s "
-            f"({reference[1] / seconds:.1f}x) | {error:.0e} |",
-            flush=True,
+        print_row(
+            name,
+            method,
+            f"{extra / 1e6:.0f} MB (1/{reference[0] / extra:.1f})",
+            f"{step_s:.2f} s ({reference[1] / step_s:.1f}x)",
+            f"{error:.0e}",
         )
     return rows
 
@@ -179,11 +176,11 @@ def grow():
         A dict for each batch.
     """
     rows = []
-    print(
-        "\n| batch of 100 x 21, H 256, V 500 | enc, pred, their gradients | "
-        + " | ".join(METHODS)
-        + " |\n|---|---|"
-        + "---|" * len(METHODS)
+    print()
+    print_head(
+        "batch of 100 x 21, H 256, V 500",
+        "enc, pred, their gradients",
+        *METHODS,
     )
     for size in (1, 8, 64, 512):
         batch = Batch([100] * size, [20] * size, 256, 500, False)
@@ -192,12 +189,8 @@ def grow():
         for method, (kind, options) in METHODS.items():
             row[method] = batch.measure(kind, **options)
         rows.append(row)
-        print(
-            f"| {size} | {given / 1e6:.0f} MB | "
-            + " | ".join(f"{row[method] / 1e6:.0f} MB" for method in METHODS)
-            + " |",
-            flush=True,
-        )
+        figures = (given, *(row[method] for method in METHODS))
+        print_row(size, *(f"{figure / 1e6:.0f} MB" for figure in figures))
     return rows
 
 
@@ -207,10 +200,7 @@ def main():
     parser.add_argument("--shapes")
     parser.add_argument("--batches", type=int, default=1)
     arguments = parser.parse_args()
-    print(
-        "| batch | method | memory | time (faster) | gradient error |\n"
-        "|---|---|---|---|---|"
-    )
+    print_head("batch", "method", "memory", "time (faster)", "gradient error")
     rows = []
     for peaked in (False, True):
         name = "4 x 250 x 51, " + ("trained-like" if peaked else "untrained")

@@ -18,8 +18,9 @@ import sys
 import time
 from pathlib import Path
 
-from common import write_results
 from hyperpyyaml import load_hyperpyyaml
+from result_file import write_results
+from table import print_head, print_row
 from torchaudio_loss import TorchaudioJointLoss
 
 RECIPE = (
@@ -112,16 +113,20 @@ def report(runs):
     runs : list of dict
         Of ``measure``; the last is the reference.
     """
-    print(
-        f"| loss | largest relative difference, {FIRST_STEPS} steps | "
-        "last validation WER | test WER |\n|---|---|---|---|"
+    print_head(
+        "loss",
+        f"largest relative difference, {FIRST_STEPS} steps",
+        "last validation WER",
+        "test WER",
     )
     for run in runs:
         pairs = zip(run["first_losses"], runs[-1]["first_losses"])
         difference = max(abs(a / b - 1) for a, b in pairs)
-        print(
-            f"| {run['method']} | {difference:.1e} | "
-            f"{run['valid_wer'][-1]:.2f} % | {run['test_wer']:.2f} % |"
+        print_row(
+            run["method"],
+            f"{difference:.1e}",
+            f"{run['valid_wer'][-1]:.2f} %",
+            f"{run['test_wer']:.2f} %",
         )
 
 
