@@ -17,7 +17,8 @@ import math
 from collections import Counter
 
 import torch
-from common import networks, write_results
+from resnets import networks
+from result_file import write_results
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
