@@ -401,7 +401,7 @@ def test_language_model_when_named(place):
         (
             ['--dev_splits=["dev-clean"]'],
             ValueError,
-            "valid_csv names .*dev.csv, which no split makes",
+            "valid_csv is .*dev.csv, which is not the csv file of any split",
         ),
         (
             ['--train_splits=["train", "more"]'],

@@ -371,7 +371,7 @@ def test_output_folder_of_other_data(place):
     other = sb.dataio.encoder.CategoricalEncoder()
     other.update_from_iterable(["nobody"], sequence_input=False)
     other.save(path)
-    with pytest.raises(ValueError, match="does not know the speaker id00000"):
+    with pytest.raises(ValueError, match="lacks the speaker id00000"):
         training.dataio_prep(hparams)
     path.unlink()
 

@@ -213,7 +213,7 @@ def test_profile_says_that_there_is_nothing_to_compare(tmp_path, capsys):
     arguments = [str(path), "--batch=2", "--seconds=0.5", "--compare"]
     assert main(["profile", *arguments]) == 0
     captured = capsys.readouterr()
-    assert "nothing is known to compare SpeechBrain's Seq" in captured.err
+    assert "there is no alternative to SpeechBrain's Seq" in captured.err
     assert captured.out.splitlines()[-1].startswith("SpeechBrain's Sequential")
 
 
@@ -415,9 +415,9 @@ def test_bad_input(command, arguments, words, here, capfd):
     [
         (["--json=nowhere/a.json"], "no folder for "),
         (["--plot=nowhere/a.png"], "no folder for "),
-        (["--json=folder.yaml"], "folder.yaml is a folder: name a file in it"),
-        (["--plot=folder.png"], "folder.png is a folder: name a file in it"),
-        (["--json="], "is a folder: name a file in it"),
+        (["--json=folder.yaml"], "folder.yaml is a folder: name a file"),
+        (["--plot=folder.png"], "folder.png is a folder: name a file"),
+        (["--json="], "is a folder: name a file"),
         (["--plot=a.xyz"], "The suffix of a.xyz says no format"),
         (["--plot=a"], "The suffix of a says no format"),
         (["--timeline=nowhere/a.png"], "no folder for "),
