@@ -29,7 +29,7 @@ def speechbrains_loss(step):
     """Puts SpeechBrain's joint network and loss into our training step."""
     step.Tjoint = step.transducer_loss.joint
     step.transducer_lin = step.transducer_loss.classifier
-    step.joins_in_loss = False
+    step.has_joint_loss = False
 
 
 def cases():
@@ -56,12 +56,12 @@ def main():
         found = fit(path, overrides, limit, seconds=seconds, variant=variant)
         row = {
             "hparams": path.name,
-            "label": found.found.label,
+            "label": found.profile.label,
             "overrides": found.overrides,
-            "batch": found.found.batch_text,
-            "precision": found.found.precision,
-            "optimizer": found.found.optimizer,
-            "peak_bytes": found.found.memory.peak_bytes,
+            "batch": found.profile.batch_text,
+            "precision": found.profile.precision,
+            "optimizer": found.profile.optimizer,
+            "peak_bytes": found.profile.memory.peak_bytes,
             "limit_bytes": found.limit,
         }
         rows.append(row)

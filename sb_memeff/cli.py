@@ -173,8 +173,8 @@ def fit(arguments: argparse.Namespace) -> None:
     )
     print(
         f"{arguments.budget} less the margin: {format_bytes(found.limit)}\n"
-        f"{found.found.label}, {found.found.batch_text}: "
-        f"{format_bytes(found.found.memory.peak_bytes)}\n"
+        f"{found.profile.label}, {found.profile.batch_text}: "
+        f"{format_bytes(found.profile.memory.peak_bytes)}\n"
         + " ".join(f"--{k}={v}" for k, v in found.overrides.items())
     )
 

@@ -22,11 +22,11 @@ from sb_memeff.memory.units import format_bytes, parse_bytes
 
 __all__ = ["Fit", "fit", "usable"]
 
-# What is not a tensor of the step: CUDA's context with the kernels of torch
-# and cuDNN (bytes), fragments of the allocator and workspaces (share).
+# Memory besides the step's tensors: CUDA's context with the kernels of torch and
+# cuDNN (bytes), fragmentation of the allocator and workspaces (share).
 CONTEXT = 500_000_000
 SHARE = 0.05
-# Seconds; of LibriSpeech's training utterances a few are longer.
+# In seconds. A few of LibriSpeech's training utterances are longer.
 LONGEST = 25
 
 
@@ -36,29 +36,29 @@ class Fit:
 
     Arguments
     ---------
-    found : Profile
+    profile : Profile
         The largest step that fits.
     limit : int
-        Bytes that were there for it.
+        Bytes that it may take.
     overrides : dict
-        What to change in the yaml file.
+        Keys of the yaml file to set for this step.
     """
 
-    found: Profile
+    profile: Profile
     limit: int
     overrides: dict[str, Any]
 
 
 def usable(budget: int | str, margin: int | str | None = None) -> int:
-    """The bytes of a budget that tensors may take.
+    """Computes how many bytes of a budget tensors may take.
 
     Arguments
     ---------
     budget : int or str
         Memory of the GPU; see ``parse_bytes``.
     margin : int or str, optional
-        What to leave. By default 500 MB for CUDA's context and 5 % of the
-        rest for fragmentation and workspaces.
+        Memory to leave free. By default 500 MB for CUDA's context and 5 % of
+        the rest for fragmentation and workspaces.
 
     Returns
     -------
@@ -84,7 +84,7 @@ def usable(budget: int | str, margin: int | str | None = None) -> int:
         what = f"a margin of {format_bytes(parse_bytes(margin))}"
     if left <= 0:
         raise ValueError(
-            f"A budget of {format_bytes(total)} leaves nothing beside {what}: "
+            f"A budget of {format_bytes(total)} leaves nothing besides {what}: "
             f"give a larger --budget."
         )
     return left
@@ -103,21 +103,21 @@ def fit(
 ) -> Fit:
     """Finds the largest training step of a recipe within a limit.
 
-    Neither batch nor seconds given, or only seconds: the largest batch; of a
-    recipe with dynamic batching, the largest max_batch_len for utterances of
-    any length up to ``seconds``. Only batch: the longest utterances. Both: the
-    deepest preset.
+    Without ``batch`` it finds the largest batch or, for a recipe with dynamic
+    batching, the largest max_batch_len for utterances of any length up to
+    ``seconds``. With only ``batch`` it finds the longest utterances, with
+    ``batch`` and ``seconds`` the deepest preset.
 
     Arguments
     ---------
     path : str or Path
         The yaml file.
     overrides : dict
-        Of its keys.
+        Values of its keys.
     limit : int
-        Bytes.
+        Limit in bytes.
     batch : int, optional
-        Utterances that the loader gives.
+        Utterances in a batch of the loader.
     seconds : float, optional
         Their length.
     tokens : int, optional
@@ -125,9 +125,9 @@ def fit(
     precision : str, optional
         fp32, bf16 or fp16.
     progress : callable, optional
-        Is given each Profile when it is there.
+        Called with each Profile.
     variant : Variant, optional
-        What to train instead of the recipe's own network or loss.
+        Replaces the recipe's network or loss.
 
     Returns
     -------
@@ -137,7 +137,7 @@ def fit(
     Raises
     ------
     ValueError
-        If nothing fits, or the recipe does not have what is asked for.
+        If nothing fits, or the recipe lacks the quantity to maximise.
     """
     require_positive(batch=batch, seconds=seconds, tokens=tokens)
     recipe = read_recipe(path, overrides)
@@ -156,7 +156,7 @@ def fit(
         return known[key]
 
     try:
-        # Once for all that are tried.
+        # Entered once for all profiles.
         with no_leftovers():
             if batch is None and recipe.settings.get("dynamic_batching"):
                 longest = LONGEST if seconds is None else seconds
@@ -197,13 +197,13 @@ def _longest_batch(
     measure: Callable[..., Profile],
 ) -> Fit:
     def worst(length: int) -> Profile:
-        # The longest utterances; and, where they leave a rest of the length,
-        # the longest that fill it.
+        # Either as many of the longest utterances as fit, or one more
+        # utterance, which fills max_batch_len.
         count = max(int(length // longest), 1)
         return max(
             measure(count, longest),
             measure(count + 1, round(length / (count + 1), 3)),
-            key=lambda found: found.memory.peak_bytes,
+            key=lambda one: one.memory.peak_bytes,
         )
 
     length, _ = largest(
@@ -215,7 +215,7 @@ def _longest_batch(
 def _longest_utterance(
     limit: int, batch: int, recipe: Recipe, measure: Callable[..., Profile]
 ) -> Fit:
-    # In tenths of a second.
+    # Search in tenths of a second.
     tenths, _ = largest(
         lambda n: measure(batch, n / 10).memory.peak_bytes, limit, first=5
     )
@@ -225,7 +225,7 @@ def _longest_utterance(
         **_length(recipe, found.seconds),
     }
     if recipe.settings.get("dynamic_batching"):
-        # It would choose other batches.
+        # Dynamic batching would choose other batches.
         overrides["dynamic_batching"] = False
     return Fit(found, limit, overrides)
 
@@ -256,23 +256,23 @@ def _deepest(
     raise ValueError(
         f"{path}: no preset fits into {format_bytes(limit)} with a batch of "
         f"{batch} x {seconds:g} s; {presets[0]} takes "
-        # The recipe's own preset is one.
+        # There is at least the recipe's own preset.
         # pyrefly: ignore[unbound-name]
         f"{format_bytes(found.memory.peak_bytes)}."
     )
 
 
 def _presets(recipe: Recipe) -> list[str]:
-    """The recipe's preset and its like, the shallowest first."""
+    """The presets of the recipe's family, the shallowest first."""
     network, method = "", ""
     if recipe.family == "speaker":
         network, _, method = recipe.callee("embedding_model").rpartition(".")
     if method != "from_preset" or "preset" not in recipe.settings:
         raise ValueError(
             f"{recipe.path} has no preset to choose, and batch and seconds are "
-            f"given: leave out one of them to find its largest."
+            f"both given: omit one of them to maximise it."
         )
-    # Says so if there is no such network or preset.
+    # Raises if there is no such network or preset.
     _build_without_memory(recipe)
     presets = cast(type[Presets], pydoc.locate(network)).PRESETS
     family = recipe.settings["preset"].rstrip("0123456789")

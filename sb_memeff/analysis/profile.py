@@ -35,22 +35,22 @@ class Profile:
     label : str
         The network or loss.
     batch : int
-        Utterances that the loader gives.
+        Utterances in a batch of the loader.
     rows : int
-        Utterances in the network, after augmentation.
+        Utterances after augmentation, in the network.
     seconds : float
-        Length of each.
+        Length of each utterance.
     tokens : int or None
-        Length of each transcript, of a transducer.
+        Length of each transcript, for a transducer.
     precision : str
         fp32, bf16 or fp16.
     optimizer : str
-        Name of its class.
+        Name of the optimizer's class.
     memory : StepMemory
-        The bytes.
+        The counted memory.
     measured_bytes : int or None
-        Peak of a step that was run: torch's allocator's on a GPU, that of all
-        tensors elsewhere.
+        Peak of an executed step: from torch's allocator on a GPU, otherwise
+        of all tensors.
     """
 
     label: str
@@ -93,7 +93,7 @@ def profile(
     recipe : Recipe
         The recipe.
     batch : int, optional
-        Utterances that the data loader gives; the recipe's by default.
+        Utterances in a batch of the data loader; the recipe's by default.
     seconds : float, optional
         Their length; the recipe's by default.
     tokens : int, optional
@@ -101,9 +101,10 @@ def profile(
     precision : str, optional
         fp32, bf16 or fp16; the recipe's by default.
     variant : Variant, optional
-        What to train instead of the recipe's own network or loss.
+        Replaces the recipe's network or loss.
     device : str, optional
-        Run the step there, too, such as on "cuda", for ``measured_bytes``.
+        Also run the step on this device, such as "cuda", for
+        ``measured_bytes``.
 
     Returns
     -------
@@ -113,8 +114,8 @@ def profile(
     Raises
     ------
     ValueError
-        If an argument means nothing to the recipe, or the step cannot be
-        analysed; in one sentence.
+        If an argument does not apply to the recipe, or the step cannot be
+        analysed. The message is one sentence.
 
     Example
     -------
@@ -132,12 +133,12 @@ def profile(
     variant = variant or recipe.own_variant()
     if tokens is not None and not recipe.step_class.has_transcripts:
         raise ValueError(
-            f"{recipe.path} has no transcripts, so tokens={tokens} means "
-            f"nothing."
+            f"{recipe.path} has no transcripts, so tokens={tokens} does not "
+            f"apply."
         )
     found: dict[str, Any] = {"tokens": None}
-    # Weak: what a step is made of must not outlive its analysis.
-    made: weakref.WeakValueDictionary[str, TrainingStep] = (
+    # Weak, so that the step does not outlive its analysis.
+    steps: weakref.WeakValueDictionary[str, TrainingStep] = (
         weakref.WeakValueDictionary()
     )
 
@@ -151,14 +152,14 @@ def profile(
             on_gpu = where and torch.device(where["device"]).type != "cpu"
             if not on_gpu:
                 step.imitate_gpu()
-            made["step"] = step
+            steps["step"] = step
             step.inputs = step.batch(batch, seconds, tokens)
             found["rows"] = batch * step.copies
             found["tokens"] = step.tokens
             return step
 
         def optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-            updater = made["step"].optimizer()
+            updater = steps["step"].optimizer()
             found["optimizer"] = type(updater).__name__
             return updater
 
@@ -178,7 +179,7 @@ def profile(
             measured = real.allocator_bytes or real.peak_bytes
     except Exception as error:
         if "rows" not in found and isinstance(error, ValueError):
-            # Of the yaml file or the arguments, and says so.
+            # The message is about the yaml file or the arguments.
             raise
         raise ValueError(
             f"{recipe.path}: a batch of {batch} x {seconds:g} s cannot be "
@@ -196,7 +197,7 @@ def profile(
 
 
 def _autocast(precision: str) -> torch.dtype | None:
-    """The dtype of autocast; None is without."""
+    """The dtype of autocast, or None without autocast."""
     try:
         dtype = AMPConfig.from_name(precision).dtype
     except ValueError:
@@ -207,34 +208,34 @@ def _autocast(precision: str) -> torch.dtype | None:
 
 
 def _reason(error: Exception) -> str:
-    """The error of a step that fails, in one line, and what may help."""
+    """The error of a failed step on one line, with the remedy if known."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if "more than 1 value per channel" in lines[0]:
-        return "batch norm cannot train on one utterance; take 2 or more."
+        return "batch norm cannot train on one utterance; use 2 or more."
     return lines[0]
 
 
 def report(found: Profile, layers: int = 5) -> str:
-    """A profile in words.
+    """Formats a profile as text.
 
     Arguments
     ---------
     found : Profile
         The profile.
     layers : int
-        How many of the largest layers to name.
+        Number of largest layers to list.
 
     Returns
     -------
     str
-        Some lines.
+        Several lines.
     """
     memory = found.memory
     at = f", at {memory.peak_module}" if memory.peak_module else ""
     measured = []
     if found.measured_bytes:
         measured = [
-            f"measured by running it: {format_bytes(found.measured_bytes)}"
+            f"measured in a real step: {format_bytes(found.measured_bytes)}"
         ]
     lines = [
         f"{found.label}: {found.batch_text}, {found.precision}, "
@@ -243,7 +244,7 @@ def report(found: Profile, layers: int = 5) -> str:
         f"{PHASES[memory.peak_phase]}{at}",
         *measured,
         "",
-        *_table(memory.by_kind, memory.peak_bytes, "what for"),
+        *_table(memory.by_kind, memory.peak_bytes, "kind"),
         "",
         *_table(memory.by_module(1), memory.peak_bytes, "module"),
     ]
@@ -257,17 +258,17 @@ def report(found: Profile, layers: int = 5) -> str:
 
 
 def comparison(profiles: Sequence[Profile]) -> str:
-    """Profiles side by side, as a table.
+    """Formats profiles as a table.
 
     Arguments
     ---------
     profiles : list of Profile
-        The first is what the others are compared with.
+        The others are compared with the first.
 
     Returns
     -------
     str
-        Some lines.
+        Several lines.
     """
     first = profiles[0]
     most = first.memory.peak_bytes
@@ -306,7 +307,7 @@ PHASES = {
 
 
 def _table(sizes: dict[str, int], total: int, title: str) -> list[str]:
-    """Lines of names, bytes and shares; what is empty is left out."""
+    """Lines of names, bytes and shares, without negligible rows."""
     rows = [
         (name or "(no module)", format_bytes(size), f"{size / total:.1%}")
         for name, size in sizes.items()

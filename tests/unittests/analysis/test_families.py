@@ -235,11 +235,11 @@ def test_losses_are_what_the_labels_say(name, tmp_path):
     encoder = ["enc.transformer.encoder.layers.0"]
     for label, step in steps.items():
         if label == "SpeechBrain's loss":
-            assert not step.joins_in_loss
+            assert not step.has_joint_loss
             assert not store_blocks(step)
             continue
         method, _, more = label.partition(", ")
-        assert step.joins_in_loss
+        assert step.has_joint_loss
         loss = step.transducer_loss
         assert isinstance(loss, TransducerJointLoss)
         assert (loss.method, loss.blank_index) == (method, 0)

@@ -175,7 +175,7 @@ def test_the_step_can_be_run_beside_its_analysis():
     found = profile(read_recipe(path, overrides), 2, 1.0, device="cpu")
     peak = found.memory.peak_bytes
     assert found.measured_bytes == pytest.approx(peak, rel=0.02)
-    assert "measured by running it: " in report(found)
+    assert "measured in a real step: " in report(found)
 
 
 @pytest.mark.gpu

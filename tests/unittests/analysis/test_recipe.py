@@ -236,7 +236,7 @@ def test_no_yaml(tmp_path):
     refuse(path, "not readable yaml")
     for text in ("", "- 1\n- 2\n", "words"):
         path.write_text(text)
-        refuse(path, "no yaml file of keys and values")
+        refuse(path, "not a yaml file of keys and values")
     path.write_text("a: !ref <b>\n")
     refuse(path, '"b" is not valid')
     path.write_text("a: !include:none.yaml\n")

@@ -234,7 +234,7 @@ def test_real_tensors_without_gradients_only():
     with fake_tensors():
         with torch.no_grad():
             assert (weight * torch.ones(3)).shape == (3,)
-        with pytest.raises(ValueError, match=r"\[3\] that was made before"):
+        with pytest.raises(ValueError, match=r"\[3\] that existed before"):
             weight * torch.ones(3)
     assert weight.grad is None
 

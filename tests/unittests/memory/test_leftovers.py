@@ -426,7 +426,7 @@ def test_what_cannot_be_taken_back_is_named(caplog, monkeypatch):
     with caplog.at_level("WARNING"):
         run()
     (record,) = caplog.records
-    assert "keep (a builtins.generator) holds a fake" in record.getMessage()
+    assert "keep (a builtins.generator) contains a fake" in record.getMessage()
     keeper.close()
 
 

@@ -1,4 +1,4 @@
-"""The largest number whose memory is within a limit."""
+"""Search for the largest number whose memory is within a limit."""
 
 import math
 import random

@@ -1,4 +1,4 @@
-"""Numbers of bytes for people."""
+"""Parsing and formatting numbers of bytes."""
 
 import pytest
 

@@ -1263,7 +1263,7 @@ def test_a_step_holds_few_unpacked_states_at_a_time(kind, monkeypatch):
             p.grad = torch.ones_like(p)
         optimizer.step()
         known = [*weights, *(p.grad for p in weights)]
-        with StorageTracker(but=known) as tracker:
+        with StorageTracker(exclude=known) as tracker:
             optimizer.step()
         peaks.append(tracker.peak)
     moments = 1 if kind is SGD8bit else 2

@@ -129,7 +129,7 @@ def test_bad_corpus(corpus):
     with pytest.raises(FileNotFoundError, match="9-1-0001 has a transcript"):
         prepare(corpus)
     transcripts.unlink()
-    with pytest.raises(ValueError, match="is it LibriSpeech's layout"):
+    with pytest.raises(ValueError, match="does it have LibriSpeech's layout"):
         prepare(corpus)
     with pytest.raises(FileNotFoundError, match="set data_folder"):
         prepare(corpus / "nowhere")

@@ -248,7 +248,7 @@ def test_another_number_of_processes_is_said(tmp_path, caplog):
     torch.save(states * 2, tmp_path / "states")
     with caplog.at_level(logging.WARNING, "sb_memeff.utils.checkpoints"):
         state.load(tmp_path / "states", end_of_epoch=False)
-    assert "2 processes, now there are 1" in caplog.text
+    assert "saved by 2 processes, but now there are 1" in caplog.text
 
 
 @pytest.fixture(scope="module")

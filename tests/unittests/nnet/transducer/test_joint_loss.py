@@ -267,7 +267,7 @@ def test_memory_does_not_grow_with_the_batch(options):
         targets = torch.randint(1, 200, (batch, 10))
         lens = torch.ones(batch)
         given = [enc, pred, *loss.parameters()]
-        with StorageTracker(but=[*given, targets, lens]) as tracker:
+        with StorageTracker(exclude=[*given, targets, lens]) as tracker:
             value = loss(enc, pred, targets, lens, lens)
             found = torch.autograd.grad(value, given)
         extra.append(tracker.peak - sum(g.nbytes for g in found))
@@ -317,7 +317,7 @@ def test_three_numbers_of_each_cell_wait_for_backward():
     pred = torch.randn(2, 41, 4, requires_grad=True)
     targets, lens = torch.randint(1, 6, (2, 40)), torch.ones(2)
     given = [enc, pred, targets, lens, *loss.parameters()]
-    with StorageTracker(but=given) as tracker:
+    with StorageTracker(exclude=given) as tracker:
         value = loss(enc, pred, targets, lens, lens)
     numbers = tracker.alive / 4 / (2 * 200 * 41)
     assert value.requires_grad and 3 <= numbers < 3.5
