@@ -94,7 +94,7 @@ class StreamGuard(Observer):
         if not self.compare:
             return
         before = cast(Summary, self._before[name])
-        now = before.again(streams)
+        now = before.summarize(streams)
         if self.bits is None:
             differs = before.relative_error(now) > FLOAT64_TOLERANCE
         elif self._finite:

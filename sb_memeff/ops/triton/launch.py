@@ -1,4 +1,4 @@
-"""On which GPU a kernel is launched.
+"""Selects the GPU of a kernel launch.
 
 Authors
  * The sb_memeff authors 2026
@@ -18,12 +18,13 @@ def on_device_of(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     Arguments
     ---------
     x : torch.Tensor
-        Anything that the kernel reads.
+        A tensor that the kernel reads.
 
     Returns
     -------
     contextlib.AbstractContextManager
-        Does nothing for a tensor on the CPU (Triton's interpreter).
+        A context; it does nothing for a tensor on the CPU (Triton's
+        interpreter).
 
     Example
     -------

@@ -327,7 +327,7 @@ def test_a_module_by_a_name_that_is_taken(upstream):
             "modules:\n", "modules:\n    optimizer: !new:torch.nn.ReLU\n"
         )
     )
-    refuse(upstream, "'optimizer'", "another name", build=True)
+    refuse(upstream, "'optimizer'", "rename the module", build=True)
 
 
 @pytest.mark.parametrize("key", ["compute_cost", "opt_class", "sample_rate"])
