@@ -1,4 +1,4 @@
-"""Shared by the benchmarks: the networks compared, and result files.
+"""Helpers of the benchmarks: the compared networks, and result files.
 
 Authors
  * The sb_memeff authors 2026
@@ -21,7 +21,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def machine():
-    """Machine, versions and date of a run.
+    """Returns machine, versions and date.
 
     Returns
     -------
@@ -51,7 +51,7 @@ def write_results(script, results):
     script : str
         ``__file__`` of the benchmark.
     results : list or dict
-        What it found.
+        Its results.
     """
     path = RESULTS / f"{Path(script).stem}.json"
     path.write_text(
@@ -61,14 +61,14 @@ def write_results(script, results):
 
 
 class Checkpointed(torch.nn.Module):
-    """A residual block as a user would wrap it."""
+    """A residual block in torch.utils.checkpoint, as a user would wrap it."""
 
     def __init__(self, block):
         super().__init__()
         self.block = block
 
     def forward(self, *args):
-        """Calls the block, to be computed again in backward."""
+        """Calls the block, which backward recomputes."""
         # Fake tensors draw no random numbers, and the blocks have no dropout.
         return checkpoint(
             self.block, *args, use_reentrant=False, preserve_rng_state=False
@@ -84,7 +84,7 @@ def checkpointed(net):
 
 
 def networks(name, **options):
-    """The four networks of one depth that the benchmarks compare.
+    """Returns the four compared networks of one depth.
 
     Arguments
     ---------
@@ -96,7 +96,7 @@ def networks(name, **options):
     Returns
     -------
     dict
-        Functions that build them.
+        Maps names to functions that build the networks.
     """
     vanilla, reversible = next(f for f in RESNETS if name in f[0].PRESETS)
     ours = reversible_twin(name)

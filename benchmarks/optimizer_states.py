@@ -1,8 +1,8 @@
 """State bytes and step time of 8-bit optimizers on RevNets of full width.
 
-Compares torch's classes, bitsandbytes' and ours: bytes of the states, time of
-``step()`` alone (all of a network's parameters, random gradients), and the
-peak memory of a whole training step.
+Compares torch's, bitsandbytes' and our classes: bytes of the states, time of
+``step()`` alone (all parameters of a network, random gradients), and peak memory of
+a whole training step.
 
     python benchmarks/optimizer_states.py [--depth 34 101 293]
 
@@ -34,16 +34,16 @@ OPTIMIZERS = {
 
 
 def measure(depth, device, rounds):
-    """States and times of all optimizers, which take turns.
+    """Measures states and times of all optimizers, in alternation.
 
     Arguments
     ---------
     depth : int
-        Of the RevNet (Type II).
+        Depth of the RevNet (Type II).
     device : str
-        Where to run.
+        Device to run on.
     rounds : int
-        Timed steps of each; the median counts.
+        Number of timed steps; the median is reported.
 
     Returns
     -------
@@ -68,7 +68,7 @@ def measure(depth, device, rounds):
             "optimizer": name,
             "parameters": sum(p.numel() for p in parameters),
             "state_bytes": optim.state_bytes(optimizer),
-            # The first round warms up.
+            # The first round is a warm-up.
             "step_s": statistics.median(times[1:]),
         }
         for name, (parameters, optimizer, times) in systems.items()
@@ -76,7 +76,7 @@ def measure(depth, device, rounds):
 
 
 def timed(optimizer, device):
-    """Seconds of a step."""
+    """Measures the seconds of a step."""
     if device == "cuda":
         torch.cuda.synchronize()
     started = time.perf_counter()
@@ -116,7 +116,7 @@ def main():
 
 
 def markdown_row(row):
-    """One line of the README's table."""
+    """Formats a line of the README's table."""
     each = row["state_bytes"] / row["parameters"]
     peak = row["peak_bytes"]
     peak = "" if peak is None else f"{peak / 1e9:.3f} GB"

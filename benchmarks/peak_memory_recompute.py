@@ -1,11 +1,11 @@
 """Peak memory and time of a training step with and without recomputed blocks.
 
-Four of SpeechBrain's networks as they are: all activations stored,
-torch.utils.checkpoint around named blocks, and recompute_blocks on the same
-names. Memory: fake tensors at the batch of a recipe, float32, Adam;
-deterministic, no GPU needed. Time: real steps on a smaller batch, taking
-turns, on the GPU if there is one; on a CPU the process's own time, so that
-whatever else the machine does counts little.
+Compares four of SpeechBrain's networks with all activations stored, with
+torch.utils.checkpoint around named blocks, and with recompute_blocks on the same
+blocks. Memory is counted on fake tensors at the batch of a recipe, with float32 and
+Adam, deterministically and without a GPU. Times are those of real, alternating
+steps on a smaller batch, on the GPU if there is one. On a CPU the process's own time
+is measured, so other load on the machine has little effect.
 
     python benchmarks/peak_memory_recompute.py [--rounds 0]
 
@@ -37,17 +37,17 @@ from sb_memeff.nnet.recompute import recompute_blocks, store_blocks
 
 
 def ecapa():
-    """The VoxCeleb recipe's."""
+    """The network of SpeechBrain's VoxCeleb recipe."""
     return ECAPA_TDNN(80, channels=[1024] * 4 + [3072])
 
 
 def resnet():
-    """The VoxCeleb recipe's."""
+    """The network of SpeechBrain's VoxCeleb recipe."""
     return ResNet(80)
 
 
 def xvector():
-    """The VoxCeleb recipe's."""
+    """The network of SpeechBrain's VoxCeleb recipe."""
     return Xvector(in_channels=24)
 
 
@@ -114,7 +114,7 @@ CASES = {
         (256, 300, 24),
         (8, 200, 24),
         {"segments of 3": {"blocks": "blocks.*", "segment_length": 3}},
-        # It retries a layer after a TypeError; then torch's cannot.
+        # It retries a layer after a TypeError, which torch's checkpoint cannot.
         torch_can=False,
     ),
     "Conformer encoder, 12 layers": Case(
@@ -131,24 +131,24 @@ CASES = {
 
 
 def variants(case):
-    """Functions that build the networks to compare.
+    """Returns functions that build the compared networks.
 
     Arguments
     ---------
     case : Case
-        What to compare.
+        The case.
 
     Returns
     -------
     dict
-        By name.
+        Maps names to functions.
     """
 
     def checkpointed():
         net = case.build()
         names = recompute_blocks(net, **next(iter(case.options.values())))
         store_blocks(net)
-        # Not a module around each block: ECAPA_TDNN asks for their class.
+        # Not a wrapper module, because ECAPA_TDNN checks the blocks' class.
         fake = isinstance(next(net.parameters()), FakeTensor)
         for block in map(net.get_submodule, names):
             block.forward = partial(
@@ -174,7 +174,7 @@ def variants(case):
 
 
 def measure_memory(case):
-    """Bytes between forward and backward, and at the peak."""
+    """Counts bytes between forward and backward, and at the peak."""
     rows = {}
     for name, build in variants(case).items():
         memory = training_step_memory(
@@ -189,7 +189,7 @@ def measure_memory(case):
 
 
 def measure_seconds(case, rounds, device):
-    """Median seconds of a step."""
+    """Measures the median seconds of a step."""
     built = {k: build().to(device) for k, build in variants(case).items()}
     x = torch.randn(case.timed_shape, device=device)
     times = {name: [] for name in built}
@@ -200,7 +200,7 @@ def measure_seconds(case, rounds, device):
             if not x.is_cuda:
                 seconds = time.process_time() - start
             times[name].append(seconds)
-    # The first step sets up kernels and memory.
+    # The first step is a warm-up.
     return {name: statistics.median(t[1:]) for name, t in times.items()}
 
 
@@ -237,7 +237,7 @@ def main():
 
 
 def markdown_row(network, name, row, stored):
-    """One line of the table."""
+    """Formats a line of the table."""
     peak, saved = row["peak_bytes"], row["saved_bytes"]
     cells = [
         network,

@@ -1,7 +1,7 @@
 """Time of a training step of ResNet and RevNet, on the GPU if there is one.
 
-Compares what peak_memory.py compares; the networks take turns, so that
-whatever else the machine does meets all of them.
+It compares the networks of peak_memory.py. Their steps alternate, so that other
+load on the machine affects all of them.
 
     python benchmarks/step_time_resnet.py [--depth 34] [--base-channels 16]
 
@@ -18,7 +18,7 @@ from common import networks, write_results
 
 
 def timed_step(net, x):
-    """Seconds of a forward and a backward pass."""
+    """Measures the seconds of a forward and a backward pass."""
     if x.is_cuda:
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -52,7 +52,7 @@ def main():
         for _ in range(arguments.rounds):
             for kind, net in built.items():
                 times[kind].append(timed_step(net, x))
-        # The first step sets up kernels and memory.
+        # The first step is a warm-up.
         medians = {k: statistics.median(t[1:]) for k, t in times.items()}
         rows.append({**vars(arguments), "depth": depth, "seconds": medians})
         base = medians["stored"]
