@@ -379,7 +379,7 @@ BAD = [
     ([*SMALL_RESNET, "--lr=fast"], "train_resnet.yaml: "),
     ([*SMALL_RESNET, "--precision=FP32"], "must be fp32, bf16 or fp16"),
     ([*SMALL_RESNET, "--precision="], "must be fp32, bf16 or fp16"),
-    ([*SMALL_RESNET, "--tokens=5"], "so tokens=5 means nothing"),
+    ([*SMALL_RESNET, "--tokens=5"], "so tokens=5 does not apply"),
     ([*SMALL_RESNET, "--batch=1"], "batch norm cannot train on one utter"),
     ([*SMALL_RESNET, "--batch=-1"], "batch=-1 must be positive"),
     ([*SMALL_RESNET, "--seconds=0"], "seconds=0.0 must be positive"),
@@ -418,11 +418,17 @@ def test_bad_input(command, arguments, words, here, capfd):
         (["--json=folder.yaml"], "folder.yaml is a folder: name a file"),
         (["--plot=folder.png"], "folder.png is a folder: name a file"),
         (["--json="], "is a folder: name a file"),
-        (["--plot=a.xyz"], "The suffix of a.xyz says no format"),
-        (["--plot=a"], "The suffix of a says no format"),
+        (
+            ["--plot=a.xyz"],
+            "The suffix of a.xyz is not of a supported picture format",
+        ),
+        (["--plot=a"], "The suffix of a is not of a supported picture format"),
         (["--timeline=nowhere/a.png"], "no folder for "),
         (["--timeline=folder.png"], "folder.png is a folder: name a file"),
-        (["--timeline=a.xyz"], "The suffix of a.xyz says no format"),
+        (
+            ["--timeline=a.xyz"],
+            "The suffix of a.xyz is not of a supported picture format",
+        ),
     ],
 )
 def test_bad_files_are_said_before_the_analysis(
@@ -458,8 +464,8 @@ def test_without_matplotlib(here, monkeypatch, capfd):
     [
         (["--budget=much"], "not 'much'"),
         (["--budget=11"], "not '11'"),
-        (["--budget=400MB"], "400 MB leaves nothing beside 500 MB"),
-        (["--budget=1GB", "--margin=2GB"], "beside a margin of 2.00 GB"),
+        (["--budget=400MB"], "400 MB leaves nothing besides 500 MB"),
+        (["--budget=1GB", "--margin=2GB"], "besides a margin of 2.00 GB"),
         (["--budget=1GB", "--margin=some"], "not 'some'"),
         (["--budget=1GB", "--batch=2", "--preset=5"], "no preset 5; it has "),
     ],

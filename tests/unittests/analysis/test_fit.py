@@ -49,9 +49,9 @@ def test_usable():
 @pytest.mark.parametrize(
     ("budget", "margin", "message"),
     [
-        ("500MB", None, "500 MB leaves nothing beside 500 MB for CUDA's"),
-        ("1GB", "1GB", "1.00 GB leaves nothing beside a margin of 1.00 GB"),
-        ("1GB", "2GB", "beside a margin of 2.00 GB: give a larger --budget"),
+        ("500MB", None, "500 MB leaves nothing besides 500 MB for CUDA's"),
+        ("1GB", "1GB", "1.00 GB leaves nothing besides a margin of 1.00 GB"),
+        ("1GB", "2GB", "besides a margin of 2.00 GB: give a larger --budget"),
         ("11", None, "not '11'"),
         ("1GB", "much", "not 'much'"),
     ],
@@ -236,7 +236,7 @@ def test_a_batch_that_is_given_is_not_dynamic(monkeypatch):
         ({"batch": 4, "seconds": 1.0}, "has no preset to choose"),
         ({"batch": 0}, "batch=0 must be positive"),
         ({"seconds": float("nan")}, "seconds=nan must be positive"),
-        ({"tokens": 3}, "has no transcripts, so tokens=3 means nothing"),
+        ({"tokens": 3}, "has no transcripts, so tokens=3 does not apply"),
         ({"precision": "FP32"}, "precision=FP32 must be fp32, bf16 or fp16"),
     ],
 )

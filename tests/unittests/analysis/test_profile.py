@@ -159,7 +159,7 @@ def test_precision_and_batch_are_the_recipes_by_default():
     ("arguments", "message"),
     [
         ({"precision": "fp8"}, "precision=fp8 must be fp32, bf16 or fp16"),
-        ({"tokens": 5}, "has no transcripts, so tokens=5 means nothing"),
+        ({"tokens": 5}, "has no transcripts, so tokens=5 does not apply"),
         ({"batch": 0}, "batch=0 must be positive"),
         ({"seconds": -1.0}, "seconds=-1.0 must be positive"),
     ],
@@ -195,7 +195,7 @@ def test_the_report_sums_to_the_peak():
     first, second = text.splitlines()[:2]
     assert first.startswith("RevNet34 Type II: batch 16 x 2 s, fp32, SGD8bit, ")
     assert "in backward, at embedding_model.trunk.blocks." in second
-    for title in ("what for", "module", "largest layers"):
+    for title in ("kind", "module", "largest layers"):
         block = text[text.index(f"\n{title} ") :].strip().split("\n\n")[0]
         shares = [float(r.split()[-1][:-1]) for r in block.splitlines()[1:]]
         assert shares and all(share > 0 for share in shares)

@@ -318,7 +318,7 @@ def test_a_module_that_is_none(upstream):
             "    classifier: !ref <classifier>", "    classifier: 3"
         )
     )
-    refuse(upstream, "classifier", "is 3 and no torch.nn.Module", build=True)
+    refuse(upstream, "classifier", "is 3 and not a torch.nn.Module", build=True)
 
 
 def test_a_module_by_a_name_that_is_taken(upstream):

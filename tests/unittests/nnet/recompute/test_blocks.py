@@ -1048,7 +1048,7 @@ def test_every_is_not_fooled_by_rounding(total, count):
 @pytest.mark.parametrize("options", [{"every": 2}, {"segment_length": 2}])
 def test_the_network_itself_holds_its_blocks(options):
     net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="0 lies inside the network itself"):
+    with pytest.raises(ValueError, match="0 is inside the network itself"):
         recompute_blocks(net, "**", **options)
     assert type(net) is nn.Sequential
 
@@ -1085,7 +1085,7 @@ def test_bad_names():
     scripted = nn.Sequential(torch.jit.script(nn.Linear(2, 2)))
     with pytest.raises(ValueError, match="0 is compiled by torch.jit"):
         recompute_blocks(scripted, "*")
-    with pytest.raises(ValueError, match="replaced forward of this very 2"):
+    with pytest.raises(ValueError, match="forward of the instance 2"):
         net = stack()
         net[2].forward = net[2].forward
         recompute_blocks(net, "*")
@@ -1112,7 +1112,7 @@ def test_bad_options(options, message):
 
 @pytest.mark.parametrize("options", [{"every": 2}, {"segment_length": 2}])
 def test_blocks_in_blocks_need_every_one(options):
-    with pytest.raises(ValueError, match=r"blocks\.0\.conv lies inside"):
+    with pytest.raises(ValueError, match=r"blocks\.0\.conv is inside"):
         recompute_blocks(ecapa(), ["blocks.*", "blocks.*.*"], **options)
 
 
@@ -1157,7 +1157,7 @@ def test_a_budget_out_of_reach():
     assert store_blocks(net) == []
     with pytest.raises(ValueError, match="11 potatoes"):
         fit_recompute(net, "*", "11 potatoes", SHAPE)
-    with pytest.raises(ValueError, match="lies inside 0"):
+    with pytest.raises(ValueError, match="is inside 0"):
         fit_recompute(net, ["*", "*.*"], "100 kB", SHAPE)
 
 
