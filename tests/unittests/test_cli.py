@@ -45,7 +45,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys):
     assert not (tmp_path / "model").exists()
 
 
-def test_without_a_command_it_says_what_there_is(capsys):
+def test_without_a_command_it_lists_the_commands(capsys):
     with pytest.raises(SystemExit) as stop:
         main([])
     assert stop.value.code == 2
@@ -197,7 +197,7 @@ def test_profile_compares(tmp_path, monkeypatch, capsys):
     assert [one.label for one in panels] == labels and file == timeline
 
 
-def test_profile_says_that_there_is_nothing_to_compare(tmp_path, capsys):
+def test_profile_reports_that_there_is_no_alternative(tmp_path, capsys):
     text = UPSTREAM_SPEAKERS["xvector"]
     start = text.index("embedding_model: !new:")
     path = tmp_path / "train.yaml"
@@ -252,7 +252,7 @@ def test_fit_prints_overrides_for_the_recipe(capsys):
 
 
 @pytest.mark.usefixtures("shallow")
-def test_fit_says_what_does_not_fit(capsys):
+def test_fit_names_the_smallest_step_if_it_does_not_fit(capsys):
     arguments = [*SMALL_RESNET, "--seconds=0.5", "--budget=20MB"]
     assert main(["fit", *arguments, "--margin=19999kB"]) == 2
     captured = capsys.readouterr()
@@ -431,7 +431,7 @@ def test_bad_input(command, arguments, words, here, capfd):
         ),
     ],
 )
-def test_bad_files_are_said_before_the_analysis(
+def test_invalid_files_raise_before_the_analysis(
     arguments, words, here, monkeypatch, capfd
 ):
     before = sorted(here.iterdir())

@@ -163,7 +163,7 @@ def shapes(module):
         "upstream xvector",
     ],
 )
-def test_networks_are_what_the_labels_say(name, tmp_path):
+def test_variants_have_the_networks_of_their_labels(name, tmp_path):
     recipe = small_recipe(name, tmp_path)
     steps = changed_steps(recipe)
     vanilla, recomputed, *others = ROWS[name]
@@ -229,7 +229,7 @@ def test_the_arguments_are_the_yaml_files(tmp_path):
 
 
 @pytest.mark.parametrize("name", [n for n in ROWS if "transducer" in n])
-def test_losses_are_what_the_labels_say(name, tmp_path):
+def test_variants_have_the_losses_of_their_labels(name, tmp_path):
     recipe = small_recipe(name, tmp_path)
     steps = changed_steps(recipe)
     encoder = ["enc.transformer.encoder.layers.0"]
@@ -293,7 +293,7 @@ def test_recomputed_takes_less_and_reversible_even_less(name, tmp_path):
             assert less.saved_bytes < more.saved_bytes
 
 
-def test_what_only_the_own_network_takes(tmp_path):
+def test_arguments_that_other_networks_lack(tmp_path):
     path, small = speaker_yaml("revecapa")
     path = changed(
         path,
@@ -339,7 +339,7 @@ def test_positional_arguments_and_other_networks_stand_alone(tmp_path):
 
 
 @pytest.mark.parametrize("preset", ["5", "RevNet35", "hello"])
-def test_an_unknown_preset_is_said_when_it_is_built(preset):
+def test_an_unknown_preset_raises_when_built(preset):
     path, small = speaker_yaml("revnet")
     recipe = read_recipe(path, {**small, "preset": preset})
     rows = recipe.variants()

@@ -160,7 +160,7 @@ def longest_batch():
 
 
 @pytest.mark.parametrize("seconds", [0.5, 1.7, 3.3, 4.0])
-def test_what_fits_a_dynamic_batch_fits(seconds, longest_batch):
+def test_the_found_dynamic_batch_fits(seconds, longest_batch):
     total = longest_batch.overrides["max_batch_len"]
     assert longest_batch.overrides == {"max_batch_len": total}
     assert total > 3 * 4

@@ -164,7 +164,7 @@ def test_precision_and_batch_are_the_recipes_by_default():
         ({"seconds": -1.0}, "seconds=-1.0 must be positive"),
     ],
 )
-def test_what_means_nothing(arguments, message):
+def test_arguments_that_do_not_apply(arguments, message):
     path, overrides = speaker_yaml("revnet")
     with pytest.raises(ValueError, match=message):
         profile(read_recipe(path, overrides), **arguments)

@@ -12,7 +12,7 @@ from sb_memeff.dataio.preparation import (
 )
 
 
-def test_nothing_half_written(tmp_path):
+def test_no_file_is_half_written(tmp_path):
     path = tmp_path / "x.csv"
     path.write_text("old")
     with pytest.raises(KeyError), open_atomic(path) as f:

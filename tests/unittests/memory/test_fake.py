@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from sb_memeff.memory.fake import fake_tensors, without_data
 
 
-def test_what_follows_from_lengths_is_known():
+def test_values_computed_from_lengths_are_known():
     with fake_tensors():
         lengths = torch.tensor([0.5, 1.0])
         frames = (lengths * 10).round().long()
@@ -38,7 +38,7 @@ def test_a_value_from_weights_is_not_known():
             (y > 0).nonzero()
 
 
-def test_what_an_unknown_value_overwrites_is_not_known_any_more():
+def test_overwriting_with_unknown_values_makes_values_unknown():
     with fake_tensors():
         weight = torch.rand(1000, 1000)
         x = torch.zeros(4)
@@ -90,7 +90,9 @@ def lstm(x):
         (lstm, (10, 8, 500), 0.03),
     ],
 )
-def test_what_fake_tensors_alone_cannot_do(function, shape, tolerance):
+def test_operators_that_fake_tensor_mode_does_not_support(
+    function, shape, tolerance
+):
     def saved():
         total = 0
 

@@ -104,7 +104,7 @@ def test_parts_that_a_user_has_replaced(save_memory, change):
 
 @pytest.mark.parametrize("save_memory", [True, False])
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
-def test_as_close_to_float64_as_speechbrains(autocast, save_memory):
+def test_error_against_float64_is_not_above_speechbrains(autocast, save_memory):
     """Value and gradients; backward runs outside autocast."""
     theirs = pooling(64)
     ours = Ours(copy.deepcopy(theirs), save_memory)

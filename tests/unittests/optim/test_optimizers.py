@@ -476,7 +476,7 @@ OWN = {
 
 
 @pytest.mark.parametrize("kind, changed", OWN.values(), ids=OWN)
-def test_what_torch_loads_from_itself(kind, changed):
+def test_checkpoints_that_torch_loads_from_itself(kind, changed):
     """Settings that were changed in training, there and back."""
     extra = {} if kind is SGD8bit else {"amsgrad": True}
     networks, optimizers = [], []
@@ -712,7 +712,7 @@ def test_checkpoint_of_another_network():
 
 
 @every_class
-def test_states_that_belong_to_no_parameter_are_kept(kind):
+def test_states_without_a_parameter_are_kept(kind):
     """As torch's class keeps them."""
     for some in (kind, TWINS[kind]):
         net, optimizer = trained(some, **CLASSES[kind])
@@ -838,7 +838,7 @@ def test_8bit_checkpoint_of_bitsandbytes(bnb, ours):
         (bitsandbytes.optim.SGD8bit, SGD8bit, ["momentum_buffer"]),
     ],
 )
-def test_8bit_states_of_bitsandbytes_lose_nothing(bnb, ours, names):
+def test_8bit_states_of_bitsandbytes_load_exactly(bnb, ours, names):
     """Though a block's maximum may be negative, which has no code."""
     options = {"momentum": 0.9} if ours is SGD8bit else {}
     net, optimizer = trained(bnb, lr=0.01, **options)

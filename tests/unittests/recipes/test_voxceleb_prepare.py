@@ -95,7 +95,7 @@ def test_done_once(corpus, monkeypatch):
     assert path.read_text() != "kept"
 
 
-def test_interrupted_preparation_is_done_again(corpus):
+def test_an_interrupted_preparation_is_repeated(corpus):
     save = prepare(corpus)
     (save / "dev.csv").unlink()
     (save / "train.csv").write_text("stale")

@@ -203,7 +203,7 @@ def beats(layerdrop=0.5):
 
 
 @pytest.mark.parametrize("blocks", ["layers.*", "", ["", "layers.*"]])
-def test_beats_drops_the_same_layers_again(blocks):
+def test_beats_drops_the_same_layers_in_the_replay(blocks):
     """Whether or not the drop lies within the block that is recomputed."""
     found = []
     dropped = False
@@ -277,7 +277,7 @@ def test_peak_memory_is_that_of_torch_on_the_same_blocks(name):
     assert activations(ours) <= 1.001 * activations(theirs)
 
 
-def test_what_is_stored_does_not_depend_on_what_the_blocks_save():
+def test_stored_bytes_do_not_depend_on_tensors_that_blocks_save():
     net = stack(depth=8)
     x = signal()
     plain, _ = saved_bytes(net, x)
@@ -349,7 +349,7 @@ def test_modules_with_other_state():
         assert_same_step(net, twin, signal())
 
 
-def test_changed_weights_are_found_where_torch_goes_on():
+def test_changed_weights_are_detected_where_torch_does_not():
     """Plain autograd finds them too, by its version counters."""
     net, theirs = stack(), checkpointed(stack())
     recompute_blocks(net, "*")
@@ -405,7 +405,7 @@ def test_input_that_needs_no_gradient_and_frozen_blocks():
     assert not net(signal()).requires_grad
 
 
-def test_nothing_is_stored_for_a_frozen_front():
+def test_frozen_first_blocks_store_no_tensor():
     net = stack(depth=3)
     net[:2].requires_grad_(False)
     recompute_blocks(net, "*")

@@ -146,7 +146,7 @@ def test_a_device_is_read_when_it_is_ready(device):
     assert events[0].waits == 0
 
 
-def test_what_arrives_at_once_is_read_when_the_next_forward_begins(device):
+def test_finished_copies_are_read_at_the_next_forward(device):
     _, events = device
     events.append(Event())
     events[0].done = True
@@ -206,7 +206,7 @@ def test_warnings_are_logged_once(device, caplog):
     assert caplog.text.count("block 0 differs") == 1
 
 
-def test_an_unknown_action_is_refused_and_changes_nothing(monkeypatch):
+def test_an_unknown_action_is_refused_without_effect(monkeypatch):
     monkeypatch.setattr(mismatch._pending, "action", "warn")
     with pytest.raises(ValueError, match="'ignore'"):
         mismatch.set_mismatch_action("ignore")

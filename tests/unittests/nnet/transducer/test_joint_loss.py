@@ -437,7 +437,7 @@ def test_the_last_frame_and_the_last_target_are_no_padding(options):
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("options", [*METHODS.values(), {"method": "batched"}])
-def test_padding_reaches_nothing(options, bad):
+def test_padding_has_no_influence(options, bad):
     found = []
     # Padded with the blank, as SpeechBrain does it, or with what is no symbol.
     for symbol in (None, 0, -5, V):
