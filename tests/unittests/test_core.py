@@ -341,7 +341,7 @@ def test_no_checkpoint_within_an_accumulation(tmp_path):
 
 
 class Interrupted(Exception):
-    """Ends a run where a test wants it."""
+    """Ends a training at a point chosen by the test."""
 
 
 class Lazy(Sampler):
@@ -376,7 +376,7 @@ class Rotated:
 
 
 class Counting:
-    """Rotates further each time; nobody else can tell how often it did."""
+    """Rotates further each time; its counter is not visible outside."""
 
     count = 0
 
@@ -562,7 +562,7 @@ def test_an_order_that_cannot_be_recovered_logs_a_warning(tmp_path, caplog):
 
 
 def test_sampler_of_the_users_own_loader():
-    """It is told the epoch too; a generator stays the user's."""
+    """Its epoch is set too; a generator of the user is kept."""
     made, data, seen = brain(), dataset(), [[]]
     generator = torch.Generator()
     loader = DataLoader(
@@ -867,7 +867,7 @@ def test_data_does_not_depend_on_the_workers(options):
 
 @pytest.mark.parametrize("looped", [None, ITEMS // 4])
 def test_every_epoch_has_crops_of_its_own(looped):
-    """A LoopedLoader's too, whose epochs are as many batches as one likes."""
+    """A LoopedLoader too, whose epochs have any number of batches."""
     seen = loaded(0, epochs=2, shuffle=False, looped_nominal_epoch=looped)
     assert len(seen) == 2 * ITEMS / 4
     first, second = seen[: len(seen) // 2], seen[len(seen) // 2 :]

@@ -311,7 +311,7 @@ def test_a_recomputed_layer_that_does_not_repeat(tmp_path):
     report = check(read_recipe(path, overrides), change)
     assert not report.passed
     assert "encoder.layers.1 cannot be computed again" in report.lines[-1]
-    # Gradients are compared only if training is to go on nevertheless.
+    # Gradients are compared only if training continues after a mismatch.
     set_mismatch_action("warn")
     try:
         report = check(read_recipe(path, overrides), change)

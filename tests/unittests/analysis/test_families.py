@@ -127,7 +127,7 @@ def test_rows(name, tmp_path):
 
 
 def network_of(label):
-    """Class that a speaker row shall have."""
+    """Expected class of a speaker row."""
     name = label.split(",")[0].split(" Type")[0]
     for text, network in NETWORKS.items():
         if name == text or name.rstrip("0123456789") == text:

@@ -166,7 +166,7 @@ PLAIN = timeline_of(
 
 
 def areas(axes):
-    """Kind to what ``get_data`` says of it in a panel."""
+    """Maps kinds to their ``get_data`` in a panel."""
     return {p.get_label(): p.get_data() for p in axes.patches}
 
 

@@ -86,7 +86,7 @@ def test_a_transducer_recipe_takes_what_its_brain_takes(
         for key in ("wav_augment", "fea_augment"):
             if hasattr(brain.hparams, key):
                 delattr(brain.hparams, key)
-        # All cells: the analysis knows no occupancies.
+        # All cells, because the analysis has no occupancies.
         brain.modules.transducer_loss.occupancy_floor = 0
         brain.hparams.noam_annealing = lambda optimizer: None
         brain.init_optimizers()

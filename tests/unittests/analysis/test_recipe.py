@@ -50,7 +50,7 @@ def refuse(path, *words, overrides=None, error=ValueError, build=False):
         assert word in message, message
 
 
-# --- what a recipe says ------------------------------------------------------
+# --- contents of a recipe ----------------------------------------------------
 
 
 def test_settings_are_the_values_after_overrides():

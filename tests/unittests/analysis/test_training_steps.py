@@ -249,7 +249,7 @@ def test_upstreams_transducer(tmp_path):
     assert tokens is arguments[3]
     assert wav_lens.tolist() == token_lens.tolist() == [1.0, 1.0]
 
-    # The language model is trained by nobody; it has its place all the same.
+    # The language model is not trained, but counts as part of the modules.
     ids = {id(p) for g in step.optimizer().param_groups for p in g["params"]}
     for name, parameter in step.named_parameters():
         if parameter.requires_grad:

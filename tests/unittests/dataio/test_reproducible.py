@@ -137,7 +137,7 @@ def test_a_lazy_sampler_draws_from_one_stream(ahead):
 
 
 def test_a_loaded_position_is_saved_unchanged(tmp_path):
-    """Before the interrupted epoch goes on."""
+    """Before the interrupted epoch continues."""
 
     def build():
         generator = torch.Generator().manual_seed(5)

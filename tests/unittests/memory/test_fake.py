@@ -1,4 +1,4 @@
-"""Fake tensors that know small values."""
+"""Fake tensors with known small values."""
 
 import logging
 

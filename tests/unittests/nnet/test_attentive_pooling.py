@@ -147,7 +147,7 @@ def test_recomputed_is_what_was_stored(autocast):
 
 @pytest.mark.parametrize("save_memory", [True, False])
 def test_padding_instead_of_lengths(save_memory):
-    """Counts the frames that it says, where lengths may round up to more."""
+    """Counts exactly the frames given, while lengths may round up."""
     ours = Ours(pooling().double(), save_memory).eval()
     x = batch()
     frames = torch.tensor([20, 13, 7])

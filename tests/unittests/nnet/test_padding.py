@@ -82,7 +82,7 @@ def test_rounding_above_one_is_no_fault():
 
 
 class _OnAnotherDevice(torch.Tensor):
-    """A tensor of the CPU that says it is on an accelerator."""
+    """A CPU tensor that claims to be on an accelerator."""
 
     @property
     def device(self):

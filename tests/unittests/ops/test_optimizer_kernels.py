@@ -106,7 +106,7 @@ def test_codes_are_those_of_the_plain_search(signed):
     torch.testing.assert_close(
         maxima.cpu(), plain.absmax, rtol=0, atol=0, equal_nan=True
     )
-    # Of what is not finite any code will do: the maximum is not either.
+    # Codes of values that are not finite do not matter: the maximum is not finite.
     finite = torch.ones(3001, dtype=torch.bool)
     finite[512:1024] = False
     assert torch.equal(codes.cpu()[finite], plain.codes[finite])

@@ -883,7 +883,7 @@ def test_layout_does_not_change_the_update(fused):
             weight.grad = gradient.clone()
             optimizer.step()
     assert torch.equal(*weights)
-    # Checkpoints too: one goes on where the other was.
+    # Checkpoints too: one continues from the other's state.
     optimizers[1].load_state_dict(optimizers[0].state_dict())
     assert optimizers[1].state_bytes() == optimizers[0].state_bytes()
 
@@ -1067,7 +1067,7 @@ def test_small_tensors_and_embeddings_keep_32_bits():
         "large": True,
         "small": False,
     }
-    # What a checkpoint says about it does not count.
+    # The checkpoint's value is ignored.
     resumed = SGD8bit(net.parameters(), momentum=0.9)
     del net["embedding"].weight.optim_bits
     resumed.load_state_dict(optimizer.state_dict())

@@ -70,7 +70,7 @@ def test_left_overs_are_removed(tmp_path):
 
 
 def weight_in(checkpointer):
-    """The value that a run that is started now would go on from."""
+    """The value from which a training started now would continue."""
     checkpointer.recoverables["net"].weight.data.fill_(-1)
     found = checkpointer.recover_if_possible()
     return checkpointer.recoverables["net"].weight.item(), found

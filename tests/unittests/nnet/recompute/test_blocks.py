@@ -204,7 +204,7 @@ def beats(layerdrop=0.5):
 
 @pytest.mark.parametrize("blocks", ["layers.*", "", ["", "layers.*"]])
 def test_beats_drops_the_same_layers_in_the_replay(blocks):
-    """Whether or not the drop lies within the block that is recomputed."""
+    """With the drop inside and outside the recomputed block."""
     found = []
     dropped = False
     for recompute in (True, False):
@@ -471,7 +471,7 @@ def test_a_block_called_in_a_loop_stores_its_input_each_time():
 
 
 class Counting(nn.Module):
-    """Counts its calls, in a list outside that nobody puts back."""
+    """Counts its calls in a list outside, which is not restored."""
 
     def __init__(self, calls):
         super().__init__()
@@ -920,7 +920,7 @@ def test_two_parametrizations_of_one_module():
 
 @pytest.mark.parametrize("above", ["norm", "library"])
 def test_a_block_that_recomputes_below_another_class_does_not_twice(above):
-    """Blocks may be named again, whoever has changed their class meanwhile."""
+    """Blocks may be named again, even if their class has changed."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv1d(4, 4, 3)).double()
     recompute_blocks(net, "*")
@@ -1524,7 +1524,7 @@ def test_parametrizations(norm, order, cached):
     assert_same_gradients()
     assert store_blocks(net) == ["0", "0.0", "1", "1.0"]
     assert type(net[0][0]) is nn.Linear
-    # A copy goes on by itself.
+    # A copy is independent.
     assert store_blocks(other) == ["0", "0.0", "1", "1.0"]
 
 

@@ -1,4 +1,4 @@
-"""Activations that a segment forgets come back when backward asks for them."""
+"""Activations dropped by a segment are recomputed when backward needs them."""
 
 import contextlib
 import copy
@@ -839,7 +839,7 @@ def test_one_bit_of_one_of_several_outputs():
 
 
 def test_weights_that_change_behind_autograds_back():
-    """No version counter tells, and plain autograd goes on with others."""
+    """No version counter changes, and plain autograd uses the new values."""
     block = layers()
     y = forget(block, X)
     block[2].weight.data.mul_(2)
@@ -923,7 +923,7 @@ def test_a_parameter_that_is_returned_is_compared():
 
 
 class SlowDevice:
-    """Comparisons arrive at the host when the test says so."""
+    """The test controls when comparisons arrive at the host."""
 
     def __init__(self):
         self.arrived = False

@@ -187,7 +187,7 @@ def test_reading_waits_for_all(device):
 
 
 def test_an_error_is_raised_once(device):
-    """Whoever catches it and goes on hears no more of that step."""
+    """After the error is caught, that step raises no further errors."""
     pending, _ = device
     pending.report(torch.tensor([True]), "first {}".format)
     pending.next_forward()
