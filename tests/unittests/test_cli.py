@@ -392,8 +392,8 @@ BAD = [
     ([*DIGITS, "--seconds=0.001"], "x 0.001 s cannot be analysed: "),
     ([*DIGITS, "--tokens=0"], "tokens=0 must be positive"),
 ]
-# What fit says in the code of profile, and as late: looking for what an error
-# holds takes seconds.
+# Arguments for which fit fails in profile's code. Only once, because the search
+# for leftovers held by an error takes seconds.
 ALIKE = ("positional.yaml", "--lr=fast", "--seconds=1e15")
 
 

@@ -74,8 +74,8 @@ def test_the_largest_batch(seconds, xvector):
         "batch_size": batch,
         "sentence_len": seconds or 0.5,
     }
-    # With its overrides the recipe takes what was said, and one more does not
-    # fit.
+    # With the overrides the recipe takes the reported memory, and one utterance
+    # more does not fit.
     assert found.limit == limit
     assert (found.profile.batch, found.profile.label) == (
         batch,

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("shallow")
 DIGITS = LIBRISPEECH / "hparams/digits_transducer.yaml"
 
 
-# Channels of which oneDNN, which wants sixteen, makes no more.
+# Multiples of 16 channels, so that oneDNN does not pad them.
 WIDE = {
     "resnet": {"base_channels": 16, "lin_neurons": 64},
     "revnet": {
