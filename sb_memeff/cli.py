@@ -95,13 +95,13 @@ def profile(arguments: argparse.Namespace) -> None:
             plot.check_picture(path)
     recipe = read_recipe(arguments.hparams, arguments.overrides)
     rows = recipe.variants() if arguments.compare else [recipe.own_variant()]
-    found = []
+    profiles = []
     # Entered once for all rows.
     with no_leftovers() if rows[1:] else contextlib.nullcontext():
         for variant in rows:
             if arguments.compare:
                 print(f"{variant.label} ...", file=sys.stderr)
-            found.append(
+            profiles.append(
                 analyse(
                     recipe,
                     arguments.batch,
@@ -117,15 +117,15 @@ def profile(arguments: argparse.Namespace) -> None:
             f"{recipe.path}: there is no alternative to {rows[0].label}.",
             file=sys.stderr,
         )
-    print(comparison(found) if arguments.compare else report(found[0]))
+    print(comparison(profiles) if arguments.compare else report(profiles[0]))
     if arguments.json is not None:
         with open(arguments.json, "w", encoding="utf-8") as f:
-            json.dump([_plain(one) for one in found], f, indent=2)
+            json.dump([_plain(one) for one in profiles], f, indent=2)
             f.write("\n")
     if arguments.plot is not None:
-        plot.plot_kinds(found, arguments.plot)
+        plot.plot_kinds(profiles, arguments.plot)
     if arguments.timeline is not None:
-        plot.plot_timelines(found, arguments.timeline)
+        plot.plot_timelines(profiles, arguments.timeline)
 
 
 def _check_writable(file: str) -> None:
@@ -139,14 +139,14 @@ def _check_writable(file: str) -> None:
         raise ValueError(f"No permission to write {path}.")
 
 
-def _plain(found: Profile) -> dict[str, Any]:
+def _plain(result: Profile) -> dict[str, Any]:
     """Converts a profile for JSON."""
-    row = asdict(found)
+    row = asdict(result)
     # Thousands of numbers, only of use in a picture.
     del row["memory"]["timeline"]
     del row["memory"]["split"]
-    row["memory"]["by_kind"] = found.memory.by_kind
-    row["memory"]["by_module"] = found.memory.by_module()
+    row["memory"]["by_kind"] = result.memory.by_kind
+    row["memory"]["by_module"] = result.memory.by_module()
     return row
 
 
@@ -157,7 +157,7 @@ def fit(arguments: argparse.Namespace) -> None:
     longest utterances, and with --batch and --seconds the deepest preset.
     """
     limit = usable(arguments.budget, arguments.margin)
-    found = find_fit(
+    result = find_fit(
         arguments.hparams,
         arguments.overrides,
         limit,
@@ -172,24 +172,24 @@ def fit(arguments: argparse.Namespace) -> None:
         ),
     )
     print(
-        f"{arguments.budget} less the margin: {format_bytes(found.limit)}\n"
-        f"{found.profile.label}, {found.profile.batch_text}: "
-        f"{format_bytes(found.profile.memory.peak_bytes)}\n"
-        + " ".join(f"--{k}={v}" for k, v in found.overrides.items())
+        f"{arguments.budget} less the margin: {format_bytes(result.limit)}\n"
+        f"{result.profile.label}, {result.profile.batch_text}: "
+        f"{format_bytes(result.profile.memory.peak_bytes)}\n"
+        + " ".join(f"--{k}={v}" for k, v in result.overrides.items())
     )
 
 
 def check(arguments: argparse.Namespace) -> int:
     """Compares a training step with one that stores all activations."""
-    found = check_recipe(
+    result = check_recipe(
         read_recipe(arguments.hparams, arguments.overrides),
         arguments.batch,
         arguments.seconds,
         arguments.precision,
         arguments.device,
     )
-    print(found)
-    return 0 if found.passed else 1
+    print(result)
+    return 0 if result.passed else 1
 
 
 def parse_overrides(unknown: Sequence[str]) -> dict[str, str]:

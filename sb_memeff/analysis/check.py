@@ -188,25 +188,25 @@ def _compare(
         return report
     report.lines[0] += f"; saves memory in {_listed(saving)}"
     try:
-        found = run_step(step, scale=scale)
-        without = found
+        result = run_step(step, scale=scale)
+        without = result
         if storing:
             without = run_step(stored, scale=scale) if batched else expected
     except RuntimeError as error:
         report.add("training step", _one_line(error))
         return report
-    _check_finite(report, found)
-    if found.inversion:
-        _check_inversion(report, found.inversion)
+    _check_finite(report, result)
+    if result.inversion:
+        _check_inversion(report, result.inversion)
     if storing:
         _check_gradients(
-            report, "stored activations", found, without, STORED[precision]
+            report, "stored activations", result, without, STORED[precision]
         )
     if batched:
         _check_gradients(
             report, "all logits at once", without, expected, LOGITS[precision]
         )
-    _check_statistics(report, found, expected)
+    _check_statistics(report, result, expected)
     return report
 
 
@@ -296,23 +296,23 @@ def _run_reference(
 ) -> tuple[_StepResult, float]:
     """Runs the step; finds a loss scale with finite gradients."""
     for scale in LOSS_SCALES.get(precision, [1.0]):
-        found = run_step(step, scale=scale)
-        if not found.not_finite():
+        result = run_step(step, scale=scale)
+        if not result.not_finite():
             break
     # There is at least one scale.
     # pyrefly: ignore[unbound-name]
-    return found, scale
+    return result, scale
 
 
 # --- checks ------------------------------------------------------------------
 
 
-def _check_finite(report: CheckReport, found: _StepResult) -> None:
-    faults = found.not_finite()
-    if not math.isfinite(found.loss):
+def _check_finite(report: CheckReport, result: _StepResult) -> None:
+    faults = result.not_finite()
+    if not math.isfinite(result.loss):
         faults = ["loss", *faults]
     report.add(
-        f"finite: loss {found.loss:.6g}, {len(found.gradients)} gradients",
+        f"finite: loss {result.loss:.6g}, {len(result.gradients)} gradients",
         _listed(faults),
     )
 
@@ -331,7 +331,7 @@ def _check_inversion(report: CheckReport, errors: dict[str, float]) -> None:
 def _check_gradients(
     report: CheckReport,
     against: str,
-    found: _StepResult,
+    result: _StepResult,
     expected: _StepResult,
     bound: float,
 ) -> None:
@@ -343,7 +343,7 @@ def _check_gradients(
         f"gradients against {against}",
         {
             name: _relative(
-                found.gradients[name],
+                result.gradients[name],
                 gradient,
                 max(norms[name], NEGLIGIBLE * rms * sizes[name]),
             )
@@ -354,10 +354,10 @@ def _check_gradients(
 
 
 def _check_statistics(
-    report: CheckReport, found: _StepResult, expected: _StepResult
+    report: CheckReport, result: _StepResult, expected: _StepResult
 ) -> None:
     errors = {
-        name: _relative(found.buffers[name], buffer, _norm(buffer))
+        name: _relative(result.buffers[name], buffer, _norm(buffer))
         for name, buffer in expected.buffers.items()
     }
     _check_close(report, "running statistics", errors, STATISTICS)
@@ -376,11 +376,11 @@ def _check_close(
 
 
 def _relative(
-    found: torch.Tensor, expected: torch.Tensor, scale: float
+    value: torch.Tensor, expected: torch.Tensor, scale: float
 ) -> float:
-    if torch.equal(found, expected):
+    if torch.equal(value, expected):
         return 0.0
-    error = _norm(found.double() - expected.double())
+    error = _norm(value.double() - expected.double())
     if not math.isfinite(error) or scale == 0:
         return math.inf
     return error / scale

@@ -77,17 +77,17 @@ def usable(budget: int | str, margin: int | str | None = None) -> int:
     """
     total = parse_bytes(budget)
     if margin is None:
-        left = int((total - CONTEXT) * (1 - SHARE))
-        what = f"{format_bytes(CONTEXT)} for CUDA's context"
+        rest = int((total - CONTEXT) * (1 - SHARE))
+        reserve = f"{format_bytes(CONTEXT)} for CUDA's context"
     else:
-        left = total - parse_bytes(margin)
-        what = f"a margin of {format_bytes(parse_bytes(margin))}"
-    if left <= 0:
+        rest = total - parse_bytes(margin)
+        reserve = f"a margin of {format_bytes(parse_bytes(margin))}"
+    if rest <= 0:
         raise ValueError(
-            f"A budget of {format_bytes(total)} leaves nothing besides {what}: "
+            f"A budget of {format_bytes(total)} leaves nothing besides {reserve}: "
             f"give a larger --budget."
         )
-    return left
+    return rest
 
 
 def fit(
@@ -141,19 +141,19 @@ def fit(
     """
     require_positive(batch=batch, seconds=seconds, tokens=tokens)
     recipe = read_recipe(path, overrides)
-    known: dict[tuple[Any, ...], Profile] = {}
+    profiles: dict[tuple[Any, ...], Profile] = {}
 
     def measure(
         batch: int, seconds: float | None, recipe: Recipe = recipe
     ) -> Profile:
         key = batch, seconds, recipe
-        if key not in known:
-            known[key] = profile(
+        if key not in profiles:
+            profiles[key] = profile(
                 recipe, batch, seconds, tokens, precision, variant
             )
             if progress:
-                progress(known[key])
-        return known[key]
+                progress(profiles[key])
+        return profiles[key]
 
     try:
         # Entered once for all profiles.
@@ -169,7 +169,9 @@ def fit(
                 path, overrides, recipe, limit, batch, seconds, measure
             )
     except DoesNotFit as error:
-        raise ValueError(_too_small(recipe, known, error.peak, limit)) from None
+        raise ValueError(
+            _too_small(recipe, profiles, error.peak, limit)
+        ) from None
 
 
 def _largest_batch(
@@ -179,7 +181,7 @@ def _largest_batch(
     measure: Callable[..., Profile],
 ) -> Fit:
     _, seconds = recipe.default_batch(seconds)
-    first = recipe.step_class.fewest
+    first = recipe.step_class.min_batch
     batch, _ = largest(
         lambda n: measure(n, seconds).memory.peak_bytes, limit, first
     )
@@ -219,15 +221,15 @@ def _longest_utterance(
     tenths, _ = largest(
         lambda n: measure(batch, n / 10).memory.peak_bytes, limit, first=5
     )
-    found = measure(batch, tenths / 10)
+    result = measure(batch, tenths / 10)
     overrides: dict[str, Any] = {
         "batch_size": batch,
-        **_length(recipe, found.seconds),
+        **_length(recipe, result.seconds),
     }
     if recipe.settings.get("dynamic_batching"):
         # Dynamic batching would choose other batches.
         overrides["dynamic_batching"] = False
-    return Fit(found, limit, overrides)
+    return Fit(result, limit, overrides)
 
 
 def _deepest(
@@ -242,10 +244,10 @@ def _deepest(
     presets = _presets(recipe)
     for preset in reversed(presets):
         deeper = read_recipe(path, {**overrides, "preset": preset})
-        found = measure(batch, seconds, deeper)
-        if found.memory.peak_bytes <= limit:
+        result = measure(batch, seconds, deeper)
+        if result.memory.peak_bytes <= limit:
             return Fit(
-                found,
+                result,
                 limit,
                 {
                     "preset": preset,
@@ -258,7 +260,7 @@ def _deepest(
         f"{batch} x {seconds:g} s; {presets[0]} takes "
         # There is at least the recipe's own preset.
         # pyrefly: ignore[unbound-name]
-        f"{format_bytes(found.memory.peak_bytes)}."
+        f"{format_bytes(result.memory.peak_bytes)}."
     )
 
 
@@ -296,16 +298,18 @@ def _length(recipe: Recipe, seconds: float) -> dict[str, float]:
 
 
 def _too_small(
-    recipe: Recipe, known: dict[Any, Profile], peak: int, limit: int
+    recipe: Recipe, profiles: dict[Any, Profile], peak: int, limit: int
 ) -> str:
-    found = min(known.values(), key=lambda p: abs(p.memory.peak_bytes - peak))
-    kinds = found.memory.by_kind
+    result = min(
+        profiles.values(), key=lambda p: abs(p.memory.peak_bytes - peak)
+    )
+    kinds = result.memory.by_kind
     fixed = sum(
         kinds[k] for k in ("parameters", "gradients", "optimizer states")
     )
     return (
-        f"{recipe.path}: {found.label} does not fit into "
-        f"{format_bytes(limit)}: a batch of {found.batch} x "
-        f"{found.seconds:g} s takes {format_bytes(peak)}, of which "
+        f"{recipe.path}: {result.label} does not fit into "
+        f"{format_bytes(limit)}: a batch of {result.batch} x "
+        f"{result.seconds:g} s takes {format_bytes(peak)}, of which "
         f"{format_bytes(fixed)} are parameters, gradients and optimizer states."
     )

@@ -56,11 +56,11 @@ def plot_kinds(profiles: Sequence[Profile], path: str | Path) -> None:
     figure, axes = pyplot.subplots(
         figsize=(8.5, 1.9 + 0.5 * len(profiles)), layout="constrained"
     )
-    labels = [found.label for found in profiles]
+    labels = [one.label for one in profiles]
     heights = range(len(profiles))
     left = [0.0] * len(profiles)
     for kind in KINDS:
-        widths = [found.memory.by_kind[kind] / 1e9 for found in profiles]
+        widths = [one.memory.by_kind[kind] / 1e9 for one in profiles]
         if max(widths) > 0.001 * max(
             f.memory.peak_bytes / 1e9 for f in profiles
         ):
@@ -115,10 +115,10 @@ def plot_timelines(profiles: Sequence[Profile], path: str | Path) -> None:
         layout="constrained",
     )
     panels = list(grid.flat)
-    most = max(found.memory.peak_bytes for found in profiles) / 1e9
+    most = max(one.memory.peak_bytes for one in profiles) / 1e9
     shown = {}
-    for axes, found in zip(panels, profiles, strict=False):
-        shown |= _draw_timeline(axes, found, most)
+    for axes, one in zip(panels, profiles, strict=False):
+        shown |= _draw_timeline(axes, one, most)
     for axes in panels[len(profiles) :]:
         axes.set_axis_off()
     for axes in panels[max(len(profiles) - columns, 0) : len(profiles)]:
@@ -140,7 +140,7 @@ def plot_timelines(profiles: Sequence[Profile], path: str | Path) -> None:
 def _describe(profiles: Sequence[Profile]) -> str:
     """Batch, precision and optimizers of a picture's steps."""
     first = profiles[0]
-    optimizers = dict.fromkeys(found.optimizer for found in profiles)
+    optimizers = dict.fromkeys(one.optimizer for one in profiles)
     return f"{first.batch_text}, {first.precision}, {' or '.join(optimizers)}"
 
 
@@ -156,14 +156,14 @@ def _save(figure: Any, path: str | Path, **entries: Any) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _draw_timeline(axes: Any, found: Profile, most: float) -> dict[str, Any]:
+def _draw_timeline(axes: Any, result: Profile, most: float) -> dict[str, Any]:
     """Draws one panel.
 
     Arguments
     ---------
     axes : matplotlib.axes.Axes
         The panel.
-    found : Profile
+    result : Profile
         The step.
     most : float
         GB of the highest panel.
@@ -173,7 +173,7 @@ def _draw_timeline(axes: Any, found: Profile, most: float) -> dict[str, Any]:
     dict
         Maps each visible kind to its entry in the legend.
     """
-    timeline = found.memory.timeline
+    timeline = result.memory.timeline
     scale = 1 / sum(PHASES[phase][1] for phase in timeline)
     edges, names, gigabytes = [0.0], {}, {kind: [] for kind in KINDS}
     for phase, kinds in timeline.items():
@@ -199,7 +199,7 @@ def _draw_timeline(axes: Any, found: Profile, most: float) -> dict[str, Any]:
     # Inside the panel, above the line between two phases.
     x = min(max(edges[highest], 0.12), 0.88)
     axes.annotate(
-        _gigabytes(found.memory.peak_bytes, 1 if most >= 10 else 2),
+        _gigabytes(result.memory.peak_bytes, 1 if most >= 10 else 2),
         (x, below[highest]),
         xytext=(0, 5),
         textcoords="offset points",
@@ -212,7 +212,7 @@ def _draw_timeline(axes: Any, found: Profile, most: float) -> dict[str, Any]:
     axes.set_xlim(0, 1)
     axes.set_xticks(list(names.values()), list(names))
     axes.tick_params(axis="x", length=0)
-    axes.set_title(found.label, fontsize="medium", loc="left")
+    axes.set_title(result.label, fontsize="medium", loc="left")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     return shown

@@ -121,8 +121,8 @@ def profile(
     -------
     >>> from sb_memeff.analysis.recipe import read_recipe
     >>> path = "recipes/VoxCeleb/SpeakerRec/hparams/train_revnet.yaml"
-    >>> found = profile(read_recipe(path, {"base_channels": 8}), batch=4)
-    >>> found.label, found.memory.peak_phase
+    >>> result = profile(read_recipe(path, {"base_channels": 8}), batch=4)
+    >>> result.label, result.memory.peak_phase
     ('RevNet34 Type II', 'backward')
     """
     require_positive(batch=batch, seconds=seconds, tokens=tokens)
@@ -136,7 +136,7 @@ def profile(
             f"{recipe.path} has no transcripts, so tokens={tokens} does not "
             f"apply."
         )
-    found: dict[str, Any] = {"tokens": None}
+    details: dict[str, Any] = {"tokens": None}
     # Weak, so that the step does not outlive its analysis.
     steps: weakref.WeakValueDictionary[str, TrainingStep] = (
         weakref.WeakValueDictionary()
@@ -154,13 +154,13 @@ def profile(
                 step.imitate_gpu()
             steps["step"] = step
             step.inputs = step.batch(batch, seconds, tokens)
-            found["rows"] = batch * step.copies
-            found["tokens"] = step.tokens
+            details["rows"] = batch * step.copies
+            details["tokens"] = step.tokens
             return step
 
         def optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
             updater = steps["step"].optimizer()
-            found["optimizer"] = type(updater).__name__
+            details["optimizer"] = type(updater).__name__
             return updater
 
         return training_step_memory(
@@ -178,7 +178,7 @@ def profile(
             real = measure(fake=False, device=device)
             measured = real.allocator_bytes or real.peak_bytes
     except Exception as error:
-        if "rows" not in found and isinstance(error, ValueError):
+        if "rows" not in details and isinstance(error, ValueError):
             # The message is about the yaml file or the arguments.
             raise
         raise ValueError(
@@ -192,7 +192,7 @@ def profile(
         precision=precision,
         memory=memory,
         measured_bytes=measured,
-        **found,
+        **details,
     )
 
 
@@ -215,12 +215,12 @@ def _reason(error: Exception) -> str:
     return lines[0]
 
 
-def report(found: Profile, layers: int = 5) -> str:
+def report(result: Profile, layers: int = 5) -> str:
     """Formats a profile as text.
 
     Arguments
     ---------
-    found : Profile
+    result : Profile
         The profile.
     layers : int
         Number of largest layers to list.
@@ -230,16 +230,16 @@ def report(found: Profile, layers: int = 5) -> str:
     str
         Several lines.
     """
-    memory = found.memory
+    memory = result.memory
     at = f", at {memory.peak_module}" if memory.peak_module else ""
     measured = []
-    if found.measured_bytes:
+    if result.measured_bytes:
         measured = [
-            f"measured in a real step: {format_bytes(found.measured_bytes)}"
+            f"measured in a real step: {format_bytes(result.measured_bytes)}"
         ]
     lines = [
-        f"{found.label}: {found.batch_text}, {found.precision}, "
-        f"{found.optimizer}, {memory.parameters / 1e6:.2f} M parameters",
+        f"{result.label}: {result.batch_text}, {result.precision}, "
+        f"{result.optimizer}, {memory.parameters / 1e6:.2f} M parameters",
         f"peak of a training step: {format_bytes(memory.peak_bytes)}, in "
         f"{PHASES[memory.peak_phase]}{at}",
         *measured,
@@ -274,11 +274,11 @@ def comparison(profiles: Sequence[Profile]) -> str:
     most = first.memory.peak_bytes
     kinds = [k for k in KINDS if any(p.memory.by_kind[k] for p in profiles)]
     rows = [["", "parameters (M)", "peak", "ratio", *kinds]]
-    for found in profiles:
-        memory = found.memory
+    for result in profiles:
+        memory = result.memory
         rows.append(
             [
-                found.label,
+                result.label,
                 f"{memory.parameters / 1e6:.2f}",
                 format_bytes(memory.peak_bytes),
                 f"{most / memory.peak_bytes:.1f}x",

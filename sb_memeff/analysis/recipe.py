@@ -428,16 +428,16 @@ def _tag(node: Any) -> str:
     return tag if tag.startswith("!") else ""
 
 
-def _nodes(node: Any, seen: dict[int, Any] | None = None) -> Collection[Any]:
+def _nodes(node: Any, visited: dict[int, Any] | None = None) -> Collection[Any]:
     """A node and all its descendants, each once."""
-    seen = {} if seen is None else seen
-    if id(node) not in seen:
-        seen[id(node)] = node
+    visited = {} if visited is None else visited
+    if id(node) not in visited:
+        visited[id(node)] = node
         if isinstance(node, (dict, list)):
             children = node.values() if isinstance(node, dict) else node
             for child in children:
-                _nodes(child, seen)
-    return seen.values()
+                _nodes(child, visited)
+    return visited.values()
 
 
 def _objects_in(node: Any) -> set[int]:

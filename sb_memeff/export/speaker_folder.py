@@ -113,9 +113,9 @@ def export_speaker_model(
             sources[f"{name}.ckpt"] = checkpoint.path / f"{name}.ckpt"
     missing = [path for path in sources.values() if not path.is_file()]
     if checkpoint is None or missing:
-        what = missing[0] if missing else f"checkpoint in {save_folder}"
+        missing_item = missing[0] if missing else f"checkpoint in {save_folder}"
         raise FileNotFoundError(
-            f"There is no {what}: export needs the output_folder of a "
+            f"There is no {missing_item}: export needs the output_folder of a "
             f"training that has finished at least one epoch."
         )
     text = inference_yaml(hyperparams)
@@ -184,8 +184,8 @@ def inference_yaml(hyperparams: Path) -> str:
         If a key is missing.
     """
     yaml = ruamel.yaml.YAML()
-    run = yaml.load(hyperparams)
-    missing = [key for key in KEYS if key not in run]
+    hparams = yaml.load(hyperparams)
+    missing = [key for key in KEYS if key not in hparams]
     if missing:
         raise ValueError(
             f"{hyperparams} lacks {', '.join(missing)}, which inference needs."
@@ -193,7 +193,9 @@ def inference_yaml(hyperparams: Path) -> str:
     stream = io.StringIO()
     stream.write("# Made by sb-memeff export from a training.\n")
     # The nodes carry comments of the training's yaml file.
-    kept = ruamel.yaml.comments.CommentedMap((key, run[key]) for key in KEYS)
+    kept = ruamel.yaml.comments.CommentedMap(
+        (key, hparams[key]) for key in KEYS
+    )
     strip_comments(kept)
     yaml.dump(kept, stream)
     return stream.getvalue() + INFERENCE_YAML

@@ -189,11 +189,11 @@ def _measure(
             model.to(device)
         modules.name(model)
         if callable(step):
-            run = step
+            forward = step
         else:
             x = torch.zeros(step, device="cpu" if fake else device)
 
-            def run(model: nn.Module) -> torch.Tensor:
+            def forward(model: nn.Module) -> torch.Tensor:
                 return model(x)
 
         for block in tracker.blocks:
@@ -209,7 +209,7 @@ def _measure(
             starts = {"forward": tracker.clock}
             before = tracker.alive
             with torch.autocast(kind, autocast, enabled=bool(autocast)):
-                y = run(model)
+                y = forward(model)
             saved = tracker.alive - before
             for block in tracker.blocks[first:]:
                 if block.died is None:

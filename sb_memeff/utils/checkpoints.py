@@ -74,8 +74,8 @@ class AtomicCheckpointer(Checkpointer):
         return self._partial(super()._custom_checkpoint_dirpath(name))
 
     def _partial(self, path: Path) -> Path:
-        for left in self.checkpoints_dir.glob(self.PARTIAL + "*"):
-            shutil.rmtree(left)
+        for leftover in self.checkpoints_dir.glob(self.PARTIAL + "*"):
+            shutil.rmtree(leftover)
         # Left by trainings killed between the renaming and the removal.
         for old in self.checkpoints_dir.glob("*" + self.REPLACED):
             if self._is_replaced(old):

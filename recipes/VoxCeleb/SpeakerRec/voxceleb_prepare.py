@@ -320,12 +320,12 @@ def divide(utterances, split_ratio, seed):
     shuffled = list(utterances)
     # A separate generator, so that the division depends on the seed alone.
     random.Random(seed).shuffle(shuffled)
-    wanted = round(len(shuffled) * split_ratio[1] / sum(split_ratio))
+    dev_size = round(len(shuffled) * split_ratio[1] / sum(split_ratio))
     in_train = Counter(utterance[0] for utterance in shuffled)
     train, dev = [], []
     for utterance in shuffled:
         # A speaker without training data could not be classified.
-        if len(dev) < wanted and in_train[utterance[0]] > 1:
+        if len(dev) < dev_size and in_train[utterance[0]] > 1:
             in_train[utterance[0]] -= 1
             dev.append(utterance)
         else:

@@ -62,7 +62,7 @@ class SpeakerStep(TrainingStep):
     )
     numbers = ("sample_rate",)
     # Batch norm cannot train on one utterance.
-    fewest = 2
+    min_batch = 2
     compute_features: torch.nn.Module
     mean_var_norm: torch.nn.Module
     embedding_model: torch.nn.Module

@@ -96,7 +96,7 @@ class TrainingStep(torch.nn.Module):
     # Top-level numbers of the yaml file that the step needs.
     numbers: tuple[str, ...] = ()
     # The smallest batch for training.
-    fewest = 1
+    min_batch = 1
     # Whether utterances have transcripts.
     has_transcripts = False
 

@@ -95,8 +95,8 @@ def _read(name: str) -> Any:
         return None
 
 
-def _write(wanted: dict[str, Any]) -> None:
-    for name, value in wanted.items():
+def _write(flags: dict[str, Any]) -> None:
+    for name, value in flags.items():
         # Only if needed: writing to one interface may invalidate the other.
         if value is None or _read(name) == value:
             continue

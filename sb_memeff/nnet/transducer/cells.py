@@ -401,7 +401,7 @@ class Gradients:
         self.deviation = enc.new_zeros(1, dtype=torch.float32)
 
     def compute_logits(
-        self, cells: Cells, tile: Tile, wanted: torch.Tensor | None = None
+        self, cells: Cells, tile: Tile, selected: torch.Tensor | None = None
     ) -> ComputedLogits:
         """Computes logits of cells for ``add``.
 
@@ -411,7 +411,7 @@ class Gradients:
             Cells of the group of samples.
         tile : Tile
             The cells.
-        wanted : torch.Tensor, optional
+        selected : torch.Tensor, optional
             [N], bool. The rows of other cells are set to 0, so that they
             cannot produce values that are not finite.
 
@@ -421,9 +421,9 @@ class Gradients:
             The argument of ``add``; the logits come first.
         """
         rows = cells.inputs(tile)
-        if wanted is not None:
+        if selected is not None:
             for x in rows:
-                x.masked_fill_(~wanted[:, None], 0)
+                x.masked_fill_(~selected[:, None], 0)
         for x in rows:
             x.requires_grad_()
         with torch.enable_grad(), self._linear_layers(rows[0]):

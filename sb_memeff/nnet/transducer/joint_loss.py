@@ -232,15 +232,15 @@ class TransducerJointLoss(nn.Module):
         }
         inputs = enc, pred, *weights.values()
         # Inside the autograd function gradients are always disabled.
-        wanted = torch.is_grad_enabled() and any(
+        needs_gradient = torch.is_grad_enabled() and any(
             x.requires_grad for x in inputs
         )
         nll = _Loss.apply(
             cells,
             *self._make_pass(cells),
             list(weights),
-            wanted,
-            wanted and self.reduction != "none",
+            needs_gradient,
+            needs_gradient and self.reduction != "none",
             *inputs,
         )
         _name_samples(nll)
@@ -320,7 +320,7 @@ class _Loss(torch.autograd.Function):
         make_pass: Callable[[Cells, Recorder], TiledPass | WholePass],
         size: int,
         names: list[str],
-        wanted: bool,
+        needs_gradient: bool,
         at_once: bool,
         enc: torch.Tensor,
         pred: torch.Tensor,
@@ -337,7 +337,7 @@ class _Loss(torch.autograd.Function):
                 nll.append(lattice_pass.forward(gradients))
                 if gradients is not None:
                     lattice_pass.backward(gradients)
-                if wanted:
+                if needs_gradient:
                     ctx.passes.append(lattice_pass)
         ctx.names, ctx.gradients = names, gradients
         ctx.modules, ctx.fingerprint = cells.logits, fingerprint(cells.logits)
