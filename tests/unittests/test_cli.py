@@ -364,7 +364,7 @@ def refuse(arguments, words, capfd):
 BAD = [
     (["nowhere.yaml"], "no yaml file nowhere.yaml"),
     (["folder.yaml"], "no yaml file folder.yaml"),
-    (["empty.yaml"], "empty.yaml is no yaml file of keys and values"),
+    (["empty.yaml"], "empty.yaml is not a yaml file of keys and values"),
     (["broken.yaml"], "broken.yaml is not readable yaml: line 2: "),
     (["binary.yaml"], "binary.yaml is not readable yaml: "),
     (["positional.yaml"], "cannot be analysed: "),
