@@ -1,10 +1,11 @@
 """Peak memory and time of a training step of ECAPA-TDNN and RevECAPA-TDNN.
 
-Compares SpeechBrain's network with all activations stored, the same with
-torch.utils.checkpoint around each block, ours with the same weights, and the
-reversible one, with 3 blocks and with 12. Memory with fake tensors:
-deterministic, no GPU needed. Activations are the peak less parameters and
-their gradients. Times on the GPU if there is one, else with one thread.
+Compares four networks, with 3 and with 12 blocks: SpeechBrain's with all
+activations stored, the same with torch.utils.checkpoint around each block, ours
+with the same weights, and the reversible one. Memory is counted on fake tensors,
+deterministically and without a GPU. "Activations" are the peak without parameters
+and their gradients. Times are measured on the GPU if there is one, otherwise on
+one CPU thread.
 
     python benchmarks/ecapa.py [--channels 1024] [--batch 32] [--frames 300]
 
@@ -31,14 +32,14 @@ from sb_memeff.memory.step import training_step_memory
 
 
 class Pooling(torch.nn.Module):
-    """Pooling and its batch norm, to be checkpointed together."""
+    """Pooling and its batch norm, for one checkpoint."""
 
     def __init__(self, net):
         super().__init__()
         self.asp, self.norm = net.asp, net.asp_bn
 
     def forward(self, x, lengths=None):
-        """Pools [N, C, T] to [N, 2 * C, 1]."""
+        """Maps [N, C, T] to [N, 2 * C, 1]."""
         return self.norm(self.asp(x, lengths))
 
 
@@ -46,7 +47,7 @@ class CheckpointedECAPA_TDNN(SpeechBrainECAPA_TDNN):
     """SpeechBrain's network with each block checkpointed."""
 
     def forward(self, x, lengths=None):
-        """Features [N, T, F] to embeddings [N, 1, D]."""
+        """Maps features [N, T, F] to embeddings [N, 1, D]."""
         x = Checkpointed(self.blocks[0])(x.transpose(1, 2))
         taps = []
         for block in self.blocks[1:]:
@@ -66,7 +67,7 @@ NETWORKS = {
 
 
 def arguments_of(channels, blocks=3, input_size=80):
-    """Arguments of the networks, widths as in SpeechBrain's recipe.
+    """Returns the networks' arguments, with the widths of SpeechBrain's recipe.
 
     Arguments
     ---------
@@ -95,7 +96,7 @@ def arguments_of(channels, blocks=3, input_size=80):
 def memory_of(
     kind, blocks=3, channels=1024, shape=(32, 300, 80), autocast=None
 ):
-    """Memory of a training step of one network.
+    """Counts the memory of a network's training step.
 
     Arguments
     ---------
@@ -108,12 +109,12 @@ def memory_of(
     shape : tuple of int
         Shape of the features.
     autocast : torch.dtype, optional
-        Run forward under autocast with this dtype.
+        Dtype of autocast in forward.
 
     Returns
     -------
     StepMemory
-        What was counted.
+        The counted memory.
     """
     options = arguments_of(channels, blocks, shape[-1])
     return training_step_memory(

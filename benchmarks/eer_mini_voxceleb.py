@@ -1,8 +1,7 @@
-"""EER of reversible networks and their twins on a small corpus, by the recipe.
+"""EER of vanilla and reversible networks on a small corpus, with the recipe.
 
-The same seed, data order and number of steps for all; a run that is there
-already is continued. The corpus is laid out like VoxCeleb and has a
-veri_test.txt.
+All trainings have the same seed, data order and number of steps. Existing ones are
+continued. The corpus has the layout of VoxCeleb and a veri_test.txt.
 
     python benchmarks/eer_mini_voxceleb.py CORPUS OUTPUT_FOLDER
 
@@ -41,7 +40,7 @@ ECAPA = {
     "attention_channels": 32,
     "lin_neurons": EMBEDDING,
 }
-# Name of the recipe's yaml files, what differs from them, the class.
+# Suffix of the recipe's yaml files, overrides, the network's class.
 NETWORKS = {
     "ResNet34": ("resnet", {**RESNET, "preset": "ResNet34"}, ResNet),
     "RevNet34 Type I": (
@@ -78,7 +77,7 @@ ADAM = """
     lr: !ref <lr>
     weight_decay: 0.000002
 """
-# Class, settings in the yaml file, learning rate.
+# The optimizer's class, its settings in the yaml file, learning rate.
 OPTIMIZERS = {
     "SGD": ("torch.optim.SGD", SGD, 0.1),
     "SGD8bit": ("sb_memeff.optim.SGD8bit", SGD, 0.1),
@@ -97,7 +96,7 @@ SYSTEMS = [
     ("ECAPA-TDNN", "Adam"),
     ("RevECAPA-TDNN", "Adam"),
 ]
-# More than one where two systems seemed to differ: do they?
+# Several seeds for two systems, to see whether they really differ.
 SEEDS = dict.fromkeys(
     [("ResNet34", "SGD"), ("ResNet34", "SGD8bit")], (1986, 1987, 1988)
 )
@@ -111,7 +110,7 @@ TRAINING = [
 ]
 
 
-def run(script, hparams, *flags):
+def run_script(script, hparams, *flags):
     """Runs a script of the recipe."""
     command = [sys.executable, script, str(hparams), *flags]
     subprocess.run(command, cwd=RECIPE, check=True)
@@ -127,7 +126,7 @@ def with_optimizer(hparams, optimizer, folder):
     optimizer : str
         A key of OPTIMIZERS.
     folder : Path
-        Where to write it.
+        Folder of the new file.
 
     Returns
     -------
@@ -162,7 +161,7 @@ def measure(network, optimizer, seed, corpus, folder):
     corpus : Path
         The corpus.
     folder : Path
-        For all that is written.
+        Folder for all outputs.
 
     Returns
     -------
@@ -181,7 +180,7 @@ def measure(network, optimizer, seed, corpus, folder):
         f"--seed={seed}",
         *flags,
     ]
-    run(
+    run_script(
         "train_speaker_embeddings.py",
         with_optimizer(f"train_{kind}.yaml", optimizer, folder),
         *common,
@@ -204,7 +203,7 @@ def measure(network, optimizer, seed, corpus, folder):
         weights = "null" if state == "untrained" else folder / "save"
         results = folder / state / "results.json"
         if not results.is_file():
-            run(
+            run_script(
                 "speaker_verification_cosine.py",
                 f"hparams/verification_{kind}.yaml",
                 *common,
@@ -217,7 +216,7 @@ def measure(network, optimizer, seed, corpus, folder):
 
 
 def build(network):
-    """Embedding model and classifier, as the recipe makes them.
+    """Builds embedding model and classifier as in the recipe.
 
     Arguments
     ---------
@@ -227,7 +226,7 @@ def build(network):
     Returns
     -------
     torch.nn.Module
-        From features to cosines.
+        Maps features to cosines.
     """
     _, sizes, kind = NETWORKS[network]
     make, name = kind, {}
@@ -240,7 +239,7 @@ def build(network):
 
 
 def make_optimizer(optimizer):
-    """A function that makes an optimizer with the recipe's kind of settings.
+    """Returns a function that makes an optimizer with the recipe's settings.
 
     Arguments
     ---------
@@ -250,7 +249,7 @@ def make_optimizer(optimizer):
     Returns
     -------
     callable
-        From parameters to the optimizer.
+        Makes the optimizer from parameters.
     """
     module = optim if optimizer.endswith("8bit") else torch.optim
     options = {"lr": 1e-4}
@@ -260,7 +259,7 @@ def make_optimizer(optimizer):
 
 
 def costs(rounds=7):
-    """State bytes, peak memory and time per step of all systems.
+    """Measures state bytes, peak memory and time per step of all systems.
 
     Arguments
     ---------
@@ -270,7 +269,7 @@ def costs(rounds=7):
     Returns
     -------
     dict
-        (network, optimizer) to a dict.
+        Maps (network, optimizer) to a dict.
     """
     shape = (16, 200, 40)
     features = torch.randn(shape)
@@ -298,7 +297,7 @@ def main():
     parser.add_argument(
         "--part",
         default="0/1",
-        help="K/N trains every Nth system from K on, and writes no results",
+        help="K/N trains every Nth system, starting with K, and writes no results",
     )
     arguments = parser.parse_args()
     part, parts = map(int, arguments.part.split("/"))

@@ -1,8 +1,9 @@
-"""Everything that only a GPU can show, one JSON line for each check.
+"""All checks and measurements that need a GPU, one JSON line for each.
 
-Under nine minutes on an H100. Each part runs in a process with a time limit of
-its own, so a fault in one hides nothing of the others. It runs from a copy of
-the tree; make_bundle.sh gathers what a machine without a network may lack.
+A run is limited to eight minutes (--minutes). Each part runs in its own process
+with its own time limit, so a failure does not affect other parts. It runs from a
+copy of the tree; make_bundle.sh packs the dependencies for a machine without a
+network.
 
     python benchmarks/gpu.py [--small] [--only PART ...] [--minutes 8]
 
@@ -32,8 +33,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 SMALL = "--small" in sys.argv
-# Parts that run side by side, and what each may take in seconds; then those
-# that are timed, one by one.
+# Parts that run in parallel, with their limits in seconds; then the timed parts,
+# which run one by one.
 TOGETHER = {
     "tests": 210,
     "recipes": 230,
@@ -59,7 +60,7 @@ def say(**row):
 
 
 def check(name, function):
-    """Prints what a function finds, or its error."""
+    """Prints the result of a function, or its error."""
     start = time.time()
     try:
         found = function()
@@ -79,16 +80,16 @@ def check(name, function):
 
 
 def timed(step, rounds=3, warm=2):
-    """Median time of a step, that of the host alone, and the peak.
+    """Measures the median time of a step, the host's time, and peak memory.
 
     Arguments
     ---------
     step : callable
-        What to time.
+        The step to time.
     rounds : int
-        How often.
+        Number of timed steps.
     warm : int
-        Steps before.
+        Number of warm-up steps.
 
     Returns
     -------
@@ -118,7 +119,7 @@ def timed(step, rounds=3, warm=2):
 
 
 def waits(step):
-    """How often the host waits for the device in a step."""
+    """Counts how often the host waits for the device in a step."""
     if DEVICE != "cuda":
         return 0
     torch.cuda.set_sync_debug_mode("warn")
@@ -132,20 +133,20 @@ def waits(step):
 
 
 def largest_kernels(step, rows=14):
-    """Kernels that the device spends a step on.
+    """Profiles the kernels of a step.
 
     Arguments
     ---------
     step : callable
-        Called once before.
+        The step; called once as a warm-up.
     rows : int
-        Kernels to name.
+        Number of kernels to list.
 
     Returns
     -------
     dict
-        Launches and milliseconds of all kernels, and of the largest; how
-        often the host waits.
+        Launches and milliseconds of all kernels and of the longest ones, and
+        the number of the host's waits.
     """
     step()
     synchronize()
@@ -170,25 +171,26 @@ def largest_kernels(step, rows=14):
 
 
 def host_time(step, rows=22):
-    """Python functions that the host spends a step on.
+    """Profiles the host's Python functions in a step.
 
     Arguments
     ---------
     step : callable
-        Called twice before.
+        The step; called twice as a warm-up.
     rows : int
-        Functions to name.
+        Number of functions to list.
 
     Returns
     -------
     dict
-        Milliseconds of all, and [ms, calls, function] of the largest.
+        Milliseconds of all functions, and [ms, calls, function] of the
+        longest.
     """
     for _ in range(2):
         step()
     synchronize()
     profile = cProfile.Profile()
-    # On a GPU backward has a thread of its own, which is not looked into.
+    # On a GPU backward runs in its own thread, which is not profiled.
     with torch.autograd.set_multithreading_enabled(False):
         profile.enable()
         step()
@@ -210,7 +212,7 @@ def host_time(step, rows=22):
 
 
 def autocast(precision):
-    """Autocast for fp32 (none), bf16 or fp16."""
+    """Returns the autocast context for fp32 (none), bf16 or fp16."""
     name = DTYPES[precision]
     if name is None:
         return contextlib.nullcontext()
@@ -240,7 +242,7 @@ def machine():
 
 
 def pytest(*arguments, seconds):
-    """Runs some of the tests; counts and failures."""
+    """Runs some tests; returns counts and failures."""
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider"]
     try:
         output = subprocess.run(
@@ -268,7 +270,7 @@ def pytest(*arguments, seconds):
 
 
 def tests():
-    """The tests marked gpu."""
+    """Runs the tests marked gpu."""
     check(
         "kernels against float64",
         lambda: pytest(
@@ -284,11 +286,11 @@ def tests():
 
 
 def recipes():
-    """The recipes' own tests, on the GPU."""
+    """Runs the recipes' tests on the GPU."""
     chosen = ["-k", "load"] if SMALL else []
     check(
         "recipes end to end",
-        # One table of runs in each file.
+        # Each file has one table of runs.
         lambda: pytest(
             *("-n", "2", "--dist", "loadscope"),
             *chosen,
@@ -299,7 +301,7 @@ def recipes():
 
 
 def exactness():
-    """Inversion and gradients of networks, in each precision and layout."""
+    """Checks inversion and gradients in each precision and layout."""
     from sb_memeff.lobes.models.RevDFResNet import RevDFResNet
     from sb_memeff.lobes.models.RevResNet import RevResNet
     from sb_memeff.nnet.replay import mismatch
@@ -351,7 +353,7 @@ def step_of(net, shape, precision="fp32", optimizer=None):
 
 
 def limits():
-    """Gradients just below the limit of memory, where cuDNN lacks room."""
+    """Checks gradients near the memory limit, where cuDNN lacks workspace."""
     from sb_memeff.lobes.models.RevResNet import RevResNet
 
     if DEVICE != "cuda":
@@ -385,7 +387,7 @@ def limits():
 
 
 def fp16():
-    """Steps that GradScaler takes with the joint loss."""
+    """Counts the steps that GradScaler takes with the joint loss."""
     from speechbrain.nnet.transducer.transducer_joint import Transducer_joint
 
     from sb_memeff.nnet.transducer.joint_loss import TransducerJointLoss
@@ -423,10 +425,10 @@ def fp16():
 
 
 def compiled():
-    """torch.compile of networks: gradients against eager ones.
+    """Compares gradients of compiled networks with eager ones.
 
-    A compiled network adds in another order than an eager one. The stored
-    twin, and the distance of both from float64, show how much that is.
+    A compiled network sums in another order than an eager one. The vanilla
+    network, and the distance of both from float64, show how much this matters.
     """
     from sb_memeff.nnet.replay import mismatch
 
@@ -437,7 +439,7 @@ def compiled():
     def gradient(net, inputs, backend=None):
         run = torch.compile(net, backend=backend) if backend else net
         y = run(inputs)
-        # Not the mean of squares: batch norm makes it a constant.
+        # Not the mean of squares, which batch norm makes constant.
         torch.manual_seed(0)
         (y * torch.randn(y.shape, device=DEVICE)).sum().backward()
         mismatch.read_mismatches()
@@ -471,7 +473,7 @@ def compiled():
 
 
 def joint():
-    """Time and memory of the joint loss beside what others offer."""
+    """Measures time and memory of the joint loss and its alternatives."""
     from speechbrain.nnet.loss.transducer_loss import (
         TransducerLoss as NumbaLoss,
     )
@@ -481,7 +483,7 @@ def joint():
     from sb_memeff.nnet.transducer.joint_loss import TransducerJointLoss
 
     class SpeechBrainLoss(TorchaudioJointLoss):
-        """SpeechBrain's own kernels in numba."""
+        """SpeechBrain's kernels in numba."""
 
         def forward(self, enc, pred, targets, enc_lens, target_lens):
             """Computes the loss."""
@@ -571,7 +573,7 @@ def joint():
 
 
 def steps():
-    """Time and memory of a training step, stored and reversible."""
+    """Measures a training step of stored and reversible networks."""
     shape = (2, 40, 80) if SMALL else (64, 200, 80)
     width = {"base_channels": 8} if SMALL else {}
     torch.backends.cudnn.allow_tf32 = True
@@ -614,7 +616,7 @@ def steps():
 
 
 def ecapa():
-    """Time and memory of a training step of ECAPA-TDNN."""
+    """Measures a training step of ECAPA-TDNN."""
     from ecapa import NETWORKS, arguments_of
 
     shape = (2, 40, 80) if SMALL else (32, 300, 80)
@@ -638,7 +640,7 @@ def ecapa():
 
 
 def optimizers():
-    """Time of an optimizer's step, and bytes of its states."""
+    """Measures time and state bytes of optimizers."""
     from sb_memeff import optim
     from sb_memeff.lobes.models.RevResNet import RevResNet
 
@@ -675,7 +677,7 @@ def optimizers():
 
 
 def eleven_gb():
-    """RevNet293, batch 64 x 6 s, in a process limited to 11 GB."""
+    """Trains at 64 x 6 s in a process limited to 10.5 GB (a GPU of 11 GB)."""
     from sb_memeff import optim
 
     if DEVICE != "cuda":
@@ -693,7 +695,7 @@ def eleven_gb():
         check(f"64 x 600 frames in 11 GB, ResNet293 {kind}", one)
 
 
-# The parent
+# The parent process
 
 
 def arguments():
@@ -707,7 +709,7 @@ def arguments():
 
 
 def start(part):
-    """A process that imports what it needs, and waits for its turn."""
+    """Starts a process that imports its modules and waits for its turn."""
     command = [sys.executable, __file__, "--part", part]
     return subprocess.Popen(
         [*command, *["--small"] * SMALL], stdin=subprocess.PIPE, text=True
@@ -715,7 +717,7 @@ def start(part):
 
 
 def finish(running, end):
-    """Waits for parts that run side by side, each with its limit."""
+    """Waits for parallel parts, each with its time limit."""
     begun = time.time()
     for part, process in running.items():
         limit = {**TOGETHER, **ALONE}[part] * (3 if SMALL else 1)

@@ -1,8 +1,8 @@
 """State bytes and step time of 8-bit optimizers on RevNets of full width.
 
-Compares torch's classes, bitsandbytes' and ours: bytes of the states, time of
-``step()`` alone (all of a network's parameters, random gradients), and the
-peak memory of a whole training step.
+Compares torch's, bitsandbytes' and our classes: bytes of the states, time of
+``step()`` alone (all parameters of a network, random gradients), and peak memory of
+a whole training step.
 
     python benchmarks/optimizer_states.py [--depth 34 101 293]
 
@@ -40,11 +40,11 @@ def measure(depth, device, rounds):
     Arguments
     ---------
     depth : int
-        Of the RevNet (Type II).
+        Depth of the RevNet (Type II).
     device : str
-        Where to run.
+        Device to run on.
     rounds : int
-        Timed steps of each; the median counts.
+        Number of timed steps; the median is reported.
 
     Returns
     -------

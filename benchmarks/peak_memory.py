@@ -1,8 +1,8 @@
 """Peak memory of a training step of every vanilla and reversible preset.
 
-Compares, at equal depth and nearly equal parameters: all activations stored,
-torch.utils.checkpoint around each residual block, Type I, Type II. Fake
-tensors: deterministic, no GPU needed.
+Compares four networks of equal depth and nearly equal parameters: all activations
+stored, torch.utils.checkpoint around each residual block, Type I and Type II.
+Memory is counted on fake tensors, deterministically and without a GPU.
 
     python benchmarks/peak_memory.py [--batch 64] [--frames 200]
 
@@ -25,12 +25,12 @@ KINDS = ("stored", "checkpoint", "type_1", "type_2")
 
 
 def sgd(parameters):
-    """The recipe's optimizer; its state counts."""
+    """The recipe's optimizer, to count its state."""
     return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, nesterov=True)
 
 
 def multiply_accumulates(build, frames, mels):
-    """Multiply-accumulates of the embedding of one utterance.
+    """Counts the multiply-accumulates for one utterance's embedding.
 
     Arguments
     ---------

@@ -36,17 +36,17 @@ from sb_memeff.nnet.recompute import recompute_blocks, store_blocks
 
 
 def ecapa():
-    """The VoxCeleb recipe's."""
+    """The network of SpeechBrain's VoxCeleb recipe."""
     return ECAPA_TDNN(80, channels=[1024] * 4 + [3072])
 
 
 def resnet():
-    """The VoxCeleb recipe's."""
+    """The network of SpeechBrain's VoxCeleb recipe."""
     return ResNet(80)
 
 
 def xvector():
-    """The VoxCeleb recipe's."""
+    """The network of SpeechBrain's VoxCeleb recipe."""
     return Xvector(in_channels=24)
 
 
@@ -113,7 +113,7 @@ CASES = {
         (256, 300, 24),
         (8, 200, 24),
         {"segments of 3": {"blocks": "blocks.*", "segment_length": 3}},
-        # It retries a layer after a TypeError; then torch's cannot.
+        # It retries a layer after a TypeError, which torch's checkpoint cannot.
         torch_can=False,
     ),
     "Conformer encoder, 12 layers": Case(
@@ -130,24 +130,24 @@ CASES = {
 
 
 def variants(case):
-    """Functions that build the networks to compare.
+    """Returns functions that build the compared networks.
 
     Arguments
     ---------
     case : Case
-        What to compare.
+        The case.
 
     Returns
     -------
     dict
-        By name.
+        Maps names to functions.
     """
 
     def checkpointed():
         net = case.build()
         names = recompute_blocks(net, **next(iter(case.options.values())))
         store_blocks(net)
-        # Not a module around each block: ECAPA_TDNN asks for their class.
+        # Not a wrapper module, because ECAPA_TDNN checks the blocks' class.
         fake = isinstance(next(net.parameters()), FakeTensor)
         for block in map(net.get_submodule, names):
             block.forward = partial(
@@ -173,7 +173,7 @@ def variants(case):
 
 
 def measure_memory(case):
-    """Bytes between forward and backward, and at the peak."""
+    """Counts bytes between forward and backward, and at the peak."""
     rows = {}
     for name, build in variants(case).items():
         memory = training_step_memory(

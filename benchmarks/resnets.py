@@ -11,14 +11,14 @@ from sb_memeff.analysis.families.speaker import RESNETS, reversible_twin
 
 
 class Checkpointed(torch.nn.Module):
-    """A residual block as a user would wrap it."""
+    """A residual block in torch.utils.checkpoint, as a user would wrap it."""
 
     def __init__(self, block):
         super().__init__()
         self.block = block
 
     def forward(self, *args):
-        """Calls the block, to be computed again in backward."""
+        """Calls the block, which backward recomputes."""
         # Fake tensors draw no random numbers, and the blocks have no dropout.
         return checkpoint(
             self.block, *args, use_reentrant=False, preserve_rng_state=False
@@ -34,7 +34,7 @@ def checkpointed(net):
 
 
 def networks(name, **options):
-    """The four networks of one depth that the benchmarks compare.
+    """Returns the four compared networks of one depth.
 
     Arguments
     ---------
@@ -46,7 +46,7 @@ def networks(name, **options):
     Returns
     -------
     dict
-        Functions that build them.
+        Maps names to functions that build the networks.
     """
     vanilla, reversible = next(f for f in RESNETS if name in f[0].PRESETS)
     ours = reversible_twin(name)

@@ -1,15 +1,15 @@
-"""Memory and time of the transducer loss, with and without logits.
+"""Memory and time of the transducer loss, with and without stored logits.
 
-Compares torchaudio's rnnt_loss on batched logits, and TransducerJointLoss
-samplewise, tiled without leaving out a cell, and tiled; forward and backward
-to encoder, predictor and weights, one after the other in one process. Memory
-is the peak beyond the inputs and their gradients, counted by storage; errors
-are relative to the gradient in float64.
+Compares torchaudio's rnnt_loss on batched logits with TransducerJointLoss:
+samplewise, tiled without skipping a cell, and tiled. Forward and backward to
+encoder, predictor and weights run one after the other in one process. Memory is the
+peak beyond the inputs and their gradients, counted by storage. Errors are relative
+to the gradient in float64.
 
     python benchmarks/transducer_loss.py [--shapes librispeech_shape_info.pt]
 
---shapes names a tensor [N, 2] of frames and targets, from which batches of 30
-are drawn. A last table has the memory for growing batches.
+--shapes is a file with a tensor [N, 2] of frames and targets, from which batches of
+30 are drawn. The last table lists the memory of growing batches.
 
 Authors
  * The sb_memeff authors 2026
@@ -43,16 +43,16 @@ class Batch:
     Arguments
     ---------
     frames : list of int
-        Of each sample.
+        Frames of each sample.
     targets : list of int
-        Of each sample.
+        Targets of each sample.
     hidden : int
         Joint dimension.
     vocabulary : int
-        Symbols.
+        Number of symbols.
     peaked : bool
-        Scores as a trained model has them: one path is far likelier than
-        all others.
+        Whether scores are like a trained model's, with one path far likelier
+        than all others.
     """
 
     def __init__(self, frames, targets, hidden, vocabulary, peaked):
@@ -73,7 +73,7 @@ class Batch:
         ]
 
     def _align(self):
-        # A frame's row points to the symbol that is emitted in it.
+        # A frame's row points to the symbol emitted in this frame.
         rows = self.classifier.weight.detach()
         rows = rows / rows.norm(dim=1, keepdim=True)
         self.pred *= 0.01
@@ -84,7 +84,7 @@ class Batch:
             self.enc[b, :t] = 30 * rows[symbols]
 
     def loss(self, kind, **options):
-        """The value of a loss module."""
+        """Computes the value of a loss module."""
         loss = kind(self.joint, self.classifier, reduction="sum", **options)
         return loss(
             self.enc,
@@ -95,7 +95,7 @@ class Batch:
         )
 
     def exact(self):
-        """Gradients in float64."""
+        """Computes gradients in float64."""
         wide = copy.copy(self)
         wide.enc, wide.pred = (
             x.detach().double().requires_grad_() for x in (self.enc, self.pred)
@@ -107,9 +107,9 @@ class Batch:
         )
 
     def measure(self, kind, exact=None, rounds=1, **options):
-        """Peak memory in bytes, seconds, largest error of a gradient.
+        """Measures peak memory in bytes, seconds, and the largest gradient error.
 
-        The seconds are those of the fastest of some rounds.
+        The seconds are those of the fastest round.
         """
 
         def step():
@@ -133,7 +133,7 @@ def compare(name, batch):
     Arguments
     ---------
     name : str
-        Of the batch.
+        Name of the batch.
     batch : Batch
         The batch.
 
@@ -168,7 +168,7 @@ def compare(name, batch):
 
 
 def grow():
-    """Measures the memory of larger and larger batches; prints a table.
+    """Measures the memory of growing batches; prints a table.
 
     Returns
     -------

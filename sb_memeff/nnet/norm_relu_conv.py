@@ -235,8 +235,8 @@ class _NormReLUConv(torch.autograd.Function):
             *found,
             None,
             None,
-            for_weight.to(weight.dtype) if needs_weight else None,
-            for_bias.to(bias_dtype) if needs_bias else None,
+            None if for_weight is None else for_weight.to(weight.dtype),
+            None if for_bias is None else for_bias.to(bias_dtype),
             None,
             None,
         )

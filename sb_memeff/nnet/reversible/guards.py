@@ -102,7 +102,7 @@ class StreamGuard(Observer):
         if not self.compare:
             return
         before = cast(Summary, self._summaries[name])
-        now = before.again(streams)
+        now = before.summarize(streams)
         if self.grid_bits is None:
             differs = before.relative_error(now) > FLOAT64_TOLERANCE
         elif self._all_finite:

@@ -24,18 +24,18 @@ def _round(
     BLOCK: tl.constexpr,
 ):
     scale: tl.constexpr = 2.0**BITS
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    has = place < size
-    x = tl.load(x_ptr + place, mask=has, other=0.0).to(tl.float32) * scale
-    # Half to even, as torch rounds. Where the difference is not exact it is
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < size
+    x = tl.load(x_ptr + index, mask=inside, other=0.0).to(tl.float32) * scale
+    # Round half to even, as torch does. If the difference is not exact, it is
     # far from a half.
     y = tl.floor(x)
     rest = x - y
     odd = y * 0.5 != tl.floor(y * 0.5)
     y = tl.where((rest > 0.5) | ((rest == 0.5) & odd), y + 1, y)
-    # No -0, which no subtraction would give back.
+    # Avoid -0, which subtraction could not restore.
     y = tl.where(y == 0, 0.0, y)
-    tl.store(rounded_ptr + place, y * (1 / scale), mask=has)
+    tl.store(rounded_ptr + index, y * (1 / scale), mask=inside)
 
 
 def round_to_grid(x: torch.Tensor, bits: int) -> torch.Tensor:
@@ -44,15 +44,15 @@ def round_to_grid(x: torch.Tensor, bits: int) -> torch.Tensor:
     Arguments
     ---------
     x : torch.Tensor
-        float32 or half precision; its values stand next to one another in
-        memory, in any order of the axes.
+        float32 or half precision, without gaps in memory, with any order of
+        the axes.
     bits : int
         Bits after the binary point.
 
     Returns
     -------
     torch.Tensor
-        float32, laid out as x.
+        float32, with the strides of x.
     """
     rounded = torch.empty_like(x, dtype=torch.float32)
     if x.numel():

@@ -118,7 +118,7 @@ class Lazily:
 
 
 @pytest.mark.parametrize("ahead", [1, 7])
-def test_a_lazy_sampler_goes_through_one_stream(ahead):
+def test_a_lazy_sampler_draws_from_one_stream(ahead):
     """Other draws in between do not matter, and are not affected."""
     with seeded(3, 2, 0, 0, 1):
         expected = list(lazily())
@@ -136,8 +136,8 @@ def test_a_lazy_sampler_goes_through_one_stream(ahead):
     assert len(set(found)) > 80
 
 
-def test_position_that_was_loaded_is_saved_again(tmp_path):
-    """Before the interrupted epoch goes on."""
+def test_a_loaded_position_is_saved_unchanged(tmp_path):
+    """Before the interrupted epoch continues."""
 
     def build():
         generator = torch.Generator().manual_seed(5)
@@ -159,7 +159,7 @@ def test_position_that_was_loaded_is_saved_again(tmp_path):
     assert list(sampler) == expected[1]
 
 
-def test_fewer_items_than_before_the_interruption_are_said(caplog):
+def test_fewer_items_than_before_the_interruption_log_a_warning(caplog):
     """Also if there are not as many left as had been given out."""
     begun = SeededSampler(list(range(9)), seed=1)
     iterator = iter(begun)

@@ -113,7 +113,7 @@ def kernels():
     for dtype in ("fp16", "bf16", "fp32"):
         plane = ("rows", "columns", "cells", "features")
         types = {
-            "places_ptr": "*i64",
+            "cells_ptr": "*i64",
             "slope": "fp32",
             **dict.fromkeys(plane, "i32"),
         }

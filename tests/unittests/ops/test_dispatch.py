@@ -13,7 +13,7 @@ from sb_memeff.ops.blocks_8bit import Codebook
 
 
 class OnCuda(torch.Tensor):
-    """A tensor of the CPU that says it is on a GPU."""
+    """A CPU tensor that claims to be on a GPU."""
 
     is_cuda = True
 

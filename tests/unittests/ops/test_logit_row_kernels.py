@@ -116,7 +116,7 @@ def test_other_logits_are_noticed():
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_what_is_not_finite_comes_out_as_in_the_plain_form(value):
+def test_values_that_are_not_finite_match_the_plain_form(value):
     """And stays in its row."""
     logits, target, blank, emission = batch(4, 30, torch.float32)
     logits[1, 7] = value

@@ -106,7 +106,7 @@ def test_codes_are_those_of_the_plain_search(signed):
     torch.testing.assert_close(
         maxima.cpu(), plain.absmax, rtol=0, atol=0, equal_nan=True
     )
-    # Of what is not finite any code will do: the maximum is not either.
+    # Codes of values that are not finite do not matter: the maximum is not finite.
     finite = torch.ones(3001, dtype=torch.bool)
     finite[512:1024] = False
     assert torch.equal(codes.cpu()[finite], plain.codes[finite])
@@ -114,7 +114,7 @@ def test_codes_are_those_of_the_plain_search(signed):
 
 @pytest.mark.parametrize("make", [parameters, unaligned])
 @pytest.mark.parametrize("cls, settings", CASES)
-def test_as_the_plain_step(switch, cls, settings, make):
+def test_equal_to_the_plain_step(switch, cls, settings, make):
     ours = make()
     theirs = copy.deepcopy(ours)
     fused, plain = made(cls, ours, settings), made(cls, theirs, settings)
@@ -183,7 +183,9 @@ def test_each_device_has_a_launch_of_its_own(switch):
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("cls, settings", CASES)
-def test_what_is_not_finite_stays_in_its_block(switch, cls, settings, bad):
+def test_values_that_are_not_finite_stay_in_their_block(
+    switch, cls, settings, bad
+):
     found = []
     for fused in (True, False):
         switch(fused)
@@ -225,7 +227,7 @@ def test_one_launch_for_all_parameters(monkeypatch, switch):
 
 
 @pytest.mark.parametrize("cls", MOMENTUM)
-def test_what_the_kernel_cannot_do_is_plain(monkeypatch, switch, cls):
+def test_unsupported_parameters_use_the_plain_step(monkeypatch, switch, cls):
     def launch(*arguments, **constants):
         raise AssertionError("launched")
 
@@ -266,7 +268,7 @@ def test_autograd_sees_the_update(switch, cls):
 
 
 @pytest.mark.parametrize("cls", MOMENTUM)
-def test_a_saved_state_stays_as_it_is(switch, cls):
+def test_a_step_does_not_change_a_saved_state(switch, cls):
     switch(True)
     params = parameters()
     optimizer = made(cls, params, MOMENTUM[cls])

@@ -414,11 +414,11 @@ def test_states_of_another_kind_with_the_same_settings():
     saved = through_a_file(optimizer.state_dict())
     for state in saved["state"].values():
         state["sum"] = state["exp_avg_sq"]
-    refused(optimizer, saved, "holds the states.*'sum'.*of parameter 0")
+    refused(optimizer, saved, "has the states.*'sum'.*of parameter 0")
     saved = through_a_file(optimizer.state_dict())
     for state in saved["state"].values():
         del state["exp_avg_sq"]
-    refused(optimizer, saved, "holds the states.*of parameter 0, not")
+    refused(optimizer, saved, "has the states.*of parameter 0, not")
     saved = through_a_file(optimizer.state_dict())
     for name in ("amsgrad", "foreach"):
         del saved["param_groups"][0][name]
@@ -476,7 +476,7 @@ OWN = {
 
 
 @pytest.mark.parametrize("kind, changed", OWN.values(), ids=OWN)
-def test_what_torch_loads_from_itself(kind, changed):
+def test_checkpoints_that_torch_loads_from_itself(kind, changed):
     """Settings that were changed in training, there and back."""
     extra = {} if kind is SGD8bit else {"amsgrad": True}
     networks, optimizers = [], []
@@ -712,7 +712,7 @@ def test_checkpoint_of_another_network():
 
 
 @every_class
-def test_states_that_belong_to_no_parameter_are_kept(kind):
+def test_states_without_a_parameter_are_kept(kind):
     """As torch's class keeps them."""
     for some in (kind, TWINS[kind]):
         net, optimizer = trained(some, **CLASSES[kind])
@@ -838,7 +838,7 @@ def test_8bit_checkpoint_of_bitsandbytes(bnb, ours):
         (bitsandbytes.optim.SGD8bit, SGD8bit, ["momentum_buffer"]),
     ],
 )
-def test_8bit_states_of_bitsandbytes_lose_nothing(bnb, ours, names):
+def test_8bit_states_of_bitsandbytes_load_exactly(bnb, ours, names):
     """Though a block's maximum may be negative, which has no code."""
     options = {"momentum": 0.9} if ours is SGD8bit else {}
     net, optimizer = trained(bnb, lr=0.01, **options)
@@ -883,7 +883,7 @@ def test_layout_does_not_change_the_update(fused):
             weight.grad = gradient.clone()
             optimizer.step()
     assert torch.equal(*weights)
-    # Checkpoints too: one goes on where the other was.
+    # Checkpoints too: one continues from the other's state.
     optimizers[1].load_state_dict(optimizers[0].state_dict())
     assert optimizers[1].state_bytes() == optimizers[0].state_bytes()
 
@@ -1067,7 +1067,7 @@ def test_small_tensors_and_embeddings_keep_32_bits():
         "large": True,
         "small": False,
     }
-    # What a checkpoint says about it does not count.
+    # The checkpoint's value is ignored.
     resumed = SGD8bit(net.parameters(), momentum=0.9)
     del net["embedding"].weight.optim_bits
     resumed.load_state_dict(optimizer.state_dict())
@@ -1263,7 +1263,7 @@ def test_a_step_holds_few_unpacked_states_at_a_time(kind, monkeypatch):
             p.grad = torch.ones_like(p)
         optimizer.step()
         known = [*weights, *(p.grad for p in weights)]
-        with StorageTracker(but=known) as tracker:
+        with StorageTracker(exclude=known) as tracker:
             optimizer.step()
         peaks.append(tracker.peak)
     moments = 1 if kind is SGD8bit else 2

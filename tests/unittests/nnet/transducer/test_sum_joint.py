@@ -110,7 +110,7 @@ def test_every_activation_of_the_kernels_is_tested():
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", BOUNDS)
-def test_as_in_float64(kernels, monkeypatch, activation, dtype):
+def test_close_to_float64(kernels, monkeypatch, activation, dtype):
     nets = [net.to(dtype) for net in modules(activation)]
     inputs = batch(dtype)
     kernels(False)
