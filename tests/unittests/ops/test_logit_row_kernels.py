@@ -111,18 +111,21 @@ def test_no_rows():
     assert kernels.row_gradient(*arguments, 1e-3)[0].shape == (0, 5)
 
 
-def test_nan_in_one_row_stays_there_in_float16():
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_stays_in_its_row_in_float16(value):
     """The scale of a float16 tile is that of its finite rows."""
     logits, target, blank, emission = batch(3, 8, torch.float16)
     lse = rows.row_scores(logits, target, 0)[0]
-    blank[1] = torch.nan
+    weight = torch.tensor([1.0, value, 0.5], device=DEVICE)
     arguments = logits, lse, target, blank, emission, 0
-    found, undo = rows.row_gradient(*arguments, fit_into_float16=True)
-    assert undo.isfinite() and found[1].isnan().all()
+    found, undo = rows.row_gradient(
+        *arguments, weight=weight, fit_into_float16=True
+    )
+    assert undo.isfinite() and not found[1].isfinite().any()
     assert found[[0, 2]].isfinite().all()
     arguments = logits.double(), lse.double(), target
     exact, _ = rows.row_gradient(
-        *arguments, blank.double(), emission.double(), 0
+        *arguments, blank.double(), emission.double(), 0, weight=weight
     )
     torch.testing.assert_close(
         found.double() * undo, exact, rtol=1e-3, atol=1e-6, equal_nan=True
