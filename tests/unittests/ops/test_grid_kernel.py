@@ -4,7 +4,7 @@ import torch
 
 from sb_memeff.nnet.reversible.grid import round_to_grid
 from sb_memeff.ops.triton import grid
-from tests.unittests.ops.kernels import DEVICE
+from tests.unittests.ops.kernel import DEVICE
 
 
 def test_layouts():

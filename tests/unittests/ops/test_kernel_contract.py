@@ -14,7 +14,8 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 from sb_memeff.ops import dispatch
-from tests.unittests.ops.kernels import KERNELS, error, poison
+from tests.unittests.ops.kernel import error, poison
+from tests.unittests.ops.kernels import KERNELS
 
 CASES = [
     pytest.param(*case, id="-".join(map(str, [name, *case[1:]])))

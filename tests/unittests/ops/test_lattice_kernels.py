@@ -4,7 +4,7 @@ import torch
 
 from sb_memeff.nnet.transducer.lattice import forward_backward
 from sb_memeff.ops.triton import lattice as kernels
-from tests.unittests.ops.kernels import DEVICE
+from tests.unittests.ops.kernel import DEVICE
 
 
 def scores(batch, rows, columns, seed=0, dtype=torch.float32):

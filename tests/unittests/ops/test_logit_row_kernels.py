@@ -5,7 +5,7 @@ import torch
 
 from sb_memeff.nnet.transducer import rows
 from sb_memeff.ops.triton import logit_rows as kernels
-from tests.unittests.ops.kernels import DEVICE
+from tests.unittests.ops.kernel import DEVICE
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

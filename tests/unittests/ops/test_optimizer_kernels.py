@@ -8,7 +8,7 @@ import torch
 from sb_memeff.ops.blocks_8bit import Quantized8bit
 from sb_memeff.ops.triton import blocks_8bit
 from sb_memeff.optim import AdamW8bit, SGD8bit, optimizer_8bit
-from tests.unittests.ops.kernels import DEVICE
+from tests.unittests.ops.kernel import DEVICE
 from tests.unittests.optim.optimizers import CLASSES, each_class, each_setting
 
 # Whole blocks, part of a block, one block, and one that stays in 32 bits.

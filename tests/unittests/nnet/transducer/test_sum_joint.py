@@ -21,13 +21,8 @@ from sb_memeff.ops.triton import (
     joint as joint_kernels,
     logit_rows,
 )
-from tests.unittests.ops.kernels import (
-    ACTIVATIONS,
-    DEVICE,
-    error,
-    poison,
-    slope_of,
-)
+from tests.unittests.ops.kernel import DEVICE, error, poison
+from tests.unittests.ops.transducer_kernels import ACTIVATIONS, slope_of
 
 B, T, U, H, V = 3, 7, 4, 33, 11
 # The interpreter cuts bfloat16 off, where a GPU rounds.
