@@ -9,7 +9,12 @@ from sb_memeff.ops.blocks_8bit import Quantized8bit
 from sb_memeff.ops.triton import blocks_8bit
 from sb_memeff.optim import AdamW8bit, SGD8bit, optimizer_8bit
 from tests.unittests.ops.kernel import DEVICE
-from tests.unittests.optim.optimizers import CLASSES, each_class, each_setting
+from tests.unittests.optim.optimizers import (
+    CLASSES,
+    OPTIMIZERS,
+    each_class,
+    each_setting,
+)
 
 # Whole blocks, part of a block, one block, and one that stays in 32 bits.
 SHAPES = [(8, 80), (301,), (256,), (3, 256), (7,)]
@@ -69,8 +74,15 @@ def states(optimizer):
     ]
 
 
-@pytest.mark.parametrize("make", [parameters, unaligned])
-@each_setting
+# The contract has a step with other alignments for all settings.
+@pytest.mark.parametrize(
+    "kind, make",
+    [
+        *((kind, parameters) for kind in OPTIMIZERS.values()),
+        *((kind, unaligned) for kind in CLASSES.values()),
+    ],
+    ids=[*OPTIMIZERS, *(f"{cls.__name__}-unaligned" for cls in CLASSES)],
+)
 def test_as_the_plain_step(switch, kind, make):
     ours = make()
     theirs = copy.deepcopy(ours)
