@@ -146,8 +146,14 @@ def test_each_device_has_a_launch_of_its_own(switch):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-@each_setting
+@pytest.mark.parametrize(
+    "kind, bad",
+    [
+        *((kind, torch.nan) for kind in OPTIMIZERS.values()),
+        *((kind, torch.inf) for kind in CLASSES.values()),
+    ],
+    ids=[*OPTIMIZERS, *(f"{cls.__name__}-inf" for cls in CLASSES)],
+)
 def test_what_is_not_finite_stays_in_its_block(switch, kind, bad):
     found = []
     for fused in (True, False):
