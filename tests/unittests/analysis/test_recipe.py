@@ -190,6 +190,23 @@ __freeze: !apply:torch.nn.Module.requires_grad_
     assert len(group["params"]) == len(list(step.embedding_model.parameters()))
 
 
+def test_what_changes_a_part_is_applied_wherever_it_comes_from(upstream):
+    """A part that another !apply: gives to the module, further down."""
+    upstream.write_text(
+        upstream.read_text()
+        + """
+part: !new:torch.nn.Linear [2, 2]
+__freeze: !apply:torch.nn.Module.requires_grad_ [!ref <part>, False]
+__give: !apply:torch.nn.Module.add_module
+    - !ref <embedding_model>
+    - part
+    - !ref <part>
+"""
+    )
+    part = read_recipe(upstream).build().embedding_model.part
+    assert not any(p.requires_grad for p in part.parameters())
+
+
 def test_augmentation_counts_what_is_enabled(upstream):
     upstream.write_text(
         upstream.read_text().replace(

@@ -1,39 +1,10 @@
-"""Rounding onto the grid by the kernel against torch's operations."""
+"""Rounding onto the grid by the kernel: layouts, and the gradient."""
 
-import pytest
 import torch
 
 from sb_memeff.nnet.reversible.grid import round_to_grid
 from sb_memeff.ops.triton import grid
-from tests.unittests.ops.kernels import DEVICE, poison
-
-
-def values(dtype, bits):
-    """Ties, both zeros, what is beyond float32's integers, and the rest."""
-    torch.manual_seed(0)
-    ties = (torch.arange(-9, 10) / 2 + 0.5) * 2.0**-bits
-    odd = [0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-30, -1e-30]
-    large = torch.tensor([2.0**22 + 0.5, -(2.0**23) - 1, 2.0**30, -(2.0**40)])
-    x = torch.cat([ties, torch.tensor(odd), large * 2.0**-bits])
-    return torch.cat([x, 3 * torch.randn(2000), 1e-4 * torch.randn(500)]).to(
-        DEVICE, dtype
-    )
-
-
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's
-@pytest.mark.parametrize("bits", [0, 9, 12])
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.float16, torch.bfloat16]
-)
-def test_the_same_bits(monkeypatch, dtype, bits):
-    x = values(dtype, bits)
-    exact = (x.double() * 2.0**bits).round() * 2.0**-bits
-    poison(monkeypatch)
-    found = grid.round_to_grid(x, bits)
-    assert found.dtype == torch.float32
-    assert torch.equal(found.isnan(), exact.isnan())
-    assert torch.equal(found.nan_to_num(7.0), exact.float().nan_to_num(7.0))
-    assert not (found.signbit() & (found == 0)).any()
+from tests.unittests.ops.kernel import DEVICE
 
 
 def test_layouts():
