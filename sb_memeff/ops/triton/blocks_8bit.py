@@ -219,7 +219,7 @@ def launch_on_blocks(
         number % ALIGNMENT for row in rows[:1] + rows[2:] for number in row
     )
     table = torch.tensor(rows, dtype=torch.int64)
-    if first.is_cuda:
+    if first.device.type == "cuda":
         # The host does not wait for a copy from pinned memory.
         table = table.pin_memory()
     table = table.to(first.device, non_blocking=True)

@@ -32,7 +32,7 @@ def _places(
 ):
     """Channels, rows and places of a tile of rows (n, t f) by channels."""
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    row = tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     sample = row // positions
     place = (
         sample * sample_stride + (row - sample * positions) * position_stride

@@ -32,6 +32,7 @@ POINTERS = {
     torch.bfloat16: "*bf16",
     torch.int64: "*i64",
     torch.int32: "*i32",
+    torch.bool: "*i1",
 }
 # May be larger than those of the tests.
 LONG = ("plane",)

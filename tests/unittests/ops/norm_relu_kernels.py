@@ -32,6 +32,7 @@ def _with_gradient(g, dtype, *shape):
 def _forward(module):
     def call(*inputs):
         *inputs, padding = inputs
+        padding = padding if padding.any() else None
         dtype = inputs[0].dtype
         return [module.norm_relu(*inputs, EPS, padding, dtype)]
 
@@ -41,6 +42,8 @@ def _forward(module):
 def _backward(module):
     def call(gradient, *inputs, of_batch):
         *inputs, padding = inputs
+        padding = padding if padding.any() else None
+        # It may be overwritten.
         gradient = gradient.clone()
         return list(
             module.norm_relu_backward(gradient, *inputs, EPS, padding, of_batch)
