@@ -120,20 +120,17 @@ def _batch_statistics(
     return mean, variance
 
 
-def _narrow(
-    weight: torch.Tensor, dtype: torch.dtype, x: torch.Tensor
-) -> torch.Tensor:
-    """The weight in another dtype, laid out as the input.
+def _laid_out_like(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """A weight in the memory format of the input.
 
-    Where the input itself is not there the layout of the weight decides.
+    Where the input itself is missing, the weight decides that of the gradient.
     """
     if x.is_contiguous():
-        return weight.to(dtype)
+        return weight
     _, channels, rows, columns = weight.shape
-    # Also of 1 x 1, which torch takes for either.
+    # Also for a kernel of 1 x 1, which torch takes for either format.
     strides = channels * rows * columns, 1, columns * channels, channels
-    narrow = weight.new_empty_strided(weight.shape, strides, dtype=dtype)
-    return narrow.copy_(weight)
+    return weight.new_empty_strided(weight.shape, strides).copy_(weight)
 
 
 class _Settings(NamedTuple):
@@ -196,17 +193,17 @@ class _NormReLUConv(torch.autograd.Function):
         norm = x, norm_weight, norm_bias, mean, variance, eps, padding
         needs_norm = any(ctx.needs_input_grad[:3])
         needs_weight, needs_bias = ctx.needs_input_grad[5:7]
-        narrow = _narrow(weight, dtype, x)
+        narrow = weight.to(dtype)
         shape, bias_dtype = ctx.bias or (None, None)
 
         def conv_backward(
-            y: torch.Tensor, wanted: list[bool]
+            y: torch.Tensor, weight: torch.Tensor, wanted: list[bool]
         ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             with torch.autocast(gradient.device.type, enabled=False):
                 return torch.ops.aten.convolution_backward(
                     gradient,
                     y,
-                    narrow,
+                    weight,
                     shape,
                     stride,
                     pad,
@@ -222,13 +219,17 @@ class _NormReLUConv(torch.autograd.Function):
         for_weight = for_bias = None
         if needs_weight or needs_bias:
             _, for_weight, for_bias = conv_backward(
-                norm_relu(*norm, dtype), [False, needs_weight, needs_bias]
+                norm_relu(*norm, dtype),
+                narrow,
+                [False, needs_weight, needs_bias],
             )
         found: tuple[torch.Tensor | None, ...] = None, None, None
         if needs_norm:
             # Only the shape of the input matters.
             like = torch.empty((), dtype=dtype, device=x.device).expand(x.shape)
-            for_y, _, _ = conv_backward(like, [True, False, False])
+            for_y, _, _ = conv_backward(
+                like, _laid_out_like(narrow, x), [True, False, False]
+            )
             del gradient
             found = norm_relu_backward(for_y, *norm, of_batch)
         return (
