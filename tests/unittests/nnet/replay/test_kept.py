@@ -33,7 +33,7 @@ drawn = []
 
 
 def test_outside_of_calls_it_is_computed():
-    assert [keep(lambda: n) for n in range(2)] == [0, 1]
+    assert [keep(lambda n=n: n) for n in range(2)] == [0, 1]
 
 
 def test_replays_take_what_forward_computed():
