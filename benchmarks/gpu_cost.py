@@ -42,6 +42,8 @@ FREE = {
     "_unsafe_view",
     "_local_scalar_dense",
     "lift_fresh",
+    "promote_types",
+    "result_type",
     "set_",
 }
 # Tensors that a launch of torch's foreach takes, by the number of lists.

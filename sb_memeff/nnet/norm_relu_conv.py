@@ -157,12 +157,14 @@ class _NormReLUConv(torch.autograd.Function):
         padding: torch.Tensor | None,
         settings: _Settings,
     ) -> torch.Tensor:
+        dtype = settings.dtype
+        narrow = weight.to(dtype)
         ctx.save_for_backward(
-            x, norm_weight, norm_bias, mean, variance, weight, padding
+            x, norm_weight, norm_bias, mean, variance, narrow, padding
         )
         ctx.settings = settings
+        ctx.weight_dtype = weight.dtype
         ctx.bias = None if bias is None else (list(bias.shape), bias.dtype)
-        dtype = settings.dtype
         y = norm_relu(
             x,
             norm_weight,
@@ -176,9 +178,7 @@ class _NormReLUConv(torch.autograd.Function):
         if bias is not None:
             bias = bias.to(dtype)
         with torch.autocast(x.device.type, enabled=False):
-            return nn.functional.conv2d(
-                y, weight.to(dtype), bias, *settings.of_conv
-            )
+            return nn.functional.conv2d(y, narrow, bias, *settings.of_conv)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -186,14 +186,13 @@ class _NormReLUConv(torch.autograd.Function):
     def backward(
         ctx: Any, gradient: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
-        x, norm_weight, norm_bias, mean, variance, weight, padding = (
+        x, norm_weight, norm_bias, mean, variance, narrow, padding = (
             ctx.saved_tensors
         )
         eps, of_batch, dtype, (stride, pad, dilation, groups) = ctx.settings
         norm = x, norm_weight, norm_bias, mean, variance, eps, padding
         needs_norm = any(ctx.needs_input_grad[:3])
         needs_weight, needs_bias = ctx.needs_input_grad[5:7]
-        narrow = weight.to(dtype)
         shape, bias_dtype = ctx.bias or (None, None)
 
         def conv_backward(
@@ -236,7 +235,7 @@ class _NormReLUConv(torch.autograd.Function):
             *found,
             None,
             None,
-            None if for_weight is None else for_weight.to(weight.dtype),
+            None if for_weight is None else for_weight.to(ctx.weight_dtype),
             None if for_bias is None else for_bias.to(bias_dtype),
             None,
             None,

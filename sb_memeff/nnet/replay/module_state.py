@@ -146,7 +146,7 @@ def without_trace(
                 vars(module)[name] = _copied(value, copies)
         for name, buffer in buffers.items():
             if buffer is not None and _may_change_buffers(module):
-                module._buffers[name] = buffer.clone()
+                module._buffers[name] = _lent(module, buffer)
     for (module, name), value in changes.attributes.items():
         _put(vars(module), name, _copied(value, copies))
     for (module, name), buffer in changes.buffers.items():
@@ -249,6 +249,18 @@ def _ignores_buffers(module: nn.Module) -> bool:
 
 def _may_change_buffers(module: nn.Module) -> bool:
     return module.training or not _ignores_buffers(module)
+
+
+def _lent(module: nn.Module, buffer: torch.Tensor) -> torch.Tensor:
+    """A buffer for a replay, whose values are forgotten afterwards."""
+    if (
+        _ignores_buffers(module)
+        and module.momentum is not None
+        and not module._forward_hooks
+    ):
+        # Batch norm updates it and reads it for nothing else.
+        return torch.empty_like(buffer)
+    return buffer.clone()
 
 
 def _copied(value: Any, copies: dict[int, tuple[Any, Any]]) -> Any:

@@ -209,6 +209,8 @@ def _norm_relu_backward(
     padding_ptr,
     sums_ptr,
     dx_ptr,
+    dweight_ptr,
+    dbias_ptr,
     rows,
     positions,
     channels,
@@ -250,12 +252,15 @@ def _norm_relu_backward(
     z, weight = _affine(normalized, weight_ptr, bias_ptr, channel, channels)
     dy = tl.load(gradient_ptr + place, mask=has, other=0.0)
     dz = tl.where(real & ~(z <= 0), dy.to(tl.float32), 0.0)
+    inside = channel < channels
+    total = tl.load(sums_ptr + channel, mask=inside, other=0.0)
+    weighted = tl.load(sums_ptr + channels + channel, mask=inside, other=0.0)
+    if tl.program_id(0) == 0:
+        dweight = weighted.to(dweight_ptr.dtype.element_ty)
+        tl.store(dweight_ptr + channel, dweight, mask=inside)
+        dbias = total.to(dbias_ptr.dtype.element_ty)
+        tl.store(dbias_ptr + channel, dbias, mask=inside)
     if OF_BATCH:
-        inside = channel < channels
-        total = tl.load(sums_ptr + channel, mask=inside, other=0.0)
-        weighted = tl.load(
-            sums_ptr + channels + channel, mask=inside, other=0.0
-        )
         dz -= (total[None, :] + normalized * weighted[None, :]) / rows
     dx = dz * weight * scale[None, :]
     tl.store(dx_ptr + place, dx.to(dx_ptr.dtype.element_ty), mask=has)
@@ -351,6 +356,7 @@ def norm_relu_backward(
     )
     # In an order that does not depend on the run.
     sums = partial.sum(1)
+    dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
     # A program has read the gradient of a value when it writes there.
     dx = gradient if gradient.dtype == x.dtype else torch.empty_like(x)
     launch(
@@ -359,9 +365,11 @@ def norm_relu_backward(
         *inputs,
         sums,
         dx,
+        dweight,
+        dbias,
         *sizes,
         eps,
         OF_BATCH=of_batch,
         **constants,
     )
-    return dx, sums[1].to(weight.dtype), sums[0].to(bias.dtype)
+    return dx, dweight, dbias
