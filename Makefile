@@ -5,18 +5,18 @@ SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -euc
 .DEFAULT_GOAL := help
 
-# Every path hangs on the Makefile's folder, so `make -f path/to/Makefile`
-# and `make -C` do the same.
+# All paths are relative to the Makefile's folder, so `make -f path/to/Makefile`
+# and `make -C` work the same.
 ROOT := $(abspath $(dir $(lastword $(MAKEFILE_LIST))))
 PYTHON ?= python3
 VENV := $(ROOT)/.venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-# One thread a process in tests: the tensors are tiny, and DDP tests start
-# several processes, whose OpenMP pools would fight over the same cores.
+# One thread per process in tests: tensors are tiny, and DDP tests start several
+# processes, whose OpenMP pools would compete for the same cores.
 TEST_THREADS ?= 1
-# Processes: "auto" is one for each core, 0 is none besides pytest's own.
+# Processes: "auto" is one for each core, 0 is pytest's own process only.
 TEST_PROCESSES ?= auto
 # Options for pytest: make test PYTEST="-k reversible -x"
 PYTEST ?=

@@ -1,10 +1,11 @@
 """Peak memory and time of a training step of ECAPA-TDNN and RevECAPA-TDNN.
 
-Compares SpeechBrain's network with all activations stored, the same with
-torch.utils.checkpoint around each block, ours with the same weights, and the
-reversible one, with 3 blocks and with 12. Memory with fake tensors:
-deterministic, no GPU needed. Activations are the peak less parameters and
-their gradients. Times on the GPU if there is one, else with one thread.
+Compares four networks, with 3 and with 12 blocks: SpeechBrain's with all
+activations stored, the same with torch.utils.checkpoint around each block, ours
+with the same weights, and the reversible one. Memory is counted on fake tensors,
+deterministically and without a GPU. "Activations" are the peak without parameters
+and their gradients. Times are measured on the GPU if there is one, otherwise on
+one CPU thread.
 
     python benchmarks/ecapa.py [--channels 1024] [--batch 32] [--frames 300]
 
@@ -15,14 +16,15 @@ Authors
 import argparse
 import functools
 import itertools
-import statistics
 
 import torch
-from common import Checkpointed, write_results
+from resnets import Checkpointed
+from result_file import write_results
 from speechbrain.lobes.models.ECAPA_TDNN import (
     ECAPA_TDNN as SpeechBrainECAPA_TDNN,
 )
-from step_time_resnet import timed_step
+from table import print_head, print_row
+from timing import median_seconds, training_step
 
 from sb_memeff.lobes.models.ECAPA_TDNN import ECAPA_TDNN
 from sb_memeff.lobes.models.RevECAPA_TDNN import RevECAPA_TDNN
@@ -30,14 +32,14 @@ from sb_memeff.memory.step import training_step_memory
 
 
 class Pooling(torch.nn.Module):
-    """Pooling and its batch norm, to be checkpointed together."""
+    """Pooling and its batch norm, for one checkpoint."""
 
     def __init__(self, net):
         super().__init__()
         self.asp, self.norm = net.asp, net.asp_bn
 
     def forward(self, x, lengths=None):
-        """Pools [N, C, T] to [N, 2 * C, 1]."""
+        """Maps [N, C, T] to [N, 2 * C, 1]."""
         return self.norm(self.asp(x, lengths))
 
 
@@ -45,7 +47,7 @@ class CheckpointedECAPA_TDNN(SpeechBrainECAPA_TDNN):
     """SpeechBrain's network with each block checkpointed."""
 
     def forward(self, x, lengths=None):
-        """Features [N, T, F] to embeddings [N, 1, D]."""
+        """Maps features [N, T, F] to embeddings [N, 1, D]."""
         x = Checkpointed(self.blocks[0])(x.transpose(1, 2))
         taps = []
         for block in self.blocks[1:]:
@@ -65,7 +67,7 @@ NETWORKS = {
 
 
 def arguments_of(channels, blocks=3, input_size=80):
-    """Arguments of the networks, widths as in SpeechBrain's recipe.
+    """Returns the networks' arguments, with the widths of SpeechBrain's recipe.
 
     Arguments
     ---------
@@ -94,7 +96,7 @@ def arguments_of(channels, blocks=3, input_size=80):
 def memory_of(
     kind, blocks=3, channels=1024, shape=(32, 300, 80), autocast=None
 ):
-    """Memory of a training step of one network.
+    """Counts the memory of a network's training step.
 
     Arguments
     ---------
@@ -107,12 +109,12 @@ def memory_of(
     shape : tuple of int
         Shape of the features.
     autocast : torch.dtype, optional
-        Run forward under autocast with this dtype.
+        Dtype of autocast in forward.
 
     Returns
     -------
     StepMemory
-        What was counted.
+        The counted memory.
     """
     options = arguments_of(channels, blocks, shape[-1])
     return training_step_memory(
@@ -120,7 +122,7 @@ def memory_of(
     )
 
 
-def times(channels, shape, rounds=7):
+def times(channels, shape, rounds=6):
     """Median time of forward and backward of each network.
 
     Arguments
@@ -130,7 +132,7 @@ def times(channels, shape, rounds=7):
     shape : tuple of int
         Shape of the features.
     rounds : int
-        Steps of each network; they take turns.
+        Timed steps of each network.
 
     Returns
     -------
@@ -140,16 +142,11 @@ def times(channels, shape, rounds=7):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(1)
     x = torch.randn(shape, device=device)
-    found = {kind: [] for kind in NETWORKS}
-    nets = {
-        kind: network(**arguments_of(channels)).to(device)
+    steps = {
+        kind: training_step(network(**arguments_of(channels)).to(device), x)
         for kind, network in NETWORKS.items()
     }
-    for _ in range(rounds):
-        for kind, net in nets.items():
-            found[kind].append(timed_step(net, x))
-    # The first step sets up kernels and memory.
-    return {kind: statistics.median(t[1:]) for kind, t in found.items()}
+    return median_seconds(steps, rounds)
 
 
 def main():
@@ -162,9 +159,14 @@ def main():
     options = parser.parse_args()
     shape = (options.batch, options.frames, 80)
     memory = []
-    print(
-        "| precision | blocks | network | parameters | peak of a step "
-        "| activations | smaller by |\n|---|---|---|---|---|---|---|"
+    print_head(
+        "precision",
+        "blocks",
+        "network",
+        "parameters",
+        "peak of a step",
+        "activations",
+        "smaller by",
     )
     for autocast, blocks in itertools.product((None, torch.bfloat16), (3, 12)):
         for kind in NETWORKS:
@@ -183,12 +185,14 @@ def main():
             )
             if kind == "stored":
                 stored = found.activation_bytes
-            print(
-                f"| {precision} | {blocks} | {kind} "
-                f"| {found.parameters / 1e6:.2f} M "
-                f"| {found.peak_bytes / 1e6:.0f} MB "
-                f"| {found.activation_bytes / 1e6:.0f} MB "
-                f"| {stored / found.activation_bytes:.1f}x |"
+            print_row(
+                precision,
+                blocks,
+                kind,
+                f"{found.parameters / 1e6:.2f} M",
+                f"{found.peak_bytes / 1e6:.0f} MB",
+                f"{found.activation_bytes / 1e6:.0f} MB",
+                f"{stored / found.activation_bytes:.1f}x",
             )
     seconds = times(options.time_channels, (8, 200, 80))
     for kind, value in seconds.items():

@@ -1,8 +1,7 @@
-"""EER of reversible networks and their twins on a small corpus, by the recipe.
+"""EER of vanilla and reversible networks on a small corpus, with the recipe.
 
-The same seed, data order and number of steps for all; a run that is there
-already is continued. The corpus is laid out like VoxCeleb and has a
-veri_test.txt.
+All trainings have the same seed, data order and number of steps. Existing ones are
+continued. The corpus has the layout of VoxCeleb and a veri_test.txt.
 
     python benchmarks/eer_mini_voxceleb.py CORPUS OUTPUT_FOLDER
 
@@ -13,15 +12,15 @@ Authors
 import argparse
 import json
 import re
-import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
-from common import write_results
+from result_file import write_results
 from speechbrain.lobes.models.ECAPA_TDNN import Classifier
+from table import print_head, print_row
+from timing import median_seconds, training_step
 
 from sb_memeff import optim
 from sb_memeff.lobes.models.DFResNet import DFResNet
@@ -41,7 +40,7 @@ ECAPA = {
     "attention_channels": 32,
     "lin_neurons": EMBEDDING,
 }
-# Name of the recipe's yaml files, what differs from them, the class.
+# Suffix of the recipe's yaml files, overrides, the network's class.
 NETWORKS = {
     "ResNet34": ("resnet", {**RESNET, "preset": "ResNet34"}, ResNet),
     "RevNet34 Type I": (
@@ -78,7 +77,7 @@ ADAM = """
     lr: !ref <lr>
     weight_decay: 0.000002
 """
-# Class, settings in the yaml file, learning rate.
+# The optimizer's class, its settings in the yaml file, learning rate.
 OPTIMIZERS = {
     "SGD": ("torch.optim.SGD", SGD, 0.1),
     "SGD8bit": ("sb_memeff.optim.SGD8bit", SGD, 0.1),
@@ -97,7 +96,7 @@ SYSTEMS = [
     ("ECAPA-TDNN", "Adam"),
     ("RevECAPA-TDNN", "Adam"),
 ]
-# More than one where two systems seemed to differ: do they?
+# Several seeds for two systems, to see whether they really differ.
 SEEDS = dict.fromkeys(
     [("ResNet34", "SGD"), ("ResNet34", "SGD8bit")], (1986, 1987, 1988)
 )
@@ -111,7 +110,7 @@ TRAINING = [
 ]
 
 
-def run(script, hparams, *flags):
+def run_script(script, hparams, *flags):
     """Runs a script of the recipe."""
     command = [sys.executable, script, str(hparams), *flags]
     subprocess.run(command, cwd=RECIPE, check=True)
@@ -127,7 +126,7 @@ def with_optimizer(hparams, optimizer, folder):
     optimizer : str
         A key of OPTIMIZERS.
     folder : Path
-        Where to write it.
+        Folder of the new file.
 
     Returns
     -------
@@ -162,7 +161,7 @@ def measure(network, optimizer, seed, corpus, folder):
     corpus : Path
         The corpus.
     folder : Path
-        For all that is written.
+        Folder for all outputs.
 
     Returns
     -------
@@ -181,7 +180,7 @@ def measure(network, optimizer, seed, corpus, folder):
         f"--seed={seed}",
         *flags,
     ]
-    run(
+    run_script(
         "train_speaker_embeddings.py",
         with_optimizer(f"train_{kind}.yaml", optimizer, folder),
         *common,
@@ -204,7 +203,7 @@ def measure(network, optimizer, seed, corpus, folder):
         weights = "null" if state == "untrained" else folder / "save"
         results = folder / state / "results.json"
         if not results.is_file():
-            run(
+            run_script(
                 "speaker_verification_cosine.py",
                 f"hparams/verification_{kind}.yaml",
                 *common,
@@ -217,7 +216,7 @@ def measure(network, optimizer, seed, corpus, folder):
 
 
 def build(network):
-    """Embedding model and classifier, as the recipe makes them.
+    """Builds embedding model and classifier as in the recipe.
 
     Arguments
     ---------
@@ -227,7 +226,7 @@ def build(network):
     Returns
     -------
     torch.nn.Module
-        From features to cosines.
+        Maps features to cosines.
     """
     _, sizes, kind = NETWORKS[network]
     make, name = kind, {}
@@ -240,7 +239,7 @@ def build(network):
 
 
 def make_optimizer(optimizer):
-    """A function that makes an optimizer with the recipe's kind of settings.
+    """Returns a function that makes an optimizer with the recipe's settings.
 
     Arguments
     ---------
@@ -250,7 +249,7 @@ def make_optimizer(optimizer):
     Returns
     -------
     callable
-        From parameters to the optimizer.
+        Makes the optimizer from parameters.
     """
     module = optim if optimizer.endswith("8bit") else torch.optim
     options = {"lr": 1e-4}
@@ -260,40 +259,33 @@ def make_optimizer(optimizer):
 
 
 def costs(rounds=7):
-    """State bytes, peak memory and time per step of all systems.
+    """Measures state bytes, peak memory and time per step of all systems.
 
     Arguments
     ---------
     rounds : int
-        Timed steps of each; the median counts. They take turns, so that
-        whatever else the machine does hits all of them.
+        Timed steps of each; the median counts.
 
     Returns
     -------
     dict
-        (network, optimizer) to a dict.
+        Maps (network, optimizer) to a dict.
     """
     shape = (16, 200, 40)
     features = torch.randn(shape)
-    found, systems = {}, {}
+    found, optimizers, steps = {}, {}, {}
     for network, name in SYSTEMS:
+        key = network, name
         memory = training_step_memory(
             lambda network=network: build(network), shape, make_optimizer(name)
         )
-        found[network, name] = {"peak_bytes": memory.peak_bytes, "times": []}
+        found[key] = {"peak_bytes": memory.peak_bytes}
         net = build(network)
-        systems[network, name] = net, make_optimizer(name)(net.parameters())
-    for _ in range(rounds + 1):
-        for key, (net, optimizer) in systems.items():
-            started = time.perf_counter()
-            net(features).square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            found[key]["times"].append(time.perf_counter() - started)
-    for key, (_, optimizer) in systems.items():
-        # The first round warms up.
-        found[key]["step_s"] = statistics.median(found[key].pop("times")[1:])
-        found[key]["state_bytes"] = optim.state_bytes(optimizer)
+        optimizers[key] = make_optimizer(name)(net.parameters())
+        steps[key] = training_step(net, features, optimizers[key])
+    for key, step_s in median_seconds(steps, rounds).items():
+        found[key]["step_s"] = step_s
+        found[key]["state_bytes"] = optim.state_bytes(optimizers[key])
     return found
 
 
@@ -305,7 +297,7 @@ def main():
     parser.add_argument(
         "--part",
         default="0/1",
-        help="K/N trains every Nth system from K on, and writes no results",
+        help="K/N trains every Nth system, starting with K, and writes no results",
     )
     arguments = parser.parse_args()
     part, parts = map(int, arguments.part.split("/"))
@@ -328,21 +320,30 @@ def main():
     if parts > 1:
         return
     measured = costs()
-    print(
-        "| network | optimizer | seed | EER untrained | EER | minDCF "
-        "| last training loss | states | peak | s/step |\n"
-        "|---|---|---|---|---|---|---|---|---|---|"
+    print_head(
+        "network",
+        "optimizer",
+        "seed",
+        "EER untrained",
+        "EER",
+        "minDCF",
+        "last training loss",
+        "states",
+        "peak",
+        "s/step",
     )
     for row in rows:
         row.update(measured[row["network"], row["optimizer"]])
         before, after = row["untrained"], row["trained"]
-        print(
-            f"| {row['network']} | {row['optimizer']} | {row['seed']} "
-            f"| {before['eer']:.1f} %"
-            f" | {after['eer']:.2f} % | {after['min_dcf']:.3f}"
-            f" | {row['last_train_loss']:.2f}"
-            f" | {row['state_bytes'] / 1e6:.2f} MB"
-            f" | {row['peak_bytes'] / 1e6:.0f} MB | {row['step_s']:.2f} |"
+        print_row(
+            *(row[name] for name in ("network", "optimizer", "seed")),
+            f"{before['eer']:.1f} %",
+            f"{after['eer']:.2f} %",
+            f"{after['min_dcf']:.3f}",
+            f"{row['last_train_loss']:.2f}",
+            f"{row['state_bytes'] / 1e6:.2f} MB",
+            f"{row['peak_bytes'] / 1e6:.0f} MB",
+            f"{row['step_s']:.2f}",
         )
     write_results(__file__, rows)
 

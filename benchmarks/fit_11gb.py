@@ -1,8 +1,8 @@
 """The largest batch on a GPU of 11 GB, with and without this package.
 
-By the analysis of ``sb-memeff fit``: the largest batch of a speaker recipe,
-the largest max_batch_len of the transducer recipe for utterances of up to
-25 s. No GPU is needed.
+It uses the analysis of ``sb-memeff fit`` to find the largest batch of a speaker
+recipe, and the largest max_batch_len of the transducer recipe for utterances of up
+to 25 s. No GPU is needed.
 
     python benchmarks/fit_11gb.py
 
@@ -12,7 +12,8 @@ Authors
 
 from pathlib import Path
 
-from common import write_results
+from result_file import write_results
+from table import print_head, print_row
 
 from sb_memeff.analysis.families.step import Variant
 from sb_memeff.analysis.fit import fit, usable
@@ -26,14 +27,14 @@ TRANSDUCER = (
 
 
 def speechbrains_loss(step):
-    """Puts SpeechBrain's joint network and loss into our training step."""
+    """Replaces the step's joint and loss by SpeechBrain's."""
     step.Tjoint = step.transducer_loss.joint
     step.transducer_lin = step.transducer_loss.classifier
-    step.joins_in_loss = False
+    step.has_joint_loss = False
 
 
 def cases():
-    """Yaml file, overrides, utterances' seconds and variant of each row."""
+    """Yields yaml file, overrides, seconds and variant of each row."""
     for depth in (34, 101, 293):
         for kind in ("resnet", "revnet"):
             preset = {"resnet": "ResNet", "revnet": "RevNet"}[kind]
@@ -51,25 +52,23 @@ def main():
     """Fits, prints a Markdown table and writes the result file."""
     limit = usable("11GB")
     rows = []
-    print("| | on 11 GB | peak |\n|---|---|---|")
+    print_head("", "on 11 GB", "peak")
     for path, overrides, seconds, variant in cases():
         found = fit(path, overrides, limit, seconds=seconds, variant=variant)
         row = {
             "hparams": path.name,
-            "label": found.found.label,
+            "label": found.profile.label,
             "overrides": found.overrides,
-            "batch": found.found.batch_text,
-            "precision": found.found.precision,
-            "optimizer": found.found.optimizer,
-            "peak_bytes": found.found.memory.peak_bytes,
+            "batch": found.profile.batch_text,
+            "precision": found.profile.precision,
+            "optimizer": found.profile.optimizer,
+            "peak_bytes": found.profile.memory.peak_bytes,
             "limit_bytes": found.limit,
         }
         rows.append(row)
         text = " ".join(f"--{k}={v}" for k, v in found.overrides.items())
-        print(
-            f"| {row['label']} | `{text}` | {row['peak_bytes'] / 1e9:.2f} GB |",
-            flush=True,
-        )
+        peak = f"{row['peak_bytes'] / 1e9:.2f} GB"
+        print_row(row["label"], f"`{text}`", peak)
     write_results(__file__, rows)
 
 

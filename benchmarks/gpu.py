@@ -1,8 +1,9 @@
-"""Everything that only a GPU can show, one JSON line for each check.
+"""All checks and measurements that need a GPU, one JSON line for each.
 
-Under nine minutes on an H100. Each part runs in a process with a time limit of
-its own, so a fault in one hides nothing of the others. It runs from a copy of
-the tree; make_bundle.sh gathers what a machine without a network may lack.
+A run is limited to eight minutes (--minutes). Each part runs in its own process
+with its own time limit, so a failure does not affect other parts. It runs from a
+copy of the tree; make_bundle.sh packs the dependencies for a machine without a
+network.
 
     python benchmarks/gpu.py [--small] [--only PART ...] [--minutes 8]
 
@@ -32,8 +33,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 SMALL = "--small" in sys.argv
-# Parts that run side by side, and what each may take in seconds; then those
-# that are timed, one by one.
+# Parts that run in parallel, with their limits in seconds; then the timed parts,
+# which run one by one.
 TOGETHER = {
     "tests": 210,
     "recipes": 230,
@@ -59,7 +60,7 @@ def say(**row):
 
 
 def check(name, function):
-    """Prints what a function finds, or its error."""
+    """Prints the result of a function, or its error."""
     start = time.time()
     try:
         found = function()
@@ -78,23 +79,17 @@ def check(name, function):
         torch.cuda.empty_cache()
 
 
-def synchronize():
-    """Waits for the device."""
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-
-
 def timed(step, rounds=3, warm=2):
-    """Median time of a step, that of the host alone, and the peak.
+    """Measures the median time of a step, the host's time, and peak memory.
 
     Arguments
     ---------
     step : callable
-        What to time.
+        The step to time.
     rounds : int
-        How often.
+        Number of timed steps.
     warm : int
-        Steps before.
+        Number of warm-up steps.
 
     Returns
     -------
@@ -124,7 +119,7 @@ def timed(step, rounds=3, warm=2):
 
 
 def waits(step):
-    """How often the host waits for the device in a step."""
+    """Counts how often the host waits for the device in a step."""
     if DEVICE != "cuda":
         return 0
     torch.cuda.set_sync_debug_mode("warn")
@@ -138,20 +133,20 @@ def waits(step):
 
 
 def largest_kernels(step, rows=14):
-    """Kernels that the device spends a step on.
+    """Profiles the kernels of a step.
 
     Arguments
     ---------
     step : callable
-        Called once before.
+        The step; called once as a warm-up.
     rows : int
-        Kernels to name.
+        Number of kernels to list.
 
     Returns
     -------
     dict
-        Launches and milliseconds of all kernels, and of the largest; how
-        often the host waits.
+        Launches and milliseconds of all kernels and of the longest ones, and
+        the number of the host's waits.
     """
     step()
     synchronize()
@@ -176,25 +171,26 @@ def largest_kernels(step, rows=14):
 
 
 def host_time(step, rows=22):
-    """Python functions that the host spends a step on.
+    """Profiles the host's Python functions in a step.
 
     Arguments
     ---------
     step : callable
-        Called twice before.
+        The step; called twice as a warm-up.
     rows : int
-        Functions to name.
+        Number of functions to list.
 
     Returns
     -------
     dict
-        Milliseconds of all, and [ms, calls, function] of the largest.
+        Milliseconds of all functions, and [ms, calls, function] of the
+        longest.
     """
     for _ in range(2):
         step()
     synchronize()
     profile = cProfile.Profile()
-    # On a GPU backward has a thread of its own, which is not looked into.
+    # On a GPU backward runs in its own thread, which is not profiled.
     with torch.autograd.set_multithreading_enabled(False):
         profile.enable()
         step()
@@ -216,7 +212,7 @@ def host_time(step, rows=22):
 
 
 def autocast(precision):
-    """Autocast for fp32 (none), bf16 or fp16."""
+    """Returns the autocast context for fp32 (none), bf16 or fp16."""
     name = DTYPES[precision]
     if name is None:
         return contextlib.nullcontext()
@@ -233,7 +229,7 @@ def machine():
         n, k = (1 << 20, 256) if SMALL else (1 << 30, 8192)
         a = torch.empty(n, dtype=torch.uint8, device=DEVICE)
         b = torch.empty_like(a)
-        row = dict(common.machine())
+        row = dict(machine_and_versions())
         copied = timed(lambda: b.copy_(a), 10)["ms"]
         row["copy_gb_s"] = round(2 * n / 1e6 / copied, 1)
         for name in ("bfloat16", "float16", "float32"):
@@ -246,7 +242,7 @@ def machine():
 
 
 def pytest(*arguments, seconds):
-    """Runs some of the tests; counts and failures."""
+    """Runs some tests; returns counts and failures."""
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider"]
     try:
         output = subprocess.run(
@@ -274,7 +270,7 @@ def pytest(*arguments, seconds):
 
 
 def tests():
-    """The tests marked gpu."""
+    """Runs the tests marked gpu."""
     check(
         "kernels against float64",
         lambda: pytest(
@@ -290,11 +286,11 @@ def tests():
 
 
 def recipes():
-    """The recipes' own tests, on the GPU."""
+    """Runs the recipes' tests on the GPU."""
     chosen = ["-k", "load"] if SMALL else []
     check(
         "recipes end to end",
-        # One table of runs in each file.
+        # Each file has one table of runs.
         lambda: pytest(
             *("-n", "2", "--dist", "loadscope"),
             *chosen,
@@ -305,7 +301,7 @@ def recipes():
 
 
 def exactness():
-    """Inversion and gradients of networks, in each precision and layout."""
+    """Checks inversion and gradients in each precision and layout."""
     from sb_memeff.lobes.models.RevDFResNet import RevDFResNet
     from sb_memeff.lobes.models.RevResNet import RevResNet
     from sb_memeff.nnet.replay import mismatch
@@ -353,19 +349,11 @@ def step_of(net, shape, precision="fp32", optimizer=None):
     optimizer = optimizer or torch.optim.SGD(
         net.parameters(), lr=1e-3, momentum=0.9
     )
-
-    def step():
-        with autocast(precision):
-            y = net(x)
-        y.float().square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+    return training_step(net, x, optimizer, lambda: autocast(precision))
 
 
 def limits():
-    """Gradients just below the limit of memory, where cuDNN lacks room."""
+    """Checks gradients near the memory limit, where cuDNN lacks workspace."""
     from sb_memeff.lobes.models.RevResNet import RevResNet
 
     if DEVICE != "cuda":
@@ -399,7 +387,7 @@ def limits():
 
 
 def fp16():
-    """Steps that GradScaler takes with the joint loss."""
+    """Counts the steps that GradScaler takes with the joint loss."""
     from speechbrain.nnet.transducer.transducer_joint import Transducer_joint
 
     from sb_memeff.nnet.transducer.joint_loss import TransducerJointLoss
@@ -437,10 +425,10 @@ def fp16():
 
 
 def compiled():
-    """torch.compile of networks: gradients against eager ones.
+    """Compares gradients of compiled networks with eager ones.
 
-    A compiled network adds in another order than an eager one. The stored
-    twin, and the distance of both from float64, show how much that is.
+    A compiled network sums in another order than an eager one. The vanilla
+    network, and the distance of both from float64, show how much this matters.
     """
     from sb_memeff.nnet.replay import mismatch
 
@@ -451,7 +439,7 @@ def compiled():
     def gradient(net, inputs, backend=None):
         run = torch.compile(net, backend=backend) if backend else net
         y = run(inputs)
-        # Not the mean of squares: batch norm makes it a constant.
+        # Not the mean of squares, which batch norm makes constant.
         torch.manual_seed(0)
         (y * torch.randn(y.shape, device=DEVICE)).sum().backward()
         mismatch.read_mismatches()
@@ -474,7 +462,7 @@ def compiled():
             "inductor_against_eager": error(fused, eager),
         }
 
-    built = common.networks("ResNet34", **width)
+    built = networks("ResNet34", **width)
     # torch 2.12's inductor crashes on a CPU in the stored one.
     for kind in ("type_2",) if SMALL else ("type_2", "stored"):
         for precision in ("fp32", "bf16"):
@@ -485,7 +473,7 @@ def compiled():
 
 
 def joint():
-    """Time and memory of the joint loss beside what others offer."""
+    """Measures time and memory of the joint loss and its alternatives."""
     from speechbrain.nnet.loss.transducer_loss import (
         TransducerLoss as NumbaLoss,
     )
@@ -495,7 +483,7 @@ def joint():
     from sb_memeff.nnet.transducer.joint_loss import TransducerJointLoss
 
     class SpeechBrainLoss(TorchaudioJointLoss):
-        """SpeechBrain's own kernels in numba."""
+        """SpeechBrain's kernels in numba."""
 
         def forward(self, enc, pred, targets, enc_lens, target_lens):
             """Computes the loss."""
@@ -585,14 +573,14 @@ def joint():
 
 
 def steps():
-    """Time and memory of a training step, stored and reversible."""
+    """Measures a training step of stored and reversible networks."""
     shape = (2, 40, 80) if SMALL else (64, 200, 80)
     width = {"base_channels": 8} if SMALL else {}
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cuda.matmul.allow_tf32 = True
     names = ["ResNet34", "ResNet101", "ResNet293", "DFResNet110"]
     for name in names[: 1 if SMALL else None]:
-        for kind, build in common.networks(name, **width).items():
+        for kind, build in networks(name, **width).items():
             built = build()
             precisions = (
                 list(DTYPES) if name == "ResNet101" else ["fp32", "bf16"]
@@ -613,7 +601,7 @@ def steps():
 
                 check(f"step {name} {kind} bf16 NHWC", nhwc)
     for kind in ("stored", "type_2"):
-        build = common.networks(names[0 if SMALL else 1], **width)[kind]
+        build = networks(names[0 if SMALL else 1], **width)[kind]
 
         def kernels():
             net = build().to(DEVICE).train()
@@ -628,7 +616,7 @@ def steps():
 
 
 def ecapa():
-    """Time and memory of a training step of ECAPA-TDNN."""
+    """Measures a training step of ECAPA-TDNN."""
     from ecapa import NETWORKS, arguments_of
 
     shape = (2, 40, 80) if SMALL else (32, 300, 80)
@@ -652,7 +640,7 @@ def ecapa():
 
 
 def optimizers():
-    """Time of an optimizer's step, and bytes of its states."""
+    """Measures time and state bytes of optimizers."""
     from sb_memeff import optim
     from sb_memeff.lobes.models.RevResNet import RevResNet
 
@@ -689,14 +677,14 @@ def optimizers():
 
 
 def eleven_gb():
-    """RevNet293, batch 64 x 6 s, in a process limited to 11 GB."""
+    """Trains at 64 x 6 s in a process limited to 10.5 GB (a GPU of 11 GB)."""
     from sb_memeff import optim
 
     if DEVICE != "cuda":
         return
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(10.5e9 / total)
-    kinds = common.networks("ResNet293")
+    kinds = networks("ResNet293")
     for kind in ("type_2", "type_1", "checkpoint", "stored"):
 
         def one():
@@ -707,7 +695,7 @@ def eleven_gb():
         check(f"64 x 600 frames in 11 GB, ResNet293 {kind}", one)
 
 
-# The parent
+# The parent process
 
 
 def arguments():
@@ -721,7 +709,7 @@ def arguments():
 
 
 def start(part):
-    """A process that imports what it needs, and waits for its turn."""
+    """Starts a process that imports its modules and waits for its turn."""
     command = [sys.executable, __file__, "--part", part]
     return subprocess.Popen(
         [*command, *["--small"] * SMALL], stdin=subprocess.PIPE, text=True
@@ -729,7 +717,7 @@ def start(part):
 
 
 def finish(running, end):
-    """Waits for parts that run side by side, each with its limit."""
+    """Waits for parallel parts, each with its time limit."""
     begun = time.time()
     for part, process in running.items():
         limit = {**TOGETHER, **ALONE}[part] * (3 if SMALL else 1)
@@ -765,7 +753,9 @@ if __name__ == "__main__":
 
 import torch  # noqa: E402
 
-import common  # noqa: E402
+from resnets import networks  # noqa: E402
+from result_file import machine as machine_and_versions  # noqa: E402
+from timing import synchronize, training_step  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ import math
 from collections import Counter
 
 import torch
-from common import networks, write_results
+from resnets import networks
+from result_file import write_results
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -42,6 +43,7 @@ FREE = {
     "_unsafe_view",
     "_local_scalar_dense",
     "lift_fresh",
+    "result_type",
     "set_",
 }
 # Tensors that a launch of torch's foreach takes, by the number of lists.

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Gathers what a GPU machine without a network lacks to run benchmarks/gpu.py:
-# pure wheels and small libraries for Linux x86-64 and Python 3.12, with
-# bitsandbytes cut to its CPU and CUDA 13.0 libraries. About 17 MB unpacked.
+# Packs the dependencies of benchmarks/gpu.py for a GPU machine without a network:
+# pure wheels and small libraries for Linux x86-64 and Python 3.12, and bitsandbytes
+# with only its CPU and CUDA 13.0 libraries. About 17 MB unpacked.
 #
 #   benchmarks/make_bundle.sh FOLDER
 #
-# and there, from the repository's root:
+# On that machine, from the repository's root:
 #
 #   PYTHONPATH=FOLDER python benchmarks/gpu.py
 #
-# torch, torchaudio, Triton, pytest, pytest-xdist, numpy and scipy must be there.
+# torch, torchaudio, Triton, pytest, pytest-xdist, numpy and scipy must be installed there.
 set -euo pipefail
 out=$(realpath -m "${1:?usage: make_bundle.sh FOLDER}")
 work=$(mktemp -d)

@@ -1,9 +1,9 @@
-"""Where the memory of speaker-embedding training goes, by depth and by batch.
+"""Memory of speaker-embedding training by kind, depth and batch.
 
-The analysis with which Liu and Qian (arXiv 2412.01195) begin, redone for the
+This repeats the analysis with which Liu and Qian (arXiv 2412.01195) begin, for the
 recipes here: ResNet34 to 293, vanilla and reversible, batches of 2 to 256
-utterances of 2 s. What ``sb-memeff profile`` counts: fake tensors, so that
-the figures are the same everywhere and no GPU is needed.
+utterances of 2 s. Like ``sb-memeff profile`` it counts fake tensors, so the figures
+are the same everywhere and no GPU is needed.
 
     python benchmarks/memory_analysis.py
 
@@ -17,7 +17,8 @@ import re
 import time
 from pathlib import Path
 
-from common import RESULTS, write_results
+from result_file import RESULTS, write_results
+from table import print_head, print_row
 
 from sb_memeff.analysis.plot import load_pyplot, plot_kinds
 from sb_memeff.analysis.profile import profile
@@ -27,7 +28,7 @@ HPARAMS = (
     Path(__file__).resolve().parents[1] / "recipes/VoxCeleb/SpeakerRec/hparams"
 )
 DEPTHS = (34, 101, 152, 221, 293)
-# A batch of one cannot be trained: the embedding has a batch norm.
+# From 2, because the embedding's batch norm cannot train on one utterance.
 BATCHES = (2, 4, 16, 64, 256)
 SECONDS = 2.0
 # Name, yaml file, overrides, colour, marker.
@@ -48,17 +49,17 @@ NETWORKS = (
         "^",
     ),
 )
-# GB, of GPUs that people have.
+# Memory of common GPUs in GB.
 GPUS = ((11, "2080 Ti"), (24, "3090"), (80, "A100"))
 
 
 def analyse():
-    """Profiles of all networks, depths and batches.
+    """Profiles all networks, depths and batches.
 
     Returns
     -------
     dict
-        (network, depth, batch) to a Profile and the seconds it took.
+        Maps (network, depth, batch) to a Profile and its seconds.
     """
     found = {}
     for network, hparams, overrides, *_ in NETWORKS:
@@ -81,12 +82,12 @@ def analyse():
 
 
 def plot_lines(found, path):
-    """Memory against depth at batch 64, and against the batch.
+    """Draws memory against depth at batch 64, and against the batch.
 
     Arguments
     ---------
     found : dict
-        As ``analyse`` returns it.
+        Result of ``analyse``.
     path : Path
         The picture.
     """
@@ -158,14 +159,14 @@ def main():
         ],
         RESULTS / "memory_by_kind.png",
     )
-    print("\n| batch 64 |" + "".join(f" {depth} |" for depth in DEPTHS))
-    print("|---|" + "---|" * len(DEPTHS))
+    print()
+    print_head("batch 64", *DEPTHS)
     for network, *_ in NETWORKS:
         cells = [
             f"{found[network, d, 64][0].memory.peak_bytes / 1e9:.1f} GB"
             for d in DEPTHS
         ]
-        print(f"| {network} | " + " | ".join(cells) + " |")
+        print_row(network, *cells)
     write_results(
         __file__,
         [

@@ -1,8 +1,8 @@
-"""The memory that is alive during one training step, stored and reversible.
+"""Memory in use during one training step, stored and reversible.
 
-The network alone, as in peak_memory.py: batch 64 x 2 s (200 frames x 80 mels),
-float32, SGD with momentum. Fake tensors, so that the picture is the same
-everywhere and no GPU is needed.
+The step is that of the network alone, as in peak_memory.py: batch 64 x 2 s (200
+frames x 80 mels), float32, SGD with momentum. Memory is counted on fake tensors, so
+the picture is the same everywhere and no GPU is needed.
 
     python benchmarks/memory_timeline.py
 
@@ -12,15 +12,16 @@ Authors
  * The sb_memeff authors 2026
 """
 
-from common import RESULTS, networks, write_results
 from peak_memory import sgd
+from resnets import networks
+from result_file import RESULTS, write_results
 
 from sb_memeff.analysis.plot import plot_timelines
 from sb_memeff.analysis.profile import Profile
 from sb_memeff.memory.step import training_step_memory
 
 BATCH, FRAMES, MELS = 64, 200, 80
-# Label, and which of the networks that the benchmarks compare.
+# Labels, and names of the compared networks.
 NETWORKS = {
     "ResNet293, activations stored": "stored",
     "RevNet293 Type II, activations reconstructed": "type_2",
@@ -50,7 +51,7 @@ def main():
                 "peak_bytes": one.memory.peak_bytes,
                 "peak_phase": one.memory.peak_phase,
                 "by_kind": one.memory.by_kind,
-                # The moment of each phase when most was alive.
+                # The peak of each phase.
                 "phases": {
                     phase: max(
                         (

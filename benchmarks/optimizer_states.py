@@ -1,8 +1,8 @@
 """State bytes and step time of 8-bit optimizers on RevNets of full width.
 
-Compares torch's classes, bitsandbytes' and ours: bytes of the states, time of
-``step()`` alone (all of a network's parameters, random gradients), and the
-peak memory of a whole training step.
+Compares torch's, bitsandbytes' and our classes: bytes of the states, time of
+``step()`` alone (all parameters of a network, random gradients), and peak memory of
+a whole training step.
 
     python benchmarks/optimizer_states.py [--depth 34 101 293]
 
@@ -11,12 +11,13 @@ Authors
 """
 
 import argparse
-import statistics
-import time
 
 import bitsandbytes
 import torch
-from common import networks, write_results
+from resnets import networks
+from result_file import write_results
+from table import print_head, print_row
+from timing import median_seconds
 
 from sb_memeff import optim
 from sb_memeff.memory.step import training_step_memory
@@ -34,16 +35,16 @@ OPTIMIZERS = {
 
 
 def measure(depth, device, rounds):
-    """States and times of all optimizers, which take turns.
+    """States and times of all optimizers.
 
     Arguments
     ---------
     depth : int
-        Of the RevNet (Type II).
+        Depth of the RevNet (Type II).
     device : str
-        Where to run.
+        Device to run on.
     rounds : int
-        Timed steps of each; the median counts.
+        Number of timed steps; the median is reported.
 
     Returns
     -------
@@ -53,37 +54,23 @@ def measure(depth, device, rounds):
     weights = [
         p.detach() for p in networks(f"ResNet{depth}")["type_2"]().parameters()
     ]
-    systems = {}
+    optimizers = {}
     for name, (kind, options) in OPTIMIZERS.items():
         parameters = [torch.nn.Parameter(w.to(device).clone()) for w in weights]
-        systems[name] = parameters, kind(parameters, **options), []
-    for _ in range(rounds + 1):
-        for parameters, optimizer, times in systems.values():
-            for p in parameters:
-                p.grad = torch.randn_like(p)
-            times.append(timed(optimizer, device))
-            optimizer.zero_grad()
+        for p in parameters:
+            p.grad = torch.randn_like(p)
+        optimizers[name] = kind(parameters, **options)
+    steps = {name: optimizer.step for name, optimizer in optimizers.items()}
+    medians = median_seconds(steps, rounds)
     return [
         {
             "optimizer": name,
-            "parameters": sum(p.numel() for p in parameters),
+            "parameters": sum(w.numel() for w in weights),
             "state_bytes": optim.state_bytes(optimizer),
-            # The first round warms up.
-            "step_s": statistics.median(times[1:]),
+            "step_s": medians[name],
         }
-        for name, (parameters, optimizer, times) in systems.items()
+        for name, optimizer in optimizers.items()
     ]
-
-
-def timed(optimizer, device):
-    """Seconds of a step."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    optimizer.step()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
 
 
 def main():
@@ -94,9 +81,13 @@ def main():
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = []
-    print(
-        "| depth | optimizer | states | bytes per parameter | step "
-        "| peak of a training step |\n|---|---|---|---|---|---|"
+    print_head(
+        "depth",
+        "optimizer",
+        "states",
+        "bytes per parameter",
+        "step",
+        "peak of a training step",
     )
     for depth in arguments.depth:
         for row in measure(depth, device, arguments.rounds):
@@ -111,19 +102,21 @@ def main():
                 )
                 row["peak_bytes"] = memory.peak_bytes
             rows.append(row)
-            print(markdown_row(row), flush=True)
+            print_row(*cells(row))
     write_results(__file__, rows)
 
 
-def markdown_row(row):
-    """One line of the README's table."""
+def cells(row):
+    """A row of the README's table."""
     each = row["state_bytes"] / row["parameters"]
     peak = row["peak_bytes"]
-    peak = "" if peak is None else f"{peak / 1e9:.3f} GB"
     return (
-        f"| {row['depth']} | {row['optimizer']} "
-        f"| {row['state_bytes'] / 1e6:.1f} MB | {each:.2f} "
-        f"| {row['step_s'] * 1e3:.0f} ms | {peak} |"
+        row["depth"],
+        row["optimizer"],
+        f"{row['state_bytes'] / 1e6:.1f} MB",
+        f"{each:.2f}",
+        f"{row['step_s'] * 1e3:.0f} ms",
+        "" if peak is None else f"{peak / 1e9:.3f} GB",
     )
 
 

@@ -1,8 +1,8 @@
 """Peak memory of a training step of every vanilla and reversible preset.
 
-Compares, at equal depth and nearly equal parameters: all activations stored,
-torch.utils.checkpoint around each residual block, Type I, Type II. Fake
-tensors: deterministic, no GPU needed.
+Compares four networks of equal depth and nearly equal parameters: all activations
+stored, torch.utils.checkpoint around each residual block, Type I and Type II.
+Memory is counted on fake tensors, deterministically and without a GPU.
 
     python benchmarks/peak_memory.py [--batch 64] [--frames 200]
 
@@ -13,7 +13,9 @@ Authors
 import argparse
 
 import torch
-from common import RESNETS, networks, write_results
+from resnets import RESNETS, networks
+from result_file import write_results
+from table import print_head, print_row
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -23,12 +25,12 @@ KINDS = ("stored", "checkpoint", "type_1", "type_2")
 
 
 def sgd(parameters):
-    """The recipe's optimizer; its state counts."""
+    """The recipe's optimizer, to count its state."""
     return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, nesterov=True)
 
 
 def multiply_accumulates(build, frames, mels):
-    """Multiply-accumulates of the embedding of one utterance.
+    """Counts the multiply-accumulates for one utterance's embedding.
 
     Arguments
     ---------
@@ -61,11 +63,15 @@ def main():
     arguments = parser.parse_args()
     shape = (arguments.batch, arguments.frames, arguments.mels)
     rows = []
-    print(
-        "| network | parameters (vanilla, I, II) | MACs "
-        "| stored | checkpoint per block | Type I | Type II "
-        "| Type II is smaller by |\n"
-        "|---|---|---|---|---|---|---|---|"
+    print_head(
+        "network",
+        "parameters (vanilla, I, II)",
+        "MACs",
+        "stored",
+        "checkpoint per block",
+        "Type I",
+        "Type II",
+        "Type II is smaller by",
     )
     for name in (name for vanilla, _ in RESNETS for name in vanilla.PRESETS):
         row = {"network": name, "input_shape": shape}
@@ -78,22 +84,22 @@ def main():
                 "peak_bytes": memory.peak_bytes,
             }
         rows.append(row)
-        print(markdown_row(row), flush=True)
+        print_row(*cells(row))
     write_results(__file__, rows)
 
 
-def markdown_row(row):
-    """One line of the README's table."""
+def cells(row):
+    """A row of the README's table."""
     plain = ("stored", "type_1", "type_2")
     peaks = {kind: row[kind]["peak_bytes"] / 1e9 for kind in KINDS}
-    cells = [
+    return (
+        row["network"],
         ", ".join(f"{row[k]['parameters'] / 1e6:.1f}" for k in plain) + " M",
         ", ".join(f"{row[k]['macs'] / 1e9:.1f}" for k in plain) + " G",
         *(f"{value:.1f} GB" for value in peaks.values()),
         f"{peaks['stored'] / peaks['type_2']:.0f}x "
         f"(than checkpoint: {peaks['checkpoint'] / peaks['type_2']:.1f}x)",
-    ]
-    return f"| {row['network']} | " + " | ".join(cells) + " |"
+    )
 
 
 if __name__ == "__main__":

@@ -4,8 +4,7 @@ Four of SpeechBrain's networks as they are: all activations stored,
 torch.utils.checkpoint around named blocks, and recompute_blocks on the same
 names. Memory: fake tensors at the batch of a recipe, float32, Adam;
 deterministic, no GPU needed. Time: real steps on a smaller batch, taking
-turns, on the GPU if there is one; on a CPU the process's own time, so that
-whatever else the machine does counts little.
+turns, on the GPU if there is one; on a CPU the process's own time.
 
     python benchmarks/peak_memory_recompute.py [--rounds 0]
 
@@ -14,13 +13,12 @@ Authors
 """
 
 import argparse
-import statistics
 import time
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from common import write_results
+from result_file import write_results
 from speechbrain.lobes.models.ECAPA_TDNN import ECAPA_TDNN
 from speechbrain.lobes.models.ResNet import ResNet
 from speechbrain.lobes.models.transformer.TransformerASR import (
@@ -28,7 +26,8 @@ from speechbrain.lobes.models.transformer.TransformerASR import (
     TransformerASR,
 )
 from speechbrain.lobes.models.Xvector import Xvector
-from step_time_resnet import timed_step
+from table import print_head, print_row
+from timing import median_seconds, training_step
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
@@ -37,17 +36,17 @@ from sb_memeff.nnet.recompute import recompute_blocks, store_blocks
 
 
 def ecapa():
-    """The VoxCeleb recipe's."""
+    """The network of SpeechBrain's VoxCeleb recipe."""
     return ECAPA_TDNN(80, channels=[1024] * 4 + [3072])
 
 
 def resnet():
-    """The VoxCeleb recipe's."""
+    """The network of SpeechBrain's VoxCeleb recipe."""
     return ResNet(80)
 
 
 def xvector():
-    """The VoxCeleb recipe's."""
+    """The network of SpeechBrain's VoxCeleb recipe."""
     return Xvector(in_channels=24)
 
 
@@ -114,7 +113,7 @@ CASES = {
         (256, 300, 24),
         (8, 200, 24),
         {"segments of 3": {"blocks": "blocks.*", "segment_length": 3}},
-        # It retries a layer after a TypeError; then torch's cannot.
+        # It retries a layer after a TypeError, which torch's checkpoint cannot.
         torch_can=False,
     ),
     "Conformer encoder, 12 layers": Case(
@@ -131,24 +130,24 @@ CASES = {
 
 
 def variants(case):
-    """Functions that build the networks to compare.
+    """Returns functions that build the compared networks.
 
     Arguments
     ---------
     case : Case
-        What to compare.
+        The case.
 
     Returns
     -------
     dict
-        By name.
+        Maps names to functions.
     """
 
     def checkpointed():
         net = case.build()
         names = recompute_blocks(net, **next(iter(case.options.values())))
         store_blocks(net)
-        # Not a module around each block: ECAPA_TDNN asks for their class.
+        # Not a wrapper module, because ECAPA_TDNN checks the blocks' class.
         fake = isinstance(next(net.parameters()), FakeTensor)
         for block in map(net.get_submodule, names):
             block.forward = partial(
@@ -174,7 +173,7 @@ def variants(case):
 
 
 def measure_memory(case):
-    """Bytes between forward and backward, and at the peak."""
+    """Counts bytes between forward and backward, and at the peak."""
     rows = {}
     for name, build in variants(case).items():
         memory = training_step_memory(
@@ -190,18 +189,13 @@ def measure_memory(case):
 
 def measure_seconds(case, rounds, device):
     """Median seconds of a step."""
-    built = {k: build().to(device) for k, build in variants(case).items()}
     x = torch.randn(case.timed_shape, device=device)
-    times = {name: [] for name in built}
-    for _ in range(rounds + 1):
-        for name, net in built.items():
-            start = time.process_time()
-            seconds = timed_step(net, x)
-            if not x.is_cuda:
-                seconds = time.process_time() - start
-            times[name].append(seconds)
-    # The first step sets up kernels and memory.
-    return {name: statistics.median(t[1:]) for name, t in times.items()}
+    steps = {
+        name: training_step(build().to(device), x)
+        for name, build in variants(case).items()
+    }
+    clock = time.perf_counter if x.is_cuda else time.process_time
+    return median_seconds(steps, rounds, clock)
 
 
 def main():
@@ -214,8 +208,7 @@ def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     results = []
-    print("| network | | peak | | between the passes | time |")
-    print("|---|---|---|---|---|---|")
+    print_head("network", "", "peak", "", "between the passes", "time")
     for network, case in CASES.items():
         rows = measure_memory(case)
         seconds = {}
@@ -232,22 +225,19 @@ def main():
             }
         )
         for name, row in rows.items():
-            print(markdown_row(network, name, row, rows["stored"]), flush=True)
+            print_row(network, name, *cells(row, rows["stored"]))
     write_results(__file__, results)
 
 
-def markdown_row(network, name, row, stored):
-    """One line of the table."""
+def cells(row, stored):
+    """What the table says about a variant."""
     peak, saved = row["peak_bytes"], row["saved_bytes"]
-    cells = [
-        network,
-        name,
+    return (
         f"{peak / 1e9:.2f} GB",
         f"1/{stored['peak_bytes'] / peak:.1f}",
         f"{saved / 1e9:.2f} GB",
         f"{row['seconds'] / stored['seconds']:.2f}x" if row["seconds"] else "",
-    ]
-    return f"| {' | '.join(cells)} |"
+    )
 
 
 if __name__ == "__main__":

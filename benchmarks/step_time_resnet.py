@@ -1,7 +1,6 @@
 """Time of a training step of ResNet and RevNet, on the GPU if there is one.
 
-Compares what peak_memory.py compares; the networks take turns, so that
-whatever else the machine does meets all of them.
+Compares what peak_memory.py compares; the networks take turns.
 
     python benchmarks/step_time_resnet.py [--depth 34] [--base-channels 16]
 
@@ -10,23 +9,12 @@ Authors
 """
 
 import argparse
-import statistics
-import time
 
 import torch
-from common import networks, write_results
-
-
-def timed_step(net, x):
-    """Seconds of a forward and a backward pass."""
-    if x.is_cuda:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    net(x).square().mean().backward()
-    if x.is_cuda:
-        torch.cuda.synchronize()
-    net.zero_grad()
-    return time.perf_counter() - start
+from resnets import networks
+from result_file import write_results
+from table import print_head, print_row
+from timing import median_seconds, training_step
 
 
 def main():
@@ -42,22 +30,18 @@ def main():
     torch.manual_seed(0)
     x = torch.randn(arguments.batch, arguments.frames, 80, device=device)
     rows = []
-    print("| depth | stored | checkpoint per block | Type I | Type II |")
-    print("|---|---|---|---|---|")
+    print_head("depth", "stored", "checkpoint per block", "Type I", "Type II")
     for depth in arguments.depth:
         options = {"base_channels": arguments.base_channels}
-        built = networks(f"ResNet{depth}", **options)
-        built = {k: build().to(device) for k, build in built.items()}
-        times = {kind: [] for kind in built}
-        for _ in range(arguments.rounds):
-            for kind, net in built.items():
-                times[kind].append(timed_step(net, x))
-        # The first step sets up kernels and memory.
-        medians = {k: statistics.median(t[1:]) for k, t in times.items()}
+        steps = {
+            kind: training_step(build().to(device), x)
+            for kind, build in networks(f"ResNet{depth}", **options).items()
+        }
+        medians = median_seconds(steps, arguments.rounds)
         rows.append({**vars(arguments), "depth": depth, "seconds": medians})
         base = medians["stored"]
         cells = (f"{t:.2f} s ({t / base:.2f}x)" for t in medians.values())
-        print(f"| {depth} | " + " | ".join(cells) + " |", flush=True)
+        print_row(depth, *cells)
     write_results(__file__, rows)
 
 

@@ -10,18 +10,18 @@ from torch import nn
 
 
 class TorchaudioJointLoss(nn.Module):
-    """Called like TransducerJointLoss, but holds all logits.
+    """Has TransducerJointLoss's signature, but stores all logits.
 
     Arguments
     ---------
     joint : torch.nn.Module
-        Of [B, T, 1, H] and [B, 1, U+1, H].
+        Takes [B, T, 1, H] and [B, 1, U+1, H].
     classifier : torch.nn.Module
-        To logits.
+        Maps joined features to logits.
     blank_index : int
         The blank.
     reduction : str
-        "sum", or "speechbrain" for its value and gradient.
+        "sum", or "speechbrain" for SpeechBrain's value and gradient.
     """
 
     def __init__(
@@ -34,12 +34,12 @@ class TorchaudioJointLoss(nn.Module):
         self.reduction = reduction
 
     def forward(self, enc, pred, targets, enc_lens, target_lens):
-        """Computes the loss; arguments as TransducerJointLoss's."""
+        """Computes the loss; see TransducerJointLoss."""
         logits = self.classifier(
             self.joint(enc.unsqueeze(2), pred.unsqueeze(1))
         )
         if logits.dtype == torch.bfloat16:
-            # torchaudio takes float32 and float16.
+            # torchaudio supports float32 and float16.
             logits = logits.float()
         frames = (enc_lens * enc.shape[1]).round().int()
         counts = (target_lens * targets.shape[1]).round().int()

@@ -1,15 +1,15 @@
-"""Memory and time of the transducer loss, with and without logits.
+"""Memory and time of the transducer loss, with and without stored logits.
 
-Compares torchaudio's rnnt_loss on batched logits, and TransducerJointLoss
-samplewise, tiled without leaving out a cell, and tiled; forward and backward
-to encoder, predictor and weights, one after the other in one process. Memory
-is the peak beyond the inputs and their gradients, counted by storage; errors
-are relative to the gradient in float64.
+Compares torchaudio's rnnt_loss on batched logits with TransducerJointLoss:
+samplewise, tiled without skipping a cell, and tiled. Forward and backward to
+encoder, predictor and weights run one after the other in one process. Memory is the
+peak beyond the inputs and their gradients, counted by storage. Errors are relative
+to the gradient in float64.
 
     python benchmarks/transducer_loss.py [--shapes librispeech_shape_info.pt]
 
---shapes names a tensor [N, 2] of frames and targets, from which batches of 30
-are drawn. A last table has the memory for growing batches.
+--shapes is a file with a tensor [N, 2] of frames and targets, from which batches of
+30 are drawn. The last table lists the memory of growing batches.
 
 Authors
  * The sb_memeff authors 2026
@@ -17,11 +17,12 @@ Authors
 
 import argparse
 import copy
-import time
 
 import torch
-from common import write_results
+from result_file import write_results
 from speechbrain.nnet.transducer.transducer_joint import Transducer_joint
+from table import print_head, print_row
+from timing import seconds
 from torch import nn
 from torchaudio_loss import TorchaudioJointLoss
 
@@ -42,16 +43,16 @@ class Batch:
     Arguments
     ---------
     frames : list of int
-        Of each sample.
+        Frames of each sample.
     targets : list of int
-        Of each sample.
+        Targets of each sample.
     hidden : int
         Joint dimension.
     vocabulary : int
-        Symbols.
+        Number of symbols.
     peaked : bool
-        Scores as a trained model has them: one path is far likelier than
-        all others.
+        Whether scores are like a trained model's, with one path far likelier
+        than all others.
     """
 
     def __init__(self, frames, targets, hidden, vocabulary, peaked):
@@ -72,7 +73,7 @@ class Batch:
         ]
 
     def _align(self):
-        # A frame's row points to the symbol that is emitted in it.
+        # A frame's row points to the symbol emitted in this frame.
         rows = self.classifier.weight.detach()
         rows = rows / rows.norm(dim=1, keepdim=True)
         self.pred *= 0.01
@@ -83,7 +84,7 @@ class Batch:
             self.enc[b, :t] = 30 * rows[symbols]
 
     def loss(self, kind, **options):
-        """The value of a loss module."""
+        """Computes the value of a loss module."""
         loss = kind(self.joint, self.classifier, reduction="sum", **options)
         return loss(
             self.enc,
@@ -94,7 +95,7 @@ class Batch:
         )
 
     def exact(self):
-        """Gradients in float64."""
+        """Computes gradients in float64."""
         wide = copy.copy(self)
         wide.enc, wide.pred = (
             x.detach().double().requires_grad_() for x in (self.enc, self.pred)
@@ -106,9 +107,9 @@ class Batch:
         )
 
     def measure(self, kind, exact=None, rounds=1, **options):
-        """Peak memory in bytes, seconds, largest error of a gradient.
+        """Measures peak memory in bytes, seconds, and the largest gradient error.
 
-        The seconds are those of the fastest of some rounds.
+        The seconds are those of the fastest round.
         """
 
         def step():
@@ -123,12 +124,7 @@ class Batch:
             ((a - b).norm() / b.norm()).item() for a, b in zip(gradients, exact)
         )
         del gradients
-        seconds = []
-        for _ in range(rounds):
-            started = time.perf_counter()
-            step()
-            seconds.append(time.perf_counter() - started)
-        return extra, min(seconds), error
+        return extra, min(seconds(step) for _ in range(rounds)), error
 
 
 def compare(name, batch):
@@ -137,7 +133,7 @@ def compare(name, batch):
     Arguments
     ---------
     name : str
-        Of the batch.
+        Name of the batch.
     batch : Batch
         The batch.
 
@@ -149,29 +145,30 @@ def compare(name, batch):
     rows = []
     exact = batch.exact()
     for method, (kind, options) in METHODS.items():
-        extra, seconds, error = batch.measure(kind, exact, **options)
+        extra, step_s, error = batch.measure(kind, exact, **options)
         if not rows:
-            reference = extra, seconds
+            reference = extra, step_s
         rows.append(
             {
                 "batch": name,
                 "method": method,
                 "extra_bytes": extra,
-                "seconds": seconds,
+                "seconds": step_s,
                 "gradient_error": error,
             }
         )
-        print(
-            f"| {name} | {method} | {extra / 1e6:.0f} MB "
-            f"(1/{reference[0] / extra:.1f}) | {seconds:.2f} s "
-            f"({reference[1] / seconds:.1f}x) | {error:.0e} |",
-            flush=True,
+        print_row(
+            name,
+            method,
+            f"{extra / 1e6:.0f} MB (1/{reference[0] / extra:.1f})",
+            f"{step_s:.2f} s ({reference[1] / step_s:.1f}x)",
+            f"{error:.0e}",
         )
     return rows
 
 
 def grow():
-    """Measures the memory of larger and larger batches; prints a table.
+    """Measures the memory of growing batches; prints a table.
 
     Returns
     -------
@@ -179,11 +176,11 @@ def grow():
         A dict for each batch.
     """
     rows = []
-    print(
-        "\n| batch of 100 x 21, H 256, V 500 | enc, pred, their gradients | "
-        + " | ".join(METHODS)
-        + " |\n|---|---|"
-        + "---|" * len(METHODS)
+    print()
+    print_head(
+        "batch of 100 x 21, H 256, V 500",
+        "enc, pred, their gradients",
+        *METHODS,
     )
     for size in (1, 8, 64, 512):
         batch = Batch([100] * size, [20] * size, 256, 500, False)
@@ -192,12 +189,8 @@ def grow():
         for method, (kind, options) in METHODS.items():
             row[method] = batch.measure(kind, **options)
         rows.append(row)
-        print(
-            f"| {size} | {given / 1e6:.0f} MB | "
-            + " | ".join(f"{row[method] / 1e6:.0f} MB" for method in METHODS)
-            + " |",
-            flush=True,
-        )
+        figures = (given, *(row[method] for method in METHODS))
+        print_row(size, *(f"{figure / 1e6:.0f} MB" for figure in figures))
     return rows
 
 
@@ -207,10 +200,7 @@ def main():
     parser.add_argument("--shapes")
     parser.add_argument("--batches", type=int, default=1)
     arguments = parser.parse_args()
-    print(
-        "| batch | method | memory | time (faster) | gradient error |\n"
-        "|---|---|---|---|---|"
-    )
+    print_head("batch", "method", "memory", "time (faster)", "gradient error")
     rows = []
     for peaked in (False, True):
         name = "4 x 250 x 51, " + ("trained-like" if peaked else "untrained")

@@ -1,9 +1,9 @@
-"""WER of a small transducer on connected digits, by the recipe's script.
+"""WER of a small transducer on connected digits, with the recipe's script.
 
-The same seed and data for TransducerJointLoss tiled and samplewise, and for
-torchaudio's loss on batched logits. Compares the losses of the first steps,
-and the word error rates. The corpus is laid out like LibriSpeech, with the
-splits train, dev and test.
+TransducerJointLoss, tiled and samplewise, and torchaudio's loss on batched logits
+get the same seed and data. The script compares the losses of the first steps and
+the word error rates. The corpus has the layout of LibriSpeech, with the splits
+train, dev and test.
 
     python benchmarks/wer_digits.py CORPUS OUTPUT_FOLDER
 
@@ -18,8 +18,9 @@ import sys
 import time
 from pathlib import Path
 
-from common import write_results
 from hyperpyyaml import load_hyperpyyaml
+from result_file import write_results
+from table import print_head, print_row
 from torchaudio_loss import TorchaudioJointLoss
 
 RECIPE = (
@@ -34,12 +35,12 @@ FIRST_STEPS = 50
 
 
 class Recording(recipe.ASR):
-    """Remembers the loss of each step."""
+    """Records the loss of each step."""
 
     losses = []
 
     def fit_batch(self, batch):
-        """Fits and remembers."""
+        """Fits a batch and records its loss."""
         loss = super().fit_batch(batch)
         self.losses.append(float(loss))
         return loss
@@ -110,23 +111,27 @@ def report(runs):
     Arguments
     ---------
     runs : list of dict
-        Of ``measure``; the last is the reference.
+        Results of ``measure``; the last is the reference.
     """
-    print(
-        f"| loss | largest relative difference, {FIRST_STEPS} steps | "
-        "last validation WER | test WER |\n|---|---|---|---|"
+    print_head(
+        "loss",
+        f"largest relative difference, {FIRST_STEPS} steps",
+        "last validation WER",
+        "test WER",
     )
     for run in runs:
         pairs = zip(run["first_losses"], runs[-1]["first_losses"])
         difference = max(abs(a / b - 1) for a, b in pairs)
-        print(
-            f"| {run['method']} | {difference:.1e} | "
-            f"{run['valid_wer'][-1]:.2f} % | {run['test_wer']:.2f} % |"
+        print_row(
+            run["method"],
+            f"{difference:.1e}",
+            f"{run['valid_wer'][-1]:.2f} %",
+            f"{run['test_wer']:.2f} %",
         )
 
 
 def main():
-    """Trains what is not there yet, prints a table, writes the result file."""
+    """Trains missing systems, prints a table and writes the result file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("corpus", type=Path)
     parser.add_argument("output_folder", type=Path)

@@ -6,161 +6,105 @@ Authors
  * The sb_memeff authors 2026
 """
 
-import statistics
-import time
+import itertools
+
+import torch
+from resnets import networks
+from table import aligned
+from timing import median_seconds, training_step
+
+from sb_memeff import optim
+from sb_memeff.lobes.models.RevResNet import RevResNet
+from sb_memeff.memory.fake import fake_tensors
+from sb_memeff.memory.step import training_step_memory
+from sb_memeff.memory.units import format_bytes
 
 FULL_CHANNELS = 32
 # Frames of 10 ms, bands.
 FULL_SHAPE = (64, 200, 80)
+LABELS = {
+    "stored": "ResNet{}",
+    "checkpoint": "ResNet{} with checkpoints",
+    "type_1": "RevNet{} Type I",
+    "type_2": "RevNet{} Type II",
+}
 
 
-def list_networks(depth, base_channels):
-    """The networks that are compared.
+def compare_networks(base_channels, shape):
+    """Measures the networks at this size, with time, and at full sizes.
 
     Arguments
     ---------
-    depth : int
-        Their depth, as in the names of the presets.
     base_channels : int
-        Their width.
-
-    Returns
-    -------
-    dict
-        Name to a function that builds the network.
-    """
-    from sb_memeff.lobes.models.ResNet import ResNet
-    from sb_memeff.lobes.models.RevResNet import RevResNet
-
-    def reversible(downsampling):
-        return lambda: RevResNet.from_preset(
-            f"RevNet{depth}",
-            base_channels=base_channels,
-            downsampling=downsampling,
-        )
-
-    return {
-        f"ResNet{depth}": lambda: ResNet.from_preset(
-            f"ResNet{depth}", base_channels=base_channels
-        ),
-        f"RevNet{depth} Type I": reversible("strided"),
-        f"RevNet{depth} Type II": reversible("invertible"),
-    }
-
-
-def time_steps(builders, shape, steps=5):
-    """Times forward, backward and update.
-
-    Arguments
-    ---------
-    builders : dict
-        Name to a function that builds the network.
+        Width of the networks.
     shape : tuple
         Shape of the features, [batch, frames, bands].
-    steps : int
-        Timed steps of each network.
-
-    Returns
-    -------
-    dict
-        Name to the median in seconds.
-    """
-    import torch
-
-    torch.manual_seed(0)
-    features = torch.randn(shape)
-    networks = {name: build() for name, build in builders.items()}
-    optimizers = {
-        name: torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9)
-        for name, network in networks.items()
-    }
-    seconds = {name: [] for name in networks}
-    # In turn, so that whatever else the machine does hits all of them. The
-    # first round warms up.
-    for round_ in range(steps + 1):
-        for name, network in networks.items():
-            started = time.perf_counter()
-            network(features).square().mean().backward()
-            optimizers[name].step()
-            optimizers[name].zero_grad()
-            if round_:
-                seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(s) for name, s in seconds.items()}
-
-
-def compare(base_channels, shape):
-    """Measures parameters, memory and time of the networks.
-
-    Arguments
-    ---------
-    base_channels : int
-        Width at which time is measured, too.
-    shape : tuple
-        Shape of the features there, [batch, frames, bands].
 
     Returns
     -------
     list
         One dict for each network and size, in the order of the table.
     """
-    from sb_memeff.memory.step import training_step_memory
-
     rows = []
-    for depth, width, size, measure_time in (
+    for depth, width, size, is_timed in (
         (34, base_channels, shape, True),
         (34, FULL_CHANNELS, FULL_SHAPE, False),
         (293, FULL_CHANNELS, FULL_SHAPE, False),
     ):
-        builders = list_networks(depth, width)
-        seconds = time_steps(builders, size) if measure_time else {}
-        for name, build in builders.items():
+        builders = networks(f"ResNet{depth}", base_channels=width)
+        seconds = time_steps(builders, size) if is_timed else {}
+        for kind, build in builders.items():
             memory = training_step_memory(build, size)
             rows.append(
                 {
-                    "network": name,
+                    "network": LABELS[kind].format(depth),
                     "depth": depth,
                     "base_channels": width,
                     "shape": list(size),
                     "parameters": memory.parameters,
                     "saved_bytes": memory.saved_bytes,
                     "peak_bytes": memory.peak_bytes,
-                    "step_s": seconds.get(name),
+                    "step_s": seconds.get(kind),
                 }
             )
     return rows
 
 
-def print_table(rows):
-    """Prints the comparison, each network against the first of its size.
+def time_steps(builders, shape):
+    """Seconds of forward, backward and update of each network."""
+    torch.manual_seed(0)
+    features = torch.randn(shape)
+    steps = {}
+    for kind, build in builders.items():
+        net = build()
+        optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9)
+        steps[kind] = training_step(net, features, optimizer)
+    return median_seconds(steps, rounds=5)
 
-    Arguments
-    ---------
-    rows : list
-        As compare returns them.
-    """
-    title = None
-    for row in rows:
-        batch, frames, bands = row["shape"]
-        size = (
-            f"depth {row['depth']}, width {row['base_channels']}, "
+
+def print_networks(rows):
+    """Prints the comparison, each network against the first of its size."""
+    sizes = ("depth", "base_channels", "shape")
+    for size, group in itertools.groupby(rows, lambda r: [r[k] for k in sizes]):
+        depth, width, (batch, frames, bands) = size
+        print(
+            f"\ndepth {depth}, width {width}, "
             f"batch {batch} x {frames} frames x {bands} bands"
         )
-        if size != title:
-            title, first = size, row
-            print(
-                f"\n{size}\n{'network':<18}{'parameters':>12}"
-                f"{'kept for backward':>19}{'peak memory':>20}"
-                f"{'s/step':>8}"
+        group = list(group)
+        table = [
+            (
+                row["network"],
+                f"{row['parameters'] / 1e6:.2f} M",
+                format_bytes(row["saved_bytes"]),
+                format_bytes(row["peak_bytes"]),
+                f"1/{group[0]['peak_bytes'] / row['peak_bytes']:.1f}",
+                "" if row["step_s"] is None else f"{row['step_s']:.2f}",
             )
-        fewer = first["peak_bytes"] / row["peak_bytes"]
-        seconds = "" if row["step_s"] is None else f"{row['step_s']:.2f}"
-        line = (
-            f"{row['network']:<18}{row['parameters'] / 1e6:>10.2f} M"
-            f"{row['saved_bytes'] / 2**20:>15.1f} MiB"
-            f"{row['peak_bytes'] / 2**20:>9.0f} MiB {f'1/{fewer:.1f}':>6}"
-            f"{seconds:>8}"
-        )
-        print(line.rstrip())
+            for row in group
+        ]
+        head = ("network", "parameters", "kept for backward", "peak memory", "")
+        print(*aligned([(*head, "s/step"), *table]), sep="\n")
     print(
         "\nPeak: parameters, gradients, activations and temporaries of one "
         "step\nwithout optimizer states, counted on fake tensors. Seconds: "
@@ -169,50 +113,37 @@ def print_table(rows):
 
 
 def compare_states():
-    """Measures the states of the optimizers, 32-bit and 8-bit.
-
-    Returns
-    -------
-    list
-        One dict for each optimizer.
-    """
-    import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    from sb_memeff import optim
-    from sb_memeff.lobes.models.RevResNet import RevResNet
-
+    """Measures the states of 32-bit and 8-bit optimizers, in pairs."""
+    sgd, adam = {"lr": 0.1, "momentum": 0.9}, {"lr": 0.1}
     rows = []
-    for name in ("SGD", "Adam"):
-        options = {"momentum": 0.9} if name == "SGD" else {}
-        for kind in (
-            getattr(torch.optim, name),
-            getattr(optim, f"{name}8bit"),
-        ):
-            with FakeTensorMode():
-                network = RevResNet.from_preset("RevNet101")
-                optimizer = kind(network.parameters(), lr=0.1, **options)
-                for parameter in network.parameters():
-                    parameter.grad = torch.zeros_like(parameter)
-                optimizer.step()
-                states = optim.state_bytes(optimizer)
-            rows.append({"optimizer": kind.__name__, "state_bytes": states})
+    for kind, options in (
+        (torch.optim.SGD, sgd),
+        (optim.SGD8bit, sgd),
+        (torch.optim.Adam, adam),
+        (optim.Adam8bit, adam),
+    ):
+        with fake_tensors():
+            network = RevResNet.from_preset("RevNet101")
+            optimizer = kind(network.parameters(), **options)
+            for parameter in network.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()
+            states = optim.state_bytes(optimizer)
+        rows.append({"optimizer": kind.__name__, "state_bytes": states})
     return rows
 
 
 def print_states(rows):
-    """Prints the bytes of the states.
-
-    Arguments
-    ---------
-    rows : list
-        As compare_states returns them.
-    """
+    """Prints the bytes of the states, each 8-bit after its 32-bit optimizer."""
     print("\nOptimizer states of RevNet101, full width")
-    for full, packed in zip(rows[::2], rows[1::2]):
-        bytes_ = [row["state_bytes"] for row in (full, packed)]
-        print(
-            f"{full['optimizer']:<6}{bytes_[0] / 2**20:>8.1f} MiB    "
-            f"{packed['optimizer']:<10}{bytes_[1] / 2**20:>6.1f} MiB"
-            f"    1/{bytes_[0] / bytes_[1]:.1f}"
+    table = [
+        (
+            full["optimizer"],
+            format_bytes(full["state_bytes"]),
+            packed["optimizer"],
+            format_bytes(packed["state_bytes"]),
+            f"1/{full['state_bytes'] / packed['state_bytes']:.1f}",
         )
+        for full, packed in zip(rows[::2], rows[1::2])
+    ]
+    print(*aligned(table), sep="\n")

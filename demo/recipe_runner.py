@@ -1,10 +1,9 @@
-"""Runs a recipe as a user would, and shows how far it is.
+"""Runs a recipe as a user would, and shows its progress.
 
 Authors
  * The sb_memeff authors 2026
 """
 
-import codecs
 import os
 import re
 import shutil
@@ -19,100 +18,30 @@ class DemoError(Exception):
     """Says in one line which step failed."""
 
 
-def is_progress(piece):
-    """Whether a piece of output is a progress bar's.
+def epoch_line(line, shown):
+    """Puts an epoch of SpeechBrain's train logger into a shorter line.
 
     Arguments
     ---------
-    piece : str
-        Output between two line ends or carriage returns.
-
-    Returns
-    -------
-    bool
-        Whether it is.
-    """
-    return re.search(r"\d+%\|", piece) is not None
-
-
-def read_stats(piece):
-    """Reads an epoch's line of SpeechBrain's logger.
-
-    Arguments
-    ---------
-    piece : str
-        Output between two line ends or carriage returns.
-
-    Returns
-    -------
-    dict
-        Name to text, such as "epoch": "3", "train loss": "1.2e-01"; empty if
-        it is another line.
-    """
-    if not re.search(r"epoch: *\d+.*loss", piece):
-        return {}
-    pairs = re.findall(r"(\w+(?: \w+)*): (\S+?)(?=,| -|$)", piece.strip())
-    return dict(pairs)
-
-
-def epoch_line(stats, shown):
-    """Puts an epoch into one line.
-
-    Arguments
-    ---------
-    stats : dict
-        As read_stats returns it.
+    line : str
+        Any line of the recipe's output.
     shown : dict
-        Name to a function that puts the number into words.
+        Name, such as "train loss", to a function that puts its number into
+        words.
 
     Returns
     -------
     str
-        The line.
+        The shorter line; empty if this is no epoch's.
     """
+    if not re.search(r"epoch: *\d+.*loss", line):
+        return ""
+    stats = dict(re.findall(r"(\w+(?: \w+)*): (\S+?)(?=,| -|$)", line.strip()))
     words = [f"epoch {int(stats['epoch']):2d}"]
     words += [
         say(float(stats[name])) for name, say in shown.items() if name in stats
     ]
     return "   ".join(words)
-
-
-def strip_colours(piece):
-    """Takes the escape sequences out, so that a cut leaves none open.
-
-    Arguments
-    ---------
-    piece : str
-        Output of a program.
-
-    Returns
-    -------
-    str
-        The same without colours.
-    """
-    return re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", piece)
-
-
-def pieces_of(stream):
-    """Cuts a byte stream at line ends and carriage returns, as it arrives.
-
-    Arguments
-    ---------
-    stream : file
-        Binary, unbuffered.
-
-    Yields
-    ------
-    str
-        The pieces, without their ends.
-    """
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    rest = ""
-    while chunk := stream.read(4096):
-        *whole, rest = re.split(r"[\r\n]+", rest + decoder.decode(chunk))
-        yield from whole
-    if rest:
-        yield rest
 
 
 def run_recipe(
@@ -129,7 +58,7 @@ def run_recipe(
     yaml : str
         Its hyperparameters.
     overrides : dict
-        What differs from the yaml, and run options.
+        Overrides of the yaml file, and run options.
     log : Path
         File for the whole output.
     shown : dict
@@ -147,6 +76,11 @@ def run_recipe(
     command += [f"--{key}={value}" for key, value in overrides.items()]
     show_bars = sys.stdout.isatty()
     width = shutil.get_terminal_size().columns - 1
+
+    def overwrite(text, end=""):
+        # Blanks wipe what a longer bar left behind.
+        print(f"\r{text.ljust(width)}", end=end, flush=True)
+
     tail = []
     log.parent.mkdir(parents=True, exist_ok=True)
     with (
@@ -157,30 +91,33 @@ def run_recipe(
             env={**(environment or {}), **os.environ},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            bufsize=0,
+            # As text a carriage return, which begins each bar, ends a line.
+            text=True,
+            encoding="utf-8",
+            errors="replace",
         ) as process,
     ):
         print(" ".join(command), file=file)
         try:
-            for piece in map(strip_colours, pieces_of(process.stdout)):
-                if is_progress(piece):
+            for line in process.stdout:
+                # Without colours, so that a cut leaves none open.
+                line = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", line.rstrip("\n"))
+                if re.search(r"\d+%\|", line):
                     if show_bars:
-                        # Blanks wipe what a longer bar left behind.
-                        line = piece.strip()[:width].ljust(width)
-                        print(f"\r{line}", end="", flush=True)
-                    continue
-                print(piece, file=file, flush=True)
-                tail = [*tail[-14:], piece]
-                stats = read_stats(piece)
-                if shown and stats:
-                    start = "\r" if show_bars else ""
-                    line = epoch_line(stats, shown).ljust(width)
-                    print(f"{start}{line}".rstrip(" "), flush=True)
+                        overwrite(line.strip()[:width])
+                elif line:
+                    print(line, file=file, flush=True)
+                    tail = [*tail[-14:], line]
+                    if shown and (epoch := epoch_line(line, shown)):
+                        if show_bars:
+                            overwrite(epoch, end="\n")
+                        else:
+                            print(epoch, flush=True)
         except BaseException:
             process.terminate()
             raise
     if show_bars:
-        print("\r" + " " * width + "\r", end="", flush=True)
+        overwrite("", end="\r")
     if process.returncode:
         print("\n".join(tail), file=sys.stderr)
         raise DemoError(f"{name} failed; all of its output is in {log}")

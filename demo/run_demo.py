@@ -21,96 +21,62 @@ import transducer_part
 from recipe_runner import ROOT, DemoError
 from voices import CorpusError
 
+# A part has the number of its STEPS; run(data, results, epochs, heading), which
+# prints a heading for each step and returns its findings; check(findings), which
+# raises a DemoError if a network has not learned enough; and what to do NEXT.
 PARTS = {"speakers": speaker_part, "transducer": transducer_part}
 
 
-def number_headings(total):
-    """Counts the steps.
+def run(names, data, results, epochs):
+    """Runs parts of the demo.
 
     Arguments
     ---------
-    total : int
-        How many there are.
-
-    Returns
-    -------
-    callable
-        Prints the heading of the next one.
-    """
-    numbers = itertools.count(1)
-
-    def heading(text):
-        print(f"\n== {next(numbers)}/{total} {text}", flush=True)
-
-    return heading
-
-
-def print_next_steps(results, parts):
-    """Tells how to go on.
-
-    Arguments
-    ---------
+    names : list of str
+        Keys of PARTS.
+    data : Path
+        Folder of the corpora.
     results : Path
-        Where the demo's results lie.
-    parts : list of str
-        Names of the parts.
-    """
-    if ROOT in results.parents:
-        results = results.relative_to(ROOT)
-    print(
-        f"\nResults: {', '.join(f'{results}/{name}/' for name in parts)}\n"
-        "(summary.json, train/train_log.txt, *_output.txt)"
-    )
-    for name in parts:
-        print(f"\n{PARTS[name].NEXT}")
-
-
-def run(arguments):
-    """Runs the parts.
-
-    Arguments
-    ---------
-    arguments : argparse.Namespace
-        Arguments of the command line.
+        Folder for everything else that is written.
+    epochs : int
+        Of each training.
 
     Raises
     ------
     CorpusError
         If a corpus cannot be made.
     DemoError
-        If a later step fails.
+        If a later step fails, or a network has not learned enough.
     """
-    results, data = arguments.results.resolve(), arguments.data.resolve()
-    parts = [name for name in PARTS if name in arguments.parts]
-    heading = number_headings(sum(PARTS[name].STEPS for name in parts))
+    total = sum(PARTS[name].STEPS for name in names)
+    numbers = itertools.count(1)
+
+    def heading(text):
+        print(f"\n== {next(numbers)}/{total} {text}", flush=True)
+
     summary = {}
-    for name in parts:
-        (results / name).mkdir(parents=True, exist_ok=True)
-        summary[name] = PARTS[name].run(
-            data, results / name, arguments.epochs, heading
-        )
+    for name in names:
+        folder = results / name
+        folder.mkdir(parents=True, exist_ok=True)
+        summary[name] = PARTS[name].run(data, folder, epochs, heading)
         # At once: a later part may fail.
-        (results / name / "summary.json").write_text(
+        (folder / "summary.json").write_text(
             json.dumps(summary[name], indent=1) + "\n", encoding="utf-8"
         )
-    print_next_steps(results, parts)
-    for name in parts:
+    if ROOT in results.parents:
+        results = results.relative_to(ROOT)
+    print(
+        f"\nResults: {', '.join(f'{results}/{name}/' for name in names)}\n"
+        "(summary.json, train/train_log.txt, *_output.txt)"
+    )
+    for name in names:
+        print(f"\n{PARTS[name].NEXT}")
+    for name in names:
         PARTS[name].check(summary[name])
 
 
 def main(argv=None):
-    """Runs the command line.
-
-    Arguments
-    ---------
-    argv : list
-        Arguments; None for those of the process.
-
-    Returns
-    -------
-    int
-        Exit status.
-    """
+    """Runs the command line; returns its exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -141,11 +107,15 @@ def main(argv=None):
         help="default: results/demo",
     )
     arguments = parser.parse_args(argv)
+    names = [name for name in PARTS if name in arguments.parts]
+    data, results = arguments.data.resolve(), arguments.results.resolve()
+    # The parts measure with the benchmarks' code.
+    sys.path.append(str(ROOT / "benchmarks"))
     # As an exception it ends the recipe's process as well.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     started = time.perf_counter()
     try:
-        run(arguments)
+        run(names, data, results, arguments.epochs)
     except (CorpusError, DemoError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1

@@ -1,10 +1,11 @@
 """The demo's first part: a reversible network learns to tell speakers apart.
 
-1. makes a small corpus of synthetic speakers (make_speakers.py),
+1. makes a small corpus of synthetic speakers (speakers_corpus.py),
 2. measures the verification EER of the untrained RevNet34, trains it with the
    VoxCeleb recipe, and measures again on speakers it never heard,
 3. compares memory and time of a training step with the vanilla ResNet34, and
-   the bytes of 8-bit optimizer states with those of 32-bit ones.
+   the bytes of 8-bit optimizer states with those of 32-bit ones
+   (network_memory.py).
 
 Everything is narrow (a quarter of the published width) and short, so that it
 takes minutes. The memory figures at full width do not depend on that.
@@ -18,14 +19,8 @@ import shutil
 import sys
 import time
 
-from make_speakers import describe, make_speakers
-from network_memory import (
-    compare,
-    compare_states,
-    print_states,
-    print_table,
-)
 from recipe_runner import ROOT, DemoError, run_recipe
+from speakers_corpus import Speakers
 
 RECIPE = ROOT / "recipes" / "VoxCeleb" / "SpeakerRec"
 TRAIN_YAML = "hparams/train_revnet.yaml"
@@ -35,8 +30,6 @@ PRESET = "RevNet34"
 BASE_CHANNELS = 8
 BATCH = 32
 CROP_S = 2.0
-# Frames of 10 ms, bands.
-SHAPE = (BATCH, int(CROP_S * 100), 80)
 # The recipe's names, in the demo's words.
 SHOWN = {
     "train loss": "training loss {:5.2f}".format,
@@ -59,19 +52,8 @@ Both take the trials from /path/to/VoxCeleb/veri_test2.txt unless
 --verification_file names another list."""
 
 
-def network_overrides(corpus):
-    """Arguments common to training and verification.
-
-    Arguments
-    ---------
-    corpus : Path
-        Folder of the corpus.
-
-    Returns
-    -------
-    dict
-        Overrides of the yaml, and run options.
-    """
+def common_overrides(corpus):
+    """Overrides of training and verification alike."""
     return {
         "data_folder": corpus,
         "verification_file": corpus / "veri_test.txt",
@@ -84,39 +66,26 @@ def network_overrides(corpus):
 
 
 def train(corpus, output, epochs, speakers):
-    """Trains with the recipe.
-
-    Arguments
-    ---------
-    corpus : Path
-        Folder of the corpus.
-    output : Path
-        Folder for checkpoints and logs.
-    epochs : int
-        Number of epochs.
-    speakers : int
-        Number of training speakers.
-    """
-    overrides = {
-        **network_overrides(corpus),
-        "output_folder": output,
-        "batch_size": BATCH,
-        "sentence_len": CROP_S,
-        "number_of_epochs": epochs,
-        "out_n_neurons": speakers,
-    }
+    """Trains with the recipe; checkpoints and logs go to `output`."""
     run_recipe(
         "Training",
         RECIPE / "train_speaker_embeddings.py",
         TRAIN_YAML,
-        overrides,
+        {
+            **common_overrides(corpus),
+            "output_folder": output,
+            "batch_size": BATCH,
+            "sentence_len": CROP_S,
+            "number_of_epochs": epochs,
+            "out_n_neurons": speakers,
+        },
         output.parent / "train_output.txt",
         SHOWN,
     )
 
 
 def verify(corpus, output, checkpoints):
-    """Measures verification on the unseen speakers with the recipe.
+    """Verifies the unseen speakers with the recipe.
 
     Arguments
     ---------
@@ -125,71 +94,45 @@ def verify(corpus, output, checkpoints):
     output : Path
         Folder for scores and the result.
     checkpoints : Path
-        Where the trained network lies; None measures an untrained one.
+        Folder of the trained network; None verifies with an untrained one.
 
     Returns
     -------
     dict
         The recipe's result; `eer` in per cent.
     """
-    overrides = {
-        **network_overrides(corpus),
-        "output_folder": output,
-        "pretrain_path": "null" if checkpoints is None else checkpoints,
-    }
     shutil.rmtree(output, ignore_errors=True)
     run_recipe(
         "Verification",
         RECIPE / "speaker_verification_cosine.py",
         VERIFY_YAML,
-        overrides,
+        {
+            **common_overrides(corpus),
+            "output_folder": output,
+            "pretrain_path": checkpoints or "null",
+        },
         output.parent / f"{output.name}_output.txt",
     )
     return json.loads((output / "results.json").read_text(encoding="utf-8"))
 
 
 def run(data, results, epochs, heading):
-    """Runs the part and prints what it finds.
-
-    Arguments
-    ---------
-    data : Path
-        Folder of the corpora.
-    results : Path
-        Folder for everything that is written.
-    epochs : int
-        Number of epochs.
-    heading : callable
-        Prints a step's heading.
-
-    Returns
-    -------
-    dict
-        What was found.
-
-    Raises
-    ------
-    CorpusError
-        If the corpus cannot be made.
-    DemoError
-        If a later step fails.
-    """
+    """Runs the part and prints its findings; run_demo.py says how."""
     heading("A corpus of synthetic speakers")
-    corpus = data / "voices"
-    manifest = make_speakers(corpus, progress=sys.stderr.isatty())
-    print(describe(manifest))
+    corpus, folder = Speakers(), data / "voices"
+    manifest = corpus.make(folder, progress=sys.stderr.isatty())
+    print(corpus.describe(manifest))
 
     heading(f"{PRESET} (fully reversible), 8-bit SGD, {epochs} epochs")
     # A leftover checkpoint would be resumed, and nothing trained.
     shutil.rmtree(results / "train", ignore_errors=True)
-    before = verify(corpus, results / "verify_untrained", None)
+    before = verify(folder, results / "verify_untrained", None)
     print(f"EER untrained: {before['eer']:.1f} %", flush=True)
     started = time.perf_counter()
-    speakers = manifest["options"]["train_speakers"]
-    train(corpus, results / "train", epochs, speakers)
+    train(folder, results / "train", epochs, corpus.train_speakers)
     train_s = time.perf_counter() - started
     after = verify(
-        corpus, results / "verify_trained", results / "train" / "save"
+        folder, results / "verify_trained", results / "train" / "save"
     )
     print(
         f"EER on unseen speakers: {before['eer']:.1f} % untrained, "
@@ -197,34 +140,28 @@ def run(data, results, epochs, heading):
     )
 
     heading("A training step, vanilla and reversible")
-    rows = compare(BASE_CHANNELS, SHAPE)
-    print_table(rows)
-    states = compare_states()
-    print_states(states)
+    # Not before: torch takes seconds, also in each process that speaks.
+    import network_memory
+
+    # Frames of 10 ms, bands.
+    shape = (BATCH, int(CROP_S * 100), 80)
+    steps = network_memory.compare_networks(BASE_CHANNELS, shape)
+    network_memory.print_networks(steps)
+    states = network_memory.compare_states()
+    network_memory.print_states(states)
     return {
         "corpus": {k: v for k, v in manifest.items() if k != "voices"},
         "epochs": epochs,
         "train_s": round(train_s, 1),
         "untrained": before,
         "trained": after,
-        "steps": rows,
+        "steps": steps,
         "optimizer_states": states,
     }
 
 
 def check(summary):
-    """Complains about a network that learned nothing.
-
-    Arguments
-    ---------
-    summary : dict
-        As run returns it.
-
-    Raises
-    ------
-    DemoError
-        If the EER did not fall.
-    """
+    """Raises a DemoError if the EER did not fall."""
     before, after = (summary[k]["eer"] for k in ("untrained", "trained"))
     if after >= before:
         raise DemoError(

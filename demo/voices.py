@@ -47,8 +47,8 @@ class Espeak:
     """eSpeak NG through ctypes, one per process: its state is global.
 
     Several voices draw from a random generator inside the library, and the
-    phase of the glottal pulses lives on from one utterance to the next. So
-    what it says depends on all that the process let it say before.
+    phase of the glottal pulses lives on from one utterance to the next. So an
+    utterance depends on all that the process has said before.
 
     Arguments
     ---------
@@ -57,10 +57,7 @@ class Espeak:
     """
 
     # From espeak_ng/speak_lib.h.
-    RETRIEVAL = 1
-    SYNCHRONOUS = 2
-    DONT_EXIT = 0x8000
-    CHARS_UTF8 = 1
+    SYNCHRONOUS, DONT_EXIT, CHARS_UTF8 = 2, 0x8000, 1
     RATE, PITCH, RANGE = 1, 3, 4
 
     def __init__(self, seed):
@@ -72,18 +69,7 @@ class Espeak:
         )
         if self._rate <= 0:
             raise CorpusError(f"eSpeak NG could not read its data in {data}.")
-        self._lib.espeak_ng_SetRandSeed.argtypes = [ctypes.c_long]
-        self._lib.espeak_ng_SetRandSeed(seed)
-        self._lib.espeak_Synth.argtypes = [
-            ctypes.c_char_p,
-            ctypes.c_size_t,
-            ctypes.c_uint,
-            ctypes.c_int,
-            ctypes.c_uint,
-            ctypes.c_uint,
-            ctypes.c_void_p,
-            ctypes.c_void_p,
-        ]
+        self._lib.espeak_ng_SetRandSeed(ctypes.c_long(seed))
         self._chunks = []
         prototype = ctypes.CFUNCTYPE(
             ctypes.c_int,
@@ -97,8 +83,7 @@ class Espeak:
 
     def _receive(self, samples, count, events):
         if samples and count > 0:
-            chunk = np.ctypeslib.as_array(samples, (count,))
-            self._chunks.append(chunk.copy())
+            self._chunks.append(np.ctypeslib.as_array(samples, (count,)).copy())
         return 0
 
     def say(self, text, voice, rate=175, pitch=50, pitch_range=50):
@@ -140,8 +125,9 @@ class Espeak:
         self._lib.espeak_SetParameter(self.PITCH, int(pitch), 0)
         self._lib.espeak_SetParameter(self.RANGE, int(pitch_range), 0)
         data = text.encode() + b"\0"
+        size = ctypes.c_size_t(len(data))
         status = self._lib.espeak_Synth(
-            data, len(data), 0, 1, 0, self.CHARS_UTF8, None, None
+            data, size, 0, 1, 0, self.CHARS_UTF8, None, None
         )
         self._lib.espeak_Synchronize()
         if status != 0 or not self._chunks:
@@ -156,18 +142,7 @@ class Espeak:
 
 
 def find_espeak():
-    """Finds the library and its data without loading either.
-
-    Returns
-    -------
-    tuple
-        Path of the shared library, path of espeak-ng-data.
-
-    Raises
-    ------
-    CorpusError
-        If the package espeakng-loader is missing.
-    """
+    """Paths of the shared library and of its data; loads neither."""
     try:
         import espeakng_loader
     except ImportError:
@@ -178,23 +153,11 @@ def find_espeak():
 
 
 def choose_voices(variants, count):
-    """Takes some of the variants, and gives each an accent.
-
-    Arguments
-    ---------
-    variants : list of str
-        TRAIN_VARIANTS or TEST_VARIANTS.
-    count : int
-        How many.
-
-    Returns
-    -------
-    list of str
-        Names of voices, accent+variant.
-    """
+    """Names of voices, accent+variant; no variant is taken twice."""
+    if not 1 <= count <= len(variants):
+        raise CorpusError(f"There are {len(variants)} voices, not {count}.")
     # Spread over the list, or a smaller corpus would hold adam to iven.
-    chosen = [variants[i * len(variants) // count] for i in range(count)]
     return [
-        f"{ACCENTS[i % len(ACCENTS)]}+{variant}"
-        for i, variant in enumerate(chosen)
+        f"{ACCENTS[i % len(ACCENTS)]}+{variants[i * len(variants) // count]}"
+        for i in range(count)
     ]

@@ -1,4 +1,4 @@
-"""Keep the states of an optimizer in 8 bits.
+"""Keeps the states of an optimizer in 8 bits.
 
     python examples/eight_bit_optimizer.py
 

@@ -1,4 +1,4 @@
-"""Recompute blocks of a network that you do not want to change.
+"""Recomputes blocks of a network without changing it.
 
     python examples/recompute_any_network.py
 

@@ -1,4 +1,4 @@
-"""Make a network of your own reversible, and check that nothing is lost.
+"""Builds a reversible network and checks that its gradients are exact.
 
     python examples/reversible_network.py
 
@@ -32,7 +32,7 @@ def body(channels):
 
 def network(depth, save_memory=True):
     """A stem, ``depth`` couplings, down-sampling, ``depth`` couplings."""
-    # Each coupling splits its input in two streams of half the channels.
+    # Each coupling splits its input into two streams of half the channels.
     return ReversibleSequence(
         [
             nn.Conv2d(1, 16, 3, padding=1),

@@ -1,4 +1,4 @@
-"""Compute a transducer loss without holding its logits.
+"""Computes a transducer loss without storing its logits.
 
     python examples/transducer_loss.py
 
@@ -20,7 +20,7 @@ def main():
     """Compares value, gradient and memory of the three methods."""
     torch.manual_seed(0)
     joint, classifier = Transducer_joint(), nn.Linear(HIDDEN, VOCABULARY)
-    # As encoder and prediction network return them.
+    # Outputs of encoder and prediction network.
     enc = torch.randn(BATCH, FRAMES, HIDDEN, requires_grad=True)
     pred = torch.randn(BATCH, LABELS + 1, HIDDEN, requires_grad=True)
     targets = torch.randint(1, VOCABULARY, (BATCH, LABELS))

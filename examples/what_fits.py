@@ -1,8 +1,8 @@
-"""Find out what fits on a GPU, without one.
+"""Finds the largest batch that fits on a GPU, without a GPU.
 
     python examples/what_fits.py
 
-For SpeechBrain recipes the command line does this: ``sb-memeff fit``.
+For SpeechBrain recipes use ``sb-memeff fit``.
 
 Authors
  * The sb_memeff authors 2026

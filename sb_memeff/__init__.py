@@ -1,9 +1,11 @@
 """Memory-efficient training of speech models with SpeechBrain.
 
-The tree mirrors SpeechBrain's own, so that a file can move upstream by path:
-`nnet` holds what knows no speech, `lobes` the speaker and speech models built
-of it, `optim` the 8-bit optimizers, `core` the Brain for long runs with its
-`dataio`, `utils` the memory analysis, checkpoints and 8-bit tensors.
+The folders that SpeechBrain has too are named alike, so that a file can move
+upstream by its path: `nnet` (building blocks and losses), `lobes` (networks),
+`decoders`, `dataio`, `utils` (checkpoints) and `core` (the Brain for long
+trainings). `optim` has the 8-bit optimizers, `ops` the numerics with their Triton
+kernels, `memory` and `analysis` the memory analysis, and `export` the export of
+trained networks.
 """
 
 __version__ = "0.1.0"

@@ -65,7 +65,7 @@ def preset_rows() -> list[tuple[str, str, int]]:
 
 
 def presets(arguments: argparse.Namespace) -> None:
-    """Lists the networks that ``from_preset`` knows."""
+    """Lists the presets of all networks."""
     for name, variant, count in preset_rows():
         print(f"{name:17s} {variant:12s} {count / 1e6:7.2f} M parameters")
 
@@ -82,11 +82,11 @@ def export(arguments: argparse.Namespace) -> None:
     )
     if arguments.onnx:
         path = export_speaker_onnx(arguments.destination)
-        print(f"And {path}, from normalised features to embeddings.")
+        print(f"{path} maps normalised features to embeddings.")
 
 
 def profile(arguments: argparse.Namespace) -> None:
-    """Says where the memory of a recipe's training step goes; no GPU needed."""
+    """Analyses the memory of a recipe's training step; no GPU needed."""
     for path in (arguments.json, arguments.plot, arguments.timeline):
         if path is not None:
             _check_writable(path)
@@ -95,13 +95,13 @@ def profile(arguments: argparse.Namespace) -> None:
             plot.check_picture(path)
     recipe = read_recipe(arguments.hparams, arguments.overrides)
     rows = recipe.variants() if arguments.compare else [recipe.own_variant()]
-    found = []
-    # Once for all rows.
+    profiles = []
+    # Entered once for all rows.
     with no_leftovers() if rows[1:] else contextlib.nullcontext():
         for variant in rows:
             if arguments.compare:
                 print(f"{variant.label} ...", file=sys.stderr)
-            found.append(
+            profiles.append(
                 analyse(
                     recipe,
                     arguments.batch,
@@ -114,50 +114,50 @@ def profile(arguments: argparse.Namespace) -> None:
             )
     if arguments.compare and not rows[1:]:
         print(
-            f"{recipe.path}: nothing is known to compare {rows[0].label} with.",
+            f"{recipe.path}: there is no alternative to {rows[0].label}.",
             file=sys.stderr,
         )
-    print(comparison(found) if arguments.compare else report(found[0]))
+    print(comparison(profiles) if arguments.compare else report(profiles[0]))
     if arguments.json is not None:
         with open(arguments.json, "w", encoding="utf-8") as f:
-            json.dump([_plain(one) for one in found], f, indent=2)
+            json.dump([_plain(one) for one in profiles], f, indent=2)
             f.write("\n")
     if arguments.plot is not None:
-        plot.plot_kinds(found, arguments.plot)
+        plot.plot_kinds(profiles, arguments.plot)
     if arguments.timeline is not None:
-        plot.plot_timelines(found, arguments.timeline)
+        plot.plot_timelines(profiles, arguments.timeline)
 
 
 def _check_writable(file: str) -> None:
-    """Says before minutes of work that a file cannot be written after them."""
+    """Checks that a file can be written, before minutes of work."""
     path = Path(file).absolute()
     if path.is_dir():
-        raise ValueError(f"{path} is a folder: name a file in it.")
+        raise ValueError(f"{path} is a folder: name a file.")
     if not path.parent.is_dir():
         raise ValueError(f"There is no folder for {path}.")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise ValueError(f"No permission to write {path}.")
 
 
-def _plain(found: Profile) -> dict[str, Any]:
-    """A profile for JSON."""
-    row = asdict(found)
-    # A picture's worth of numbers, each on a line of its own.
+def _plain(result: Profile) -> dict[str, Any]:
+    """Converts a profile for JSON."""
+    row = asdict(result)
+    # Thousands of numbers, only of use in a picture.
     del row["memory"]["timeline"]
     del row["memory"]["split"]
-    row["memory"]["by_kind"] = found.memory.by_kind
-    row["memory"]["by_module"] = found.memory.by_module()
+    row["memory"]["by_kind"] = result.memory.by_kind
+    row["memory"]["by_module"] = result.memory.by_module()
     return row
 
 
 def fit(arguments: argparse.Namespace) -> None:
     """Finds the largest batch that fits on a GPU.
 
-    With dynamic batching, the largest max_batch_len; with --batch, the longest
-    utterances; with --batch and --seconds, the deepest preset.
+    With dynamic batching it finds the largest max_batch_len, with --batch the
+    longest utterances, and with --batch and --seconds the deepest preset.
     """
     limit = usable(arguments.budget, arguments.margin)
-    found = find_fit(
+    result = find_fit(
         arguments.hparams,
         arguments.overrides,
         limit,
@@ -172,34 +172,34 @@ def fit(arguments: argparse.Namespace) -> None:
         ),
     )
     print(
-        f"{arguments.budget} less the margin: {format_bytes(found.limit)}\n"
-        f"{found.found.label}, {found.found.batch_text}: "
-        f"{format_bytes(found.found.memory.peak_bytes)}\n"
-        + " ".join(f"--{k}={v}" for k, v in found.overrides.items())
+        f"{arguments.budget} less the margin: {format_bytes(result.limit)}\n"
+        f"{result.profile.label}, {result.profile.batch_text}: "
+        f"{format_bytes(result.profile.memory.peak_bytes)}\n"
+        + " ".join(f"--{k}={v}" for k, v in result.overrides.items())
     )
 
 
 def check(arguments: argparse.Namespace) -> int:
-    """Compares a training step with one that saves no memory."""
-    found = check_recipe(
+    """Compares a training step with one that stores all activations."""
+    result = check_recipe(
         read_recipe(arguments.hparams, arguments.overrides),
         arguments.batch,
         arguments.seconds,
         arguments.precision,
         arguments.device,
     )
-    print(found)
-    return 0 if found.passed else 1
+    print(result)
+    return 0 if result.passed else 1
 
 
 def parse_overrides(unknown: Sequence[str]) -> dict[str, str]:
-    """The rest of the command line, as keys of the yaml file.
+    """Parses the rest of the command line as keys of the yaml file.
 
     Arguments
     ---------
     unknown : list of str
-        Each ``--key=value``, as SpeechBrain's recipes take them; or a key and
-        then its value.
+        Each ``--key=value``, as in SpeechBrain's recipes, or a key followed
+        by its value.
 
     Returns
     -------
@@ -209,7 +209,7 @@ def parse_overrides(unknown: Sequence[str]) -> dict[str, str]:
     Raises
     ------
     ValueError
-        For anything else.
+        If an argument has another form.
 
     Example
     -------
@@ -231,12 +231,12 @@ def parse_overrides(unknown: Sequence[str]) -> dict[str, str]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line.
+    """Builds the parser of the command line.
 
     Returns
     -------
     argparse.ArgumentParser
-        Parser with one subcommand for each task.
+        Parser with a subcommand for each task.
     """
     parser = argparse.ArgumentParser(
         prog="sb-memeff",
@@ -246,7 +246,7 @@ def build_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("presets", help=presets.__doc__)
     command.set_defaults(run=presets)
     command = commands.add_parser("export", help=export.__doc__)
-    command.add_argument("output_folder", help="of a training run")
+    command.add_argument("output_folder", help="of a training")
     command.add_argument("destination", help="folder to write")
     command.add_argument(
         "--onnx",
@@ -259,12 +259,12 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--compare",
         action="store_true",
-        help="with what the recipe could have instead: vanilla, recomputed "
-        "and reversible networks, or the methods of the transducer loss",
+        help="compare with the alternatives: vanilla, recomputed and "
+        "reversible networks, or the methods of the transducer loss",
     )
     command.add_argument("--json", metavar="FILE", help="write the figures")
     command.add_argument(
-        "--device", help="run the step there too, such as cuda, and compare"
+        "--device", help="also run the step there, such as cuda, and compare"
     )
     command.add_argument(
         "--plot",
@@ -274,8 +274,8 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--timeline",
         metavar="FILE",
-        help="draw what is alive from forward to the optimizer's step (needs "
-        "matplotlib)",
+        help="draw the memory in use from forward to the optimizer's step "
+        "(needs matplotlib)",
     )
     command = _add_recipe(commands, "fit", fit)
     _add_lengths(command)
@@ -284,7 +284,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     command.add_argument(
         "--margin",
-        help="what to leave of it; by default 500 MB for CUDA's context and "
+        help="memory to leave free; by default 500 MB for CUDA's context and "
         "5 %% of the rest for fragmentation and workspaces",
     )
     command = _add_recipe(commands, "check", check)
@@ -297,14 +297,14 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_recipe(
     commands: Any, name: str, run: Callable[[argparse.Namespace], int | None]
 ) -> argparse.ArgumentParser:
-    """A subcommand that takes a recipe's yaml file and overrides."""
+    """Adds a subcommand with a recipe's yaml file and overrides."""
     text = cast(str, run.__doc__)
     command = commands.add_parser(
         name,
         help=text.splitlines()[0],
         description=text,
         epilog="Any other --key=value overrides a key of the yaml file.",
-        # Overrides are not to be taken for abbreviations.
+        # Overrides must not be read as abbreviations of options.
         allow_abbrev=False,
     )
     command.add_argument("hparams", help="yaml file of a recipe")
@@ -314,9 +314,9 @@ def _add_recipe(
 
 
 def _add_lengths(command: argparse.ArgumentParser) -> None:
-    """The batch, by default the recipe's."""
+    """Adds the options of the batch, by default the recipe's."""
     command.add_argument(
-        "--batch", type=int, help="utterances that the data loader gives"
+        "--batch", type=int, help="utterances in a batch of the data loader"
     )
     command.add_argument("--seconds", type=float, help="length of an utterance")
     command.add_argument(
@@ -335,8 +335,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        0, or 1 if what was checked has failed, or 2 if the input was bad (one
-        line on stderr says how).
+        0; 1 if a check failed; 2 if the input was invalid (one line on stderr
+        says why).
     """
     parser = build_parser()
     arguments, unknown = parser.parse_known_args(argv)

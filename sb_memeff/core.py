@@ -1,4 +1,4 @@
-"""A Brain that can be stopped at any time and goes on as if it had not been.
+"""A Brain whose trainings can be killed and resumed with the same result.
 
 Authors
  * The sb_memeff authors 2026
@@ -41,34 +41,34 @@ logger = get_logger(__name__)
 class MemEffBrain(sb.core.Brain):
     """A Brain for long runs; use it in place of SpeechBrain's.
 
-    What it does differently (in SpeechBrain 1.1.2):
+    It differs from SpeechBrain 1.1.2 as follows:
 
-    * a run that is resumed ends with the weights that it would have had, bit
-      for bit on a CPU: the random state and the position in the lists of
-      noises and echoes are part of the checkpoint, random numbers in the
-      data pipeline depend on the seed and the place in the epoch alone;
-    * no checkpoint falls between two batches whose gradients are accumulated
-      (they are not saved);
-    * gradients are clipped over all parameter groups, not the first one, and a
-      negative max_grad_norm switches clipping off (there it turns the
-      gradient round);
-    * on the CPU, distributed training leaves BatchNorm alone (SyncBatchNorm
-      needs a GPU);
-    * a sampler or batch sampler is told which epoch it is, on one GPU too
-      (there DynamicBatchSampler makes the same batches in every epoch, and
-      ReproducibleRandomSampler gives the same order); one that draws from
-      the global generators is the same on all processes;
-    * a difference between forward and its recomputation, which a GPU reports
-      late, stops the training in the step in which it happens;
-    * skip_nonfinite_grads looks before clipping, which would spread one NaN
-      to all gradients, and names the parameter;
-    * --optimizer_step_limit works on the command line;
+    * A resumed training ends with the weights of an uninterrupted one, bit for
+      bit on a CPU: checkpoints include the random states and the positions in
+      the lists of noises and room impulse responses, and random numbers in the
+      data pipeline depend only on the seed, the epoch and the item's number.
+    * No checkpoint is saved within a gradient accumulation, whose gradients a
+      checkpoint does not contain.
+    * Gradients of all parameter groups are clipped, not only of the first. A
+      negative max_grad_norm disables clipping (in SpeechBrain it reverses the
+      gradient).
+    * Distributed training on CPUs does not convert BatchNorm to SyncBatchNorm,
+      which needs a GPU.
+    * The epoch of samplers and batch samplers is set on one GPU too. (In
+      SpeechBrain, DynamicBatchSampler then repeats its batches in every epoch,
+      and ReproducibleRandomSampler its order.) A sampler that draws from the
+      global generators yields the same order on all processes.
+    * A mismatch between forward and recomputation, which a GPU reports late,
+      raises its error in the step where it occurs.
+    * skip_nonfinite_grads checks gradients before clipping, which would spread
+      one NaN to all of them, and names the parameter.
+    * --optimizer_step_limit works on the command line.
     * 8-bit optimizers keep 32-bit states for embeddings.
 
-    Use AtomicCheckpointer (sb_memeff.utils.checkpoints) with it, whose
-    checkpoints cannot be half-written. An IterableDataset, a LoopedLoader, a
-    DataLoader not made by ``make_dataloader`` and shuffled validation data
-    keep random numbers of their own.
+    Use it with AtomicCheckpointer (sb_memeff.utils.checkpoints), whose
+    checkpoints cannot be half-written. The random numbers of an
+    IterableDataset, a LoopedLoader, a DataLoader not made by
+    ``make_dataloader`` and shuffled validation data are left unchanged.
 
     Arguments
     ---------
@@ -106,12 +106,12 @@ class MemEffBrain(sb.core.Brain):
         if self.max_grad_norm == 0:
             raise ValueError(
                 "max_grad_norm=0 would make all gradients 0. A negative value "
-                "switches clipping off."
+                "disables clipping."
             )
         if self.optimizer_step_limit is not None:
-            # The command line gives a string.
+            # A string if given on the command line.
             self.optimizer_step_limit = int(self.optimizer_step_limit)
-        # What is loaded with a checkpoint but used only if training goes on.
+        # Loaded with a checkpoint, but used only to continue training.
         self._positions = {}
         if self.checkpointer is not None:
             self.checkpointer.add_recoverable(
@@ -128,7 +128,7 @@ class MemEffBrain(sb.core.Brain):
         self.checkpointer.add_recoverable(name, position, optional_load=True)
 
     def _noises(self) -> list[AddNoise | AddReverb]:
-        """The augmentations that go through a list of files."""
+        """The augmentations that read a list of files."""
         hparams = vars(getattr(self, "hparams", SimpleNamespace()))
         return [
             module
@@ -137,12 +137,12 @@ class MemEffBrain(sb.core.Brain):
         ]
 
     def init_optimizers(self) -> None:
-        """Makes the optimizer, embeddings marked."""
+        """Makes the optimizer, with 32-bit states for embeddings."""
         keep_32bit_states(self.modules)
         super().init_optimizers()
 
     def on_fit_start(self) -> None:
-        """Prepares the modules, loads a checkpoint and logs where it stands."""
+        """Prepares the modules, loads a checkpoint and logs its position."""
         super().on_fit_start()
         for position in self._positions.values():
             position.resume()
@@ -161,9 +161,9 @@ class MemEffBrain(sb.core.Brain):
     ) -> Any:
         """Makes a DataLoader; arguments as Brain's.
 
-        The random numbers that an item draws depend on the seed, the epoch
-        (in training) and the item's place in it. In training, the order
-        depends on the seed and the epoch, whatever the sampler.
+        The random numbers of an item depend on the seed, the epoch (in
+        training) and the item's number in the epoch. In training, the order
+        depends on the seed and the epoch, with any sampler.
         """
         shuffled = stage != sb.Stage.TRAIN and loader_kwargs.get("shuffle")
         if not isinstance(dataset, IterableDataset) and not shuffled:
@@ -180,7 +180,7 @@ class MemEffBrain(sb.core.Brain):
             self.checkpointer is not None
             and ckpt_prefix is not None
             and stage == sb.Stage.TRAIN
-            # A LoopedLoader's epochs begin anywhere in an order.
+            # A LoopedLoader's epochs begin anywhere in its sampler's order.
             and isinstance(loader, SaveableDataLoader)
             and isinstance(dataset, SeededDataset)
         ):
@@ -205,14 +205,15 @@ class MemEffBrain(sb.core.Brain):
         if isinstance(loader, DataLoader):
             if isinstance(loader.dataset, SeededDataset):
                 loader.dataset.set_epoch(epoch)
-            # Brain tells some samplers only, and not those within others.
+            # Brain does not set the epoch of all samplers, nor of those within
+            # others.
             if loader.batch_sampler is None:
                 set_epoch(loader.sampler, epoch)
             else:
                 set_epoch(loader.batch_sampler, epoch)
             if loader.generator is None:
-                # Beginning to iterate draws a number. From the global
-                # generator, a resumed run would draw one more.
+                # Starting an iteration draws a number. With the global
+                # generator, a resumed training would draw one more.
                 loader.generator = torch.Generator().manual_seed(_run_seed())
         super()._fit_train(train_set, epoch, enable)
 
@@ -222,7 +223,7 @@ class MemEffBrain(sb.core.Brain):
         Arguments
         ---------
         batch : object
-            As the train loader gives it.
+            A batch of the train loader.
 
         Returns
         -------
@@ -232,10 +233,10 @@ class MemEffBrain(sb.core.Brain):
         Raises
         ------
         RuntimeError
-            If backward has recomputed something else than forward.
+            If recomputation in backward differs from forward.
         """
         loss = super().fit_batch(batch)
-        # The loss is here, so there is nothing left to wait for.
+        # The loss is on the CPU, so reading does not wait for the device.
         read_mismatches()
         return loss
 
@@ -258,12 +259,12 @@ class MemEffBrain(sb.core.Brain):
                 )
 
     def check_gradients(self) -> None:
-        """Drops gradients that hold NaN or infinity, and says whose."""
+        """Drops gradients with NaN or infinity, and names their parameters."""
         for name, param in self.modules.named_parameters():
             if param.grad is not None and not param.grad.isfinite().all():
                 param.grad = None
                 logger.warning(
-                    f"The gradient of {name} is not finite: it is not used."
+                    f"The gradient of {name} is not finite and is skipped."
                 )
 
     def optimizers_step(self) -> None:
@@ -293,10 +294,10 @@ class MemEffBrain(sb.core.Brain):
 
 
 def _modules_in(value: object, found: set[int]) -> Iterator[torch.nn.Module]:
-    """Yields the modules of a value: its own, its children, and so on.
+    """Yields all modules within a value, recursively.
 
-    SpeechBrain's Augmenter keeps its augmentations in a dict, which is why
-    ``modules()`` does not find them.
+    ``modules()`` would miss the augmentations of SpeechBrain's Augmenter, which
+    are in a dict.
     """
     if id(value) in found:
         return
@@ -317,7 +318,7 @@ def _modules_in(value: object, found: set[int]) -> Iterator[torch.nn.Module]:
 def _numbered(
     loader_kwargs: dict[str, Any], dataset: Any, seed: int | None = None
 ) -> dict[str, Any]:
-    """The arguments of a DataLoader, with a numbered sampler.
+    """Wraps the sampler among a DataLoader's arguments in a NumberedSampler.
 
     With a seed, its order depends on the seed and the epoch.
     """
@@ -344,5 +345,5 @@ def _sampler_of(loader: DataLoader[Any]) -> SeededSampler:
 
 
 def _run_seed() -> int:
-    # What seed_everything leaves behind; SpeechBrain's samplers use it too.
+    # Set by seed_everything; SpeechBrain's samplers use it too.
     return int(os.environ.get("SB_GLOBAL_SEED", 563375142))

@@ -1,7 +1,7 @@
-"""How many rows an Augmenter makes of one, found without making it.
+"""Computes by how much an Augmenter multiplies a batch, without building it.
 
-Noises and echoes want csv files of recordings; for the size of a batch their
-number is enough.
+Building it needs csv files of noises and impulse responses; the size of a batch
+follows from the number of augmentations.
 
 Authors
  * The sb_memeff authors 2026
@@ -24,35 +24,35 @@ def largest_copies(
     augment_prob: float = 1.0,
     **others: object,
 ) -> int:
-    """The most by which speechbrain.augment.augmenter.Augmenter grows a batch.
+    """Computes the largest factor by which SpeechBrain's Augmenter grows a batch.
 
-    Arguments are the Augmenter's. Start and end indices, which exclude some
-    rows, do not count here: the figure is for whole batches. Neither does
-    what changes the length: speed perturbation at 95 % makes audio 1/0.95 as
-    long.
+    Arguments are those of speechbrain.augment.augmenter.Augmenter. Start and
+    end indices, which exclude some rows, are ignored: the result is for whole
+    batches. Changes of length are ignored too (speed perturbation at 95 % makes
+    audio 1/0.95 times as long).
 
     Arguments
     ---------
     augmentations : int
-        How many augmentations the list has.
+        Number of augmentations in the list.
     enable_augmentations : list of bool, optional
-        Which of them are on.
+        Which of them are enabled.
     parallel_augment : bool
-        One batch for each augmentation.
+        Whether each augmentation makes a batch of its own.
     parallel_augment_fixed_bs : bool
-        These take a part of the batch each.
+        Whether each augmentation gets a part of the batch instead.
     concat_original : bool
-        The batch itself comes first.
+        Whether the original batch comes first.
     min_augmentations : int, optional
-        At least so many augmentations are drawn; 1 by default.
+        Minimum number of augmentations; 1 by default.
     max_augmentations : int, optional
-        At most so many are drawn; all by default.
+        Maximum number; all by default.
     repeat_augment : int
-        All that so many times.
+        Number of repetitions.
     augment_prob : float
-        How often there is any augmentation.
+        Probability of augmentation.
     **others : dict
-        Arguments that change no size.
+        Arguments without effect on the size.
 
     Returns
     -------
@@ -71,8 +71,8 @@ def largest_copies(
         enabled = sum(map(bool, enable_augmentations))
     least = 1 if min_augmentations is None else max(min_augmentations, 0)
     most = augmentations if max_augmentations is None else max_augmentations
-    # The Augmenter limits both to its list, switches off what is not enabled
-    # and takes what is left.
+    # The Augmenter limits both numbers to its list, then drops augmentations
+    # that are not enabled.
     least = min(least, augmentations)
     most = min(max(min(most, augmentations), least), enabled)
     if most == 0 or repeat_augment == 0 or augment_prob == 0:

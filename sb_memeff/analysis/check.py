@@ -1,4 +1,4 @@
-"""Is a training step that saves memory the step that stores everything?
+"""Compares a training step that saves memory with one that stores everything.
 
 Authors
  * The sb_memeff authors 2026
@@ -28,21 +28,22 @@ from sb_memeff.nnet.transducer.logits_loss import transducer_loss
 
 __all__ = ["CheckReport", "check_recipe"]
 
-# Largest relative errors that pass. Measured on the shipped yaml files: on the
-# exact stream 0 at every precision, elsewhere 1e-6 in float32. Faults:
-# without the exact stream, the streams of RevNet34 are off by 2e-6 and its
-# gradients by 1e-2; one step of the grid is 1e-5 and more.
+# Largest relative errors that pass. Errors measured on our yaml files are 0 at
+# every precision with exact streams, and otherwise 1e-6 in float32. Faults are
+# larger: without exact streams, RevNet34's streams are off by 2e-6 and its
+# gradients by 1e-2; one step of the grid is at least 1e-5.
 INVERSION = 1e-6
 STATISTICS = 1e-6
-# Sums in another order end in another float16 or bfloat16 here and there.
+# Another order of summation occasionally rounds to another float16 or bfloat16.
 STORED = {"fp32": 1e-4, "bf16": 1e-3, "fp16": 1e-3}
-# The same for logits, whose gradients are rounded to 8 and 11 bits before the
-# encoder amplifies that: 2e-6, and in bf16 2e-2 on a conformer of 12 layers.
+# The same for logits, whose gradients are rounded to 8 (bf16) or 11 (fp16) bits;
+# the encoder amplifies the error. Measured on a conformer of 12 layers: 2e-6 in
+# fp32, 2e-2 in bf16.
 LOGITS = {"fp32": 1e-4, "bf16": 1e-1, "fp16": 2e-2}
-# Some gradients are zero but for roundings (a bias before a batch norm): an
-# error counts relative to this part of the others' root mean square at least.
+# Some gradients are zero up to rounding (a bias before a batch norm). Errors are
+# relative to at least this part of the root mean square of all gradients.
 NEGLIGIBLE = 1e-3
-# What GradScaler begins with, and what it may come down to.
+# GradScaler's initial scale, and smaller scales to try.
 LOSS_SCALES = {"fp16": [2.0**n for n in (16, 12, 8, 4, 0)]}
 
 
@@ -53,25 +54,25 @@ class CheckReport:
     Arguments
     ---------
     lines : list of str
-        One for each check, with its figure; "ok" or "FAILED: <where>" ends it.
+        One for each check, with its figure and "ok" or "FAILED: <where>".
     passed : bool
-        Whether none has failed.
+        Whether all checks passed.
     """
 
     lines: list[str]
     passed: bool = True
 
-    def add(self, what: str, fault: str | None = None) -> None:
+    def add(self, check: str, fault: str | None = None) -> None:
         """Adds a line.
 
         Arguments
         ---------
-        what : str
+        check : str
             The check and its figure.
         fault : str, optional
             Where it failed.
         """
-        self.lines.append(f"{what}: {f'FAILED: {fault}' if fault else 'ok'}")
+        self.lines.append(f"{check}: {f'FAILED: {fault}' if fault else 'ok'}")
         self.passed = self.passed and not fault
 
     def __str__(self) -> str:
@@ -85,38 +86,39 @@ def check_recipe(
     precision: str | None = None,
     device: str | torch.device = "cpu",
 ) -> CheckReport:
-    """Compares a recipe's training step with one that saves no memory.
+    """Compares a recipe's training step with one that stores all activations.
 
-    The same weights, noise for speech, and random numbers go through both:
-    the step as it is, and with ``save_memory`` off, nothing recomputed and
-    the transducer loss of all logits at once. What has to agree are the
-    streams that backward rebuilds with those that forward saw, gradients and
-    running statistics; an error is relative, ||a - b|| / ||b|| by parameter
-    and by buffer.
+    Both steps have the same weights, noise as speech, and random numbers. The
+    reference has ``save_memory`` off, recomputes nothing and computes the
+    transducer loss from all logits at once. The check compares the streams
+    reconstructed in backward with those of forward, and gradients and running
+    statistics of both steps. Errors are relative, ||a - b|| / ||b|| for each
+    parameter and buffer.
 
-    Weights that are zero everywhere are drawn at random first: the last
-    convolutions of fresh reversible networks are, so that f and g return
-    zeros and hide what goes wrong before them. Dropout inside the joint
-    network and its classifier is switched off, as tiles and a whole batch
-    draw different masks. Where SpeechBrain's transducer loss cannot run, on
-    the CPU, ours of the same logits takes its place.
+    Weights that are all zero are first drawn at random. New reversible networks
+    have zeros in their last convolutions, so f and g return zeros, which would
+    hide errors before them. Dropout inside the joint network and its classifier
+    is switched off, because tiles and a whole batch draw different masks. On the
+    CPU, where SpeechBrain's transducer loss cannot run, our function of the
+    same logits replaces it.
 
-    Not seen are: padding (all utterances are of one length), augmentation,
-    the optimizer, and several processes.
+    The check does not cover padding (all utterances have one length),
+    augmentation, the optimizer, or several processes.
 
     Arguments
     ---------
     recipe : sb_memeff.analysis.recipe.Recipe
-        What ``read_recipe`` returned.
+        Result of ``read_recipe``.
     batch : int
         Utterances.
     seconds : float
         Length of each.
     precision : str, optional
-        fp32, bf16 or fp16: autocast in forward, as in Brain. By default the
-        yaml file's.
+        fp32, bf16 or fp16: autocast in forward, as in Brain. The yaml
+        file's by default.
     device : str
-        Where to compute. On the CPU fp16 is slow, and LSTMs have none.
+        Where to compute. On the CPU fp16 is slow, and LSTMs do not support
+        it.
 
     Returns
     -------
@@ -126,9 +128,8 @@ def check_recipe(
     Raises
     ------
     ValueError
-        For a precision or device that there is not, a batch of nothing, or
-        if not even the step that saves no memory runs. And as
-        ``recipe.build``.
+        If precision, device or batch are invalid, if the reference step
+        fails, or as ``recipe.build``.
 
     Example
     -------
@@ -154,14 +155,16 @@ def check_recipe(
             cast(Any, step).logits_loss = partial(
                 transducer_loss, blank_index=blank_index
             )
-        run = partial(_run, batch=step.batch(batch, seconds), name=precision)
+        run_step = partial(
+            _run_step, batch=step.batch(batch, seconds), name=precision
+        )
         title = f"{recipe.path.name}: {batch} x {seconds:g} s, {precision}"
-        return _compare(step, run, precision, f"{title}, {device}")
+        return _compare(step, run_step, precision, f"{title}, {device}")
 
 
 def _compare(
     step: TrainingStep,
-    run: "Callable[..., _Step]",
+    run_step: "Callable[..., _StepResult]",
     precision: str,
     title: str,
 ) -> CheckReport:
@@ -172,7 +175,7 @@ def _compare(
     saving = storing + batched
     report = CheckReport([title])
     try:
-        expected, scale = _run_reference(reference, run, precision)
+        expected, scale = _run_reference(reference, run_step, precision)
     except RuntimeError as error:
         # Too short for a convolution, no kernel for this precision, ...
         raise ValueError(
@@ -181,29 +184,29 @@ def _compare(
         ) from error
     if not saving:
         _check_finite(report, expected)
-        report.lines.append("Nothing in this step saves memory to be checked.")
+        report.lines.append("Nothing in this step saves memory.")
         return report
     report.lines[0] += f"; saves memory in {_listed(saving)}"
     try:
-        found = run(step, scale=scale)
-        without = found
+        result = run_step(step, scale=scale)
+        without = result
         if storing:
-            without = run(stored, scale=scale) if batched else expected
+            without = run_step(stored, scale=scale) if batched else expected
     except RuntimeError as error:
         report.add("training step", _one_line(error))
         return report
-    _check_finite(report, found)
-    if found.inversion:
-        _check_inversion(report, found.inversion)
+    _check_finite(report, result)
+    if result.inversion:
+        _check_inversion(report, result.inversion)
     if storing:
         _check_gradients(
-            report, "stored activations", found, without, STORED[precision]
+            report, "stored activations", result, without, STORED[precision]
         )
     if batched:
         _check_gradients(
             report, "all logits at once", without, expected, LOGITS[precision]
         )
-    _check_statistics(report, found, expected)
+    _check_statistics(report, result, expected)
     return report
 
 
@@ -211,10 +214,10 @@ def _compare(
 
 
 def _store(step: TrainingStep) -> list[str]:
-    """Saves no memory for activations; names of what did."""
+    """Stores all activations; returns the names of the changed modules."""
     names = []
     for name, part in step.named_modules():
-        # A network comes before the chain in it, and switches that off.
+        # A network precedes its chain and switches it off too.
         if getattr(part, "save_memory", False):
             cast(Any, part).save_memory = False
             names.append(name)
@@ -222,7 +225,7 @@ def _store(step: TrainingStep) -> list[str]:
 
 
 def _batch_logits(step: TrainingStep) -> list[str]:
-    """Computes all logits of a transducer at once; names of what did not."""
+    """Computes all logits at once; returns the names of the changed losses."""
     names = []
     for name, part in step.named_modules():
         if isinstance(part, TransducerJointLoss) and part.method != "batched":
@@ -247,8 +250,8 @@ def _switch_dropout_off(step: TrainingStep) -> None:
 
 
 @dataclass
-class _Step:
-    """A step's loss, gradients and buffers after it, and inversion errors."""
+class _StepResult:
+    """Loss, gradients, buffers and inversion errors of a step."""
 
     loss: float
     gradients: dict[str, torch.Tensor]
@@ -256,22 +259,22 @@ class _Step:
     inversion: dict[str, float]
 
     def not_finite(self) -> list[str]:
-        """Parameters whose gradient is not."""
+        """Names of parameters with a gradient that is not finite."""
         return [n for n, g in self.gradients.items() if not g.isfinite().all()]
 
 
-def _run(
+def _run_step(
     step: TrainingStep,
     batch: tuple[torch.Tensor, ...],
     name: str,
     scale: float = 1.0,
-) -> _Step:
+) -> _StepResult:
     step = copy.deepcopy(step)
     dtype = AMPConfig.from_name(name).dtype
     context = contextlib.nullcontext()
     if dtype != torch.float32:
         context = torch.autocast(batch[0].device.type, dtype=dtype)
-    # Layers may be dropped by Python's or numpy's numbers.
+    # Layer drop may use Python's or numpy's random numbers.
     random.seed(1)
     np.random.seed(1)
     torch.manual_seed(1)
@@ -285,41 +288,41 @@ def _run(
         if p.requires_grad
     }
     buffers = dict(step.named_buffers())
-    return _Step(loss.item(), gradients, buffers, inversion)
+    return _StepResult(loss.item(), gradients, buffers, inversion)
 
 
 def _run_reference(
-    step: TrainingStep, run: Callable[..., _Step], precision: str
-) -> tuple[_Step, float]:
-    """The step, and the scale of the loss that makes its gradients finite."""
+    step: TrainingStep, run_step: Callable[..., _StepResult], precision: str
+) -> tuple[_StepResult, float]:
+    """Runs the step; finds a loss scale with finite gradients."""
     for scale in LOSS_SCALES.get(precision, [1.0]):
-        found = run(step, scale=scale)
-        if not found.not_finite():
+        result = run_step(step, scale=scale)
+        if not result.not_finite():
             break
-    # There is a scale at least.
+    # There is at least one scale.
     # pyrefly: ignore[unbound-name]
-    return found, scale
+    return result, scale
 
 
 # --- checks ------------------------------------------------------------------
 
 
-def _check_finite(report: CheckReport, found: _Step) -> None:
-    faults = found.not_finite()
-    if not math.isfinite(found.loss):
+def _check_finite(report: CheckReport, result: _StepResult) -> None:
+    faults = result.not_finite()
+    if not math.isfinite(result.loss):
         faults = ["loss", *faults]
     report.add(
-        f"finite: loss {found.loss:.6g}, {len(found.gradients)} gradients",
+        f"finite: loss {result.loss:.6g}, {len(result.gradients)} gradients",
         _listed(faults),
     )
 
 
 def _check_inversion(report: CheckReport, errors: dict[str, float]) -> None:
     worst = max(errors.values())
-    # Blocks that are walked later inherit the error, and enlarge it.
+    # Backward carries the error on to earlier blocks, and it grows.
     fault = next((n for n, e in errors.items() if e > INVERSION), None)
     report.add(
-        f"inversion: error {worst:.2g} at most in {len(errors)} blocks (bound "
+        f"inversion: error at most {worst:.2g} in {len(errors)} blocks (bound "
         f"{INVERSION:.0e})",
         fault,
     )
@@ -328,8 +331,8 @@ def _check_inversion(report: CheckReport, errors: dict[str, float]) -> None:
 def _check_gradients(
     report: CheckReport,
     against: str,
-    found: _Step,
-    expected: _Step,
+    result: _StepResult,
+    expected: _StepResult,
     bound: float,
 ) -> None:
     norms = {n: _norm(g) for n, g in expected.gradients.items()}
@@ -340,7 +343,7 @@ def _check_gradients(
         f"gradients against {against}",
         {
             name: _relative(
-                found.gradients[name],
+                result.gradients[name],
                 gradient,
                 max(norms[name], NEGLIGIBLE * rms * sizes[name]),
             )
@@ -351,33 +354,33 @@ def _check_gradients(
 
 
 def _check_statistics(
-    report: CheckReport, found: _Step, expected: _Step
+    report: CheckReport, result: _StepResult, expected: _StepResult
 ) -> None:
     errors = {
-        name: _relative(found.buffers[name], buffer, _norm(buffer))
+        name: _relative(result.buffers[name], buffer, _norm(buffer))
         for name, buffer in expected.buffers.items()
     }
     _check_close(report, "running statistics", errors, STATISTICS)
 
 
 def _check_close(
-    report: CheckReport, what: str, errors: dict[str, float], bound: float
+    report: CheckReport, check: str, errors: dict[str, float], bound: float
 ) -> None:
     where = max(errors, key=errors.__getitem__, default=None)
     worst = errors.get(cast(str, where), 0.0)
     most = f", most in {where}" if 0 < worst <= bound else ""
     report.add(
-        f"{what}: error {worst:.2g} (bound {bound:.0e}){most}",
+        f"{check}: error {worst:.2g} (bound {bound:.0e}){most}",
         where if worst > bound else None,
     )
 
 
 def _relative(
-    found: torch.Tensor, expected: torch.Tensor, scale: float
+    value: torch.Tensor, expected: torch.Tensor, scale: float
 ) -> float:
-    if torch.equal(found, expected):
+    if torch.equal(value, expected):
         return 0.0
-    error = _norm(found.double() - expected.double())
+    error = _norm(value.double() - expected.double())
     if not math.isfinite(error) or scale == 0:
         return math.inf
     return error / scale
@@ -392,7 +395,7 @@ def _norm(tensor: torch.Tensor) -> float:
 
 def _usable(device: str | torch.device) -> torch.device:
     try:
-        # Read, since tensors on "meta" hold nothing.
+        # Read its value, which tensors on "meta" do not have.
         tensor = torch.zeros(1, device=device)
         tensor.item()
         return tensor.device

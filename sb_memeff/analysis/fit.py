@@ -22,11 +22,11 @@ from sb_memeff.memory.units import format_bytes, parse_bytes
 
 __all__ = ["Fit", "fit", "usable"]
 
-# What is not a tensor of the step: CUDA's context with the kernels of torch
-# and cuDNN (bytes), fragments of the allocator and workspaces (share).
+# Memory besides the step's tensors: CUDA's context with the kernels of torch and
+# cuDNN (bytes), fragmentation of the allocator and workspaces (share).
 CONTEXT = 500_000_000
 SHARE = 0.05
-# Seconds; of LibriSpeech's training utterances a few are longer.
+# In seconds. A few of LibriSpeech's training utterances are longer.
 LONGEST = 25
 
 
@@ -36,29 +36,29 @@ class Fit:
 
     Arguments
     ---------
-    found : Profile
+    profile : Profile
         The largest step that fits.
     limit : int
-        Bytes that were there for it.
+        Bytes that it may take.
     overrides : dict
-        What to change in the yaml file.
+        Keys of the yaml file to set for this step.
     """
 
-    found: Profile
+    profile: Profile
     limit: int
     overrides: dict[str, Any]
 
 
 def usable(budget: int | str, margin: int | str | None = None) -> int:
-    """The bytes of a budget that tensors may take.
+    """Computes how many bytes of a budget tensors may take.
 
     Arguments
     ---------
     budget : int or str
         Memory of the GPU; see ``parse_bytes``.
     margin : int or str, optional
-        What to leave. By default 500 MB for CUDA's context and 5 % of the
-        rest for fragmentation and workspaces.
+        Memory to leave free. By default 500 MB for CUDA's context and 5 % of
+        the rest for fragmentation and workspaces.
 
     Returns
     -------
@@ -77,17 +77,17 @@ def usable(budget: int | str, margin: int | str | None = None) -> int:
     """
     total = parse_bytes(budget)
     if margin is None:
-        left = int((total - CONTEXT) * (1 - SHARE))
-        what = f"{format_bytes(CONTEXT)} for CUDA's context"
+        rest = int((total - CONTEXT) * (1 - SHARE))
+        reserve = f"{format_bytes(CONTEXT)} for CUDA's context"
     else:
-        left = total - parse_bytes(margin)
-        what = f"a margin of {format_bytes(parse_bytes(margin))}"
-    if left <= 0:
+        rest = total - parse_bytes(margin)
+        reserve = f"a margin of {format_bytes(parse_bytes(margin))}"
+    if rest <= 0:
         raise ValueError(
-            f"A budget of {format_bytes(total)} leaves nothing beside {what}: "
+            f"A budget of {format_bytes(total)} leaves nothing besides {reserve}: "
             f"give a larger --budget."
         )
-    return left
+    return rest
 
 
 def fit(
@@ -103,21 +103,21 @@ def fit(
 ) -> Fit:
     """Finds the largest training step of a recipe within a limit.
 
-    Neither batch nor seconds given, or only seconds: the largest batch; of a
-    recipe with dynamic batching, the largest max_batch_len for utterances of
-    any length up to ``seconds``. Only batch: the longest utterances. Both: the
-    deepest preset.
+    Without ``batch`` it finds the largest batch or, for a recipe with dynamic
+    batching, the largest max_batch_len for utterances of any length up to
+    ``seconds``. With only ``batch`` it finds the longest utterances, with
+    ``batch`` and ``seconds`` the deepest preset.
 
     Arguments
     ---------
     path : str or Path
         The yaml file.
     overrides : dict
-        Of its keys.
+        Values of its keys.
     limit : int
-        Bytes.
+        Limit in bytes.
     batch : int, optional
-        Utterances that the loader gives.
+        Utterances in a batch of the loader.
     seconds : float, optional
         Their length.
     tokens : int, optional
@@ -125,9 +125,9 @@ def fit(
     precision : str, optional
         fp32, bf16 or fp16.
     progress : callable, optional
-        Is given each Profile when it is there.
+        Called with each Profile.
     variant : Variant, optional
-        What to train instead of the recipe's own network or loss.
+        Replaces the recipe's network or loss.
 
     Returns
     -------
@@ -137,26 +137,26 @@ def fit(
     Raises
     ------
     ValueError
-        If nothing fits, or the recipe does not have what is asked for.
+        If nothing fits, or the recipe lacks the quantity to maximise.
     """
     require_positive(batch=batch, seconds=seconds, tokens=tokens)
     recipe = read_recipe(path, overrides)
-    known: dict[tuple[Any, ...], Profile] = {}
+    profiles: dict[tuple[Any, ...], Profile] = {}
 
     def measure(
         batch: int, seconds: float | None, recipe: Recipe = recipe
     ) -> Profile:
         key = batch, seconds, recipe
-        if key not in known:
-            known[key] = profile(
+        if key not in profiles:
+            profiles[key] = profile(
                 recipe, batch, seconds, tokens, precision, variant
             )
             if progress:
-                progress(known[key])
-        return known[key]
+                progress(profiles[key])
+        return profiles[key]
 
     try:
-        # Once for all that are tried.
+        # Entered once for all profiles.
         with no_leftovers():
             if batch is None and recipe.settings.get("dynamic_batching"):
                 longest = LONGEST if seconds is None else seconds
@@ -169,7 +169,9 @@ def fit(
                 path, overrides, recipe, limit, batch, seconds, measure
             )
     except DoesNotFit as error:
-        raise ValueError(_too_small(recipe, known, error.peak, limit)) from None
+        raise ValueError(
+            _too_small(recipe, profiles, error.peak, limit)
+        ) from None
 
 
 def _largest_batch(
@@ -179,7 +181,7 @@ def _largest_batch(
     measure: Callable[..., Profile],
 ) -> Fit:
     _, seconds = recipe.default_batch(seconds)
-    first = recipe.step_class.fewest
+    first = recipe.step_class.min_batch
     batch, _ = largest(
         lambda n: measure(n, seconds).memory.peak_bytes, limit, first
     )
@@ -197,13 +199,13 @@ def _longest_batch(
     measure: Callable[..., Profile],
 ) -> Fit:
     def worst(length: int) -> Profile:
-        # The longest utterances; and, where they leave a rest of the length,
-        # the longest that fill it.
+        # Either as many of the longest utterances as fit, or one more
+        # utterance, which fills max_batch_len.
         count = max(int(length // longest), 1)
         return max(
             measure(count, longest),
             measure(count + 1, round(length / (count + 1), 3)),
-            key=lambda found: found.memory.peak_bytes,
+            key=lambda one: one.memory.peak_bytes,
         )
 
     length, _ = largest(
@@ -215,19 +217,19 @@ def _longest_batch(
 def _longest_utterance(
     limit: int, batch: int, recipe: Recipe, measure: Callable[..., Profile]
 ) -> Fit:
-    # In tenths of a second.
+    # Search in tenths of a second.
     tenths, _ = largest(
         lambda n: measure(batch, n / 10).memory.peak_bytes, limit, first=5
     )
-    found = measure(batch, tenths / 10)
+    result = measure(batch, tenths / 10)
     overrides: dict[str, Any] = {
         "batch_size": batch,
-        **_length(recipe, found.seconds),
+        **_length(recipe, result.seconds),
     }
     if recipe.settings.get("dynamic_batching"):
-        # It would choose other batches.
+        # Dynamic batching would choose other batches.
         overrides["dynamic_batching"] = False
-    return Fit(found, limit, overrides)
+    return Fit(result, limit, overrides)
 
 
 def _deepest(
@@ -242,10 +244,10 @@ def _deepest(
     presets = _presets(recipe)
     for preset in reversed(presets):
         deeper = read_recipe(path, {**overrides, "preset": preset})
-        found = measure(batch, seconds, deeper)
-        if found.memory.peak_bytes <= limit:
+        result = measure(batch, seconds, deeper)
+        if result.memory.peak_bytes <= limit:
             return Fit(
-                found,
+                result,
                 limit,
                 {
                     "preset": preset,
@@ -256,23 +258,23 @@ def _deepest(
     raise ValueError(
         f"{path}: no preset fits into {format_bytes(limit)} with a batch of "
         f"{batch} x {seconds:g} s; {presets[0]} takes "
-        # The recipe's own preset is one.
+        # There is at least the recipe's own preset.
         # pyrefly: ignore[unbound-name]
-        f"{format_bytes(found.memory.peak_bytes)}."
+        f"{format_bytes(result.memory.peak_bytes)}."
     )
 
 
 def _presets(recipe: Recipe) -> list[str]:
-    """The recipe's preset and its like, the shallowest first."""
+    """The presets of the recipe's family, the shallowest first."""
     network, method = "", ""
     if recipe.family == "speaker":
         network, _, method = recipe.callee("embedding_model").rpartition(".")
     if method != "from_preset" or "preset" not in recipe.settings:
         raise ValueError(
             f"{recipe.path} has no preset to choose, and batch and seconds are "
-            f"given: leave out one of them to find its largest."
+            f"both given: omit one of them to maximise it."
         )
-    # Says so if there is no such network or preset.
+    # Raises if there is no such network or preset.
     _build_without_memory(recipe)
     presets = cast(type[Presets], pydoc.locate(network)).PRESETS
     family = recipe.settings["preset"].rstrip("0123456789")
@@ -296,16 +298,18 @@ def _length(recipe: Recipe, seconds: float) -> dict[str, float]:
 
 
 def _too_small(
-    recipe: Recipe, known: dict[Any, Profile], peak: int, limit: int
+    recipe: Recipe, profiles: dict[Any, Profile], peak: int, limit: int
 ) -> str:
-    found = min(known.values(), key=lambda p: abs(p.memory.peak_bytes - peak))
-    kinds = found.memory.by_kind
+    result = min(
+        profiles.values(), key=lambda p: abs(p.memory.peak_bytes - peak)
+    )
+    kinds = result.memory.by_kind
     fixed = sum(
         kinds[k] for k in ("parameters", "gradients", "optimizer states")
     )
     return (
-        f"{recipe.path}: {found.label} does not fit into "
-        f"{format_bytes(limit)}: a batch of {found.batch} x "
-        f"{found.seconds:g} s takes {format_bytes(peak)}, of which "
+        f"{recipe.path}: {result.label} does not fit into "
+        f"{format_bytes(limit)}: a batch of {result.batch} x "
+        f"{result.seconds:g} s takes {format_bytes(peak)}, of which "
         f"{format_bytes(fixed)} are parameters, gradients and optimizer states."
     )

@@ -1,4 +1,4 @@
-"""Pictures of where the memory goes.
+"""Draws the memory of training steps.
 
 Authors
  * The sb_memeff authors 2026
@@ -15,7 +15,7 @@ from sb_memeff.memory.units import format_bytes
 
 __all__ = ["check_picture", "load_pyplot", "plot_kinds", "plot_timelines"]
 
-# What is always there in greys, what a batch brings in colours.
+# Persistent memory in greys, a batch's memory in colours.
 COLOURS = {
     "parameters": "#4d4d4d",
     "buffers": "#7f7f7f",
@@ -26,10 +26,10 @@ COLOURS = {
     "recomputed": "#1b9e77",
     "temporaries": "#7fc7e8",
 }
-# Of a timeline's height, about two pixels.
+# Share of a timeline's height, about two pixels.
 VISIBLE = 0.005
-# Name and width of a timeline's phases. Nothing is timed; the same places in
-# all panels make them comparable, and names have room.
+# Name and width of a timeline's phases. The axis is not time. Phases have the
+# same width in all panels, so that panels can be compared, and room for names.
 PHASES = {
     "forward": ("forward", 0.34),
     "backward": ("backward", 0.46),
@@ -43,9 +43,9 @@ def plot_kinds(profiles: Sequence[Profile], path: str | Path) -> None:
     Arguments
     ---------
     profiles : list of Profile
-        One bar each, the first at the top.
+        One for each bar, the first at the top.
     path : str or Path
-        File to write; its suffix says the format.
+        File to write; its suffix determines the format.
 
     Raises
     ------
@@ -56,27 +56,27 @@ def plot_kinds(profiles: Sequence[Profile], path: str | Path) -> None:
     figure, axes = pyplot.subplots(
         figsize=(8.5, 1.9 + 0.5 * len(profiles)), layout="constrained"
     )
-    labels = [found.label for found in profiles]
-    places = range(len(profiles))
+    labels = [one.label for one in profiles]
+    heights = range(len(profiles))
     left = [0.0] * len(profiles)
     for kind in KINDS:
-        widths = [found.memory.by_kind[kind] / 1e9 for found in profiles]
+        widths = [one.memory.by_kind[kind] / 1e9 for one in profiles]
         if max(widths) > 0.001 * max(
             f.memory.peak_bytes / 1e9 for f in profiles
         ):
             axes.barh(
-                places, widths, left=left, label=kind, color=COLOURS[kind]
+                heights, widths, left=left, label=kind, color=COLOURS[kind]
             )
         left = [a + b for a, b in zip(left, widths, strict=True)]
-    for place, total in zip(places, left, strict=True):
+    for height, total in zip(heights, left, strict=True):
         axes.annotate(
             f"{total:.2f} GB" if total < 10 else f"{total:.1f} GB",
-            (total, place),
+            (total, height),
             xytext=(4, 0),
             textcoords="offset points",
             va="center",
         )
-    axes.set_yticks(places, labels)
+    axes.set_yticks(heights, labels)
     axes.invert_yaxis()
     # Room for the totals; margins() would stop at a bar without width.
     axes.set_xlim(0, 1.12 * max(left))
@@ -89,14 +89,14 @@ def plot_kinds(profiles: Sequence[Profile], path: str | Path) -> None:
 
 
 def plot_timelines(profiles: Sequence[Profile], path: str | Path) -> None:
-    """Draws the memory that is alive during training steps.
+    """Draws the memory in use during training steps.
 
     Arguments
     ---------
     profiles : list of Profile
-        One panel each, all on the same axes.
+        One for each panel; all panels have the same axes.
     path : str or Path
-        File to write; its suffix says the format.
+        File to write; its suffix determines the format.
 
     Raises
     ------
@@ -115,10 +115,10 @@ def plot_timelines(profiles: Sequence[Profile], path: str | Path) -> None:
         layout="constrained",
     )
     panels = list(grid.flat)
-    most = max(found.memory.peak_bytes for found in profiles) / 1e9
+    most = max(one.memory.peak_bytes for one in profiles) / 1e9
     shown = {}
-    for axes, found in zip(panels, profiles, strict=False):
-        shown |= _draw_timeline(axes, found, most)
+    for axes, one in zip(panels, profiles, strict=False):
+        shown |= _draw_timeline(axes, one, most)
     for axes in panels[len(profiles) :]:
         axes.set_axis_off()
     for axes in panels[max(len(profiles) - columns, 0) : len(profiles)]:
@@ -140,7 +140,7 @@ def plot_timelines(profiles: Sequence[Profile], path: str | Path) -> None:
 def _describe(profiles: Sequence[Profile]) -> str:
     """Batch, precision and optimizers of a picture's steps."""
     first = profiles[0]
-    optimizers = dict.fromkeys(found.optimizer for found in profiles)
+    optimizers = dict.fromkeys(one.optimizer for one in profiles)
     return f"{first.batch_text}, {first.precision}, {' or '.join(optimizers)}"
 
 
@@ -156,14 +156,14 @@ def _save(figure: Any, path: str | Path, **entries: Any) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _draw_timeline(axes: Any, found: Profile, most: float) -> dict[str, Any]:
+def _draw_timeline(axes: Any, result: Profile, most: float) -> dict[str, Any]:
     """Draws one panel.
 
     Arguments
     ---------
     axes : matplotlib.axes.Axes
         The panel.
-    found : Profile
+    result : Profile
         The step.
     most : float
         GB of the highest panel.
@@ -171,9 +171,9 @@ def _draw_timeline(axes: Any, found: Profile, most: float) -> dict[str, Any]:
     Returns
     -------
     dict
-        Kind to what the legend shows, for the kinds that one can see.
+        Maps each visible kind to its entry in the legend.
     """
-    timeline = found.memory.timeline
+    timeline = result.memory.timeline
     scale = 1 / sum(PHASES[phase][1] for phase in timeline)
     edges, names, gigabytes = [0.0], {}, {kind: [] for kind in KINDS}
     for phase, kinds in timeline.items():
@@ -196,11 +196,11 @@ def _draw_timeline(axes: Any, found: Profile, most: float) -> dict[str, Any]:
             shown[kind] = area
         below = top
     highest = below.index(max(below))
-    # Inside the panel, and over the line between two phases.
-    place = min(max(edges[highest], 0.12), 0.88)
+    # Inside the panel, above the line between two phases.
+    x = min(max(edges[highest], 0.12), 0.88)
     axes.annotate(
-        _gigabytes(found.memory.peak_bytes, 1 if most >= 10 else 2),
-        (place, below[highest]),
+        _gigabytes(result.memory.peak_bytes, 1 if most >= 10 else 2),
+        (x, below[highest]),
         xytext=(0, 5),
         textcoords="offset points",
         ha="center",
@@ -212,14 +212,14 @@ def _draw_timeline(axes: Any, found: Profile, most: float) -> dict[str, Any]:
     axes.set_xlim(0, 1)
     axes.set_xticks(list(names.values()), list(names))
     axes.tick_params(axis="x", length=0)
-    axes.set_title(found.label, fontsize="medium", loc="left")
+    axes.set_title(result.label, fontsize="medium", loc="left")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     return shown
 
 
 def _gigabytes(size: int, digits: int) -> str:
-    """Peaks of one picture, of one precision, unless nothing were left."""
+    """Formats peaks of one picture with equal precision; small ones in MB."""
     if size < 1e9:
         return format_bytes(size)
     return f"{size / 1e9:.{digits}f} GB"
@@ -231,26 +231,26 @@ def check_picture(path: str | Path) -> None:
     Arguments
     ---------
     path : str or Path
-        File to write; its folder is not looked at.
+        File to write; its folder is not checked.
 
     Raises
     ------
     ImportError
         If matplotlib is not installed.
     ValueError
-        If its suffix says no format.
+        If its suffix is not of a supported format.
     """
     known = load_pyplot().Figure().canvas.get_supported_filetypes()
     suffix = Path(path).suffix.lower().removeprefix(".")
     if suffix not in known:
         raise ValueError(
-            f"The suffix of {path} says no format for pictures: take one of "
+            f"The suffix of {path} is not of a supported picture format: use one of "
             f"{', '.join(sorted(known))}."
         )
 
 
 def load_pyplot() -> ModuleType:
-    """Matplotlib's pyplot, for files alone.
+    """Imports matplotlib's pyplot with a backend that only writes files.
 
     Returns
     -------
@@ -260,7 +260,7 @@ def load_pyplot() -> ModuleType:
     Raises
     ------
     ImportError
-        If it is not installed; says how to.
+        If it is not installed; the message names the command.
     """
     try:
         import matplotlib

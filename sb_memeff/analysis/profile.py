@@ -35,22 +35,22 @@ class Profile:
     label : str
         The network or loss.
     batch : int
-        Utterances that the loader gives.
+        Utterances in a batch of the loader.
     rows : int
-        Utterances in the network, after augmentation.
+        Utterances after augmentation, in the network.
     seconds : float
-        Length of each.
+        Length of each utterance.
     tokens : int or None
-        Length of each transcript, of a transducer.
+        Length of each transcript, for a transducer.
     precision : str
         fp32, bf16 or fp16.
     optimizer : str
-        Name of its class.
+        Name of the optimizer's class.
     memory : StepMemory
-        The bytes.
+        The counted memory.
     measured_bytes : int or None
-        Peak of a step that was run: torch's allocator's on a GPU, that of all
-        tensors elsewhere.
+        Peak of an executed step: from torch's allocator on a GPU, otherwise
+        of all tensors.
     """
 
     label: str
@@ -93,7 +93,7 @@ def profile(
     recipe : Recipe
         The recipe.
     batch : int, optional
-        Utterances that the data loader gives; the recipe's by default.
+        Utterances in a batch of the data loader; the recipe's by default.
     seconds : float, optional
         Their length; the recipe's by default.
     tokens : int, optional
@@ -101,9 +101,10 @@ def profile(
     precision : str, optional
         fp32, bf16 or fp16; the recipe's by default.
     variant : Variant, optional
-        What to train instead of the recipe's own network or loss.
+        Replaces the recipe's network or loss.
     device : str, optional
-        Run the step there, too, such as on "cuda", for ``measured_bytes``.
+        Also run the step on this device, such as "cuda", for
+        ``measured_bytes``.
 
     Returns
     -------
@@ -113,15 +114,15 @@ def profile(
     Raises
     ------
     ValueError
-        If an argument means nothing to the recipe, or the step cannot be
-        analysed; in one sentence.
+        If an argument does not apply to the recipe, or the step cannot be
+        analysed. The message is one sentence.
 
     Example
     -------
     >>> from sb_memeff.analysis.recipe import read_recipe
     >>> path = "recipes/VoxCeleb/SpeakerRec/hparams/train_revnet.yaml"
-    >>> found = profile(read_recipe(path, {"base_channels": 8}), batch=4)
-    >>> found.label, found.memory.peak_phase
+    >>> result = profile(read_recipe(path, {"base_channels": 8}), batch=4)
+    >>> result.label, result.memory.peak_phase
     ('RevNet34 Type II', 'backward')
     """
     require_positive(batch=batch, seconds=seconds, tokens=tokens)
@@ -132,12 +133,12 @@ def profile(
     variant = variant or recipe.own_variant()
     if tokens is not None and not recipe.step_class.has_transcripts:
         raise ValueError(
-            f"{recipe.path} has no transcripts, so tokens={tokens} means "
-            f"nothing."
+            f"{recipe.path} has no transcripts, so tokens={tokens} does not "
+            f"apply."
         )
-    found: dict[str, Any] = {"tokens": None}
-    # Weak: what a step is made of must not outlive its analysis.
-    made: weakref.WeakValueDictionary[str, TrainingStep] = (
+    details: dict[str, Any] = {"tokens": None}
+    # Weak, so that the step does not outlive its analysis.
+    steps: weakref.WeakValueDictionary[str, TrainingStep] = (
         weakref.WeakValueDictionary()
     )
 
@@ -151,15 +152,15 @@ def profile(
             on_gpu = where and torch.device(where["device"]).type != "cpu"
             if not on_gpu:
                 step.imitate_gpu()
-            made["step"] = step
+            steps["step"] = step
             step.inputs = step.batch(batch, seconds, tokens)
-            found["rows"] = batch * step.copies
-            found["tokens"] = step.tokens
+            details["rows"] = batch * step.copies
+            details["tokens"] = step.tokens
             return step
 
         def optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-            updater = made["step"].optimizer()
-            found["optimizer"] = type(updater).__name__
+            updater = steps["step"].optimizer()
+            details["optimizer"] = type(updater).__name__
             return updater
 
         return training_step_memory(
@@ -177,8 +178,8 @@ def profile(
             real = measure(fake=False, device=device)
             measured = real.allocator_bytes or real.peak_bytes
     except Exception as error:
-        if "rows" not in found and isinstance(error, ValueError):
-            # Of the yaml file or the arguments, and says so.
+        if "rows" not in details and isinstance(error, ValueError):
+            # The message is about the yaml file or the arguments.
             raise
         raise ValueError(
             f"{recipe.path}: a batch of {batch} x {seconds:g} s cannot be "
@@ -191,12 +192,12 @@ def profile(
         precision=precision,
         memory=memory,
         measured_bytes=measured,
-        **found,
+        **details,
     )
 
 
 def _autocast(precision: str) -> torch.dtype | None:
-    """The dtype of autocast; None is without."""
+    """The dtype of autocast, or None without autocast."""
     try:
         dtype = AMPConfig.from_name(precision).dtype
     except ValueError:
@@ -207,43 +208,43 @@ def _autocast(precision: str) -> torch.dtype | None:
 
 
 def _reason(error: Exception) -> str:
-    """The error of a step that fails, in one line, and what may help."""
+    """The error of a failed step on one line, with the remedy if known."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if "more than 1 value per channel" in lines[0]:
-        return "batch norm cannot train on one utterance; take 2 or more."
+        return "batch norm cannot train on one utterance; use 2 or more."
     return lines[0]
 
 
-def report(found: Profile, layers: int = 5) -> str:
-    """A profile in words.
+def report(result: Profile, layers: int = 5) -> str:
+    """Formats a profile as text.
 
     Arguments
     ---------
-    found : Profile
+    result : Profile
         The profile.
     layers : int
-        How many of the largest layers to name.
+        Number of largest layers to list.
 
     Returns
     -------
     str
-        Some lines.
+        Several lines.
     """
-    memory = found.memory
+    memory = result.memory
     at = f", at {memory.peak_module}" if memory.peak_module else ""
     measured = []
-    if found.measured_bytes:
+    if result.measured_bytes:
         measured = [
-            f"measured by running it: {format_bytes(found.measured_bytes)}"
+            f"measured in a real step: {format_bytes(result.measured_bytes)}"
         ]
     lines = [
-        f"{found.label}: {found.batch_text}, {found.precision}, "
-        f"{found.optimizer}, {memory.parameters / 1e6:.2f} M parameters",
+        f"{result.label}: {result.batch_text}, {result.precision}, "
+        f"{result.optimizer}, {memory.parameters / 1e6:.2f} M parameters",
         f"peak of a training step: {format_bytes(memory.peak_bytes)}, in "
         f"{PHASES[memory.peak_phase]}{at}",
         *measured,
         "",
-        *_table(memory.by_kind, memory.peak_bytes, "what for"),
+        *_table(memory.by_kind, memory.peak_bytes, "kind"),
         "",
         *_table(memory.by_module(1), memory.peak_bytes, "module"),
     ]
@@ -257,27 +258,27 @@ def report(found: Profile, layers: int = 5) -> str:
 
 
 def comparison(profiles: Sequence[Profile]) -> str:
-    """Profiles side by side, as a table.
+    """Formats profiles as a table.
 
     Arguments
     ---------
     profiles : list of Profile
-        The first is what the others are compared with.
+        The others are compared with the first.
 
     Returns
     -------
     str
-        Some lines.
+        Several lines.
     """
     first = profiles[0]
     most = first.memory.peak_bytes
     kinds = [k for k in KINDS if any(p.memory.by_kind[k] for p in profiles)]
     rows = [["", "parameters (M)", "peak", "ratio", *kinds]]
-    for found in profiles:
-        memory = found.memory
+    for result in profiles:
+        memory = result.memory
         rows.append(
             [
-                found.label,
+                result.label,
                 f"{memory.parameters / 1e6:.2f}",
                 format_bytes(memory.peak_bytes),
                 f"{most / memory.peak_bytes:.1f}x",
@@ -306,7 +307,7 @@ PHASES = {
 
 
 def _table(sizes: dict[str, int], total: int, title: str) -> list[str]:
-    """Lines of names, bytes and shares; what is empty is left out."""
+    """Lines of names, bytes and shares, without negligible rows."""
     rows = [
         (name or "(no module)", format_bytes(size), f"{size / total:.1%}")
         for name, size in sizes.items()

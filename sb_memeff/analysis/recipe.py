@@ -1,7 +1,8 @@
-"""From a yaml file of a known recipe to its training step.
+"""Builds the training step of a known recipe from its yaml file.
 
-Of the file, only what the step needs is made: no folder, no checkpointer, no
-augmentation, no data, nothing downloaded, and no data set is needed.
+Only the objects that the step needs are constructed. No folder is created, no
+checkpointer, augmentation or data set is constructed, nothing is downloaded and
+no data is needed.
 
 Authors
  * The sb_memeff authors 2026
@@ -29,10 +30,10 @@ __all__ = ["Recipe", "read_recipe"]
 
 logger = get_logger(__name__)
 
-# Stands for a !PLACEHOLDER without an override.
-UNKNOWN = "/PLACEHOLDER/{}/"
-# They make folders and download: functions that take them are not called.
-NEVER = ("checkpointer", "pretrainer", "train_logger")
+# Replaces a !PLACEHOLDER without an override.
+PLACEHOLDER = "/PLACEHOLDER/{}/"
+# They create folders and download. Functions with these arguments are not called.
+NOT_BUILT = ("checkpointer", "pretrainer", "train_logger")
 
 
 def read_recipe(
@@ -40,30 +41,31 @@ def read_recipe(
 ) -> "Recipe":
     """Reads a yaml file of a speaker or transducer recipe.
 
-    Files are read, the objects in them are not made: see ``Recipe.build``.
+    Its objects are not constructed until ``Recipe.build``.
 
     Arguments
     ---------
     path : str or Path
         SpeechBrain's or our VoxCeleb/SpeakerRec/hparams/train_*.yaml or
-        LibriSpeech/ASR/transducer/hparams/*.yaml, or one like them.
+        LibriSpeech/ASR/transducer/hparams/*.yaml, or a similar file.
     overrides : dict, optional
-        Top-level keys to other plain values; text is read as yaml, as a
-        recipe reads its command line. Placeholders that the step does not
-        need (folders) may stay.
+        Maps top-level keys to plain values. Strings are parsed as yaml, like
+        a recipe's command line. Placeholders that the step does not need
+        (folders) need no value.
 
     Returns
     -------
     Recipe
-        What the file says.
+        The parsed recipe.
 
     Raises
     ------
     FileNotFoundError
-        If there is no such file.
+        If the file does not exist.
     ValueError
-        If it is no such yaml file, an override changes nothing or an object,
-        or a key that the step needs is missing. The message says which.
+        If the yaml file is of another kind, an override has no key or
+        replaces an object, or a key that the step needs is missing. The
+        message names it.
 
     Example
     -------
@@ -84,22 +86,21 @@ def read_recipe(
 
 
 class Recipe:
-    """A training recipe, read and not yet made; see ``read_recipe``.
+    """A parsed training recipe; see ``read_recipe``.
 
     Arguments
     ---------
     path : Path
         The yaml file, for messages.
     tree : dict
-        Its content, references resolved.
+        Its content, with references resolved.
     placeholders : collection of str
-        Top-level placeholders that nobody has filled.
+        Top-level placeholders without a value.
 
     Raises
     ------
     ValueError
-        If it belongs to no known family, or a key that the step needs is
-        missing.
+        If its family is unknown, or a key that the step needs is missing.
 
     Attributes
     ----------
@@ -117,8 +118,8 @@ class Recipe:
         modules = tree.get("modules")
         if not isinstance(modules, dict) or not modules:
             raise ValueError(
-                f"{path} has no modules: it is no yaml file for training with "
-                f"SpeechBrain's Brain."
+                f"{path} has no modules: it is not a yaml file for training "
+                f"with SpeechBrain's Brain."
             )
         self.settings = self._plain(tree)
         self.family, self.step_class = self._recognise(modules)
@@ -128,7 +129,7 @@ class Recipe:
         for name in parts:
             if name not in modules:
                 raise ValueError(
-                    f"{path}: the losses that are switched on need {name} "
+                    f"{path}: the enabled losses need {name} "
                     f"among the modules, which are {', '.join(modules)}."
                 )
         self._objects = list(dict.fromkeys(objects))
@@ -140,8 +141,8 @@ class Recipe:
                 )
         self.modules = modules
         kept = _with_applied(tree, ["modules", "opt_class", *self._objects])
-        for key in _unknown_in(kept):
-            raise ValueError(self._ask_for(key))
+        for key in _placeholders_in(kept):
+            raise ValueError(self._placeholder_message(key))
         self._text = _dump(kept)
         self._augmentations = {
             name: tree[name]
@@ -150,12 +151,12 @@ class Recipe:
         }
 
     def build(self) -> TrainingStep:
-        """Makes the network, its losses and what else the step calls.
+        """Constructs the network, its losses and all other objects of the step.
 
-        Under whatever mode is active, such as FakeTensorMode. (The meta device
-        will not do for a transducer: SpeechBrain's recurrent networks read a
-        number from a tensor.) Noises and echoes of the augmentation are not
-        made; by how much it multiplies the batch is counted, see
+        This works under any mode, such as FakeTensorMode. (It fails on the
+        meta device for transducers: SpeechBrain's recurrent networks read a
+        number from a tensor.) Augmentations are not constructed; only the
+        factor by which they multiply the batch is computed, see
         ``TrainingStep.copies``.
 
         Returns
@@ -168,20 +169,20 @@ class Recipe:
         ValueError
             If a class cannot be imported or does not take its arguments.
         """
-        made = self._make(self._text)
-        for name, module in made["modules"].items():
+        objects = self._construct(self._text)
+        for name, module in objects["modules"].items():
             if not isinstance(module, Module):
                 raise ValueError(
-                    f"{self.path}: {name} of modules is {module!r} and no "
+                    f"{self.path}: {name} of modules is {module!r} and not a "
                     f"torch.nn.Module."
                 )
-        functions = {key: made[key] for key in self._objects}
+        functions = {key: objects[key] for key in self._objects}
         copies = {k: self._copies(k, v) for k, v in self._augmentations.items()}
         try:
             return self.step_class(
-                made["modules"],
+                objects["modules"],
                 functions,
-                made["opt_class"],
+                objects["opt_class"],
                 self.settings,
                 copies,
             )
@@ -189,29 +190,29 @@ class Recipe:
             raise ValueError(f"{self.path}: {error}") from error
 
     def callee(self, module: str) -> str:
-        """Finds the callable that makes a module.
+        """Finds the callable that constructs a module.
 
         Arguments
         ---------
         module : str
-            Its name among the modules.
+            Name of the module.
 
         Returns
         -------
         str
-            Name of the class or function; "" if neither makes it.
+            Name of the class or function; "" if there is none.
         """
         kind, _, path = _tag(self.modules[module]).partition(":")
-        made = kind in ("!new", "!apply")
-        return path if made and isinstance(self.modules[module], dict) else ""
+        called = kind in ("!new", "!apply")
+        return path if called and isinstance(self.modules[module], dict) else ""
 
     def arguments(self, module: str) -> dict[str, Any]:
-        """Arguments that a module is made with; objects among them are made.
+        """Constructs the arguments of a module.
 
         Arguments
         ---------
         module : str
-            Its name among the modules.
+            Name of the module.
 
         Returns
         -------
@@ -219,32 +220,32 @@ class Recipe:
             Keyword arguments.
         """
         node = {"arguments": dict(self.modules[module])}
-        return self._make(_dump(node))["arguments"]
+        return self._construct(_dump(node))["arguments"]
 
     def precision(self, given: str | None = None) -> str:
-        """The precision to train in.
+        """Returns the precision of the training.
 
         Arguments
         ---------
         given : str, optional
-            One that stands in place of the yaml file's.
+            Overrides the yaml file's.
 
         Returns
         -------
         str
-            Such as "bf16"; "fp32" if nobody says.
+            Such as "bf16"; the default is "fp32".
         """
         if given is not None:
             return given
         return self.settings.get("precision") or "fp32"
 
     def default_batch(self, seconds: float | None = None) -> tuple[int, float]:
-        """The batch that the yaml file asks for.
+        """Returns the batch of the yaml file.
 
         Arguments
         ---------
         seconds : float, optional
-            Length of the utterances, if it is not the recipe's.
+            Length of the utterances; the recipe's by default.
 
         Returns
         -------
@@ -254,37 +255,37 @@ class Recipe:
         return self.step_class.default_batch(self._number, seconds)
 
     def own_variant(self) -> Variant:
-        """The recipe as it is.
+        """Returns the unchanged recipe as a variant.
 
         Returns
         -------
         Variant
-            Without a change, labelled by its network or loss.
+            A variant without a change, labelled by its network or loss.
         """
         return Variant(self.step_class.label(self))
 
     def variants(self) -> list[Variant]:
-        """Alternatives to compare the recipe with.
+        """Lists the alternatives to compare the recipe with.
 
-        Speaker recipes: the vanilla network with all activations stored and
-        with its blocks recomputed, and its reversible twins where there are
-        any. Transducer recipes: the methods of the loss, the last one with
-        the encoder's layers recomputed too.
+        Speaker recipes have the vanilla network, with stored activations and
+        with recomputed blocks, and its reversible counterparts, if any.
+        Transducer recipes have the methods of the loss, and the last method
+        with recomputed encoder layers.
 
         Returns
         -------
         list of Variant
-            The recipe itself is among them.
+            Includes the recipe itself.
         """
         return self.step_class.variants(self)
 
     def _plain(self, tree: dict[str, Any]) -> dict[str, Any]:
-        """Values without objects in them."""
+        """The values that contain no objects."""
         plain = {
             key: value
             for key, value in tree.items()
             if not any(_tag(node) for node in _nodes(value))
-            and not _unknown_in(value)
+            and not _placeholders_in(value)
         }
         return load_hyperpyyaml(_dump(plain)) if plain else {}
 
@@ -297,13 +298,13 @@ class Recipe:
         raise ValueError(
             f"{self.path} has the modules {', '.join(modules)}, which are not "
             f"those of a known family ({' or '.join(FAMILIES)}): for any other "
-            f"network give sb_memeff.memory.step.training_step_memory a step "
-            f"function of your own."
+            f"network pass a step function of your own to "
+            f"sb_memeff.memory.step.training_step_memory."
         )
 
     def _number(self, key: str) -> Any:
         if key in self._placeholders:
-            raise ValueError(self._ask_for(key))
+            raise ValueError(self._placeholder_message(key))
         if key not in self.settings:
             raise ValueError(
                 f"{self.path} has no number {key}, which the training step of "
@@ -316,14 +317,14 @@ class Recipe:
             )
         return self.settings[key]
 
-    def _ask_for(self, key: str) -> str:
+    def _placeholder_message(self, key: str) -> str:
         return (
             f"{self.path}: {key} is a !PLACEHOLDER that the training step "
-            f"needs: give it a value, --{key}=VALUE."
+            f"needs: set it with --{key}=VALUE."
         )
 
-    def _make(self, text: str) -> dict[str, Any]:
-        """Makes the objects of a yaml text."""
+    def _construct(self, text: str) -> dict[str, Any]:
+        """Constructs the objects of a yaml text."""
         try:
             return load_hyperpyyaml(text)
         except (ImportError, pydoc.ErrorDuringImport) as error:
@@ -332,7 +333,7 @@ class Recipe:
                 f"yaml file, or install its package."
             ) from error
         except Exception as error:
-            # Of anybody's class; hyperpyyaml puts its name before what it says.
+            # Raised by any class; hyperpyyaml puts its name before the message.
             reason = ": ".join(map(str, error.args)) or type(error).__name__
             raise ValueError(f"{self.path}: {_one_line(reason)}") from error
 
@@ -340,14 +341,16 @@ class Recipe:
         tag = _tag(node)
         if tag != "!new:speechbrain.augment.augmenter.Augmenter":
             logger.warning(
-                f"{self.path}: {name} is {tag or node!r} and no Augmenter of "
-                f"SpeechBrain; it is taken to leave the batch's size alone."
+                f"{self.path}: {name} is {tag or node!r} and not SpeechBrain's "
+                f"Augmenter. It is assumed to keep the batch size."
             )
             return 1
         if not isinstance(node, dict) or "augmentations" not in node:
             return 1
         arguments = {k: v for k, v in node.items() if k != "augmentations"}
-        arguments = self._make(_dump({"arguments": arguments}))["arguments"]
+        arguments = self._construct(_dump({"arguments": arguments}))[
+            "arguments"
+        ]
         return largest_copies(len(node["augmentations"]), **arguments)
 
 
@@ -357,14 +360,14 @@ class Recipe:
 def _resolve(
     path: Path, overrides: dict[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
-    """The tree of a yaml file, and the placeholders still in it."""
-    # hyperpyyaml teaches ruamel tuples when it first loads something. Read
-    # before that, (3, 3) is text, and written after that, quoted text.
+    """The tree of a yaml file, and its placeholders without a value."""
+    # hyperpyyaml registers tuples with ruamel on its first load. If (3, 3) is
+    # read before that it is a string, and later dumped as a quoted string.
     load_hyperpyyaml("first: 1")
     with open(path, encoding="utf-8") as f:
         raw = ruamel.yaml.YAML().load(f)
     if not isinstance(raw, dict):
-        raise ValueError(f"{path} is no yaml file of keys and values.")
+        raise ValueError(f"{path} is not a yaml file of keys and values.")
     values = {
         key: _override(path, raw, key, value)
         for key, value in overrides.items()
@@ -374,12 +377,12 @@ def _resolve(
         for key, value in raw.items()
         if _tag(value) == "!PLACEHOLDER" and key not in values
     ]
-    values.update({key: UNKNOWN.format(key) for key in placeholders})
+    values.update({key: PLACEHOLDER.format(key) for key in placeholders})
     try:
         with open(path, encoding="utf-8") as f:
             text = resolve_references(f, values, overrides_must_match=True)
     except (ImportError, OSError, TypeError, ValueError) as error:
-        # Of references, nested placeholders, !include and !applyref.
+        # From references, nested placeholders, !include and !applyref.
         raise ValueError(f"{path}: {_one_line(error)}") from error
     return ruamel.yaml.YAML().load(text), placeholders
 
@@ -397,7 +400,7 @@ def _override(path: Path, raw: dict[str, Any], key: str, value: Any) -> Any:
             f"yaml file."
         )
     if isinstance(value, str):
-        # As hyperpyyaml reads what a command line holds.
+        # As hyperpyyaml parses a command line.
         try:
             value = ruamel.yaml.YAML(typ="safe", pure=True).load(value)
         except ruamel.yaml.error.YAMLError as error:
@@ -409,7 +412,7 @@ def _override(path: Path, raw: dict[str, Any], key: str, value: Any) -> Any:
 
 
 def _one_line(error: Any) -> str:
-    """Text of an error, without line breaks and pictures of the text."""
+    """An error's message on one line, without its excerpt of the file."""
     mark = getattr(error, "problem_mark", None)
     if mark is not None:
         return f"line {mark.line + 1}: {error.problem}"
@@ -420,64 +423,64 @@ def _one_line(error: Any) -> str:
 
 
 def _tag(node: Any) -> str:
-    """!new:..., !name:..., !apply:..., or nothing."""
+    """!new:..., !name:..., !apply:..., or an empty string."""
     tag = getattr(getattr(node, "tag", None), "value", None) or ""
     return tag if tag.startswith("!") else ""
 
 
-def _nodes(node: Any, seen: dict[int, Any] | None = None) -> Collection[Any]:
-    """A node and all below it, each once."""
-    seen = {} if seen is None else seen
-    if id(node) not in seen:
-        seen[id(node)] = node
+def _nodes(node: Any, visited: dict[int, Any] | None = None) -> Collection[Any]:
+    """A node and all its descendants, each once."""
+    visited = {} if visited is None else visited
+    if id(node) not in visited:
+        visited[id(node)] = node
         if isinstance(node, (dict, list)):
-            below = node.values() if isinstance(node, dict) else node
-            for child in below:
-                _nodes(child, seen)
-    return seen.values()
+            children = node.values() if isinstance(node, dict) else node
+            for child in children:
+                _nodes(child, visited)
+    return visited.values()
 
 
-def _made(node: Any) -> set[int]:
-    """The objects that constructing a node makes."""
+def _objects_in(node: Any) -> set[int]:
+    """The ids of the nodes that construct objects."""
     return {
         id(n) for n in _nodes(node) if _tag(n).startswith(("!new:", "!apply:"))
     }
 
 
 def _with_applied(tree: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:
-    """The keys, and every top-level !apply: that is given an object of theirs.
+    """The keys, and every top-level !apply: with one of their objects.
 
-    It may change the object: a network whose blocks shall recompute.
+    Such a function may change the object, as ``recompute_blocks`` does.
     """
-    never = {id(tree[key]) for key in NEVER if key in tree}
+    not_built = {id(tree[key]) for key in NOT_BUILT if key in tree}
     kept = set(keys)
-    made = set().union(*(_made(tree[key]) for key in kept))
+    used = set().union(*(_objects_in(tree[key]) for key in kept))
     added = True
     while added:
         added = False
         for key, node in tree.items():
             if key in kept or not _tag(node).startswith("!apply:"):
                 continue
-            objects = _made(node)
-            if objects & made and not objects & never:
+            objects = _objects_in(node)
+            if objects & used and not objects & not_built:
                 kept.add(key)
-                made |= objects
+                used |= objects
                 added = True
     return {key: tree[key] for key in tree if key in kept}
 
 
-def _unknown_in(node: Any) -> list[str]:
-    """The placeholders that are a part of some value of a tree."""
+def _placeholders_in(node: Any) -> list[str]:
+    """The placeholders within the values of a tree."""
     return [
         key
         for leaf in _nodes(node)
         if isinstance(leaf, str)
-        for key in re.findall(UNKNOWN.format("(.*?)"), leaf)
+        for key in re.findall(PLACEHOLDER.format("(.*?)"), leaf)
     ]
 
 
 def _dump(tree: Any) -> str:
-    """Yaml text, shared nodes as aliases."""
+    """Dumps a tree as yaml, with shared nodes as aliases."""
     stream = io.StringIO()
     ruamel.yaml.YAML().dump(tree, stream)
     return stream.getvalue()

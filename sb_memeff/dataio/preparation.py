@@ -1,4 +1,4 @@
-"""Shared by the data preparations of the recipes.
+"""Helpers of the recipes' data preparations.
 
 Authors
  * The sb_memeff authors 2026
@@ -22,7 +22,7 @@ class open_atomic:
     Arguments
     ---------
     path : str or Path
-        Where the file shall appear.
+        The file.
 
     Example
     -------
@@ -60,7 +60,7 @@ def write_csv(
     fields : list of str
         The header.
     rows : iterable of tuple
-        What follows it.
+        The rows below it.
 
     Example
     -------
@@ -77,16 +77,16 @@ def write_csv(
 
 
 class Prepared:
-    """Remembers with which options files were written.
+    """Records the options that files were written with.
 
     Arguments
     ---------
     record : str or Path
-        A json file next to them.
+        A json file next to the prepared files.
     options : dict
-        What the files depend on; json's types only.
+        Everything that the files depend on, of json's types.
     files : list of Path
-        The files.
+        The prepared files.
 
     Example
     -------
@@ -112,12 +112,12 @@ class Prepared:
         self.files = [Path(file) for file in files]
 
     def done(self) -> bool:
-        """Whether the files are there and were written with these options.
+        """Checks that the files exist and were written with these options.
 
         Returns
         -------
         bool
-            Whether.
+            True if nothing needs to be prepared.
         """
         try:
             same = json.loads(self.record.read_text("utf-8")) == self.options
@@ -127,7 +127,7 @@ class Prepared:
 
     def __enter__(self) -> None:
         self.record.parent.mkdir(parents=True, exist_ok=True)
-        # Without its record a folder counts as not prepared.
+        # A folder without a record counts as not prepared.
         self.record.unlink(missing_ok=True)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -137,30 +137,30 @@ class Prepared:
 
 
 def read_header(path: str | Path, sample_rate: int) -> int:
-    """Length of an audio file, by its header alone.
+    """Reads the length of an audio file from its header.
 
     Arguments
     ---------
     path : str or Path
         The file.
     sample_rate : int
-        What it must have, in Hz.
+        Required sample rate, in Hz.
 
     Returns
     -------
     int
-        Samples in the file.
+        Number of samples in the file.
 
     Raises
     ------
     ValueError
-        If it cannot be read or has another rate.
+        If the file cannot be read or has another rate.
     """
     try:
         info = soundfile.info(str(path))
     except soundfile.LibsndfileError as error:
         raise ValueError(
-            f"{path} is no readable audio file ({error}): remove or repair it."
+            f"{path} is not a readable audio file ({error}): remove or repair it."
         ) from error
     if info.samplerate != sample_rate:
         raise ValueError(

@@ -1,12 +1,11 @@
-"""Training data that is the same however it is loaded.
+"""Training data that is the same for any number of workers and after resuming.
 
 A DataLoader's random numbers (crops, for example) come from its worker
-processes, whose generators nobody can save. Here every item gets random
-numbers of its own, which depend on the seed, the epoch and the item's place in
-the epoch, and on nothing else: not on the number of workers, not on what the
-network draws, and not on whether the run was interrupted. The order of the
-items is another one in each epoch and the same after an interruption, too,
-whatever the sampler.
+processes, whose generators cannot be saved. Here each item has its own random
+numbers, which depend only on the seed, the epoch and the item's number in the
+epoch. They do not depend on the number of workers, on random numbers drawn by
+the network, or on interruptions. With any sampler, the order of the items
+changes from epoch to epoch and is the same after an interruption.
 
 Authors
  * The sb_memeff authors 2026
@@ -37,21 +36,21 @@ __all__ = [
 logger = get_logger(__name__)
 
 CPU = torch.device("cpu")
-# So many indices are compared to see whether an epoch goes on in its order.
+# Number of indices compared to detect that a resumed epoch has another order.
 COMPARED = 64
 
 
 @contextlib.contextmanager
 def seeded(*numbers: int) -> Generator[None, None, None]:
-    """Seeds Python's, numpy's and torch's generators for a while.
+    """Seeds Python's, numpy's and torch's generators within a context.
 
-    Afterwards they are where they were. The accelerators' generators are left
-    alone.
+    Their states are restored afterwards. The accelerators' generators are not
+    touched.
 
     Arguments
     ---------
     *numbers : int
-        What the seed depends on; not negative.
+        Non-negative numbers that determine the seed.
 
     Yields
     ------
@@ -85,15 +84,15 @@ def _set_global_states(states: tuple[Any, Any, torch.Tensor]) -> None:
 
 
 def set_epoch(sampler: Iterable[Any], epoch: int) -> None:
-    """Tells a sampler, and all samplers within it, which epoch begins.
+    """Sets the epoch of a sampler and of all samplers within it.
 
     Arguments
     ---------
     sampler : torch.utils.data.Sampler or iterable
-        Of indices, or of batches of indices. What has no ``set_epoch`` is
-        left alone.
+        Of indices, or of batches of indices. Samplers without
+        ``set_epoch`` are skipped.
     epoch : int
-        Its number.
+        Number of the epoch.
 
     Example
     -------
@@ -110,7 +109,7 @@ def set_epoch(sampler: Iterable[Any], epoch: int) -> None:
 
 
 def _parts(sampler: object) -> Iterator[Any]:
-    """Yields a sampler and the samplers that it holds, each once."""
+    """Yields a sampler and the samplers within it, each once."""
     found = []
     waiting = [sampler]
     while waiting:
@@ -124,14 +123,14 @@ def _parts(sampler: object) -> Iterator[Any]:
             waiting.extend(
                 v
                 for v in values
-                # Anything that can be iterated may serve as a sampler.
+                # A sampler need not be a Sampler: any iterable works.
                 if isinstance(v, Sampler)
                 or ("sampler" in name and hasattr(v, "__dict__"))
             )
 
 
 def _generators(sampler: object) -> list[Any]:
-    """The random generators that a sampler and its parts own."""
+    """The random generators of a sampler and the samplers within it."""
     kinds = (
         torch.Generator,
         random.Random,
@@ -147,7 +146,7 @@ def _generators(sampler: object) -> list[Any]:
 
 
 def _get_state(generator: Any) -> Any:
-    # Of types that torch.load reads with weights_only.
+    # In types that torch.load reads with weights_only.
     if isinstance(generator, torch.Generator):
         return generator.get_state()
     if isinstance(generator, random.Random):
@@ -175,13 +174,13 @@ def _set_state(generator: Any, state: Any) -> None:
 
 
 class SeededSampler(Sampler):
-    """A sampler whose order depends on the seed and the epoch alone.
+    """A sampler whose order depends only on the seed and the epoch.
 
-    What the sampler draws from Python's, numpy's and torch's generators is
-    seeded for each epoch, and the generators stay where they are. A generator
-    of its own goes on from epoch to epoch; its state is part of ``position``.
-    Any other state (a counter, for example) is the sampler's own affair: if
-    an epoch goes on in another order than it began, a warning says so.
+    Python's, numpy's and torch's generators are seeded for each epoch while the
+    sampler draws from them, and restored. The sampler's own generators
+    continue from epoch to epoch; their states are part of ``position``. Other
+    state of the sampler (a counter, for example) is not restored: if it changes
+    the order of a resumed epoch, a warning is logged.
 
     Arguments
     ---------
@@ -190,8 +189,8 @@ class SeededSampler(Sampler):
     seed : int
         Seed of the run, the same on all processes.
     ahead : int
-        So many indices are asked for at a time: the size of a batch, if the
-        sampler gives single indices.
+        Number of indices to draw at a time: the batch size if the sampler
+        yields single indices.
 
     Example
     -------
@@ -220,7 +219,7 @@ class SeededSampler(Sampler):
         Arguments
         ---------
         epoch : int
-            Its number.
+            Number of the epoch.
         """
         self.epoch = epoch
 
@@ -234,7 +233,7 @@ class SeededSampler(Sampler):
         self._start = [_get_state(g) for g in _generators(self.sampler)]
         self._first = first = []
         compared = 0 if resumed is None else resumed["compared"]
-        # Five numbers: an item's seed is made of four.
+        # Five numbers, so that the seed differs from all items' (of four).
         with seeded(self.seed, self.epoch, 0, 0, 1):
             iterator = iter(self.sampler)
             states = _global_states()
@@ -255,13 +254,13 @@ class SeededSampler(Sampler):
             self._compare(cast(dict[str, Any], resumed))
 
     def position(self) -> dict[str, Any]:
-        """Where the sampler stands, for ``resume``.
+        """Returns the sampler's position, for ``resume``.
 
         Returns
         -------
         dict
-            States of its generators when the epoch began and now, and what
-            tells the order of the epoch.
+            States of its generators at the start of the epoch and now, and a
+            digest of the epoch's order.
         """
         if self._resumed is not None:
             return self._resumed
@@ -274,15 +273,15 @@ class SeededSampler(Sampler):
         }
 
     def resume(self, position: dict[str, Any], end_of_epoch: bool) -> None:
-        """Goes to where another sampler stood.
+        """Moves to the position of an interrupted training's sampler.
 
         Arguments
         ---------
         position : dict
-            What ``position`` returned there.
+            Result of that sampler's ``position``.
         end_of_epoch : bool
-            Whether a new epoch begins. Otherwise the next one iterated is the
-            one that was interrupted.
+            Whether a new epoch begins. Otherwise the next iteration continues
+            the interrupted epoch.
         """
         if end_of_epoch:
             self._set_generators(position["now"])
@@ -298,10 +297,10 @@ class SeededSampler(Sampler):
             return
         logger.warning(
             f"{type(self.sampler).__name__} gives epoch {self.epoch} another "
-            "order than before the interruption: some items will come twice "
-            "in this epoch and others not at all. If neither the data nor the "
-            "sampler's settings have changed, let it depend on set_epoch, or "
-            "on random generators alone."
+            "order than before the interruption: this epoch repeats some items "
+            "and omits others. If neither the data nor the sampler's settings "
+            "have changed, make the order depend only on set_epoch and on "
+            "random generators."
         )
 
 
@@ -310,7 +309,7 @@ def _digest(indices: list[str]) -> str:
 
 
 class NumberedSampler(Sampler):
-    """Hands out each index with its place in the epoch.
+    """Yields each index with its number in the epoch.
 
     Arguments
     ---------
@@ -331,28 +330,28 @@ class NumberedSampler(Sampler):
         return len(cast(Sized, self.sampler))
 
     def __iter__(self) -> Iterator[Any]:
-        place = 0
+        number = 0
         for index in self.sampler:
             if isinstance(index, (list, tuple)):
-                yield [(place + n, i) for n, i in enumerate(index)]
-                place += len(index)
+                yield [(number + n, i) for n, i in enumerate(index)]
+                number += len(index)
             else:
-                yield place, index
-                place += 1
+                yield number, index
+                number += 1
 
 
 class SeededDataset(Dataset):
-    """A dataset whose items draw random numbers of their own.
+    """A dataset whose items have their own random numbers.
 
     Arguments
     ---------
     dataset : torch.utils.data.Dataset
-        Any with items at indices; its attributes can be read through this
+        Any map-style dataset. Its attributes can be read through this
         object.
     seed : int
         Seed of the run.
     rank : int
-        Number of the process, so that each draws other numbers.
+        Rank of the process; each rank draws different numbers.
 
     Example
     -------
@@ -372,7 +371,7 @@ class SeededDataset(Dataset):
         self.dataset = dataset
         self.seed = seed
         self.rank = rank
-        # In shared memory: workers that live on see the next epoch.
+        # In shared memory, so that persistent workers see the next epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
@@ -381,7 +380,7 @@ class SeededDataset(Dataset):
         Arguments
         ---------
         epoch : int
-            Its number.
+            Number of the epoch.
         """
         self._epoch.fill_(epoch)
 
@@ -389,16 +388,16 @@ class SeededDataset(Dataset):
         return len(cast(Sized, self.dataset))
 
     # pyrefly: ignore[bad-override-param-name]
-    def __getitem__(self, place_and_index: tuple[int, Any]) -> Any:
-        """An item.
+    def __getitem__(self, number_and_index: tuple[int, Any]) -> Any:
+        """Returns an item.
 
         Arguments
         ---------
-        place_and_index : tuple of int
-            As NumberedSampler gives them.
+        number_and_index : tuple of int
+            As from NumberedSampler.
         """
-        place, index = place_and_index
-        with seeded(self.seed, int(self._epoch), self.rank, place):
+        number, index = number_and_index
+        with seeded(self.seed, int(self._epoch), self.rank, number):
             return self.dataset[index]
 
     def __getattr__(self, name: str) -> Any:

@@ -1,4 +1,4 @@
-"""SpeechBrain's transducer search, made safe for batches and new networks.
+"""Transducer search that skips padding and always ends.
 
 Authors
  * The sb_memeff authors 2026
@@ -17,12 +17,13 @@ __all__ = ["TransducerBeamSearcher"]
 class TransducerBeamSearcher(transducer.TransducerBeamSearcher):
     """SpeechBrain's searcher with two differences.
 
-    Given lengths, it does not look at the padding. SpeechBrain's takes every
-    utterance for as long as the batch, and may find words behind the end.
-    And beam search ends: SpeechBrain's goes on in a frame for as long as the
-    blank is not among the ``beam_size`` best tokens, which for a network that
-    has not learnt much may be for ever. Here, after ``max_expansions``
-    hypotheses of one frame the others may only end it.
+    With lengths, it does not decode padding. SpeechBrain's searcher decodes
+    all frames of the batch, and may find words in the padding.
+
+    Beam search always ends. SpeechBrain's stays in a frame as long as the
+    blank is not among the ``beam_size`` best tokens, which may be for ever for
+    a barely trained network. Here, after ``max_expansions`` hypotheses of a
+    frame, the blank is the only token that may follow.
 
     Arguments
     ---------
@@ -30,7 +31,7 @@ class TransducerBeamSearcher(transducer.TransducerBeamSearcher):
         As for speechbrain.decoders.transducer.TransducerBeamSearcher.
     max_expansions : int
         Hypotheses that beam search expands in a frame. A trained network
-        needs about as many as the beam is wide.
+        needs about ``beam_size``.
     **kwargs : dict
         As for SpeechBrain's.
 
@@ -77,21 +78,21 @@ class TransducerBeamSearcher(transducer.TransducerBeamSearcher):
         list[list[list[int]]] | None,
         list[list[torch.Tensor]] | None,
     ]:
-        """Searches.
+        """Decodes the encoder's output.
 
         Arguments
         ---------
         tn_output : torch.Tensor
             [B, T, H], the encoder's output.
         wav_lens : torch.Tensor, optional
-            [B], relative to T. Without them all are of full length.
+            [B], relative to T; by default all are 1.
 
         Returns
         -------
         hyps : list of list of int
             Tokens of each utterance.
         score : torch.Tensor or None
-            As SpeechBrain's; None for greedy search with lengths.
+            As from SpeechBrain; None for greedy search with lengths.
         nbest : list or None
             The nbest hypotheses of each utterance; None for greedy search.
         nbest_scores : list or None
@@ -116,19 +117,19 @@ class TransducerBeamSearcher(transducer.TransducerBeamSearcher):
     def _greedy(
         self, tn_output: torch.Tensor, frames: list[int]
     ) -> list[list[int]]:
-        # From one utterance's end to the next one's, then on with the others.
+        # Decode up to the next end of an utterance, then drop that utterance.
         hyps = [[] for _ in frames]
-        alive = list(range(len(frames)))
+        active = list(range(len(frames)))
         done, state = 0, None
         for end in sorted(set(frames)):
             found, *_, state = self.transducer_greedy_decode(
-                tn_output[alive, done:end], state, return_hidden=True
+                tn_output[active, done:end], state, return_hidden=True
             )
-            for number, tokens in zip(alive, found):
+            for number, tokens in zip(active, found):
                 hyps[number] += tokens
-            lasting = [n for n, i in enumerate(alive) if frames[i] > end]
-            alive = [alive[n] for n in lasting]
-            state = self._get_sentence_to_update(lasting, *state)
+            kept = [n for n, i in enumerate(active) if frames[i] > end]
+            active = [active[n] for n in kept]
+            state = self._get_sentence_to_update(kept, *state)
             done = end
         return hyps
 

@@ -1,1 +1,1 @@
-"""Trained networks for others to use: SpeechBrain folders, ONNX, TorchScript."""
+"""Exports of trained networks: SpeechBrain folders, ONNX, TorchScript."""

@@ -1,4 +1,4 @@
-"""Finished speaker models as folders that SpeechBrain's inference loads.
+"""Exports speaker models as folders that SpeechBrain's inference loads.
 
 Authors
  * The sb_memeff authors 2026
@@ -19,7 +19,7 @@ from sb_memeff.export.standalone import export_onnx
 
 __all__ = ["best_checkpoint", "export_speaker_model", "export_speaker_onnx"]
 
-# What inference needs of a training run's hyperparams.yaml.
+# Keys of a training's hyperparams.yaml that inference needs.
 KEYS = (
     "sample_rate",
     "compute_features",
@@ -27,8 +27,8 @@ KEYS = (
     "embedding_model",
     "classifier",
 )
-# What it needs besides, for EncoderClassifier and SpeakerRecognition. Scores
-# are cosines of the embeddings as they are: mean_var_norm_emb does nothing.
+# The rest of the yaml file, for EncoderClassifier and SpeakerRecognition. Scores
+# are cosines of unnormalised embeddings: mean_var_norm_emb does nothing.
 INFERENCE_YAML = """
 mean_var_norm_emb: !new:speechbrain.nnet.containers.LengthsCapableSequential
     - !new:torch.nn.Identity
@@ -51,17 +51,17 @@ pretrainer: !new:speechbrain.utils.parameter_transfer.Pretrainer
 
 
 def best_checkpoint(save_folder: str | Path) -> Checkpoint | None:
-    """The checkpoint with the lowest ErrorRate, or None.
+    """Finds the checkpoint with the lowest ErrorRate.
 
     Arguments
     ---------
     save_folder : str
-        The ``save`` folder of a training run.
+        The ``save`` folder of a training.
 
     Returns
     -------
     Checkpoint or None
-        None if no epoch has been finished.
+        None if no epoch has finished.
     """
     # Checkpointer would create a folder that does not exist.
     if not Path(save_folder).is_dir():
@@ -77,7 +77,7 @@ def export_speaker_model(
     Arguments
     ---------
     output_folder : str
-        The ``output_folder`` of a training run with the VoxCeleb recipe.
+        The ``output_folder`` of a training with the VoxCeleb recipe.
     destination : str
         Folder to write to; it is created.
 
@@ -89,9 +89,9 @@ def export_speaker_model(
     Raises
     ------
     FileNotFoundError
-        If the run has not finished an epoch, or is none.
+        If ``output_folder`` is not of a training with a finished epoch.
     ValueError
-        If its yaml file lacks something that inference needs.
+        If its yaml file lacks a key that inference needs.
 
     Example
     -------
@@ -113,10 +113,10 @@ def export_speaker_model(
             sources[f"{name}.ckpt"] = checkpoint.path / f"{name}.ckpt"
     missing = [path for path in sources.values() if not path.is_file()]
     if checkpoint is None or missing:
-        what = missing[0] if missing else f"checkpoint in {save_folder}"
+        missing_item = missing[0] if missing else f"checkpoint in {save_folder}"
         raise FileNotFoundError(
-            f"There is no {what}: export needs the output_folder of a "
-            f"training run that has finished one epoch at least."
+            f"There is no {missing_item}: export needs the output_folder of a "
+            f"training that has finished at least one epoch."
         )
     text = inference_yaml(hyperparams)
 
@@ -124,7 +124,7 @@ def export_speaker_model(
     for name, path in sources.items():
         if name != "hyperparams.yaml":
             shutil.copyfile(path, destination / name)
-    # Last: a folder with a yaml file is complete.
+    # Last, so that a folder with a yaml file is complete.
     (destination / "hyperparams.yaml").write_text(text, encoding="utf-8")
     return checkpoint
 
@@ -135,8 +135,8 @@ def export_speaker_onnx(folder: str | Path) -> Path:
     Arguments
     ---------
     folder : str
-        What ``export_speaker_model`` made. ``embedding_model.onnx`` takes
-        the features that ``mean_var_norm`` returns, ``feats`` [B, T, F], and
+        Folder made by ``export_speaker_model``. ``embedding_model.onnx``
+        takes the features of ``mean_var_norm``, ``feats`` [B, T, F], and
         ``lengths`` [B]; see ``sb_memeff.export.standalone``.
 
     Returns
@@ -165,7 +165,7 @@ def export_speaker_onnx(folder: str | Path) -> Path:
 
 
 def inference_yaml(hyperparams: Path) -> str:
-    """The yaml text for inference from that of a training run.
+    """Makes the yaml text for inference from that of a training.
 
     Arguments
     ---------
@@ -184,17 +184,18 @@ def inference_yaml(hyperparams: Path) -> str:
         If a key is missing.
     """
     yaml = ruamel.yaml.YAML()
-    run = yaml.load(hyperparams)
-    missing = [key for key in KEYS if key not in run]
+    hparams = yaml.load(hyperparams)
+    missing = [key for key in KEYS if key not in hparams]
     if missing:
         raise ValueError(
             f"{hyperparams} lacks {', '.join(missing)}, which inference needs."
         )
     stream = io.StringIO()
-    stream.write("# Made by sb-memeff export from a training run.\n")
-    # Comments of the training yaml file hang on the nodes; they are about
-    # training.
-    kept = ruamel.yaml.comments.CommentedMap((key, run[key]) for key in KEYS)
+    stream.write("# Made by sb-memeff export from a training.\n")
+    # The nodes carry comments of the training's yaml file.
+    kept = ruamel.yaml.comments.CommentedMap(
+        (key, hparams[key]) for key in KEYS
+    )
     strip_comments(kept)
     yaml.dump(kept, stream)
     return stream.getvalue() + INFERENCE_YAML

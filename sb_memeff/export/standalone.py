@@ -1,16 +1,16 @@
-"""Trained networks as files that run without this package.
+"""Exports trained networks as files that run without this package.
 
-A trace of the forward pass, as ONNX or TorchScript, for batches of any size
-and any number of frames. It holds plain operations only: without gradients
-there is no memory to save.
+A file is a trace of the forward pass, as ONNX or TorchScript, for any batch
+size and any number of frames. It consists of plain operations: inference
+stores no activations, so there is no memory to save.
 
-The grid of a reversible network's streams is in it too (see
-``sb_memeff.nnet.reversible``), and bounds how closely two programs agree: a
-value that lies between two points of the grid, up to the rounding of float32,
-goes to either, 2**-12 apart. Embeddings of networks trained on speech, with
-values around 2, differ by up to 9e-5 in onnxruntime, as they do between two
-convolution algorithms of PyTorch; those of an untrained network can differ by
-1e-3. Networks without a grid agree to 1e-5.
+The trace includes the grid of a reversible network's streams (see
+``sb_memeff.nnet.reversible``). The grid limits how closely two programs agree:
+a value halfway between two points of the grid, up to float32's rounding, is
+rounded to either of them, which are 2**-12 apart. Embeddings of networks
+trained on speech, with values around 2, differ by up to 9e-5 in onnxruntime,
+and by as much between two convolution algorithms of PyTorch. Those of an
+untrained network can differ by 1e-3. Networks without a grid agree to 1e-5.
 
 Authors
  * The sb_memeff authors 2026
@@ -28,8 +28,8 @@ from torch import nn
 
 __all__ = ["export_onnx", "trace"]
 
-# Enough that a network with a stride of 8 and the reflected edges of
-# ECAPA-TDNN's dilated kernels are at home.
+# Enough for a network with a stride of 8 and for the reflect padding of
+# ECAPA-TDNN's dilated kernels.
 FRAMES = 101
 
 
@@ -41,22 +41,22 @@ def export_onnx(
 ) -> None:
     """Writes a network as an ONNX file.
 
-    The file's inputs are ``feats`` [B, T, input_size] and, if asked for,
+    The file's inputs are ``feats`` [B, T, input_size] and optionally
     ``lengths`` [B] (relative, as in SpeechBrain); its output is
-    ``embeddings``. B and T are free. The training mode and ``save_memory`` of
-    the network do not matter and stay as they are.
+    ``embeddings``. B and T are dynamic. The training mode and ``save_memory``
+    of the network do not matter and are not changed.
 
     Arguments
     ---------
     network : torch.nn.Module
-        Any of ``sb_memeff.lobes.models``, or a module called like them.
+        A network of ``sb_memeff.lobes.models``, or a module with the same
+        signature.
     path : str
         File to write.
     input_size : int
         Number of features per frame.
     with_lengths : bool
-        Whether batches are padded and their lengths are given. Without, all
-        frames count.
+        Whether the file takes lengths. Without them, all frames count.
 
     Raises
     ------
@@ -82,8 +82,8 @@ def export_onnx(
         free["lengths"] = {0: "batch"}
     inputs = example(network, input_size, with_lengths)
     with for_inference(network), affine_norms(network):
-        # The newer exporter (dynamo=True) gives the same function, takes
-        # twenty times as long and needs one more package.
+        # The newer exporter (dynamo=True) writes the same function, but takes
+        # twenty times as long and needs another package.
         torch.onnx.export(
             network,
             inputs,
@@ -99,18 +99,19 @@ def export_onnx(
 def trace(
     network: nn.Module, input_size: int, with_lengths: bool = False
 ) -> torch.jit.ScriptModule:
-    """A network as TorchScript, to ``save`` and load in C++ or Python.
+    """Traces a network as TorchScript, for C++ or Python.
 
-    It is called like the network, in inference. B and T are free.
+    The trace has the network's signature, for inference. B and T are dynamic.
 
     Arguments
     ---------
     network : torch.nn.Module
-        Any of ``sb_memeff.lobes.models``, or a module called like them.
+        A network of ``sb_memeff.lobes.models``, or a module with the same
+        signature.
     input_size : int
         Number of features per frame.
     with_lengths : bool
-        Whether it is called with lengths.
+        Whether the trace takes lengths.
 
     Returns
     -------
@@ -135,7 +136,7 @@ def trace(
 def example(
     network: nn.Module, input_size: int, with_lengths: bool
 ) -> tuple[torch.Tensor, ...]:
-    """Arguments that the network is traced with.
+    """Makes the example inputs of a trace.
 
     Arguments
     ---------
@@ -144,7 +145,7 @@ def example(
     input_size : int
         Number of features per frame.
     with_lengths : bool
-        Whether lengths are among it.
+        Whether to include lengths.
 
     Returns
     -------
@@ -153,7 +154,7 @@ def example(
     """
     weight = next(network.parameters())
     # One utterance: SpeechBrain's length_to_mask makes the number of lengths
-    # a constant of the trace, and one mask is stretched to any batch.
+    # a constant of the trace, and a mask of one broadcasts to any batch.
     feats = torch.zeros(
         1, FRAMES, input_size, device=weight.device, dtype=weight.dtype
     )
@@ -163,7 +164,7 @@ def example(
 
 @contextlib.contextmanager
 def for_inference(network: nn.Module) -> Generator[None, None, None]:
-    """Evaluation mode without gradients, and afterwards as it was.
+    """Sets evaluation mode without gradients, and restores the mode.
 
     Arguments
     ---------
@@ -179,8 +180,8 @@ def for_inference(network: nn.Module) -> Generator[None, None, None]:
     network.eval()
     try:
         with torch.no_grad(), warnings.catch_warnings():
-            # Shapes are compared while tracing: in checks, which hold for any
-            # size if they hold for one.
+            # Tracing warns of compared shapes. These are in checks, which hold
+            # for all sizes if they hold for one.
             warnings.simplefilter("ignore", torch.jit.TracerWarning)
             warnings.simplefilter("ignore", DeprecationWarning)
             warnings.filterwarnings("ignore", "Constant folding", UserWarning)
@@ -196,10 +197,10 @@ def for_inference(network: nn.Module) -> Generator[None, None, None]:
 
 @contextlib.contextmanager
 def affine_norms(network: nn.Module) -> Generator[None, None, None]:
-    """Gives batch norms without weights ones and zeros for a while.
+    """Temporarily gives affine parameters to batch norms without them.
 
-    The exporter would make them itself, and fails where it has lost track of
-    the number of channels.
+    The exporter would create ones and zeros itself, but fails if it cannot
+    infer the number of channels.
 
     Arguments
     ---------

@@ -1,4 +1,4 @@
-"""Check the input of a network.
+"""The input of a network: its checks and its memory format.
 
 Authors
  * The sb_memeff authors 2026
@@ -6,7 +6,7 @@ Authors
 
 import torch
 
-__all__ = ["check_features"]
+__all__ = ["check_features", "for_tensor_cores"]
 
 
 def check_features(
@@ -50,3 +50,31 @@ def check_features(
             f"Features are {x.dtype} and the network's weights {dtype}; call "
             f"feats.to({dtype}) or net.to({x.dtype})."
         )
+
+
+def for_tensor_cores(x: torch.Tensor) -> torch.Tensor:
+    """Puts channels last where convolutions run on tensor cores.
+
+    In half precision cuDNN's kernels for tensor cores take no other memory
+    format, and would transpose input and output of each convolution. All
+    later layers keep the format.
+
+    Arguments
+    ---------
+    x : torch.Tensor
+        Output of the first convolution [N, C, T, F].
+
+    Returns
+    -------
+    torch.Tensor
+        In ``torch.channels_last`` for half precision on a GPU, else x.
+
+    Example
+    -------
+    >>> x = torch.rand(1, 2, 3, 4)
+    >>> for_tensor_cores(x) is x
+    True
+    """
+    if x.is_cuda and x.dtype in (torch.float16, torch.bfloat16):
+        return x.contiguous(memory_format=torch.channels_last)
+    return x

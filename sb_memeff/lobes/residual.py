@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from sb_memeff.lobes.features import check_features
+from sb_memeff.lobes.features import check_features, for_tensor_cores
 from sb_memeff.lobes.presets import Presets
 from sb_memeff.nnet.padding import mask, padding_masks
 from sb_memeff.nnet.pooling import TemporalStatisticsPooling
@@ -412,7 +412,8 @@ class StagedNetwork(Presets, nn.Module):
         x = x.unsqueeze(1)
         if masks[0] is not None:
             x = x.masked_fill(masks[0], 0.0)
-        x = self.activation(mask(self.bn1(self.conv1(x)), masks[0]))
+        x = for_tensor_cores(self.conv1(x))
+        x = self.activation(mask(self.bn1(x), masks[0]))
         for stage, blocks in enumerate(
             cast(Iterable[nn.ModuleList], self.stages)
         ):

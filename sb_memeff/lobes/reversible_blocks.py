@@ -9,7 +9,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
+from sb_memeff.lobes.features import for_tensor_cores
 from sb_memeff.lobes.residual import conv1x1, conv3x3, make_activation
+from sb_memeff.nnet.norm_relu_conv import norm_relu_conv
 from sb_memeff.nnet.padding import mask
 from sb_memeff.nnet.pooling import TemporalStatisticsPooling
 
@@ -63,7 +65,7 @@ class NormActConv(nn.Module):
         torch.Tensor
             The output of the convolution.
         """
-        return self.conv(self.activation(mask(self.norm(x), padding)))
+        return norm_relu_conv(x, self.norm, self.activation, self.conv, padding)
 
 
 def basic_convolutions(
@@ -232,8 +234,10 @@ class Stem(nn.Module):
         """
         x = x.unsqueeze(1)
         if masks is None:
-            return self.conv(x)
-        return mask(self.conv(x.masked_fill(masks[0], 0.0)), masks[1])
+            return for_tensor_cores(self.conv(x))
+        return for_tensor_cores(
+            mask(self.conv(x.masked_fill(masks[0], 0.0)), masks[1])
+        )
 
 
 class PooledStatistics(nn.Module):

@@ -1,1 +1,1 @@
-"""Count the memory of a training step, without a GPU and without arithmetic."""
+"""Counts the memory of a training step without a GPU or arithmetic."""

@@ -33,29 +33,30 @@ from sb_memeff.memory.imports import around_imports
 
 __all__ = ["fake_tensors", "without_data"]
 
-# Lengths, masks and labels keep their values up to so many elements; numbers
-# with a fraction, of which networks are made, only to very few.
-MOST_WHOLE = 2**24
-MOST_FLOATING = 2**12
+# Largest number of elements of a tensor that keeps its values: integers and
+# booleans (lengths, masks, labels), and floating-point numbers (weights have
+# more).
+MAX_INTEGERS = 2**24
+MAX_FLOATS = 2**12
 
 
 @contextlib.contextmanager
 def fake_tensors() -> Generator[None, None, None]:
-    """Tensors made meanwhile are fake, but small ones keep their values.
+    """Makes fake tensors within the context; small ones keep their values.
 
-    torch's FakeTensorMode knows no values at all, so that code which looks at
-    a length stops it. Here whatever follows from small tensors alone
-    (lengths, masks, labels; not weights or activations) is computed as well.
+    In torch's FakeTensorMode no tensor has values, so code that reads a length
+    fails. Here everything that depends only on small tensors (lengths, masks,
+    labels; not weights or activations) is computed as well.
 
-    Real tensors that were there before (what caches hold) may be used;
-    afterwards they have their values of before. What modules that are imported
-    meanwhile make is real, too.
+    Existing real tensors, such as those in caches, may be used; afterwards their
+    old values are restored. Tensors made by modules that are imported within the
+    context are real.
 
     Raises
     ------
     ValueError
-        In the code that runs meanwhile, if it asks for a value that is not
-        known, or computes gradients of a tensor that was there before.
+        Within the context, if code reads an unknown value or computes
+        gradients of an existing real tensor.
 
     Example
     -------
@@ -67,13 +68,13 @@ def fake_tensors() -> Generator[None, None, None]:
     ('FakeTensor', torch.Size([1000, 10]), 5)
     """
     fake = FakeTensorMode()
-    # Small random tensors are drawn: not at the expense of others.
+    # Small random tensors are really drawn, so restore the random state.
     with (
         torch.random.fork_rng([]),
         _quiet(),
         fake,
         _KnownValues(fake),
-        # Constants of modules outlive this.
+        # Constants of imported modules outlive the context.
         around_imports(lambda module: _disable_current_modes()),
     ):
         yield
@@ -81,7 +82,7 @@ def fake_tensors() -> Generator[None, None, None]:
 
 @contextlib.contextmanager
 def _quiet() -> Generator[None, None, None]:
-    """Keeps torch from logging, with a traceback, errors that it raises."""
+    """Stops torch from logging the errors that it also raises."""
     logger = logging.getLogger(FakeTensorMode.__module__)
     before, logger.disabled = logger.disabled, True
     try:
@@ -91,19 +92,19 @@ def _quiet() -> Generator[None, None, None]:
 
 
 class _KnownValues(TorchDispatchMode):
-    """Computes small tensors beside their fakes."""
+    """Computes the values of small tensors besides their fakes."""
 
     def __init__(self, fake: FakeTensorMode):
         super().__init__()
         self.fake = fake
-        # Storages that were changed by something unknown.
-        self.spoilt = weakref.WeakSet()
-        # What real storages held before an operator changed them.
+        # Storages whose values have become unknown.
+        self.unknown = weakref.WeakSet()
+        # Values of real storages before an operator changed them.
         self.before = weakref.WeakKeyDictionary()
 
     # pyrefly: ignore[bad-override]
     def __exit__(self, *error: Any) -> Any:
-        """Gives real tensors back their values."""
+        """Restores the values of real tensors."""
         result = super().__exit__(*error)
         with torch._C._DisableTorchDispatch():
             for storage, values in self.before.items():
@@ -117,22 +118,22 @@ class _KnownValues(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Runs the operator on fakes and, if all is known, on values."""
+        """Runs the operator on fakes and, if all values are known, on values."""
         kwargs = kwargs or {}
         tensors = [
             x
             for x in tree_leaves((args, kwargs))
             if isinstance(x, torch.Tensor)
         ]
-        self.refuse_others(tensors)
+        self.check_modes(tensors)
         real = [x for x in tensors if not isinstance(x, FakeTensor)]
         if real and func is not torch.ops.aten.lift_fresh.default:
             for x in self.overwritten(func, args, kwargs):
-                self.remember_before(x)
+                self.save_values(x)
             if len(real) == len(tensors) and all(
                 self.value(x) is not None for x in real
             ):
-                # The state of a random generator, or a part of a cache.
+                # A random generator's state, or a part of a cache.
                 return self.on_values(func, args, kwargs)
             args, kwargs = tree_map_only(
                 torch.Tensor, self.converted, (args, kwargs)
@@ -140,93 +141,93 @@ class _KnownValues(TorchDispatchMode):
             tensors = [self.converted(x) for x in tensors]
         known = all(self.value(x) is not None for x in tensors)
         if func is torch.ops.aten.index.Tensor:
-            args = args[0], self.positions(args[1])
+            args = args[0], self.without_masks(args[1])
         try:
-            if func in _IMITATIONS and not known:
-                return _IMITATIONS[func](self, *args)
+            if func in _FAKE_FORMS and not known:
+                return _FAKE_FORMS[func](self, *args)
             result = func(*args, **kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException):
             if not known:
                 raise ValueError(
                     f"This step cannot be analysed without running it: "
-                    f"{func} asks for a value that depends on weights or data."
+                    f"{func} needs a value that depends on weights or data."
                 ) from None
             return self.faked(self.on_values(func, args, kwargs))
         if known and all(
-            x.numel() <= _most(x)
+            x.numel() <= _max_elements(x)
             for x in tree_leaves(result)
             if isinstance(x, torch.Tensor)
         ):
             self.remember(result, self.on_values(func, args, kwargs))
         else:
-            self.spoil(func, args, kwargs)
+            self.forget_overwritten(func, args, kwargs)
         return result
 
-    def refuse_others(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Raises for fakes that are not of this mode."""
+    def check_modes(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Raises if a fake is of another mode."""
         for x in tensors:
             if isinstance(x, FakeTensor) and x.fake_mode is not self.fake:
                 raise ValueError(
                     f"This step uses a fake tensor of another analysis, of "
-                    f"shape {list(x.shape)}: make it anew."
+                    f"shape {list(x.shape)}: create it again."
                 )
 
     def converted(self, tensor: torch.Tensor) -> FakeTensor:
-        """The fake of a real tensor, always the same one."""
+        """Returns the fake of a real tensor, the same one on each call."""
         if isinstance(tensor, FakeTensor):
             return tensor
         if tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(
                 f"This step computes gradients of a tensor of shape "
-                f"{list(tensor.shape)} that was made before the analysis: make "
-                f"it in build_model or in the step."
+                f"{list(tensor.shape)} that existed before the analysis: "
+                f"create it in build_model or in the step."
             )
         fake = self.fake.from_tensor(tensor)
         self.remember(fake, tensor)
         return fake
 
-    def remember_before(self, tensor: torch.Tensor) -> None:
-        """Keeps what a real tensor holds, to be given back."""
+    def save_values(self, tensor: torch.Tensor) -> None:
+        """Saves the values of a real tensor, to restore them later."""
         storage = tensor.untyped_storage()
         if not isinstance(tensor, FakeTensor) and storage not in self.before:
             with torch._C._DisableTorchDispatch():
                 self.before[storage] = storage.clone()
 
     def value(self, tensor: torch.Tensor) -> torch.Tensor | None:
-        """Values of a tensor, or None."""
-        found = tensor
+        """Returns the values of a tensor, or None if they are unknown."""
+        value = tensor
         if isinstance(tensor, FakeTensor):
-            found = getattr(tensor, "_sb_memeff_value", None)
-        if found is None or found.untyped_storage() in self.spoilt:
+            value = getattr(tensor, "_sb_memeff_value", None)
+        if value is None or value.untyped_storage() in self.unknown:
             return None
-        return found
+        return value
 
-    def positions(
+    def without_masks(
         self, indices: Iterable[torch.Tensor | None]
     ) -> list[torch.Tensor | None]:
-        """Known masks among indices as numbers, whose count is known too."""
-        found = []
+        """Replaces known masks among indices by integers of known number."""
+        result = []
         for index in indices:
             mask = None if index is None else self.value(index)
             if mask is not None and mask.dtype == torch.bool:
                 with torch._C._DisableTorchDispatch():
-                    places = mask.nonzero().unbind(1)
-                found += self.faked(places)
+                    integers = mask.nonzero().unbind(1)
+                result += self.faked(integers)
             else:
-                found.append(index)
-        return found
+                result.append(index)
+        return result
 
     def on_values(
         self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Runs the operator on values."""
         args, kwargs = tree_map_only(torch.Tensor, self.value, (args, kwargs))
-        # Below this mode there is only FakeTensorMode.
+        # The only mode below this one is FakeTensorMode.
         with torch._C._DisableTorchDispatch():
             return func(*args, **kwargs)
 
     def faked(self, result: Any) -> Any:
-        """The fakes of tensors, which remember them."""
+        """Converts tensors to fakes with known values."""
 
         def fake(value: torch.Tensor) -> FakeTensor:
             tensor = self.fake.from_tensor(value)
@@ -236,26 +237,26 @@ class _KnownValues(TorchDispatchMode):
         return tree_map_only(torch.Tensor, fake, result)
 
     def remember(self, result: Any, values: Any) -> None:
-        """Lets fakes know their values."""
+        """Attaches values to fakes."""
         for tensor, value in zip(
             tree_leaves(result), tree_leaves(values), strict=True
         ):
             if isinstance(tensor, FakeTensor):
                 cast(Any, tensor)._sb_memeff_value = value
 
-    def spoil(
+    def forget_overwritten(
         self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """Forgets what the operator overwrites."""
+        """Marks the values of overwritten tensors as unknown."""
         for tensor in self.overwritten(func, args, kwargs):
             value = self.value(tensor)
             if value is not None:
-                self.spoilt.add(value.untyped_storage())
+                self.unknown.add(value.untyped_storage())
 
     def overwritten(
         self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Iterator[torch.Tensor]:
-        """The tensors that the operator writes into."""
+        """Yields the tensors that the operator writes to."""
         for number, name in _overwritten(func):
             given = args[number] if number < len(args) else kwargs.get(name)
             for tensor in tree_leaves(given):
@@ -271,7 +272,7 @@ def _ctc_loss(
     counts: torch.Tensor,
     *options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss and alphas; FakeTensorMode has nothing for lengths in tensors."""
+    """Loss and alphas; FakeTensorMode does not support lengths in tensors."""
     rows, batch, _ = log_probs.shape
     with torch._C._DisableTorchDispatch():
         known = cast(torch.Tensor, mode.value(counts))
@@ -295,21 +296,22 @@ def _ctc_loss_backward(
 def _lstm(
     mode: _KnownValues, x: torch.Tensor, weight: torch.Tensor, *others: Any
 ) -> tuple[torch.Tensor, ...]:
-    """Workspace that oneDNN keeps for backward; FakeTensorMode overlooks it.
+    """Adds the workspace that oneDNN keeps for backward.
 
-    The gates, and states and gradients in rows as long as the longer of
-    input and state; measured, and within 3 % of it.
+    FakeTensorMode omits it. It consists of the gates, and of states and
+    gradients in rows as long as the longer of input and state. This is within
+    3 % of the measured size.
     """
     layer = torch.ops.aten.mkldnn_rnn_layer.default
     *outputs, _ = layer(x, weight, *others)
     steps, batch = outputs[0].shape[:2]
     hidden = weight.shape[0] // 4
     row = -(-max(x.shape[-1], hidden) // 16) * 16
-    kept = steps * 4 * hidden + (steps + 1) * (6 * row + 5 * hidden)
-    return (*outputs, x.new_empty(4 * batch * kept, dtype=torch.uint8))
+    elements = steps * 4 * hidden + (steps + 1) * (6 * row + 5 * hidden)
+    return (*outputs, x.new_empty(4 * batch * elements, dtype=torch.uint8))
 
 
-_IMITATIONS: dict[OpOverload, Callable[..., Any]] = {
+_FAKE_FORMS: dict[OpOverload, Callable[..., Any]] = {
     torch.ops.aten.mkldnn_rnn_layer.default: _lstm,
     torch.ops.aten._ctc_loss.Tensor: _ctc_loss,
     torch.ops.aten._ctc_loss_backward.Tensor: _ctc_loss_backward,
@@ -325,15 +327,15 @@ def _overwritten(func: OpOverload) -> list[tuple[int, str]]:
     ]
 
 
-def _most(tensor: torch.Tensor) -> int:
-    return MOST_FLOATING if tensor.is_floating_point() else MOST_WHOLE
+def _max_elements(tensor: torch.Tensor) -> int:
+    return MAX_FLOATS if tensor.is_floating_point() else MAX_INTEGERS
 
 
 def without_data(module: nn.Module) -> nn.Module:
-    """A copy of a module whose parameters and buffers are new and hold nothing.
+    """Copies a module with new, uninitialised parameters and buffers.
 
-    Under ``fake_tensors`` they take no memory. Other tensors in the module,
-    what it has cached, are shared with the copy.
+    Under ``fake_tensors`` they take no memory. The copy shares the module's
+    other tensors, such as cached ones.
 
     Arguments
     ---------
@@ -343,7 +345,7 @@ def without_data(module: nn.Module) -> nn.Module:
     Returns
     -------
     torch.nn.Module
-        The copy: same shapes, layouts, dtypes, devices.
+        The copy, with the same shapes, layouts, dtypes and devices.
 
     Example
     -------
@@ -361,7 +363,7 @@ def without_data(module: nn.Module) -> nn.Module:
 
 
 def _tensors_in(module: nn.Module) -> Iterator[torch.Tensor]:
-    """All tensors that copying a module would copy, however deep."""
+    """Yields all tensors that a deep copy of the module would copy."""
     found, queue = {}, [module]
     while queue:
         one = queue.pop()

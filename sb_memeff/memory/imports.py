@@ -1,4 +1,4 @@
-"""Run code around each module that is imported meanwhile.
+"""Executes imported modules within a context.
 
 Authors
  * The sb_memeff authors 2026
@@ -21,16 +21,16 @@ __all__ = ["around_imports"]
 def around_imports(
     context: Callable[[ModuleType], AbstractContextManager[Any]],
 ) -> Generator[None, None, None]:
-    """Executes modules that are imported meanwhile inside a context.
+    """Executes modules that are imported in the meantime within a context.
 
-    Networks import lazily, so the first analysis may be the first import. A
-    constant that a module makes then must not be a fake tensor.
+    Networks import lazily, so an analysis may import a module for the first
+    time. The module's constants must not be fake tensors.
 
     Arguments
     ---------
     context : callable
-        From the module to a context manager. What a module imports in turn is
-        executed inside it too; it is not entered twice.
+        Makes a context manager for a module. Modules that it imports in turn
+        are executed in the same context, which is not entered twice.
 
     Example
     -------
@@ -48,7 +48,7 @@ def around_imports(
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds what the other finders find."""
+    """Wraps the loaders that the other finders find."""
 
     def __init__(
         self, context: Callable[[ModuleType], AbstractContextManager[Any]]
@@ -62,7 +62,7 @@ class _Finder(importlib.abc.MetaPathFinder):
         path: Sequence[str] | None,
         target: ModuleType | None = None,
     ) -> ModuleSpec | None:
-        """The spec of the first finder that has one, its loader wrapped."""
+        """Returns the first finder's spec, with a wrapped loader."""
         for finder in sys.meta_path[sys.meta_path.index(self) + 1 :]:
             find = getattr(finder, "find_spec", None)
             spec = find(name, path, target) if find else None
@@ -74,18 +74,18 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 class _Loader(importlib.abc.Loader):
-    """Executes a module inside the context, and leaves no trace."""
+    """Executes a module within the context, then restores its own loader."""
 
     def __init__(self, loader: Loader, finder: _Finder):
         self.loader = loader
         self.finder = finder
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        """As the loader does."""
+        """See importlib.abc.Loader."""
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        """As the loader does, inside the context."""
+        """See importlib.abc.Loader; runs within the context."""
         spec = cast(ModuleSpec, module.__spec__)
         spec.loader = module.__loader__ = self.loader
         if self.finder.busy:

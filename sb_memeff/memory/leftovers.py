@@ -1,8 +1,8 @@
-"""Put back what an analysis on fake tensors leaves in other objects.
+"""Removes fake tensors that an analysis leaves in other objects.
 
-Networks memoise: SpeechBrain keeps the sines of its rotary positions for the
-whole process, others use ``functools.cache``, a dict of their module or an
-attribute. A fake tensor that stays there breaks the training that follows.
+Networks cache tensors: SpeechBrain keeps the sines of its rotary positions for
+the whole process, others use ``functools.cache``, a dict of their module or an
+attribute. A fake tensor in such a cache breaks the training that follows.
 
 Authors
  * The sb_memeff authors 2026
@@ -25,7 +25,7 @@ __all__ = ["no_leftovers"]
 
 logger = get_logger(__name__)
 
-# What they hold does not change, or is in a dict of its own.
+# Types whose contents do not change, or are in a separate dict.
 _FIXED = (
     type,
     types.ModuleType,
@@ -40,23 +40,24 @@ _FIXED = (
 )
 _SEQUENCES = (list, set, deque)
 _CONTAINERS = (dict, *_SEQUENCES)
-# To look for what holds more takes seconds; most of them are garbage.
-MOST_CACHED = 100
+# Searching for the holders of more leftovers takes seconds. Most of them are
+# garbage, so collect it first.
+MAX_LEFTOVERS = 100
 
 
 @contextlib.contextmanager
 def no_leftovers() -> Generator[None, None, None]:
-    """Lets no object that was there before keep a fake tensor made meanwhile.
+    """Removes fake tensors made within the context from all other objects.
 
-    Where an entry of a container, an attribute, a variable of a closure or a
-    cached result leads to such a tensor, it becomes what it was before, or
-    goes if there was none. All other changes stay. Local variables of running
-    functions are not looked at: decorate a function with it, so that it has
-    none left.
+    If an entry of a container, an attribute, a variable of a closure or a
+    cached result leads to such a tensor, its old value is restored, or it is
+    removed if it is new. All other changes remain. Local variables of running
+    functions are not examined; use it as a decorator, so that the function has
+    returned.
 
-    Where that cannot be done, a warning names the object. It takes some tenths
-    of a second to look at all objects of a process; inside another
-    ``no_leftovers``, "before" is before the outer one.
+    If a tensor cannot be removed, a warning names the object. Examining all
+    objects of a process takes some tenths of a second. Within another
+    ``no_leftovers``, the old values are those before the outer one.
 
     Example
     -------
@@ -70,47 +71,45 @@ def no_leftovers() -> Generator[None, None, None]:
     >>> sorted(memo.items())
     [('calls', 1), ('zeros', None)]
     """
-    if _before:
+    if _snapshots:
         try:
             yield
         finally:
-            _before[0].restore()
+            _snapshots[0].restore()
         return
-    before = _Before()
-    _before.append(before)
+    snapshot = _Snapshot()
+    _snapshots.append(snapshot)
     try:
-        # What a module makes when it is imported is meant to stay.
-        with around_imports(before.and_what_is_new):
+        # Objects that a module makes when it is imported must stay.
+        with around_imports(snapshot.extended):
             yield
     finally:
-        _before.clear()
-        before.restore()
-        before.forget()
+        _snapshots.clear()
+        snapshot.restore()
+        snapshot.release()
 
 
-# Of the outermost analysis.
-_before: list["_Before"] = []
+# The snapshot of the outermost analysis, if one is running.
+_snapshots: list["_Snapshot"] = []
 
 
-class _Before:
-    """The objects of the process, and what they hold when it is made."""
+class _Snapshot:
+    """All objects of the process, with their contents at construction."""
 
     def __init__(self):
-        # Alive until the end, so that no id is used twice.
+        # Keeps the objects alive, so that no id is used twice.
         self._objects: list[list[Any]] = []
-        # Id to (container, copy of what it held).
-        self._held: dict[int, tuple[Any, Any]] = {}
+        # Maps ids to (container, copy of its contents).
+        self._contents: dict[int, tuple[Any, Any]] = {}
         self._slots: dict[int, dict[types.MemberDescriptorType, Any]] = {}
         self._fakes: set[int] = set()
         with _without_collector():
             self._add(gc.get_objects())
 
     @contextlib.contextmanager
-    def and_what_is_new(
-        self, module: types.ModuleType
-    ) -> Generator[None, None, None]:
-        """Adds a module and the objects that are made meanwhile."""
-        # Now nothing is in the youngest generation.
+    def extended(self, module: types.ModuleType) -> Generator[None, None, None]:
+        """Adds a module and the objects made within the context."""
+        # Empties the youngest generation.
         gc.collect(0)
         with _without_collector():
             yield
@@ -151,30 +150,30 @@ class _Before:
 
     def _hold(self, containers: list[Any], copies: Iterable[Any]) -> None:
         pairs = zip(containers, copies, strict=True)
-        self._held.update(zip(map(id, containers), pairs, strict=True))
+        self._contents.update(zip(map(id, containers), pairs, strict=True))
 
-    def forget(self) -> None:
-        """Lets go of all objects."""
-        # They hold one another.
-        for known in (self._objects, self._held, self._slots):
+    def release(self) -> None:
+        """Releases all objects."""
+        # They refer to one another.
+        for known in (self._objects, self._contents, self._slots):
             known.clear()
 
     def restore(self) -> None:
-        """Takes the fakes made since then out of the objects of then."""
+        """Removes fakes made since then from the objects of the snapshot."""
         with _without_collector():
             leftovers = self._leftovers()
-            if len(leftovers) > MOST_CACHED:
+            if len(leftovers) > MAX_LEFTOVERS:
                 gc.collect()
                 leftovers = self._leftovers()
             if not leftovers:
                 return
-            leading, holders = self._holders(leftovers)
+            paths, holders = self._holders(leftovers)
             for holder in holders:
-                if not self._clean(holder, leading):
+                if not self._clean(holder, paths):
                     logger.warning(
-                        f"After an analysis {_name(holder)} holds a fake "
-                        f"tensor, which nothing but an analysis can use, and "
-                        f"which cannot be taken out of it: make it anew."
+                        f"After an analysis {_name(holder)} contains a fake "
+                        f"tensor that cannot be removed and is of no use "
+                        f"outside an analysis: create the object again."
                     )
 
     def _leftovers(self) -> list[FakeTensor]:
@@ -182,36 +181,36 @@ class _Before:
         return [x for x in found if id(x) not in self._fakes]
 
     def _holders(self, level: list[Any]) -> tuple[dict[int, Any], list[Any]]:
-        """New objects that lead to leftovers, by id; and what holds those."""
+        """Finds new objects that lead to leftovers, by id, and their holders."""
         old = {id(one) for objects in self._objects for one in objects}
-        old.update(self._held)
-        leading = {id(one): one for one in level}
+        old.update(self._contents)
+        paths = {id(one): one for one in level}
         holders = {}
         while level:
             found = gc.get_referrers(*level)
-            ours = {id(level), id(leading), id(holders)}
+            ours = {id(level), id(paths), id(holders)}
             found = [one for one in found if id(one) not in ours]
             held = set(map(id, gc.get_referents(*found)))
             for one in level:
-                # The collector does not see what holds it: threading.local.
+                # Its holder is invisible to the collector: threading.local.
                 if id(one) not in held and isinstance(one, _CONTAINERS):
                     holders[id(one)] = one
             level = []
             for one in found:
                 if id(one) in old:
                     holders[id(one)] = one
-                elif id(one) not in leading and not isinstance(
+                elif id(one) not in paths and not isinstance(
                     one, types.FrameType
                 ):
-                    leading[id(one)] = one
+                    paths[id(one)] = one
                     level.append(one)
-            # It would be found next time.
+            # Otherwise the next search would find it.
             del found
-        return leading, list(holders.values())
+        return paths, list(holders.values())
 
     def _clean(self, holder: Any, new: dict[int, Any]) -> bool:
-        """Whether all could be taken out that leads to leftovers."""
-        _, before = self._held.get(id(holder), (None, {}))
+        """Removes everything that leads to leftovers; False if it cannot."""
+        _, before = self._contents.get(id(holder), (None, {}))
         if isinstance(holder, dict):
             return _clean_dict(holder, before, new)
         if isinstance(holder, _SEQUENCES):
@@ -222,7 +221,7 @@ class _Before:
             return self._clean_cache(holder)
         space = _attributes(holder)
         if space is not None:
-            _, before = self._held.get(id(space), (None, {}))
+            _, before = self._contents.get(id(space), (None, {}))
             _clean_dict(space, before, new)
         slots = _slots(type(holder))
         _clean_slots(slots, holder, self._slots.get(id(holder), {}), new)
@@ -232,14 +231,13 @@ class _Before:
         )
 
     def _clean_cache(self, cached: Any) -> bool:
-        # Its entries cannot be looked into, but those that have come since
-        # then can be told from those that were there.
+        # Its entries cannot be examined, so remove all that are new.
         entries = next(
             one
             for one in gc.get_referents(cached)
             if type(one) is dict and one is not vars(cached)
         )
-        _, before = self._held.get(id(entries), (None, {}))
+        _, before = self._contents.get(id(entries), (None, {}))
         for key in [k for k, v in entries.items() if before.get(k) is not v]:
             del entries[key]
         if not entries:
@@ -247,7 +245,7 @@ class _Before:
         return True
 
 
-# --- taking what leads to a leftover out of one object -----------------------
+# --- removing paths to leftovers from one object -----------------------------
 
 
 def _clean_dict(holder: Any, before: Any, new: dict[int, Any]) -> bool:
@@ -257,7 +255,7 @@ def _clean_dict(holder: Any, before: Any, new: dict[int, Any]) -> bool:
         if isinstance(owner, type) and any(
             one is holder for one in gc.get_referents(owner)
         ):
-            # Classes keep a second table of what they have looked up.
+            # Set attributes on the class, which caches attribute lookups.
             target, put, drop = owner, type.__setattr__, type.__delattr__
     for key, value in list(dict.items(holder)):
         if id(key) in new or id(value) in new:
@@ -290,7 +288,7 @@ def _clean_slots(
     return True
 
 
-# --- what objects are made of ------------------------------------------------
+# --- contents of objects -----------------------------------------------------
 
 _CELL = (types.CellType.cell_contents,)
 
@@ -305,7 +303,7 @@ def _content(cell: types.CellType) -> dict[Any, Any]:
 def _read(
     slots: Iterable[types.MemberDescriptorType], one: object
 ) -> dict[types.MemberDescriptorType, Any]:
-    """Slot to value, without those that are empty."""
+    """Maps slots to values, without empty slots."""
     values = {}
     for slot in slots:
         try:
@@ -317,7 +315,7 @@ def _read(
 
 @functools.cache
 def _slots(kind: type) -> tuple[types.MemberDescriptorType, ...]:
-    """Names in __slots__ of a class and those above it."""
+    """The slots of a class and its bases."""
     return tuple(
         value
         for parent in kind.__mro__
@@ -328,14 +326,14 @@ def _slots(kind: type) -> tuple[types.MemberDescriptorType, ...]:
 
 
 def _has_attributes(kind: type) -> bool:
-    # Functions get a dict when they are asked for it; they are many.
+    # Skip functions: they are many, and reading creates their dicts.
     return kind.__dictoffset__ != 0 and kind is not types.FunctionType
 
 
 def _attributes(one: object) -> dict[str, Any] | None:
     """The dict of an object's attributes, or None."""
     try:
-        # A class may do anything if it is asked by vars().
+        # vars() could call any code of the class.
         space = object.__getattribute__(one, "__dict__")
     except AttributeError:
         return None
@@ -350,7 +348,7 @@ def _name(one: object) -> str:
 
 @contextlib.contextmanager
 def _without_collector() -> Generator[None, None, None]:
-    """Lists of all objects grow; the collector would walk them each time."""
+    """Disables the collector, which would walk the lists of all objects."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,4 +1,4 @@
-"""The largest number whose memory is within a limit.
+"""Searches for the largest number whose memory is within a limit.
 
 Authors
  * The sb_memeff authors 2026
@@ -13,21 +13,21 @@ __all__ = ["DoesNotFit", "largest"]
 def largest(
     peak: Callable[[int], int], limit: int, first: int = 1, most: int = 2**20
 ) -> tuple[int, int]:
-    """The largest whole number whose peak is within a limit.
+    """Finds the largest integer whose peak is within a limit.
 
-    Bisection; where the peak grows in a straight line, as it does with the
-    batch, the line through both ends finds the place in a few steps.
+    It bisects. If the peak grows linearly, as it does with the batch, linear
+    interpolation finds the number in a few steps.
 
     Arguments
     ---------
     peak : callable
-        From a whole number to bytes; it must not fall.
+        Returns the bytes of an integer; must not decrease.
     limit : int
-        Bytes.
+        Limit in bytes.
     first : int
-        The smallest number in question.
+        The smallest number to try.
     most : int
-        The largest.
+        The largest number to try.
 
     Returns
     -------
@@ -37,7 +37,7 @@ def largest(
     Raises
     ------
     DoesNotFit
-        If the smallest does not.
+        If the smallest number does not fit.
 
     Example
     -------
@@ -62,19 +62,19 @@ def largest(
         if slope > 0 and (tried < 4 or tried % 2):
             trial = low + int((limit - low_peak) / slope)
         else:
-            # Not a straight line, so that every other step must halve.
+            # Not linear: halve the interval in every other step.
             trial = min(2 * low, (low + high) // 2)
         trial = min(max(trial, low + 1), high - 1)
     return low, low_peak
 
 
 class DoesNotFit(ValueError):
-    """Not even the smallest fits.
+    """Raised if not even the smallest number fits.
 
     Arguments
     ---------
     peak : int
-        Bytes that it takes.
+        Bytes of the smallest number.
     """
 
     def __init__(self, peak: int):

@@ -35,26 +35,26 @@ class StepMemory:
     parameters : int
         Number of trainable parameters (a count, not bytes).
     parameter_bytes : int
-        What they take.
+        Their bytes.
     saved_bytes : int
         Activations alive between forward and backward.
     peak_bytes : int
-        The most that was alive at any time of a step: parameters, buffers,
-        gradients, optimizer states, activations and temporaries.
+        Largest number of bytes in use at any time of a step: parameters,
+        buffers, gradients, optimizer states, activations and temporaries.
     peak_phase : str
-        When that was: "forward", "backward" or "step".
+        Phase of the peak: "forward", "backward" or "step".
     peak_module : str
-        The module that was running then, or whose gradients were being
+        Module that was running at the peak, or whose gradients were being
         computed.
     split : dict
-        (module, kind) to bytes of the peak; for the kinds see KINDS.
+        Maps (module, kind) to bytes at the peak; for the kinds see KINDS.
     allocator_bytes : int or None
-        On a GPU, the most that torch's allocator held for this step.
+        On a GPU, the peak of torch's allocator in this step.
     timeline : dict
-        What was alive during the step that has the peak: phase ("forward",
-        "backward" and, with an optimizer, "step") to kind to a list of bytes,
-        at most 160 moments of each phase, evenly spread over its allocations
-        and frees. Their largest sum is the peak.
+        Memory in use during the step that has the peak. Maps phases
+        ("forward", "backward" and, with an optimizer, "step") to kinds to lists
+        of bytes. Each phase has at most 160 points, evenly spread over its
+        allocations and frees. The largest sum of a point is the peak.
     """
 
     parameters: int
@@ -69,29 +69,30 @@ class StepMemory:
 
     @property
     def activation_bytes(self) -> int:
-        """The peak beyond parameters and their gradients."""
+        """Bytes of the peak beyond parameters and their gradients."""
         return self.peak_bytes - 2 * self.parameter_bytes
 
     @property
     def by_kind(self) -> dict[str, int]:
-        """Kind to bytes of the peak, in the order of KINDS; sums to it."""
+        """Maps kinds to bytes at the peak, in the order of KINDS."""
         found = dict.fromkeys(KINDS, 0)
         for (_, kind), size in self.split.items():
             found[kind] += size
         return found
 
     def by_module(self, depth: int | None = None) -> dict[str, int]:
-        """Module to bytes of the peak, the largest first.
+        """Maps modules to bytes at the peak, the largest first.
 
         Arguments
         ---------
         depth : int, optional
-            Cut names after so many parts: 1 gives the model's own children.
+            Number of parts of a name to keep: 1 for the model's children.
 
         Returns
         -------
         dict
-            Name to bytes; "" is what belongs to no module. Sums to the peak.
+            Maps names to bytes, "" for memory outside modules. Sums to the
+            peak.
         """
         found = Counter()
         for (name, _), size in self.split.items():
@@ -108,38 +109,38 @@ def training_step_memory(
     fake: bool = True,
     device: str = "cpu",
 ) -> StepMemory:
-    """Measures forward, backward and (if asked) the optimizer's step.
+    """Counts the memory of forward, backward and, optionally, the optimizer.
 
     Arguments
     ---------
     build_model : callable
-        Returns the torch.nn.Module; called without arguments. Tensors that it
-        makes besides the module's own count as inputs.
+        Returns the torch.nn.Module; called without arguments. Other tensors
+        that it makes count as inputs.
     step : tuple of int or callable
-        Shape of the float32 input; or a function that takes the model, calls
-        it and returns its output or loss, a tensor.
+        Shape of the float32 input, or a function that calls the model, its
+        argument, and returns its output or loss, a tensor.
     optimizer : callable, optional
-        Takes the parameters and returns an optimizer. Two steps are run then,
-        so that its states are there when activations are largest.
+        Makes an optimizer from the parameters. Two steps are then run, so
+        that its states exist when activations are largest.
     autocast : torch.dtype, optional
-        Run forward under autocast with this dtype.
+        Dtype of autocast in forward.
     fake : bool
-        Fake tensors: no arithmetic, no memory. False runs the step. None of
-        them stays behind: see ``no_leftovers`` for objects outside the model
-        that build_model, step or the network itself keep some in.
+        Whether to use fake tensors, which need no memory and no arithmetic;
+        False runs the step. ``no_leftovers`` removes fake tensors that
+        build_model, step or the network store in other objects.
     device : str
-        Where the step runs with fake=False. On "cuda" the allocator's figure
-        is taken too.
+        Where the step runs with fake=False. On "cuda" the allocator's peak
+        is measured too.
 
     Returns
     -------
     StepMemory
-        What was counted.
+        The counted memory.
 
     Raises
     ------
     ValueError
-        If the step asks for a value that fake tensors do not know.
+        If the step reads a value that fake tensors do not have.
 
     Example
     -------
@@ -150,7 +151,7 @@ def training_step_memory(
     >>> memory.by_kind["gradients"]
     4004000
 
-    A step of one's own, here with a loss:
+    A custom step, here with a loss:
 
     >>> def step(model):
     ...     return model(torch.zeros(8, 1000)).square().mean()
@@ -188,11 +189,11 @@ def _measure(
             model.to(device)
         modules.name(model)
         if callable(step):
-            run = step
+            forward = step
         else:
             x = torch.zeros(step, device="cpu" if fake else device)
 
-            def run(model: nn.Module) -> torch.Tensor:
+            def forward(model: nn.Module) -> torch.Tensor:
                 return model(x)
 
         for block in tracker.blocks:
@@ -208,14 +209,14 @@ def _measure(
             starts = {"forward": tracker.clock}
             before = tracker.alive
             with torch.autocast(kind, autocast, enabled=bool(autocast)):
-                y = run(model)
+                y = forward(model)
             saved = tracker.alive - before
             for block in tracker.blocks[first:]:
                 if block.died is None:
                     block.kind = "activations"
             tracker.phase = "backward"
             starts["backward"] = tracker.clock
-            # Under fake tensors sum() would do; the gradient is what counts.
+            # A gradient of the output's shape counts as in training.
             y.backward(torch.ones_like(y))
             del y
             owned = list(_owned(model.named_parameters()))
@@ -232,8 +233,8 @@ def _measure(
             steps.append((starts, tracker.clock))
             if updater:
                 updater.zero_grad()
-    # The last step has the peak, unless the first one needs more to make the
-    # optimizer's states than a later one to use them.
+    # The last step has the peak, unless the first step's allocation of the
+    # optimizer's states needs more.
     timeline = max(
         (tracker.timeline(*step) for step in reversed(steps)), key=_highest
     )
@@ -263,7 +264,7 @@ def _highest(timeline: Timeline) -> int:
 
 
 def _tensors(state: object) -> Iterator[torch.Tensor]:
-    """All tensors of an optimizer's state, those in its objects too."""
+    """Yields all tensors of an optimizer's state, including its objects'."""
     for leaf in tree_leaves(state):
         if isinstance(leaf, torch.Tensor):
             yield leaf
@@ -274,6 +275,6 @@ def _tensors(state: object) -> Iterator[torch.Tensor]:
 def _owned(
     named: Iterable[tuple[str, torch.Tensor]],
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """(module, tensor) of (name, tensor)."""
+    """Replaces each tensor's name by the name of its module."""
     for name, tensor in named:
         yield name.rpartition(".")[0], tensor

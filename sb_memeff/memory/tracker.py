@@ -1,4 +1,4 @@
-"""What is alive while code runs: storages by kind, module and phase.
+"""Tracks storages in use by kind, module and phase.
 
 Authors
  * The sb_memeff authors 2026
@@ -25,10 +25,10 @@ from sb_memeff.utils.hooks import only_observes
 
 __all__ = ["KINDS", "ModuleTracker", "StorageTracker", "Timeline"]
 
-# What memory is for, in the order of tables and pictures. "inputs" is the
-# batch; "activations" were made in forward and wait for backward; "recomputed"
-# ones were made by a module that backward ran once more; "temporaries" is all
-# else that lives for a moment, gradients of activations above all.
+# Kinds of memory, in the order of tables and pictures. "inputs" is the batch.
+# "activations" are made in forward and kept for backward. "recomputed" ones are
+# made by a module that runs again in backward. "temporaries" are all others,
+# mainly gradients of activations.
 KINDS = (
     "parameters",
     "buffers",
@@ -42,17 +42,17 @@ KINDS = (
 
 # Phase to kind to bytes.
 Timeline = dict[str, dict[str, list[int]]]
-# Of a phase in a timeline; a picture shows no more.
+# Points of a phase in a timeline; a picture cannot show more.
 POINTS = 160
 
 
 class Block:
-    """A storage: its size, when it was alive, and where it was made.
+    """A storage: its size, lifetime and origin.
 
     Arguments
     ---------
     size : int
-        Bytes.
+        Size in bytes.
     born : int
         Time of allocation, counted in allocations and frees.
     phase : str
@@ -60,7 +60,7 @@ class Block:
     module : str
         Name of the module.
     recomputed : bool
-        Made in backward by a module's forward.
+        Whether a module's forward made it in backward.
     """
 
     __slots__ = ("size", "born", "died", "phase", "module", "kind")
@@ -75,19 +75,19 @@ class Block:
 
 
 class StorageTracker(TorchDispatchMode):
-    """Adds up the storages that are alive, and remembers the most.
+    """Counts the bytes of storages in use, and their peak.
 
-    Every tensor that an operator takes or returns while the mode is on is
-    counted until its storage is freed; views and in-place results share a
-    storage and count once. What an operator uses inside itself (a convolution's
-    workspace) is not seen.
+    Every tensor that an operator takes or returns while the mode is active is
+    counted until its storage is freed. Views and in-place results share a
+    storage and count once. Memory within an operator (a convolution's
+    workspace) is not counted.
 
     Arguments
     ---------
-    but : iterable of torch.Tensor
-        Tensors that were there before and do not count, nor do their views.
+    exclude : iterable of torch.Tensor
+        Existing tensors, whose storages are not counted.
     modules : ModuleTracker, optional
-        Knows which module runs.
+        Tracks the running module.
 
     Example
     -------
@@ -101,7 +101,7 @@ class StorageTracker(TorchDispatchMode):
 
     def __init__(
         self,
-        but: Iterable[torch.Tensor] = (),
+        exclude: Iterable[torch.Tensor] = (),
         modules: "ModuleTracker | None" = None,
     ):
         super().__init__()
@@ -112,11 +112,13 @@ class StorageTracker(TorchDispatchMode):
         self._modules = modules
         self._known: weakref.WeakKeyDictionary[
             torch.UntypedStorage, Block | None
-        ] = weakref.WeakKeyDictionary((x.untyped_storage(), None) for x in but)
+        ] = weakref.WeakKeyDictionary(
+            (x.untyped_storage(), None) for x in exclude
+        )
         self.restart()
 
     def restart(self) -> None:
-        """Forgets the peak so far."""
+        """Resets the peak."""
         self.peak, self._peak_time = self.alive, self.clock
         self.peak_phase, self.peak_module = self.phase, ""
 
@@ -127,11 +129,11 @@ class StorageTracker(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Runs the operator and counts what it takes and returns."""
+        """Runs the operator and counts its arguments and results."""
         result = func(*args, **(kwargs or {}))
         tensors = [result]
         if func is not torch.ops.aten.lift_fresh.default:
-            # What a cache holds was not made here.
+            # Constants are not new.
             tensors += [args, kwargs]
         for leaf in tree_leaves(tensors):
             if isinstance(leaf, torch.Tensor):
@@ -166,15 +168,15 @@ class StorageTracker(TorchDispatchMode):
         self.alive -= block.size
 
     def label(self, kind: str, tensors: Iterable[tuple[str, object]]) -> None:
-        """Says what tensors are for.
+        """Sets the kind of tensors.
 
         Arguments
         ---------
         kind : str
             One of KINDS.
         tensors : iterable of tuple
-            (name of the module, tensor); what is not a tensor, or was there
-            before, is passed over.
+            Pairs (name of the module, tensor). Other objects and excluded
+            tensors are skipped.
         """
         for module, tensor in tensors:
             block = None
@@ -184,12 +186,12 @@ class StorageTracker(TorchDispatchMode):
                 block.kind, block.module = kind, module
 
     def at_peak(self) -> Counter[tuple[str, str]]:
-        """Storages that were alive at the peak.
+        """Returns the memory in use at the peak.
 
         Returns
         -------
         collections.Counter
-            (module, kind) to bytes.
+            Maps (module, kind) to bytes.
         """
         found = Counter()
         for block in self.blocks:
@@ -200,24 +202,24 @@ class StorageTracker(TorchDispatchMode):
         return found
 
     def timeline(self, starts: dict[str, int], end: int) -> Timeline:
-        """What was alive during a step.
+        """Returns the memory in use during a step.
 
-        Ask when the kinds are known: a gradient is a temporary until backward
-        has given it to its parameter.
+        Call it after ``label``: a gradient counts as a temporary until it is
+        labelled.
 
         Arguments
         ---------
         starts : dict
-            Phase to the time of its start, in order.
+            Maps phases to their start times, in order.
         end : int
-            Time of the last one's end.
+            End time of the last phase.
 
         Returns
         -------
         dict
-            Phase to kind to a list of bytes. Each point stands for an equal
-            part of the phase, counted in allocations and frees, and is the
-            moment of that part when most was alive.
+            Maps phases to kinds to lists of bytes. A phase is divided into
+            equal parts, counted in allocations and frees. Each point is the
+            peak of one part.
         """
         times = [*starts.values(), end]
         begin = times[0]
@@ -235,7 +237,7 @@ class StorageTracker(TorchDispatchMode):
             moments = range(first - begin, last - begin + 1)
             count = min(POINTS, len(moments))
             cuts = [len(moments) * i // count for i in range(count + 1)]
-            # Thinning must not hide a peak.
+            # Keep each part's peak.
             shown = [
                 max(moments[i:j], key=totals.__getitem__)
                 for i, j in pairwise(cuts)
@@ -247,10 +249,10 @@ class StorageTracker(TorchDispatchMode):
 
 
 class ModuleTracker:
-    """Which module runs; in backward, whose forward is undone.
+    """Tracks the running module; in backward, the module of the current node.
 
-    Nodes of the graph are numbered as they are made; the numbers tell in
-    backward which module made a node.
+    Autograd numbers nodes in the order of their creation, so a node's number
+    identifies the module that made it.
 
     Example
     -------
@@ -274,7 +276,7 @@ class ModuleTracker:
         self._numbers, self._makers = [0], [""]
 
     def name(self, model: nn.Module) -> None:
-        """Learns the names of a model's modules.
+        """Sets the names of a model's modules.
 
         Arguments
         ---------
@@ -284,7 +286,7 @@ class ModuleTracker:
         self._names.update((m, name) for name, m in model.named_modules())
 
     def __enter__(self) -> "ModuleTracker":
-        """Begins to follow."""
+        """Installs the hooks."""
         self._hooks = [
             only_observes(register_module_forward_pre_hook(self._enter)),
             only_observes(
@@ -294,18 +296,17 @@ class ModuleTracker:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Ends."""
+        """Removes the hooks."""
         for hook in self._hooks:
             hook.remove()
 
     def current(self) -> tuple[str, bool]:
-        """The module at work.
+        """Returns the current module.
 
         Returns
         -------
         tuple
-            Its name ("" for none that is known), and whether its forward is
-            running.
+            Its name ("" if unknown), and whether its forward is running.
         """
         if self._stack:
             return self._stack[-1], True
@@ -313,8 +314,8 @@ class ModuleTracker:
         if node is None:
             return "", False
         number = node._sequence_nr()
-        place = bisect.bisect_right(self._numbers, number) - 1
-        return self._makers[place], False
+        index = bisect.bisect_right(self._numbers, number) - 1
+        return self._makers[index], False
 
     def _enter(self, module: nn.Module, inputs: Any) -> None:
         outer = self._stack[-1] if self._stack else ""

@@ -1,4 +1,4 @@
-"""Numbers of bytes for people.
+"""Parses and formats numbers of bytes.
 
 Authors
  * The sb_memeff authors 2026
@@ -11,12 +11,12 @@ __all__ = ["format_bytes", "parse_bytes"]
 
 
 def parse_bytes(size: float | str) -> int:
-    """The number of bytes that a size such as "11GB" stands for.
+    """Parses a size such as "11GB".
 
     Arguments
     ---------
     size : int or str
-        Bytes; or a number and one of B, kB, MB, GB, TB (powers of 1000),
+        Number of bytes, or a number with a unit: B, kB, MB, GB, TB (powers of 1000),
         KiB, MiB, GiB, TiB (powers of 1024).
 
     Returns
@@ -27,7 +27,7 @@ def parse_bytes(size: float | str) -> int:
     Raises
     ------
     ValueError
-        If it is neither, or not positive.
+        If the size has another form, or is not positive.
 
     Example
     -------
@@ -53,7 +53,7 @@ def parse_bytes(size: float | str) -> int:
 
 
 def format_bytes(size: int) -> str:
-    """A number of bytes for people.
+    """Formats a number of bytes.
 
     Arguments
     ---------
@@ -63,7 +63,7 @@ def format_bytes(size: int) -> str:
     Returns
     -------
     str
-        Three digits or more and B, kB, MB or GB (powers of 1000).
+        At least three digits and B, kB, MB or GB (powers of 1000).
 
     Example
     -------

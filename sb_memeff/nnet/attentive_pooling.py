@@ -7,11 +7,11 @@ Okabe et al., "Attentive Statistics Pooling for Deep Speaker Embedding"
     e = V a + c                          w = softmax over time of e
     output: mean and standard deviation over time of x with the weights w
 
-Written so, [x; mean; std] has three times the channels of x, and e, w and the
-deviations as many as x each. But W [x; mean; std] is a sum over channels, and
-what follows a treats every channel apart: both can be computed, and in
-backward computed again, for a few channels at a time. Only h and a, with few
-channels, exist as a whole.
+In these formulas [x; mean; std] has three times the channels of x, and e, w and
+the deviations each have as many as x. But W [x; mean; std] is a sum over
+channels, and everything after a treats channels independently. Both can
+therefore be computed, and recomputed in backward, for a few channels at a time.
+Only h and a, which have few channels, exist as a whole.
 
 Authors
  * The sb_memeff authors 2026
@@ -31,7 +31,7 @@ from sb_memeff.nnet.replay.recorder import Recorder
 
 __all__ = ["attentive_statistics_pooling"]
 
-# Channels at a time: few beside the hundreds or thousands of x, and enough
+# Channels at a time: few compared with the hundreds or thousands of x, but enough
 # to keep a GPU busy.
 WIDTH = 128
 
@@ -43,7 +43,7 @@ def attentive_statistics_pooling(
     save_memory: bool = True,
     padding: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """SpeechBrain's AttentiveStatisticsPooling in less memory.
+    """Computes SpeechBrain's AttentiveStatisticsPooling in less memory.
 
     Arguments
     ---------
@@ -52,13 +52,13 @@ def attentive_statistics_pooling(
     x : torch.Tensor
         [N, C, T].
     lengths : torch.Tensor, optional
-        Relative lengths [N]; padded frames count neither in the context nor
-        in the statistics.
+        Relative lengths [N]. Padded frames are excluded from context and
+        statistics.
     save_memory : bool
-        False stores what backward needs instead of computing it again.
+        False stores all activations instead of recomputing them.
     padding : torch.Tensor, optional
-        Instead of lengths: padded frames [N, 1, T]. SpeechBrain's mask may
-        count one more frame, where the product of length and T is rounded up.
+        Padded frames [N, 1, T], instead of lengths. SpeechBrain's mask may
+        include one more frame if the product of length and T is rounded up.
 
     Returns
     -------
@@ -81,28 +81,28 @@ def attentive_statistics_pooling(
         if lengths is None:
             lengths = torch.ones(x.shape[0], device=x.device)
         mask = length_to_mask(lengths * frames, max_len=frames, device=x.device)
-        # In half precision 1 / frames is off by a thousandth.
+        # In half precision 1 / frames has an error of a thousandth.
         mask = mask.unsqueeze(1).to(
             torch.promote_types(mask.dtype, torch.float32)
         )
-    known = {"mask": mask, "eps": pooling.eps}
+    common = {"mask": mask, "eps": pooling.eps}
 
     tdnn = pooling.tdnn
     conv = tdnn.conv.conv
-    # The channels of x first, to be sliced with x.
+    # The input channels first, to be sliced with x.
     weights = conv.weight.transpose(0, 1).split(x.shape[1])
     function = _context if pooling.global_context else _projection
     h, x = _over_channels(
-        partial(function, **known), "sum", save_memory, x, (), weights
+        partial(function, **common), "sum", save_memory, x, (), weights
     )
-    # TDNNBlock and the attention have biases, whatever their arguments.
+    # TDNNBlock and the attention always have biases.
     h = h + conv.bias.to(h.dtype).unsqueeze(1)
     a = pooling.tanh(tdnn.dropout(tdnn.norm(tdnn.activation(h))))
-    # All slices add to its gradient, in its precision.
+    # All slices add to the gradient of a, in the dtype of a.
     a = a.to(torch.promote_types(a.dtype, torch.float32))
     conv = pooling.conv.conv
     pooled, _ = _over_channels(
-        partial(_attend, **known),
+        partial(_attend, **common),
         "cat",
         save_memory,
         x,
@@ -123,7 +123,7 @@ def _statistics(
 def _projection(
     x: torch.Tensor, w_x: torch.Tensor, mask: torch.Tensor, eps: float
 ) -> torch.Tensor:
-    """Share of a few channels in h, [N, A, T]."""
+    """Contribution of a few channels to h, [N, A, T]."""
     return F.conv1d(x, w_x.transpose(0, 1))
 
 
@@ -135,7 +135,7 @@ def _context(
     mask: torch.Tensor,
     eps: float,
 ) -> torch.Tensor:
-    """The same with the context: their means and deviations."""
+    """The same with the context, their means and deviations."""
     weight = mask / mask.sum(2, keepdim=True)
     mean, std = (s.to(x.dtype) for s in _statistics(x, weight, eps))
     h = F.conv1d(x, w_x.transpose(0, 1))
@@ -164,12 +164,12 @@ def _over_channels(
     shared: Sequence[torch.Tensor],
     weights: Sequence[torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """function(x, *shared, *weights), a few channels at a time.
+    """Computes function(x, *shared, *weights), a few channels at a time.
 
-    The slices' results are added up ("sum") or stand side by side ("cat").
-    x is returned too, for the next function: through it the gradient of x
-    comes back, and what belongs to this function is added in place instead of
-    in a second tensor of that size. Nothing else may use x.
+    The slices' results are summed ("sum") or concatenated ("cat"). x is
+    returned too, and must be passed to the next function and used nowhere else.
+    The gradient of x then arrives through it, and this function's part is added
+    in place instead of in a second tensor of that size.
     """
     if save_memory and torch.is_grad_enabled():
         return _OverChannels.apply(
@@ -198,7 +198,7 @@ def _joined(
         return torch.cat(list(results), dim=1)
     total = next(results)
     dtype = total.dtype
-    # Many small parts: rounded to a low precision only at the end.
+    # Sum many small parts in float32; round at the end.
     total = total.to(torch.promote_types(dtype, torch.float32))
     for result in results:
         total = total + result
@@ -206,7 +206,7 @@ def _joined(
 
 
 class _OverChannels(torch.autograd.Function):
-    """``_joined`` that stores its inputs and computes slices again."""
+    """``_joined`` that stores its inputs and recomputes slices in backward."""
 
     @staticmethod
     def forward(
@@ -220,7 +220,7 @@ class _OverChannels(torch.autograd.Function):
         ctx.function = function
         ctx.join = join
         ctx.count = count
-        # No function here draws random numbers.
+        # These functions draw no random numbers.
         ctx.recorder = Recorder(x.device, follow_random=False)
         ctx.save_for_backward(x, *tensors)
         ctx.set_materialize_grads(False)
@@ -248,11 +248,11 @@ class _OverChannels(torch.autograd.Function):
             part, parts = inputs[0], inputs[1 : 1 + len(parts)]
             with torch.enable_grad(), ctx.recorder.autocast():
                 value = ctx.function(part, *inputs[1 + len(parts) :], *parts)
-            wanted = gradient
+            upstream = gradient
             if ctx.join == "cat":
-                wanted = gradient.narrow(1, start, value.shape[1])
+                upstream = gradient.narrow(1, start, value.shape[1])
                 start += value.shape[1]
-            found = torch.autograd.grad(value, inputs, wanted.to(value.dtype))
+            found = torch.autograd.grad(value, inputs, upstream.to(value.dtype))
             del value
             for target, more in zip((*targets, *d_shared), found, strict=True):
                 target.add_(more)

@@ -120,6 +120,19 @@ def _batch_statistics(
     return mean, variance
 
 
+def _laid_out_like(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """A weight in the memory format of the input.
+
+    Where the input itself is missing, the weight decides that of the gradient.
+    """
+    if x.is_contiguous():
+        return weight
+    _, channels, rows, columns = weight.shape
+    # Also for a kernel of 1 x 1, which torch takes for either format.
+    strides = channels * rows * columns, 1, columns * channels, channels
+    return weight.new_empty_strided(weight.shape, strides).copy_(weight)
+
+
 class _Settings(NamedTuple):
     """Of a batch norm and a convolution."""
 
@@ -144,12 +157,14 @@ class _NormReLUConv(torch.autograd.Function):
         padding: torch.Tensor | None,
         settings: _Settings,
     ) -> torch.Tensor:
+        dtype = settings.dtype
+        narrow = weight.to(dtype)
         ctx.save_for_backward(
-            x, norm_weight, norm_bias, mean, variance, weight, padding
+            x, norm_weight, norm_bias, mean, variance, narrow, padding
         )
         ctx.settings = settings
+        ctx.weight_dtype = weight.dtype
         ctx.bias = None if bias is None else (list(bias.shape), bias.dtype)
-        dtype = settings.dtype
         y = norm_relu(
             x,
             norm_weight,
@@ -163,9 +178,7 @@ class _NormReLUConv(torch.autograd.Function):
         if bias is not None:
             bias = bias.to(dtype)
         with torch.autocast(x.device.type, enabled=False):
-            return nn.functional.conv2d(
-                y, weight.to(dtype), bias, *settings.of_conv
-            )
+            return nn.functional.conv2d(y, narrow, bias, *settings.of_conv)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -173,24 +186,23 @@ class _NormReLUConv(torch.autograd.Function):
     def backward(
         ctx: Any, gradient: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
-        x, norm_weight, norm_bias, mean, variance, weight, padding = (
+        x, norm_weight, norm_bias, mean, variance, narrow, padding = (
             ctx.saved_tensors
         )
         eps, of_batch, dtype, (stride, pad, dilation, groups) = ctx.settings
         norm = x, norm_weight, norm_bias, mean, variance, eps, padding
         needs_norm = any(ctx.needs_input_grad[:3])
         needs_weight, needs_bias = ctx.needs_input_grad[5:7]
-        narrow = weight.to(dtype)
         shape, bias_dtype = ctx.bias or (None, None)
 
         def conv_backward(
-            y: torch.Tensor, wanted: list[bool]
+            y: torch.Tensor, weight: torch.Tensor, wanted: list[bool]
         ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             with torch.autocast(gradient.device.type, enabled=False):
                 return torch.ops.aten.convolution_backward(
                     gradient,
                     y,
-                    narrow,
+                    weight,
                     shape,
                     stride,
                     pad,
@@ -206,21 +218,25 @@ class _NormReLUConv(torch.autograd.Function):
         for_weight = for_bias = None
         if needs_weight or needs_bias:
             _, for_weight, for_bias = conv_backward(
-                norm_relu(*norm, dtype), [False, needs_weight, needs_bias]
+                norm_relu(*norm, dtype),
+                narrow,
+                [False, needs_weight, needs_bias],
             )
         found: tuple[torch.Tensor | None, ...] = None, None, None
         if needs_norm:
             # Only the shape of the input matters.
             like = torch.empty((), dtype=dtype, device=x.device).expand(x.shape)
-            for_y, _, _ = conv_backward(like, [True, False, False])
+            for_y, _, _ = conv_backward(
+                like, _laid_out_like(narrow, x), [True, False, False]
+            )
             del gradient
             found = norm_relu_backward(for_y, *norm, of_batch)
         return (
             *found,
             None,
             None,
-            for_weight.to(weight.dtype) if needs_weight else None,
-            for_bias.to(bias_dtype) if needs_bias else None,
+            None if for_weight is None else for_weight.to(ctx.weight_dtype),
+            None if for_bias is None else for_bias.to(bias_dtype),
             None,
             None,
         )

@@ -1,4 +1,4 @@
-"""Which frames of a padded batch are padding, at every stage of a network.
+"""Masks of the padded frames of a batch, at every stage of a network.
 
 Authors
  * The sb_memeff authors 2026
@@ -13,7 +13,7 @@ __all__ = ["check_lengths", "mask", "padding_masks"]
 
 
 def mask(x: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
-    """Sets padded frames to zero, in place: backward needs no copy of x.
+    """Sets padded frames to zero in place, so that backward needs no copy of x.
 
     Arguments
     ---------
@@ -36,10 +36,10 @@ def mask(x: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
 
 
 def check_lengths(lengths: torch.Tensor | None, x: torch.Tensor) -> None:
-    """There must be one relative length for each utterance.
+    """Checks that there is one relative length for each utterance.
 
-    On the CPU the values are checked at once. On an accelerator the check
-    runs on the device, and the host reads it when that costs no wait (see
+    On the CPU an error is raised at once. On an accelerator the check runs on
+    the device, and the host reads the result when it need not wait (see
     ``sb_memeff.nnet.replay.mismatch``).
 
     Arguments
@@ -52,10 +52,11 @@ def check_lengths(lengths: torch.Tensor | None, x: torch.Tensor) -> None:
     Raises
     ------
     TypeError
-        If they are not a tensor, or one of a dtype that cannot tell the
-        frames apart.
+        If the lengths are not a tensor, or their dtype cannot distinguish
+        the frames.
     ValueError
-        If they are not as many as the utterances, or not relative.
+        If their number is not that of the utterances, or they are not
+        relative.
 
     Example
     -------
@@ -70,24 +71,24 @@ def check_lengths(lengths: torch.Tensor | None, x: torch.Tensor) -> None:
         )
     if lengths.shape != x.shape[:1]:
         raise ValueError(
-            f"lengths must hold one relative length for each of the "
+            f"lengths must contain one relative length for each of the "
             f"{x.shape[0]} utterances, got shape {tuple(lengths.shape)}."
         )
     if _symbolic(lengths):
         return
     size = x.shape[1]
-    # Below 1 neighbours are eps / 2 apart; rounding moves a length by half of
-    # that, which must be less than half a frame.
+    # Below 1 the spacing is eps / 2. Rounding errors are half of that, and must be
+    # less than half a frame.
     if (
         lengths.is_floating_point()
         and size * torch.finfo(lengths.dtype).eps >= 2
     ):
         raise TypeError(
-            f"lengths of {lengths.dtype} cannot tell {size} frames apart; "
+            f"lengths of {lengths.dtype} cannot distinguish {size} frames; "
             f"keep lengths in torch.float32."
         )
-    # Not "outside": NaN is outside of any range. A sum of frames that was
-    # divided in float32 may be a little more than 1.
+    # "inside" is False for NaN. A number of frames divided in float32 may be
+    # slightly more than 1.
     inside = (lengths > 0) & (lengths <= 1 + 0.5 / max(size, 1))
     if inside.device.type == "cpu" or not lengths.is_floating_point():
         if not inside.all():
@@ -108,7 +109,7 @@ def _not_relative(finding: str) -> str:
 
 
 def _symbolic(tensor: torch.Tensor) -> bool:
-    """Whether the values are not there, or a tracer must not ask for them."""
+    """Whether there are no values, or a tracer must not read them."""
     return (
         not has_values(tensor)
         or torch.jit.is_tracing()
@@ -119,21 +120,21 @@ def _symbolic(tensor: torch.Tensor) -> bool:
 def padding_masks(
     lengths: torch.Tensor | None, x: torch.Tensor, strides: list[int]
 ) -> list[torch.Tensor] | None:
-    """Masks of the padded frames of [N, C, T, F] maps, one for each stage.
+    """Makes masks of the padded frames of [N, C, T, F] maps for each stage.
 
     A strided convolution with padding, and space-to-depth with zeros at the
-    end, turn ``n`` frames into ceil(n / stride); so do these masks, so that an
-    utterance keeps the same frames in any batch.
+    end, turn ``n`` frames into ceil(n / stride). The masks do the same, so that
+    an utterance has the same valid frames in any batch.
 
     Arguments
     ---------
     lengths : torch.Tensor
-        Relative lengths [N] in (0, 1], as everywhere in SpeechBrain; None for
-        a batch without padding.
+        Relative lengths [N] in (0, 1], as in SpeechBrain; None for a batch
+        without padding.
     x : torch.Tensor
         Features [N, T, ...] to which the lengths refer.
     strides : list of int
-        Stride in time of each stage, relative to the stage before it.
+        Time stride of each stage, relative to the previous stage.
 
     Returns
     -------
@@ -161,7 +162,7 @@ def padding_masks(
         return None
     check_lengths(lengths, x)
     size = x.shape[1]
-    # A product in half precision would be off by frames.
+    # In half precision the product would be off by frames.
     lengths = lengths.to(torch.promote_types(lengths.dtype, torch.float32))
     frames = (lengths * size).round().long().clamp(min=1)
     masks = []

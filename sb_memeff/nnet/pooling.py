@@ -15,12 +15,13 @@ __all__ = ["TemporalStatisticsPooling"]
 class TemporalStatisticsPooling(nn.Module):
     """Mean and standard deviation over time of every channel and band.
 
-    WeSpeaker calls it TSTP. Padded frames do not count, whatever they hold.
+    WeSpeaker calls this TSTP. Padded frames do not count, whatever their
+    values.
 
     Arguments
     ---------
     eps : float
-        Added to the variance, so that a constant channel has a gradient.
+        Added to the variance, so that constant channels have a gradient.
 
     Example
     -------
@@ -36,7 +37,7 @@ class TemporalStatisticsPooling(nn.Module):
     def forward(
         self, x: torch.Tensor, padding: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Pools.
+        """Computes the statistics.
 
         Arguments
         ---------
@@ -55,7 +56,7 @@ class TemporalStatisticsPooling(nn.Module):
         if padding is None:
             var, mean = torch.var_mean(x, dim=2, correction=0)
         else:
-            # Filled, not multiplied: 0 * NaN is NaN.
+            # masked_fill instead of a product, because 0 * NaN is NaN.
             count = (~padding).sum(dim=2)
             mean = x.masked_fill(padding, 0.0).sum(dim=2) / count
             centred = mask(x - mean.unsqueeze(2), padding)

@@ -1,1 +1,1 @@
-"""Numerics with a plain torch form and a fused one for GPUs."""
+"""Numerics with a plain torch form and fused kernels for GPUs."""

@@ -1,9 +1,9 @@
-"""Tensors kept in 8 bits: block-wise dynamic-tree quantization.
+"""Block-wise dynamic-tree quantization to 8 bits.
 
-A tensor is cut into blocks of 256 values. Of each block the largest magnitude
-is kept in float32, and of each value an 8-bit code: the nearest of 256 numbers
-between -1 and 1 (or 0 and 1) that lie the closer the smaller they are, so that
-a value keeps one to two digits over seven orders of magnitude.
+A tensor is divided into blocks of 256 values. Each block stores its largest
+magnitude in float32. Each value stores an 8-bit code: the index of the nearest of
+256 numbers between -1 and 1 (or 0 and 1). These numbers are denser near 0, so a
+value keeps one to two digits over seven orders of magnitude.
 
 Source: Dettmers et al., 8-bit Optimizers via Block-wise Quantization
 (arXiv 2110.02861), sections 2.1 and 2.2; the 256 numbers are bitsandbytes'.
@@ -19,17 +19,17 @@ import torch
 
 from sb_memeff.ops.dispatch import runs_fused
 
-# bitsandbytes warns at import that a 4-bit kernel, which nobody calls here,
-# is missing.
+# On import, bitsandbytes warns that a 4-bit kernel is missing, which is not used
+# here.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 import bitsandbytes.functional as bnb  # noqa: E402
 
 __all__ = ["BLOCK", "Codebook", "Quantized8bit"]
 
 BLOCK = 256
-# Values that are looked up at a time on the CPU: they stay in its cache.
+# Number of values quantized at a time on the CPU, so that they stay in its cache.
 SLICE = 1 << 16
-# Signed or not. As numbers, so that a codebook can be made of fake tensors.
+# Keys: signed or not. As numbers, so that a codebook can have fake tensors.
 VALUES = {
     signed: bnb.create_dynamic_map(signed=signed).tolist()
     for signed in (True, False)
@@ -43,10 +43,10 @@ class Quantized8bit:
     Arguments
     ---------
     codes : torch.Tensor
-        Numbers of the values in the codebook, uint8, in the tensor's shape.
+        Index of each value in the codebook, uint8, in the tensor's shape.
     absmax : torch.Tensor
-        Largest magnitude of each block of 256 values (counted in the order of
-        a contiguous tensor), float32.
+        Largest magnitude of each block of 256 values (in the order of a
+        contiguous tensor), float32.
     """
 
     codes: torch.Tensor
@@ -54,24 +54,25 @@ class Quantized8bit:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it takes."""
+        """Number of bytes."""
         return self.codes.nbytes + self.absmax.nbytes
 
 
 class Codebook:
-    """The 256 numbers that an 8-bit value can be, times its block's maximum.
+    """The 256 numbers that represent values relative to their block's maximum.
 
-    The search for the nearest number is here. bitsandbytes' kernels do not
-    find it everywhere: on the CPU about one in ten of the unsigned codes is
-    off, small ones by many places, and on CUDA a NaN becomes a number (seen
-    with 0.50.2). It looks the numbers up.
+    This class searches for the nearest number itself, because bitsandbytes'
+    kernels do not always find it. With 0.50.2 about one in ten unsigned codes is
+    wrong on the CPU, small ones by many steps, and on CUDA a NaN becomes a
+    number. bitsandbytes only dequantizes.
 
     Arguments
     ---------
     signed : bool
-        Numbers from -0.993 to 1, or from 0 to 1 with twice the resolution.
+        True for numbers from -0.993 to 1, False for 0 to 1 with twice the
+        resolution.
     device : torch.device
-        Where the tensors are.
+        Device of the tensors.
 
     Example
     -------
@@ -88,8 +89,8 @@ class Codebook:
         middles = (values[1:] + values[:-1]) / 2
         self.signed = signed
         self.values = values.to(device)
-        # Sign, exponent and 7 bits of the mantissa leave two neighbours at
-        # most: the lower one is looked up, one comparison finds the nearer.
+        # Sign, exponent and 7 bits of the mantissa leave at most two candidates.
+        # A table gives the lower one; one comparison decides between them.
         high_bits = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32)
         ends = torch.stack([high_bits << 16, (high_bits << 16) | 0xFFFF])
         lowest = ends.view(torch.float32).amin(0)
@@ -100,29 +101,29 @@ class Codebook:
         self.middles = self.middles.to(device)
 
     def quantize(self, x: torch.Tensor) -> Quantized8bit:
-        """Rounds each value to the nearest one that has a code.
+        """Rounds each value to the nearest number with a code.
 
         Arguments
         ---------
         x : torch.Tensor
-            Of any shape, floating point; the arithmetic is float32. Values
-            must not be negative if the codebook is not signed.
+            Any shape and floating-point dtype; the arithmetic is float32.
+            Values must not be negative if the codebook is unsigned.
 
         Returns
         -------
         Quantized8bit
-            Codes and maxima. Of an unsigned tensor no positive value becomes
-            0: it is at least 3e-7 of its block's maximum.
+            Codes and maxima. In an unsigned codebook no value becomes 0: the
+            smallest is 3e-7 of its block's maximum.
 
         Raises
         ------
         ValueError
-            If there are 2^31 values or more.
+            If there are at least 2^31 values.
         """
         if x.numel() >= 1 << 31:
             raise ValueError(
-                f"A tensor of {x.numel()} values cannot be kept in 8 bits: "
-                "the limit is 2^31. Keep its states in 32 bits."
+                f"A tensor of {x.numel()} values cannot be quantized: the "
+                "limit is 2^31. Keep its states in 32 bits."
             )
         flat = x.detach().to(torch.float32).reshape(-1)
         if flat.numel() and runs_fused(flat):
@@ -133,30 +134,30 @@ class Codebook:
             absmax = _block_maxima(flat)
             codes = self._nearest(flat, absmax)
             if not self.signed:
-                # Adam divides by the root of its second moment.
+                # Adam divides by the root of the second moment.
                 codes.clamp_(min=1)
         return Quantized8bit(codes.view(x.shape), absmax)
 
     def requantize(
         self, x: torch.Tensor, absmax: torch.Tensor
     ) -> Quantized8bit:
-        """Finds the codes of values that were in 8 bits before.
+        """Recovers the codes of dequantized values.
 
         Arguments
         ---------
         x : torch.Tensor
-            What ``dequantize`` returned.
+            Result of ``dequantize``.
         absmax : torch.Tensor
-            The maxima that it had. (The negative maximum of a block has no
-            code, so they cannot be told from the values.)
+            The original maxima. (They cannot be recovered from the values,
+            because a block's negative maximum has no code.)
 
         Returns
         -------
         Quantized8bit
-            What had been given to ``dequantize``, bit for bit.
+            The argument of ``dequantize``, bit for bit.
         """
         flat = x.detach().to(torch.float32).reshape(-1)
-        # Nobody who changes the one given shall change this one.
+        # A copy, because the caller may change its tensor.
         absmax = absmax.to(flat.device, torch.float32, copy=True)
         return Quantized8bit(self._nearest(flat, absmax).view(x.shape), absmax)
 
@@ -166,7 +167,7 @@ class Codebook:
         Arguments
         ---------
         packed : Quantized8bit
-            As ``quantize`` returned it.
+            As returned by ``quantize``.
 
         Returns
         -------
@@ -185,7 +186,7 @@ class Codebook:
             part = flat[start : start + SLICE]
             first = start // BLOCK
             scale = absmax[first : first + -(-part.numel() // BLOCK)]
-            # A block of zeros has nothing to be scaled by.
+            # A block of zeros has no scale.
             scale = torch.where(scale == 0, 1, scale).repeat_interleave(
                 BLOCK, output_size=scale.numel() * BLOCK
             )

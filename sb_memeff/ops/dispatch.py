@@ -1,4 +1,4 @@
-"""Which form of an operation runs: plain torch, or a Triton kernel.
+"""Chooses between the plain torch form of an operation and a Triton kernel.
 
 Authors
  * The sb_memeff authors 2026
@@ -23,16 +23,16 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def runs_fused(*tensors: torch.Tensor) -> bool:
-    """Whether an operation on these tensors runs as a Triton kernel.
+    """Decides whether an operation on these tensors runs as a Triton kernel.
 
     It does on CUDA devices, in half and single precision, unless the
-    environment variable SB_MEMEFF_KERNELS is 0. What a compiler or tracer
-    looks at stays plain: it can fuse that itself.
+    environment variable SB_MEMEFF_KERNELS is 0. Compilers and tracers get the
+    plain form, which they can fuse themselves.
 
     Arguments
     ---------
     *tensors : torch.Tensor
-        What the kernel reads.
+        Tensors that the kernel reads.
 
     Returns
     -------
@@ -87,10 +87,10 @@ def fused_on_fake_tensors() -> Generator[None, None, None]:
 
 
 def has_values(tensor: torch.Tensor) -> bool:
-    """Whether the values of a tensor are there to be looked at.
+    """Checks that a tensor has values.
 
-    Those of fake tensors and of the device "meta" are not: only memory is
-    analysed, so whatever takes the same memory again may be left out.
+    Fake tensors and tensors on "meta" have none. They only serve to analyse
+    memory, so repeated work with the same memory may be skipped.
 
     Arguments
     ---------
@@ -100,7 +100,7 @@ def has_values(tensor: torch.Tensor) -> bool:
     Returns
     -------
     bool
-        False where only shape, strides, dtype and device are known.
+        False if only shape, strides, dtype and device are known.
 
     Example
     -------
@@ -112,7 +112,7 @@ def has_values(tensor: torch.Tensor) -> bool:
 
 @functools.cache
 def _available(switch: str) -> bool:
-    """Looks once for each value of the switch, and says why not."""
+    """Checks once for each value of the switch, and logs why not."""
     if switch == "0":
         reason = f"{SWITCH}=0"
     elif importlib.util.find_spec("triton") is None:

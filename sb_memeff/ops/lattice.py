@@ -1,8 +1,8 @@
-"""Forward and backward over the lattice of a transducer.
+"""Forward-backward algorithm on the lattice of a transducer.
 
 A path goes from (0, 0) to (T-1, U) and ends with a blank. In cell (t, u) it
-emits blank and goes on to (t+1, u), or emits the next target and goes on to
-(t, u+1). Of the joint network nothing is needed but the two scores of a cell.
+emits blank and moves to (t+1, u), or emits the next target and moves to (t, u+1).
+The algorithm needs only two scores of each cell from the joint network.
 
 Source: Graves, Sequence Transduction with Recurrent Neural Networks (arXiv
 1211.3711), section 2.4; alpha and beta are the variables of that name.
@@ -26,7 +26,7 @@ class Lattice(NamedTuple):
     Arguments
     ---------
     log_likelihood : torch.Tensor
-        [B], natural logarithm of the sum over all paths.
+        [B], logarithm of the sum of all paths' probabilities.
     blank : torch.Tensor
         [B, T, U+1], probability that the path emits blank in a cell.
     target : torch.Tensor
@@ -44,11 +44,11 @@ def forward_backward(
     logit_lengths: torch.Tensor,
     target_lengths: torch.Tensor,
 ) -> Lattice:
-    """Sums over all paths, and says how likely each transition is.
+    """Computes the log-likelihood and the posterior of each transition.
 
     The two posteriors are the gradient of the log-likelihood with respect to
-    the scores. The arithmetic is float64 whatever the dtype, for at thousands
-    of frames alpha + beta - log Z cancels six digits. Time: T + U steps of
+    the scores. The arithmetic is float64 for any dtype, because with thousands
+    of frames alpha + beta - log Z cancels six digits. It takes T + U steps of
     operations on [2B, min(T, U+1)].
 
     Arguments
@@ -98,7 +98,7 @@ def forward_backward(
     sample = torch.arange(batch, device=blank.device)
     t = torch.arange(rows, device=blank.device)[:, None]
     u = torch.arange(columns, device=blank.device)
-    # The last target has no successor: one more column of impossible scores.
+    # After the last target: one more column of impossible scores.
     target = torch.nn.functional.pad(target, (0, 1), value=-torch.inf)
     inside = (t < logit_lengths[:, None, None]) & (
         u <= target_lengths[:, None, None]
@@ -107,7 +107,7 @@ def forward_backward(
     has_next = inside & (u < target_lengths[:, None, None])
     target = target.masked_fill(~has_next, -torch.inf)
 
-    # Beta is the alpha of the lattice walked from its end.
+    # Beta is the alpha of the reversed lattice.
     t_back = logit_lengths[:, None, None] - 1 - t
     u_back = target_lengths[:, None, None] - u
     alpha, reverse = _alpha(
@@ -119,12 +119,12 @@ def forward_backward(
     log_likelihood = alpha[sample, logit_lengths - 1, target_lengths] + final
     beta = beta + final[:, None, None]
 
-    # Where the paths end, nothing follows the blank.
+    # Nothing follows the last blank.
     after_blank = torch.full_like(beta, -torch.inf)
     after_blank[:, :-1] = beta[:, 1:]
     after_blank[sample, logit_lengths - 1, target_lengths] = 0.0
     after_target = beta[:, :, 1:]
-    # No path at all: 0, not NaN.
+    # Without any path posteriors are 0, not NaN.
     scale = log_likelihood.masked_fill(log_likelihood.isneginf(), 0.0)
     start = alpha - scale[:, None, None]
     return Lattice(
@@ -141,25 +141,27 @@ def loss_and_occupancies(
     target_lengths: torch.Tensor,
     fastemit_lambda: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The loss of each sample, and what the gradients of its rows are made of.
+    """Computes the losses, and the posteriors for the gradients of the rows.
 
     Arguments
     ---------
     blank : torch.Tensor
         [B, T, U+1], log-probabilities of blank.
     target : torch.Tensor
-        [B, T, U+1], of the target that follows; the last column is not used.
+        [B, T, U+1], log-probabilities of the next target; the last column is
+        not used.
     logit_lengths : torch.Tensor
         [B].
     target_lengths : torch.Tensor
         [B].
     fastemit_lambda : float
-        Loss and emissions are times 1 + lambda (arXiv 2010.11148).
+        Loss and emissions are multiplied by 1 + lambda (arXiv 2010.11148).
 
     Returns
     -------
     tuple of torch.Tensor
-        [B], and flat [B T (U+1)]: posteriors of the blank and of emissions.
+        Losses [B], and flat posteriors [B T (U+1)] of the blank and of
+        emissions.
 
     Example
     -------
@@ -196,7 +198,7 @@ def _take(
 def _alpha(down: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Log-sums over the paths from (0, 0) to every cell.
 
-    Cells of a diagonal depend on the one before it only: one step each.
+    Cells of a diagonal depend only on the previous diagonal: one step for each.
 
     Arguments
     ---------
@@ -214,14 +216,14 @@ def _alpha(down: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     if columns > rows:
         return _alpha(right.mT, down.mT).mT
     diagonals = rows + columns - 1
-    # One more column on the left: impossible, so that (i, -1) needs no care.
+    # One more, impossible column on the left, so that (i, -1) is no special case.
     down, right = (
         _skew(scores, diagonals, columns) for scores in (down, right)
     )
     alpha = torch.full_like(down, -torch.inf)
     alpha[0, :, 1] = 0.0
     if not has_values(alpha):
-        # Memory is analysed: all steps take the same.
+        # Memory analysis: all steps need the same memory.
         diagonals = min(diagonals, 2)
     for n in range(1, diagonals):
         before = alpha[n - 1]

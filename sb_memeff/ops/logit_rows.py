@@ -1,4 +1,4 @@
-"""Rows of logits: what one cell of the lattice has to do with the vocabulary.
+"""Scores and gradients of rows of logits, one row for each cell.
 
 With p the softmax of a row, and b and e the posteriors that the path emits
 blank or the next target there, the gradient of the negative log-likelihood is
@@ -20,12 +20,12 @@ __all__ = ["row_gradient", "row_scores", "scale_into_float16", "wide_dtype"]
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype to compute and to add up in: float32, or float64 for itself.
+    """Returns the dtype of computations and sums: float32, or float64 for float64.
 
     Arguments
     ---------
     dtype : torch.dtype
-        Of the tensors given.
+        Dtype of the tensors.
 
     Returns
     -------
@@ -43,7 +43,7 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 def row_scores(
     logits: torch.Tensor, target: torch.Tensor, blank_index: int
 ) -> torch.Tensor:
-    """Log-probabilities of blank and of the next target in each row.
+    """Computes log-probabilities of blank and next target in each row.
 
     Arguments
     ---------
@@ -89,14 +89,14 @@ def row_gradient(
     fit_into_float16: bool = False,
     overwrite: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Gradient of the negative log-likelihood with respect to the logits.
+    """Computes the gradient of the negative log-likelihood of the logits.
 
     Arguments
     ---------
     logits : torch.Tensor
         [N, V].
     lse : torch.Tensor
-        [N], as row_scores returned it.
+        [N], from row_scores.
     target : torch.Tensor
         [N], as for row_scores.
     blank : torch.Tensor
@@ -107,24 +107,24 @@ def row_gradient(
     blank_index : int
         The blank.
     deviation : torch.Tensor, optional
-        [1], float32. Raised to the largest deviation of a row's sum
-        from 0, in units of what rounding may explain: above 1 the normaliser
-        is not that of these logits.
+        [1], float32. Set to at least the largest deviation of a row's sum
+        from 0, in units of the deviation that rounding can explain. Above 1,
+        the normaliser is not that of these logits.
     clamp : float, optional
         Limit of the elements.
     weight : torch.Tensor, optional
-        [N], by which each row is multiplied afterwards.
+        [N], factor of each row, applied last.
     fit_into_float16 : bool
-        Scale all by a power of two so that the largest magnitude lies between
-        8 and 16: products with weights have room above it, and what is 2^18
-        times smaller keeps all its bits.
+        Whether to scale the gradient by a power of two so that its largest
+        magnitude is between 8 and 16. This leaves room for products with
+        weights, and values 2^18 times smaller keep all their bits.
     overwrite : bool
-        A kernel may put the gradient where the logits are.
+        Whether a kernel may overwrite the logits.
 
     Returns
     -------
     tuple
-        The gradient, [N, V] in the dtype of the logits; and a scalar that
+        The gradient [N, V] in the dtype of the logits, and a scalar that
         undoes the scaling, or None.
 
     Example
@@ -136,7 +136,7 @@ def row_gradient(
     tensor([[-0.2500,  0.2500, -0.2500,  0.2500]])
     """
     dtype = logits.dtype
-    # Other products of matrices round in another order.
+    # Other matrix products may sum in another order.
     allowed = max(1e-3, 64 * torch.finfo(dtype).eps)
     if runs_fused(logits):
         from sb_memeff.ops.triton import logit_rows
@@ -163,7 +163,7 @@ def row_gradient(
     gradient[:, blank_index] -= blank
     gradient.scatter_add_(1, target[:, None], -emission[:, None])
     if deviation is not None and has_values(gradient):
-        # A row's gradient sums to 0, unless it is not finite anyway.
+        # A row's gradient sums to 0. Ignore rows that are not finite.
         sums = gradient.sum(1).nan_to_num_(0, 0, 0)
         largest = torch.linalg.vector_norm(sums, torch.inf)
         torch.maximum(deviation, (largest / allowed).float(), out=deviation)

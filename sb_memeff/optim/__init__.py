@@ -1,9 +1,9 @@
-"""SGD, Adam and AdamW that keep their states in 8 bits.
+"""SGD, Adam and AdamW with states in 8 bits.
 
-Between two steps the states are 8-bit tensors (``ops.blocks_8bit``). A step
-restores those of a few parameters at a time in float32, lets torch's own
-functions do the update, and packs them again: whatever torch's class of the
-same name does with its arguments, these do too.
+Between steps the states are 8-bit tensors (``ops.blocks_8bit``). A step
+dequantizes the states of a few parameters at a time to float32, calls torch's
+own update function, and quantizes them again. Arguments therefore have the same
+effect as in torch's class of the same name.
 
 Source: Dettmers et al., 8-bit Optimizers via Block-wise Quantization
 (arXiv 2110.02861); for speaker networks Liu and Qian (arXiv 2412.01195).
@@ -17,10 +17,10 @@ In a SpeechBrain yaml::
 ============== ===============================================================
 module         contents
 ============== ===============================================================
-sgd, adam      the classes: their settings, and the function that updates
-optimizer_8bit a step: unpack, update, pack; or one kernel for all
-checkpoint     the format of torch's classes, and that of bitsandbytes
-states_8bit    which states are in 8 bits, how they are packed, their size
+sgd, adam      the classes: their settings and update functions
+optimizer_8bit the step: unpack, update and pack, or one kernel for all
+checkpoint     checkpoints in torch's and in bitsandbytes' format
+states_8bit    which states are in 8 bits; packing; their size
 layout         dtypes and strides of states
 ============== ===============================================================
 

@@ -1,4 +1,4 @@
-"""Adam and AdamW with their moments in 8 bits.
+"""Adam and AdamW with moments in 8 bits.
 
 Authors
  * The sb_memeff authors 2026
@@ -28,7 +28,7 @@ class _Adam8bit(Optimizer8bit):
         return list(self.states[: 4 if group["amsgrad"] else 3])
 
     def _settings_from_bitsandbytes(self, group: Group) -> Group:
-        # AdEMAMix has a third one.
+        # AdEMAMix has a third beta.
         if len(group["betas"]) != 2:
             raise self._other_kind(
                 f"has betas={group['betas']}, while bitsandbytes' Adam8bit "
@@ -100,27 +100,27 @@ class _Adam8bit(Optimizer8bit):
 
 
 class Adam8bit(_Adam8bit, torch.optim.Adam):
-    """torch.optim.Adam with its moments in 8 bits.
+    """torch.optim.Adam with moments in 8 bits.
 
-    Weight decay is an L2 penalty, as in torch.optim.Adam. (That of
-    bitsandbytes' class of this name is AdamW's.)
+    Weight decay is an L2 penalty, as in torch.optim.Adam. (bitsandbytes'
+    Adam8bit has the weight decay of AdamW.)
 
     Arguments
     ---------
     params : iterable
         Parameters or groups of parameters.
     *args : tuple
-        As torch.optim.Adam's.
+        See torch.optim.Adam.
     min_8bit_size : int
         Parameters with fewer values keep 32-bit states.
     **kwargs : dict
-        As torch.optim.Adam's.
+        See torch.optim.Adam.
 
     Raises
     ------
     ValueError
-        For settings that torch.optim.Adam refuses, and for capturable and
-        differentiable.
+        If torch.optim.Adam refuses a setting, or if capturable or
+        differentiable is set.
 
     Example
     -------
@@ -134,24 +134,24 @@ class Adam8bit(_Adam8bit, torch.optim.Adam):
 
 
 class AdamW8bit(_Adam8bit, torch.optim.AdamW):
-    """torch.optim.AdamW with its moments in 8 bits.
+    """torch.optim.AdamW with moments in 8 bits.
 
     Arguments
     ---------
     params : iterable
         Parameters or groups of parameters.
     *args : tuple
-        As torch.optim.AdamW's.
+        See torch.optim.AdamW.
     min_8bit_size : int
         Parameters with fewer values keep 32-bit states.
     **kwargs : dict
-        As torch.optim.AdamW's.
+        See torch.optim.AdamW.
 
     Raises
     ------
     ValueError
-        For settings that torch.optim.AdamW refuses, and for capturable and
-        differentiable.
+        If torch.optim.AdamW refuses a setting, or if capturable or
+        differentiable is set.
 
     Example
     -------

@@ -1,4 +1,4 @@
-"""Checkpoints of 8-bit optimizers: torch's format, and bitsandbytes'.
+"""Checkpoints of 8-bit optimizers, in torch's and bitsandbytes' formats.
 
 Authors
  * The sb_memeff authors 2026
@@ -19,27 +19,27 @@ __all__ = ["Checkpoints8bit"]
 
 logger = get_logger(__name__)
 
-# What bitsandbytes' checkpoints call the states.
+# The key of the states in bitsandbytes' checkpoints.
 BITSANDBYTES = "__bnb_optimizer_quant_state__"
 
 
 class Checkpoints8bit(States8bit):
-    """Saves what torch's class can load, and loads what others have saved.
+    """Saves in torch's format; loads torch's and bitsandbytes' formats.
 
     Arguments
     ---------
     *args : tuple
-        As States8bit's.
+        See States8bit.
     **kwargs : dict
-        As States8bit's.
+        See States8bit.
     """
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as torch's class of the same name would save it.
+        """Returns the state in the format of torch's class of the same name.
 
-        The states are tensors on the CPU, which that class can load. Besides,
-        the maxima of the blocks are there, so that this class finds its 8
-        bits again exactly. Nothing in it changes when the training goes on.
+        The states are tensors on the CPU, which torch's class can load. The
+        maxima of the blocks are included, so that this class restores its
+        8-bit codes exactly. Further training does not change the result.
 
         Returns
         -------
@@ -54,7 +54,7 @@ class Checkpoints8bit(States8bit):
             }
             saved["param_groups"] = copy.deepcopy(saved["param_groups"])
 
-        # Before the user's hooks, which then see what torch's class shows.
+        # Before the user's hooks, which then see torch's format.
         hook = self.register_state_dict_post_hook(unpack, prepend=True)
         try:
             return super().state_dict()
@@ -66,7 +66,7 @@ class Checkpoints8bit(States8bit):
         result = {}
         for name, value in state.items():
             if isinstance(value, Quantized8bit):
-                # On the CPU, for they are four times as large there.
+                # On the CPU, because float32 takes four times the memory.
                 packed = Quantized8bit(
                     value.codes.cpu(), value.absmax.to(cpu, copy=True)
                 )
@@ -78,22 +78,22 @@ class Checkpoints8bit(States8bit):
         return result
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what this class, torch's or bitsandbytes' has saved.
+        """Loads a checkpoint of this class, torch's or bitsandbytes'.
 
-        The settings in the checkpoint replace those given, as in torch; a
-        line of the log says which. Whether a state is kept in 8 bits is
-        decided anew.
+        As in torch, settings in the checkpoint replace those given; the
+        differences are logged. Which states are in 8 bits depends on this
+        optimizer, not on the checkpoint.
 
         Arguments
         ---------
         state_dict : dict
-            As ``state_dict`` returned it.
+            As returned by ``state_dict``.
 
         Raises
         ------
         ValueError
-            If it is of another optimizer or of other parameters. Nothing has
-            been changed then.
+            If the checkpoint is of another optimizer or of other parameters.
+            The optimizer is then unchanged.
         """
         states = {}
 
@@ -102,14 +102,14 @@ class Checkpoints8bit(States8bit):
         ) -> dict[str, Any] | None:
             groups = self._restored_groups(loaded)
             if groups is None:
-                # torch's class says what is wrong.
+                # torch's class raises the error.
                 return None
             others = self._restored_states(loaded["state"], groups, states)
             _log_differences(type(self).__name__, self.param_groups, groups)
             return {**loaded, "state": others, "param_groups": groups}
 
-        # After the user's hooks, which may change what is loaded, and before
-        # those that look at what has been loaded.
+        # After the user's hooks that may change the checkpoint, and before
+        # those that read the loaded state.
         hooks = [
             self.register_load_state_dict_pre_hook(restore),
             self.register_load_state_dict_post_hook(
@@ -123,7 +123,7 @@ class Checkpoints8bit(States8bit):
                 hook.remove()
 
     def _restored_groups(self, loaded: dict[str, Any]) -> list[Group] | None:
-        """Settings and numbers of the parameters; None if they do not fit."""
+        """The checkpoint's groups; None if the numbers of parameters differ."""
         given, saved = self.param_groups, loaded["param_groups"]
         if [len(g["params"]) for g in given] != [
             len(g["params"]) for g in saved
@@ -138,7 +138,7 @@ class Checkpoints8bit(States8bit):
                     f"lacks the settings {sorted(missing)} in parameter "
                     f"group {number}"
                 )
-            # What torch's class does not save stays as it was given.
+            # Settings that torch's class does not save keep their values.
             kept = {k: v for k, v in new.items() if k != "params"}
             groups.append({**kept, **old})
         return groups
@@ -149,7 +149,7 @@ class Checkpoints8bit(States8bit):
         groups: list[Group],
         states: dict[torch.Tensor, State],
     ) -> dict[Any, Any]:
-        """Fills in the states of all parameters; gives what is left."""
+        """Restores the states of all parameters; returns the other states."""
         numbers = set()
         for new, old in zip(self.param_groups, groups):
             for p, number in zip(new["params"], old["params"]):
@@ -160,11 +160,11 @@ class Checkpoints8bit(States8bit):
                     states[p] = state
         return {k: v for k, v in saved.items() if k not in numbers}
 
-    def _other_kind(self, what: str) -> ValueError:
+    def _other_kind(self, reason: str) -> ValueError:
         return ValueError(
-            f"The checkpoint {what}: it was written by another kind of "
-            f"optimizer than {type(self).__name__}. Name that one in "
-            "opt_class, or begin in a new output_folder."
+            f"The checkpoint {reason}: it was written by another kind of "
+            f"optimizer than {type(self).__name__}. Set opt_class to that "
+            "kind, or start in a new output_folder."
         )
 
     def _restored(
@@ -175,7 +175,7 @@ class Checkpoints8bit(States8bit):
         known = {*self.states, *map(_maxima, self.signed)}
         if found is None or not self.needed <= set(found) <= known:
             raise self._other_kind(
-                f"holds the states {sorted(names)} of parameter {number}, not "
+                f"has the states {sorted(names)} of parameter {number}, not "
                 f"{sorted(self.states)}"
             )
         state = {}
@@ -200,11 +200,11 @@ class Checkpoints8bit(States8bit):
         return state
 
     def _settings_from_bitsandbytes(self, group: Group) -> Group:
-        """Settings by torch's names; what it does not say is left out."""
+        """The saved settings under torch's names."""
         raise NotImplementedError
 
     def _from_bitsandbytes(self, saved: State) -> State | None:
-        """States by torch's names; None if they are of another kind."""
+        """States under torch's names; None if they are of another optimizer."""
         if not _has_bitsandbytes_states(saved):
             return saved
         saved = {**saved, **saved.get(BITSANDBYTES, {})}
@@ -226,7 +226,7 @@ class Checkpoints8bit(States8bit):
                 result[_maxima(name)] = maxima
                 value = values.reshape(value.shape)
             result[name] = value
-        # A second state, for example, or the norm that LARS and LAMB keep.
+        # None if a state is left, such as the norm of LARS and LAMB.
         return None if saved else result
 
 
@@ -235,7 +235,7 @@ def _has_bitsandbytes_states(state: State) -> bool:
 
 
 def _is_bitsandbytes(group: Group, states: dict[Any, State]) -> bool:
-    # torch's classes with betas have these two, or one of them.
+    # torch's classes with betas have amsgrad, foreach or both.
     if not {"betas", "eps"} <= set(group) or {"amsgrad", "foreach"} & set(
         group
     ):
@@ -262,7 +262,7 @@ def _log_differences(name: str, given: list[Group], saved: list[Group]) -> None:
             if key != "params" and not _same(old[key], new[key])
         }
         if differences:
-            # The learning rate is a scheduler's business.
+            # Schedulers change the learning rate.
             usual = set(differences) <= {"lr", "initial_lr"}
             logger.log(
                 logging.INFO if usual else logging.WARNING,

@@ -1,4 +1,4 @@
-"""How the states of a parameter lie in memory.
+"""Dtypes and memory layouts of a parameter's states.
 
 Authors
  * The sb_memeff authors 2026
@@ -17,13 +17,13 @@ __all__ = [
     "step_tensor",
 ]
 
-# As torch.optim has them: settings with parameters, and states by name.
+# As in torch.optim: settings with parameters, and states by name.
 Group = dict[str, Any]
 State = dict[str, Any]
 
 
 def state_dtype(p: torch.Tensor) -> torch.dtype:
-    """The precision of a parameter's states.
+    """Returns the dtype of a parameter's states.
 
     Arguments
     ---------
@@ -33,17 +33,17 @@ def state_dtype(p: torch.Tensor) -> torch.dtype:
     Returns
     -------
     torch.dtype
-        float64 of float64, else float32: half precision would lose small
-        updates of a momentum.
+        float64 for float64, otherwise float32: half precision would lose
+        small updates of a momentum.
     """
     return p.dtype if p.dtype == torch.float64 else torch.float32
 
 
 def dense(p: torch.Tensor) -> torch.Tensor:
-    """The values of a parameter in the precision of its states.
+    """Returns a parameter's values without gaps, in the dtype of its states.
 
-    It is the parameter itself where it can be. torch's fused functions take
-    the values at the first address and those behind it: of a slice others.
+    This is the parameter itself if possible. torch's fused functions ignore
+    strides, and would update the wrong values of a slice.
 
     Arguments
     ---------
@@ -53,7 +53,7 @@ def dense(p: torch.Tensor) -> torch.Tensor:
     Returns
     -------
     torch.Tensor
-        The same values without gaps between them.
+        The same values without gaps between them, perhaps a copy.
     """
     if not p.is_contiguous() and (
         torch.empty_like(p, device="meta").stride() != p.stride()
@@ -63,21 +63,21 @@ def dense(p: torch.Tensor) -> torch.Tensor:
 
 
 def laid_out_like(p: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """A state or gradient in the layout of its parameter.
+    """Returns a state or gradient in the layout of its parameter.
 
-    torch's fused functions do not look at the strides.
+    torch's fused functions ignore strides.
 
     Arguments
     ---------
     p : torch.Tensor
-        The parameter, as ``dense`` returned it.
+        The parameter, as returned by ``dense``.
     value : torch.Tensor
-        Of the same shape, with any strides.
+        The state or gradient, with any strides.
 
     Returns
     -------
     torch.Tensor
-        The values, in the precision of states.
+        The values, in the dtype of states.
     """
     if value.stride() == p.stride():
         return value.to(p.device, state_dtype(p))
@@ -87,14 +87,14 @@ def laid_out_like(p: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 def step_tensor(
     step: torch.Tensor | float, group: Group, p: torch.Tensor
 ) -> torch.Tensor:
-    """The number of steps so far, as torch's Adam keeps it.
+    """Returns the number of steps in the form of torch's Adam.
 
     Arguments
     ---------
     step : torch.Tensor or float
         The number.
     group : dict
-        Settings: fused functions count on the parameter's device.
+        Settings. Fused functions keep the number on the parameter's device.
     p : torch.Tensor
         The parameter.
 

@@ -1,4 +1,4 @@
-"""The step of an 8-bit optimizer: unpack, let torch update, pack; or a kernel.
+"""The step of an 8-bit optimizer: unpack, update with torch and pack; or a kernel.
 
 Authors
  * The sb_memeff authors 2026
@@ -17,23 +17,23 @@ from sb_memeff.optim.layout import Group, State, dense, laid_out_like
 
 __all__ = ["Optimizer8bit", "gradients"]
 
-# States of so many values are in float32 at the same time, unless one
-# parameter alone has more.
+# Number of values whose states are in float32 at the same time, unless a single
+# parameter has more.
 CHUNK = 1 << 22
 
 
 class Optimizer8bit(Checkpoints8bit):
-    """Base of the 8-bit optimizers; goes before torch's class.
+    """Base class of the 8-bit optimizers; must precede torch's class.
 
-    A subclass names its states and settings, and updates some parameters in
-    ``_update``, or in one launch for many in ``_update_fused``.
+    A subclass lists its states and settings, and implements ``_update`` and, with
+    one launch for many parameters, ``_update_fused``.
 
     Arguments
     ---------
     *args : tuple
-        As States8bit's.
+        See States8bit.
     **kwargs : dict
-        As States8bit's.
+        See States8bit.
     """
 
     @torch.no_grad()
@@ -48,7 +48,7 @@ class Optimizer8bit(Checkpoints8bit):
         Returns
         -------
         object
-            What closure returned, or None.
+            Result of closure, or None.
 
         Raises
         ------
@@ -72,7 +72,7 @@ class Optimizer8bit(Checkpoints8bit):
             fused, direct, others = self._split(group, params)
             for chunk in fused:
                 self._update_fused(group, chunk)
-                # Triton does not tell autograd what it has written.
+                # autograd does not see Triton's writes.
                 torch.autograd.graph.increment_version(chunk)
             for chunk in _chunks(direct):
                 self._step_direct(group, chunk)
@@ -85,14 +85,14 @@ class Optimizer8bit(Checkpoints8bit):
     ) -> tuple[
         list[list[torch.Tensor]], list[torch.Tensor], list[torch.Tensor]
     ]:
-        """Parameters for one launch each, for torch, and others.
+        """Splits parameters into lists for one launch, for torch, and others.
 
-        torch gets those whose states are in 32 bits, if nothing need be
-        copied. The others are those of which something must be, and all in
-        their first step, which makes the states.
+        torch updates parameters with 32-bit states that need no copies. The
+        others are those that need copies, and all parameters in their first
+        step, which creates the states.
         """
         candidates, direct, others = {}, [], []
-        # The host would have to wait for settings on the GPU.
+        # The host would wait for settings that are tensors on the GPU.
         settings = [v for name, v in group.items() if name != "params"]
         can_fuse = not any(map(torch.is_tensor, tree_leaves(settings)))
         names = [name for name in self._names(group) if name in self.signed]
@@ -159,7 +159,7 @@ class Optimizer8bit(Checkpoints8bit):
         for (p, weight), state in zip(pairs, states):
             if weight is not p:
                 p.copy_(weight)
-            # States that these settings do not use stay as they are.
+            # States that these settings do not use are kept.
             state = {**self.state.get(p, {}), **self._pack(group, p, state)}
             if state:
                 self.state[p] = state
@@ -171,21 +171,21 @@ class Optimizer8bit(Checkpoints8bit):
         grads: list[torch.Tensor],
         states: list[State],
     ) -> None:
-        """Updates parameters and their states, all unpacked, in place."""
+        """Updates parameters and their unpacked states in place."""
         raise NotImplementedError
 
     def _update_fused(self, group: Group, params: list[torch.Tensor]) -> None:
-        """Updates parameters of one device, and their 8 bits, in place."""
+        """Updates parameters of one device and their 8-bit states in place."""
         raise NotImplementedError
 
 
 def gradients(params: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Gradients of parameters that have one.
+    """Returns the gradients of parameters.
 
     Arguments
     ---------
     params : list of torch.Tensor
-        The parameters.
+        Parameters with gradients.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""SGD with its momentum in 8 bits.
+"""SGD with momentum in 8 bits.
 
 Authors
  * The sb_memeff authors 2026
@@ -14,26 +14,26 @@ __all__ = ["SGD8bit"]
 
 
 class SGD8bit(Optimizer8bit, torch.optim.SGD):
-    """torch.optim.SGD with its momentum in 8 bits.
+    """torch.optim.SGD with momentum in 8 bits.
 
-    Momentum, dampening, weight decay, Nesterov and maximize as there; without
-    momentum there is no state.
+    Momentum, dampening, weight decay, Nesterov and maximize have the same effect
+    as in torch.optim.SGD. Without momentum there is no state.
 
     Arguments
     ---------
     params : iterable
         Parameters or groups of parameters.
     *args : tuple
-        As torch.optim.SGD's.
+        See torch.optim.SGD.
     min_8bit_size : int
         Parameters with fewer values keep a 32-bit state.
     **kwargs : dict
-        As torch.optim.SGD's.
+        See torch.optim.SGD.
 
     Raises
     ------
     ValueError
-        For settings that torch.optim.SGD refuses, and for differentiable.
+        If torch.optim.SGD refuses a setting, or if differentiable is set.
 
     Example
     -------
@@ -58,7 +58,7 @@ class SGD8bit(Optimizer8bit, torch.optim.SGD):
         return list(self.states) if group["momentum"] else []
 
     def _settings_from_bitsandbytes(self, group: Group) -> Group:
-        # RMSprop, Adagrad and Lion call their only state by the same name.
+        # bitsandbytes' RMSprop, Adagrad and Lion use the same state name.
         momentum, *others = group["betas"]
         if group["eps"] or any(others):
             raise self._other_kind(

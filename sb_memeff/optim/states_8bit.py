@@ -1,4 +1,4 @@
-"""States of an optimizer in 8 bits: which they are, and how they are packed.
+"""States of an optimizer in 8 bits: which ones, and how they are packed.
 
 Authors
  * The sb_memeff authors 2026
@@ -18,17 +18,17 @@ __all__ = ["States8bit", "keep_32bit_states", "state_bytes"]
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of all tensors in the state of an optimizer.
+    """Counts the bytes of all tensors in an optimizer's state.
 
     Arguments
     ---------
     optimizer : torch.optim.Optimizer
-        Any one, after its first step: before it there are no states.
+        Any optimizer, after its first step, which creates the states.
 
     Returns
     -------
     int
-        The bytes.
+        Number of bytes.
 
     Example
     -------
@@ -52,16 +52,17 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 def keep_32bit_states(modules: nn.Module | dict[str, nn.Module]) -> None:
     """Makes 8-bit optimizers keep 32-bit states for all embeddings.
 
-    Their gradients are zero but for a few rows, and of very different sizes.
-    Call it before the optimizer is made. ``sb_memeff.core.MemEffBrain`` does;
-    with another Brain a line of the yaml file will do::
+    The gradient of an embedding is zero in all but a few rows, whose magnitudes
+    differ widely. Call this before the optimizer is created.
+    ``sb_memeff.core.MemEffBrain`` does; with another Brain add a line to the yaml
+    file::
 
         __keep: !apply:sb_memeff.optim.keep_32bit_states [!ref <modules>]
 
     Arguments
     ---------
     modules : torch.nn.Module or dict
-        Where to look for torch.nn.Embedding and torch.nn.EmbeddingBag.
+        Modules that contain torch.nn.Embedding or torch.nn.EmbeddingBag.
 
     Example
     -------
@@ -78,41 +79,41 @@ def keep_32bit_states(modules: nn.Module | dict[str, nn.Module]) -> None:
         modules = torch.nn.ModuleDict(modules)
     for module in modules.modules():
         if isinstance(module, (torch.nn.Embedding, torch.nn.EmbeddingBag)):
-            # As bitsandbytes marks parameters.
+            # bitsandbytes' mark.
             cast(Any, module.weight).optim_bits = 32
 
 
 class States8bit(torch.optim.Optimizer):
-    """Packs and unpacks the states of parameters; goes before torch's class.
+    """Packs and unpacks the states of parameters; must precede torch's class.
 
-    A subclass names its states and settings.
+    A subclass lists its states and settings.
 
     Arguments
     ---------
     params : iterable
         Parameters or groups of parameters.
     *args : tuple
-        As torch's class takes them.
+        See torch's class.
     min_8bit_size : int
         Parameters with fewer values keep 32-bit states.
     **kwargs : dict
-        As torch's class takes them.
+        See torch's class.
 
     Raises
     ------
     ValueError
-        For capturable and differentiable.
+        If capturable or differentiable is set.
     """
 
-    # All states, those without which a checkpoint is of another kind, and
-    # those that can be in 8 bits with the codebook of each.
+    # All states; the states that a checkpoint must have; and the states that can
+    # be in 8 bits, with whether their codebook is signed.
     states: tuple[str, ...] = ()
     needed: frozenset[str] = frozenset()
     signed: dict[str, bool] = {}
-    # What bitsandbytes calls state1, state2.
+    # bitsandbytes' state1 and state2.
     bitsandbytes: tuple[str, ...] = ()
-    # Settings without which a checkpoint is of another kind. (torch adds
-    # those that its older versions did not have.)
+    # Settings that a checkpoint must have. (torch adds those that its older
+    # versions did not have.)
     settings: frozenset[str] = frozenset()
 
     def __init__(
@@ -126,10 +127,10 @@ class States8bit(torch.optim.Optimizer):
         for name in ("capturable", "differentiable"):
             if self.defaults.get(name):
                 raise ValueError(
-                    f"{type(self).__name__} cannot do {name}=True: its states "
-                    "are packed and unpacked at each step. Leave it out."
+                    f"{type(self).__name__} does not support {name}=True: its "
+                    "states are packed and unpacked at each step. Remove it."
                 )
-        # GradScaler then unscales and skips steps itself, fused or not.
+        # Makes GradScaler unscale and skip steps itself, fused or not.
         self._step_supports_amp_scaling = False
         self.defaults["min_8bit_size"] = min_8bit_size
         for group in self.param_groups:
@@ -138,7 +139,7 @@ class States8bit(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        # Copies and pickles do not have them.
+        # Copies and pickles lack codebooks.
         self._codebooks = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -152,18 +153,17 @@ class States8bit(torch.optim.Optimizer):
         Raises
         ------
         TypeError
-            If a parameter is not of floating point.
+            If a parameter does not have a floating-point dtype.
         ValueError
-            If values of a parameter share memory, as those of an expanded
-            tensor do.
+            If values of a parameter share memory, as in an expanded tensor.
         """
         super().add_param_group(param_group)
         for p in self.param_groups[-1]["params"]:
             error = None
             if not p.is_floating_point():
                 error = TypeError(
-                    f"{type(self).__name__} updates parameters of floating "
-                    f"point, not {p.dtype}."
+                    f"{type(self).__name__} updates floating-point parameters, "
+                    f"not {p.dtype}."
                 )
             elif any(
                 stride == 0 and size > 1
@@ -172,14 +172,14 @@ class States8bit(torch.optim.Optimizer):
                 error = ValueError(
                     f"{type(self).__name__} cannot update a parameter of "
                     f"shape {tuple(p.shape)} and strides {p.stride()}: its "
-                    "values share memory. Make it of a clone()."
+                    "values share memory. Use a clone() of it."
                 )
             if error is not None:
                 self.param_groups.pop()
                 raise error
 
     def _names(self, group: Group) -> list[str]:
-        """States that a parameter has with these settings."""
+        """Names of a parameter's states with these settings."""
         raise NotImplementedError
 
     @staticmethod
@@ -199,7 +199,7 @@ class States8bit(torch.optim.Optimizer):
         codebook = self._codebook(name, value.device)
         if maxima is not None:
             packed = codebook.requantize(value, maxima)
-            # torch's class carries the maxima along when it trains on.
+            # The maxima are stale if torch's class has trained in between.
             if torch.equal(codebook.dequantize(packed), value):
                 return packed
         return codebook.quantize(value)
@@ -214,7 +214,7 @@ class States8bit(torch.optim.Optimizer):
                 codebook = self._codebook(name, value.codes.device)
                 value = codebook.dequantize(value)
             if value is not None:
-                # The layout of the parameter may have changed since.
+                # The parameter's layout may have changed.
                 state[name] = (
                     value if name == "step" else laid_out_like(weight, value)
                 )
@@ -231,16 +231,16 @@ class States8bit(torch.optim.Optimizer):
     def _quantized(
         self, params: list[torch.Tensor], name: str
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Codes and maxima of a state of some parameters."""
+        """Codes and maxima of one state of several parameters."""
         states = [self.state[p][name] for p in params]
         return [x.codes for x in states], [x.absmax for x in states]
 
     def state_bytes(self) -> int:
-        """Bytes of all states; 0 before the first step.
+        """Counts the bytes of all states; 0 before the first step.
 
         Returns
         -------
         int
-            The bytes.
+            Number of bytes.
         """
         return state_bytes(self)

@@ -1,4 +1,4 @@
-"""Checkpoints that survive a kill, and the random state as part of them.
+"""Atomic checkpoints, and recoverables for random states.
 
 Authors
  * The sb_memeff authors 2026
@@ -45,13 +45,14 @@ on_every_process = functools.partial(
 class AtomicCheckpointer(Checkpointer):
     """A Checkpointer whose checkpoints are complete or do not exist.
 
-    SpeechBrain's writes the file that makes a folder a checkpoint first: a
-    run killed while it saves leaves one that cannot be loaded, and never
-    starts again. Here the folder gets its name when everything is in it.
+    SpeechBrain's Checkpointer first writes the file that marks a folder as a
+    checkpoint. A training killed while it saves leaves a checkpoint that cannot
+    be loaded, and can never be resumed. Here a folder gets its name only when
+    it is complete.
 
-    A checkpoint of a name that exists replaces the other one. The old one is
-    put aside first, under a name that any Checkpointer takes for that of a
-    checkpoint, so that a run killed at that moment finds it.
+    Saving under an existing name replaces that checkpoint. The old folder is
+    first renamed to one that any Checkpointer still recognises as a
+    checkpoint, so a training killed at that moment can be resumed from it.
 
     Example
     -------
@@ -73,9 +74,9 @@ class AtomicCheckpointer(Checkpointer):
         return self._partial(super()._custom_checkpoint_dirpath(name))
 
     def _partial(self, path: Path) -> Path:
-        for left in self.checkpoints_dir.glob(self.PARTIAL + "*"):
-            shutil.rmtree(left)
-        # Of runs that were killed between giving the name and removing.
+        for leftover in self.checkpoints_dir.glob(self.PARTIAL + "*"):
+            shutil.rmtree(leftover)
+        # Left by trainings killed between the renaming and the removal.
         for old in self.checkpoints_dir.glob("*" + self.REPLACED):
             if self._is_replaced(old):
                 self._remove(old)
@@ -93,7 +94,7 @@ class AtomicCheckpointer(Checkpointer):
         return name != path.name and path.with_name(name).exists()
 
     def _put_in_place(self, partial: Path, path: Path) -> None:
-        """Gives a complete checkpoint its name, in place of another one."""
+        """Renames a complete checkpoint, replacing an existing one."""
         old = path.with_name(path.name + self.REPLACED)
         if path.exists():
             os.replace(path, old)
@@ -102,7 +103,8 @@ class AtomicCheckpointer(Checkpointer):
             self._remove(old)
 
     def _remove(self, path: Path) -> None:
-        # Killed within rmtree, it must not be taken for a checkpoint.
+        # Renamed first: killed within rmtree, it must not look like a
+        # checkpoint.
         removed = path.with_name(self.PARTIAL + path.name)
         os.replace(path, removed)
         shutil.rmtree(removed)
@@ -118,7 +120,7 @@ class AtomicCheckpointer(Checkpointer):
         saved = super().save_checkpoint(
             meta, end_of_epoch, name, verbosity=logging.DEBUG
         )
-        # All processes have written their part.
+        # Wait until all processes have written their part.
         ddp_barrier()
         if saved is not None:
             path = saved.path.with_name(
@@ -143,9 +145,9 @@ class AtomicCheckpointer(Checkpointer):
     ) -> None:
         """Saves a checkpoint, then deletes; arguments as in Checkpointer.
 
-        Checkpointer adds to the list that it is given, the one of its default
-        too: each call then takes longer than the one before, and keeps recent
-        checkpoints for ever once it has been asked to.
+        Checkpointer appends to the list ``importance_keys``, even to its
+        default. Each call then takes longer than the last, and after one call
+        with ``keep_recent`` recent checkpoints are kept for ever.
         """
         super().save_and_keep_only(
             meta,
@@ -160,9 +162,9 @@ class AtomicCheckpointer(Checkpointer):
 
 @on_every_process
 class RandomState:
-    """The random generators of Python, numpy and torch, to be recovered.
+    """Recovers the random states of Python, numpy and torch.
 
-    Of each process its own; on CUDA the current device's generator.
+    Each process has its own; on CUDA, the current device's generator.
 
     Example
     -------
@@ -182,7 +184,7 @@ class RandomState:
         Arguments
         ---------
         path : str or Path
-            Where to.
+            File to write.
         """
         _save_of_all(_get_states(), path)
 
@@ -193,7 +195,7 @@ class RandomState:
         Arguments
         ---------
         path : str or Path
-            Where from.
+            File to read.
         end_of_epoch : bool
             Not used.
         """
@@ -204,14 +206,14 @@ class RandomState:
 
 @on_every_process
 class NoisePosition:
-    """Where AddNoise or AddReverb stands in its list of files.
+    """Recovers the position of AddNoise or AddReverb in its list of files.
 
     Arguments
     ---------
     augmentation : AddNoise or AddReverb
-        With a csv file.
+        One with a csv file.
     device : str or torch.device
-        Where the waveforms are.
+        Device of the waveforms.
     """
 
     def __init__(
@@ -228,7 +230,7 @@ class NoisePosition:
         Arguments
         ---------
         path : str or Path
-            Where to.
+            File to write.
         """
         loader = getattr(self.augmentation, "data_loader", None)
         position = self._loaded
@@ -244,24 +246,24 @@ class NoisePosition:
         Arguments
         ---------
         path : str or Path
-            Where from.
+            File to read.
         end_of_epoch : bool
             Not used.
         """
         self._loaded = _load_own(path)
 
     def resume(self) -> None:
-        """Goes to the position that was loaded, if one was.
+        """Moves to the loaded position, if any.
 
-        Not done by ``load``: who evaluates a checkpoint needs no noises.
+        This is separate from ``load``, since evaluation needs no noise.
         """
         if self._loaded is None:
             return
         batch_size, batches = self._loaded
         self._loaded = None
         states = _get_states()
-        # SpeechBrain makes the loader when it is first used, for batches of
-        # the size that it sees then.
+        # SpeechBrain creates the loader on first use, for the batch size of
+        # that call.
         if hasattr(self.augmentation, "data_loader"):
             del self.augmentation.data_loader
         waveforms = torch.ones(batch_size, 400, device=self.device)
@@ -279,14 +281,14 @@ class NoisePosition:
 
 @on_every_process
 class SamplerPosition:
-    """Where a sampler stands in its random numbers.
+    """Recovers the random states of a sampler.
 
-    How many batches it has given is saved with the loader.
+    The number of batches drawn is saved with the loader.
 
     Arguments
     ---------
     sampler : sb_memeff.dataio.reproducible.SeededSampler
-        That of the training data.
+        Sampler of the training data.
     """
 
     def __init__(self, sampler: "SeededSampler"):
@@ -300,7 +302,7 @@ class SamplerPosition:
         Arguments
         ---------
         path : str or Path
-            Where to.
+            File to write.
         """
         position, _ = self._loaded or (None, None)
         if position is None:
@@ -314,14 +316,14 @@ class SamplerPosition:
         Arguments
         ---------
         path : str or Path
-            Where from.
+            File to read.
         end_of_epoch : bool
             Whether the next epoch begins at its start.
         """
         self._loaded = _load_own(path), end_of_epoch
 
     def resume(self) -> None:
-        """Goes to the position that was loaded, if one was."""
+        """Moves to the loaded position, if any."""
         position, end_of_epoch = self._loaded or (None, False)
         self._loaded = None
         if position is not None:
@@ -350,8 +352,8 @@ def _load_own(path: str | Path) -> Any:
         processes = torch.distributed.get_world_size()
     if len(values) != processes:
         logger.warning(
-            f"{path} is of a run with {len(values)} processes, now there are "
-            f"{processes}: it goes on with other random numbers."
+            f"{path} was saved by {len(values)} processes, but now there are "
+            f"{processes}: training continues with other random numbers."
         )
         return None
     return values[rank]

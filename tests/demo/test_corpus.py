@@ -13,44 +13,77 @@ import pytest
 pytest.importorskip("espeakng_loader", reason="pip install sb_memeff[demo]")
 pytest.importorskip("scipy")
 
-from corpus import CorpusOptions, make_once, speak_all, unrepeated
+import corpus
+import numpy as np
 from voices import CorpusError
 
 
+class Silent:
+    """Says seconds of noise instead of words, in the place of eSpeak NG."""
+
+    def __init__(self, seed):
+        self.rng = np.random.default_rng(seed)
+
+    def say(self, text, *_):
+        return self.rng.standard_normal(16000 * len(text))
+
+
 @dataclasses.dataclass(frozen=True)
-class Options(CorpusOptions):
-    """One file."""
+class Letters(corpus.Corpus):
+    """A letter for each speaker, who takes a second for it."""
 
     FORMAT = 1
+    SPEAKER = "s{}"
+    AUDIO = "{split}/{speaker}/{utterance}.wav"
+    FIRST_SESSION = 0
+    WORDS_PER_MINUTE = (100, 200)
 
-    files: int = 1
+    speakers: int = 1
     seed: int = 0
+
+    def groups(self):
+        return [(["a", "b", "c"], 1, self.speakers, [("all", 1)])]
+
+    def draw_text(self, rng):
+        return ("abc"[rng.integers(3)],)
+
+    def speak(self, rng, say, pitch, text):
+        return say(text[0], pitch)
+
+    def lists(self, speakers):
+        return {"letters.txt": str(len(speakers))}
+
+    def counts(self, speakers):
+        return {"letters": len(speakers)}
 
 
 @dataclasses.dataclass(frozen=True)
-class NewFormat(Options):
+class NewFormat(Letters):
     """The same, written by changed code."""
 
     FORMAT = 2
 
 
-def complete(folder, manifest):
-    return (folder / "a.txt").exists() and manifest["letters"] == 1
-
-
-def write(folder):
+def speak_here(made, folder, speakers, workers, progress):
+    """speak_all, without other processes."""
     assert not list(folder.iterdir())
-    (folder / "a.txt").write_text("a")
-    return {"letters": 1}
+    return sum(corpus.speak_one((made, folder, one)) for one in speakers)
 
 
-def crash(folder):
-    write(folder)
+def crash(made, folder, *_):
+    (folder / "half.wav").touch()
     raise KeyboardInterrupt
 
 
-def make(out, options=Options(), how=write):
-    return make_once(out, options, complete, how)["cached"]
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """No eSpeak NG and no processes."""
+    monkeypatch.setattr(corpus, "Espeak", Silent)
+    monkeypatch.setattr(corpus, "speak_all", speak_here)
+
+
+def make(out, options=Letters()):
+    return options.make(out)["cached"]
 
 
 def test_made_once_and_found_again(tmp_path):
@@ -58,31 +91,34 @@ def test_made_once_and_found_again(tmp_path):
     assert not make(out)
     assert make(out)
     manifest = json.loads((out / "manifest.json").read_text())
-    assert manifest["options"] == {"files": 1, "seed": 0}
+    assert manifest["options"] == {"speakers": 1, "seed": 0}
     assert manifest["letters"] == 1
 
 
-@pytest.mark.parametrize("options", [Options(seed=1), NewFormat()])
+@pytest.mark.parametrize("options", [Letters(seed=1), NewFormat()])
 def test_other_options_or_another_format_make_it_anew(tmp_path, options):
     make(tmp_path)
     assert not make(tmp_path, options)
     assert make(tmp_path, options)
 
 
-def test_lost_file_makes_it_anew(tmp_path):
+@pytest.mark.parametrize("lost", ["all/s1/0.wav", "letters.txt"])
+def test_lost_file_makes_it_anew(tmp_path, lost):
     make(tmp_path)
-    (tmp_path / "a.txt").unlink()
+    (tmp_path / lost).unlink()
     assert not make(tmp_path)
-    assert (tmp_path / "a.txt").exists()
+    assert (tmp_path / lost).exists()
 
 
-def test_interrupted_run_leaves_the_earlier_corpus(tmp_path):
+def test_interrupted_run_leaves_the_earlier_corpus(tmp_path, monkeypatch):
     out = tmp_path / "corpus"
     make(out)
+    monkeypatch.setattr(corpus, "speak_all", crash)
     with pytest.raises(KeyboardInterrupt):
-        make(out, Options(seed=1), crash)
+        make(out, Letters(seed=1))
     assert make(out)
-    assert not make(out, Options(seed=1))
+    monkeypatch.setattr(corpus, "speak_all", speak_here)
+    assert not make(out, Letters(seed=1))
     assert [p.name for p in tmp_path.iterdir()] == ["corpus"]
 
 
@@ -93,7 +129,7 @@ def test_interrupted_run_leaves_the_earlier_corpus(tmp_path):
         "not json",
         "5",
         '{"name": "a browser extension"}',
-        '{"options_sha256": "0", "options": {"speakers": 1, "seed": 0}}',
+        '{"options_sha256": "0", "options": {"files": 1, "seed": 0}}',
     ],
 )
 def test_refuses_a_folder_of_something_else(tmp_path, manifest):
@@ -113,24 +149,17 @@ def test_refuses_a_file(tmp_path):
     assert file.read_text() == "all of it"
 
 
-def test_options_out_of_range():
-    for files in (0, 1001):
-        with pytest.raises(CorpusError, match=f"files .* 1..1000: {files}"):
-            Options(files=files)
-
-
-def test_unrepeated_ends_when_all_is_drawn():
-    letters = itertools.cycle("abcab")
-    texts = unrepeated(lambda: next(letters))
+def test_distinct_leaves_out_what_was_drawn():
+    letters = itertools.cycle("abbac")
+    texts = corpus.distinct(lambda: next(letters))
     assert [next(texts) for _ in range(3)] == ["a", "b", "c"]
-    with pytest.raises(CorpusError, match="only 3 different"):
-        next(texts)
 
 
-def double(job):
-    return 2 * job
-
-
-def test_minutes_are_those_of_all_speakers():
-    jobs = [16000 * 30] * 3
-    assert speak_all(double, jobs, workers=2, progress=False) == 3.0
+def test_no_text_is_given_to_two_speakers():
+    texts = [
+        text
+        for speaker in Letters(speakers=3).plan()
+        for session in speaker.sessions
+        for text in session.values()
+    ]
+    assert sorted(texts) == [("a",), ("b",), ("c",)]

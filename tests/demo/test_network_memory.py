@@ -4,7 +4,14 @@ Authors
  * The sb_memeff authors 2026
 """
 
-from network_memory import list_networks, print_states, print_table
+import math
+
+import network_memory
+import torch
+from network_memory import print_networks, print_states
+from resnets import networks
+
+from sb_memeff.memory.step import StepMemory
 
 
 def row(network, peak_bytes, step_s, depth=34):
@@ -22,33 +29,55 @@ def row(network, peak_bytes, step_s, depth=34):
 
 
 def test_networks_are_compared_with_the_first_of_their_size(capsys):
-    print_table(
+    print_networks(
         [
-            row("ResNet34", 600 * 2**20, 0.5),
-            row("RevNet34 Type II", 150 * 2**20, 1.0),
-            row("ResNet293", 60000 * 2**20, None, depth=293),
-            row("RevNet293 Type II", 2000 * 2**20, None, depth=293),
+            row("ResNet34", 600 * 10**6, 0.5),
+            row("RevNet34 Type II", 150 * 10**6, 1.0),
+            row("ResNet293", 60000 * 10**6, None, depth=293),
+            row("RevNet293 Type II", 2000 * 10**6, None, depth=293),
         ]
     )
     _, title, head, *lines = capsys.readouterr().out.splitlines()
     assert title == "depth 34, width 8, batch 32 x 200 frames x 80 bands"
-    assert "150 MiB  1/4.0    1.00" in lines[1]
+    assert lines[1].split()[-4:] == ["150", "MB", "1/4.0", "1.00"]
     assert {len(line) for line in lines[:2]} == {len(head)}
-    assert "depth 293" in lines[3] and lines[6].endswith("2000 MiB 1/30.0")
+    assert "depth 293" in lines[3] and "2.00 GB  1/30.0" in lines[6]
 
 
 def test_states_are_compared_in_pairs(capsys):
     print_states(
         [
-            {"optimizer": "SGD", "state_bytes": 60 * 2**20},
-            {"optimizer": "SGD8bit", "state_bytes": 15 * 2**20},
+            {"optimizer": "SGD", "state_bytes": 60 * 10**6},
+            {"optimizer": "SGD8bit", "state_bytes": 15 * 10**6},
         ]
     )
     line = capsys.readouterr().out.splitlines()[-1].split()
-    assert line == "SGD 60.0 MiB SGD8bit 15.0 MiB 1/4.0".split()
+    assert line == "SGD 60.0 MB SGD8bit 15.0 MB 1/4.0".split()
 
 
-def test_the_networks_of_a_depth_are_built():
-    for name, build in list_networks(34, 2).items():
-        assert name.startswith(("ResNet34", "RevNet34"))
-        assert sum(p.numel() for p in build().parameters()) > 0
+def test_networks_and_sizes_that_are_compared(monkeypatch):
+    asked = []
+
+    def shallow(name, base_channels):
+        asked.append((name, base_channels))
+        return dict.fromkeys(networks(name), lambda: torch.nn.Linear(80, 4))
+
+    def elements(build, shape):
+        return StepMemory(1, 4, math.prod(shape), 0, "forward", "", {})
+
+    monkeypatch.setattr(network_memory, "networks", shallow)
+    # Some 100 s in all.
+    monkeypatch.setattr(network_memory, "training_step_memory", elements)
+    rows = network_memory.compare_networks(8, (2, 24, 80))
+    assert [row["network"] for row in rows[:4]] == [
+        "ResNet34",
+        "ResNet34 with checkpoints",
+        "RevNet34 Type I",
+        "RevNet34 Type II",
+    ]
+    assert rows[8]["network"] == "ResNet293" and len(rows) == 12
+    assert asked == [("ResNet34", 8), ("ResNet34", 32), ("ResNet293", 32)]
+    # Only the first size is one that a CPU can run.
+    assert [row["step_s"] is None for row in rows] == [False] * 4 + [True] * 8
+    assert {row["saved_bytes"] for row in rows[:4]} == {2 * 24 * 80}
+    assert {row["saved_bytes"] for row in rows[4:]} == {64 * 200 * 80}

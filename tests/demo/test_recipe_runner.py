@@ -5,7 +5,7 @@ Authors
 """
 
 import pytest
-from recipe_runner import DemoError, epoch_line, read_stats, run_recipe
+from recipe_runner import DemoError, epoch_line, run_recipe
 
 EPOCH = (
     "speechbrain.utils.train_logger - epoch: 3, lr: 1.40e-03, steps: 309, "
@@ -37,15 +37,16 @@ def script(tmp_path):
 
 
 def test_an_epochs_line_in_the_demos_words():
-    stats = read_stats(EPOCH)
-    assert stats["steps"] == "309" and stats["valid loss"] == "1.31e-01"
-    assert epoch_line(stats, SHOWN) == "epoch  3   loss 16.35   WER 100.0 %"
-    assert read_stats("speechbrain.utils.epoch_loop - Going into epoch 3") == {}
+    assert epoch_line(EPOCH, SHOWN) == "epoch  3   loss 16.35   WER 100.0 %"
+    shown = {"steps": "{:.0f} steps".format, "valid loss": "{:.3f}".format}
+    assert epoch_line(EPOCH, shown) == "epoch  3   309 steps   0.131"
+    other = "speechbrain.utils.epoch_loop - Going into epoch 3"
+    assert epoch_line(other, SHOWN) == ""
 
 
 def test_what_a_recipe_does_not_log_is_left_out():
-    stats = read_stats(EPOCH.replace("valid WER", "valid EER"))
-    assert epoch_line(stats, SHOWN) == "epoch  3   loss 16.35"
+    line = EPOCH.replace("valid WER", "valid EER")
+    assert epoch_line(line, SHOWN) == "epoch  3   loss 16.35"
 
 
 def test_epochs_on_the_screen_and_everything_in_the_log(
@@ -57,6 +58,21 @@ def test_epochs_on_the_screen_and_everything_in_the_log(
     text = log.read_text()
     assert "arguments: a.yaml --lr=0.1\n" in text and f"{EPOCH}\n" in text
     assert "%|" not in text
+
+
+def test_bars_on_a_terminal(script, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "41")
+    run_recipe("Training", script, "a.yaml", {}, tmp_path / "log", SHOWN)
+    first, *overwritten, last = capsys.readouterr().out.split("\r")
+    assert first == last == ""
+    assert {len(line.rstrip("\n")) for line in overwritten} == {40}
+    assert [line.strip() for line in overwritten] == [
+        "50%|#####     |",
+        "100%|##########|",
+        "epoch  3   loss 16.35   WER 100.0 %",
+        "",
+    ]
 
 
 @pytest.mark.parametrize("users, threads", [(None, "1"), ("4", "4")])

@@ -6,6 +6,7 @@ Authors
 
 import json
 import signal
+import sys
 
 import pytest
 
@@ -81,3 +82,18 @@ def test_a_failing_part_ends_the_demo(demo, capsys):
     assert demo("--epochs=0") == 1
     out, err = capsys.readouterr()
     assert "transducer" not in out and err == "demo: speakers failed\n"
+
+
+def test_a_missing_library_is_said_in_one_sentence(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(sys.modules, "espeakng_loader", None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    folders = f"--data={tmp_path / 'data'}", f"--results={tmp_path / 'results'}"
+    for part in run_demo.PARTS:
+        assert run_demo.main([*folders, "--parts", part]) == 1
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1
+        assert message.startswith("demo: ")
+        assert "pip install 'sb_memeff[demo]'" in message
+    assert not (tmp_path / "data").exists()

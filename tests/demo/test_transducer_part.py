@@ -52,21 +52,3 @@ def test_the_overrides_are_keys_of_the_yaml():
             overrides_must_match=True,
         )
     assert hparams["noam_annealing"].n_warmup_steps == 150
-
-
-def test_memory_of_the_losses(monkeypatch, capsys):
-    monkeypatch.setattr(transducer_part, "LOSS_SHAPE", (2, 60, 40, 8, 200))
-    rows = transducer_part.compare_losses()
-    transducer_part.print_losses(rows)
-    batched, samplewise, tiled = (row["extra_bytes"] for row in rows)
-    # All logits are 4 MB in float32; a tile's are 1.6 MB, an utterance's 2.
-    assert batched > 2 * 60 * 41 * 200 * 4
-    assert tiled < samplewise < batched
-    assert all(row["gradient_error"] < 1e-5 for row in rows)
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[3:6]] == [
-        "batched",
-        "samplewise",
-        "tiled",
-    ]
-    assert {len(line) for line in lines[2:6]} == {len(lines[2])}

@@ -33,6 +33,12 @@ def test_chosen_voices_are_spread_over_the_list():
     assert {voice.split("+")[0] for voice in voices} == set(ACCENTS)
 
 
+@pytest.mark.parametrize("count", [0, 17])
+def test_no_variant_is_taken_twice(count):
+    with pytest.raises(CorpusError, match=f"are 16 voices, not {count}"):
+        choose_voices(TEST_VARIANTS, count)
+
+
 def test_every_voice_speaks():
     espeak = Espeak(seed=1)
     for variants in (TRAIN_VARIANTS, TEST_VARIANTS):

@@ -96,7 +96,7 @@ def make_corpora(folder):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A working folder with the corpora where the table's flags want them."""
+    """A working folder with the corpora in the paths of the table's flags."""
     place = tmp_path_factory.mktemp("librispeech")
     make_corpora(place / "data")
     return place
@@ -401,7 +401,7 @@ def test_language_model_when_named(place):
         (
             ['--dev_splits=["dev-clean"]'],
             ValueError,
-            "valid_csv names .*dev.csv, which no split makes",
+            "valid_csv is .*dev.csv, which is not the csv file of any split",
         ),
         (
             ['--train_splits=["train", "more"]'],

@@ -371,7 +371,7 @@ def test_output_folder_of_other_data(place):
     other = sb.dataio.encoder.CategoricalEncoder()
     other.update_from_iterable(["nobody"], sequence_input=False)
     other.save(path)
-    with pytest.raises(ValueError, match="does not know the speaker id00000"):
+    with pytest.raises(ValueError, match="lacks the speaker id00000"):
         training.dataio_prep(hparams)
     path.unlink()
 
@@ -382,7 +382,7 @@ def test_too_few_outputs():
     training.check_speakers(6, 6)
 
 
-def test_missing_data_is_one_sentence_and_writes_nothing(place):
+def test_missing_data_raises_one_sentence_and_writes_no_file(place):
     folder = place / "results" / "never"
     text = RECIPE.run(
         place,
@@ -425,7 +425,7 @@ def test_training_errors(place, overrides, error, sentence):
         training.check_data(hparams)
 
 
-def test_list_may_be_absent_if_the_user_says_so(place):
+def test_a_run_without_a_list_of_trials(place):
     hparams, _ = load(place, "train_resnet.yaml", "--verification_file=null")
     training.check_data(hparams)
 

@@ -1,4 +1,4 @@
-"""The most memory that torch's CPU allocator gives to tensors, as it says.
+"""Peak memory of torch's CPU allocator, from its log.
 
 Authors
  * The sb_memeff authors 2026

@@ -341,7 +341,7 @@ def test_no_checkpoint_within_an_accumulation(tmp_path):
 
 
 class Interrupted(Exception):
-    """Ends a run where a test wants it."""
+    """Ends a training at a point chosen by the test."""
 
 
 class Lazy(Sampler):
@@ -376,7 +376,7 @@ class Rotated:
 
 
 class Counting:
-    """Rotates further each time; nobody else can tell how often it did."""
+    """Rotates further each time; its counter is not visible outside."""
 
     count = 0
 
@@ -544,14 +544,14 @@ def test_a_list_is_a_sampler(tmp_path):
     assert ids == [str(n) for n in range(7, 27)]
 
 
-def test_an_empty_sampler_gives_nothing():
+def test_an_empty_sampler_yields_no_batch():
     made = brain()
     for stage in (sb.Stage.TRAIN, sb.Stage.VALID):
         loader = made.make_dataloader(dataset(), stage, sampler=[])
         assert list(loader) == []
 
 
-def test_an_order_that_cannot_be_recovered_is_said(tmp_path, caplog):
+def test_an_order_that_cannot_be_recovered_logs_a_warning(tmp_path, caplog):
     options = {"sampler": lambda d: Counting(), "batch_size": 4}
     straight = epochs_of(tmp_path / "straight", options)
     begun = epochs_of(tmp_path / "run", options, (2, 5))
@@ -561,8 +561,8 @@ def test_an_order_that_cannot_be_recovered_is_said(tmp_path, caplog):
     assert "Counting gives epoch 2 another order" in caplog.text
 
 
-def test_sampler_of_a_loader_that_the_user_made():
-    """It is told the epoch too; a generator stays the user's."""
+def test_sampler_of_the_users_own_loader():
+    """Its epoch is set too; a generator of the user is kept."""
     made, data, seen = brain(), dataset(), [[]]
     generator = torch.Generator()
     loader = DataLoader(
@@ -738,7 +738,7 @@ def test_a_loss_scale_that_is_too_large_is_halved(base, max_grad_norm):
 
 
 @BOTH
-def test_without_an_optimizer_nothing_is_stepped(base):
+def test_without_an_optimizer_no_step_is_taken(base):
     made = type("Made", (Regression, base), {})(
         {"net": network()}, run_opts={"device": "cpu"}
     )
@@ -840,7 +840,7 @@ def loaded(workers, epochs=1, **options):
     return seen
 
 
-def test_validation_draws_the_same_and_nothing_global():
+def test_validation_repeats_its_numbers_and_leaves_global_states():
     made = brain()
     loader = made.make_dataloader(dataset(), sb.Stage.VALID, batch_size=8)
     seen = []
@@ -867,7 +867,7 @@ def test_data_does_not_depend_on_the_workers(options):
 
 @pytest.mark.parametrize("looped", [None, ITEMS // 4])
 def test_every_epoch_has_crops_of_its_own(looped):
-    """A LoopedLoader's too, whose epochs are as many batches as one likes."""
+    """A LoopedLoader too, whose epochs have any number of batches."""
     seen = loaded(0, epochs=2, shuffle=False, looped_nominal_epoch=looped)
     assert len(seen) == 2 * ITEMS / 4
     first, second = seen[: len(seen) // 2], seen[len(seen) // 2 :]

@@ -35,25 +35,25 @@ from sb_memeff.export.speaker_folder import best_checkpoint
 logger = get_logger(__name__)
 
 SCORE_NORMS = ("z-norm", "t-norm", "s-norm")
-# Rows of a product of matrices at a time: bounds the memory.
+# Rows of a matrix product computed at a time; bounds the memory.
 ROWS = 4096
 # Prior of a target trial in minDCF, SpeechBrain's default.
 P_TARGET = 0.01
 
 
 def find_weights(pretrain_path):
-    """The file with the weights of the embedding model.
+    """Finds the weights of the embedding model.
 
     Arguments
     ---------
     pretrain_path : str or None
-        Folder with embedding_model.ckpt, or the ``save`` folder of a training
-        run, of which the checkpoint with the lowest ErrorRate is taken.
+        Folder with embedding_model.ckpt, or the ``save`` folder of a
+        training, whose checkpoint with the lowest ErrorRate is used.
 
     Returns
     -------
     Path or None
-        None if the network shall stay untrained.
+        The file; None for an untrained network.
 
     Raises
     ------
@@ -70,13 +70,13 @@ def find_weights(pretrain_path):
         raise FileNotFoundError(
             f"There is neither an embedding_model.ckpt nor a checkpoint of a "
             f"finished epoch in {pretrain_path}: set pretrain_path to the save "
-            f"folder of a training run, or to null for an untrained network."
+            f"folder of a training, or to null for an untrained network."
         )
     return checkpoint.path / "embedding_model.ckpt"
 
 
 def load_weights(model, path):
-    """Loads the weights, or says loudly that there are none.
+    """Loads the weights, or warns that there are none.
 
     Arguments
     ---------
@@ -88,12 +88,12 @@ def load_weights(model, path):
     Raises
     ------
     ValueError
-        If they belong to another network.
+        If they are of another network.
     """
     if path is None:
         logger.warning(
             "pretrain_path is null: THE NETWORK IS UNTRAINED and the scores "
-            "mean nothing."
+            "are meaningless."
         )
         return
     weights = torch.load(path, map_location="cpu", weights_only=True)
@@ -101,14 +101,14 @@ def load_weights(model, path):
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise ValueError(
-            f"{path} does not fit the network of this yaml file: set its "
-            f"preset or channels, its other sizes and n_mels as in training."
+            f"{path} does not fit the network of this yaml file: set preset or "
+            f"channels, the other sizes and n_mels as in training."
         ) from error
     logger.info(f"Weights from {path}")
 
 
 def make_loader(items, batch_size, num_workers):
-    """A loader of whole utterances, similar lengths in one batch.
+    """Makes a loader of whole utterances, with similar lengths in a batch.
 
     Arguments
     ---------
@@ -117,7 +117,7 @@ def make_loader(items, batch_size, num_workers):
     batch_size : int
         Utterances in a batch.
     num_workers : int
-        Processes that read.
+        Worker processes.
 
     Returns
     -------
@@ -142,7 +142,7 @@ def make_loader(items, batch_size, num_workers):
 
 @torch.inference_mode()
 def embed(params, items, device):
-    """Embeddings of length 1 of utterances.
+    """Computes embeddings of norm 1.
 
     Arguments
     ---------
@@ -156,7 +156,7 @@ def embed(params, items, device):
     Returns
     -------
     dict
-        Row of each ID.
+        Maps each ID to its row.
     torch.Tensor
         Embeddings [utterances, dimensions], on the CPU.
     """
@@ -179,11 +179,11 @@ def cohort_statistics(embeddings, cohort, cohort_size):
     Arguments
     ---------
     embeddings : torch.Tensor
-        [utterances, dimensions], of length 1.
+        [utterances, dimensions], of norm 1.
     cohort : torch.Tensor
-        [impostors, dimensions], of length 1.
+        [impostors, dimensions], of norm 1.
     cohort_size : int or None
-        Take the highest scores only, this many.
+        Number of highest scores to use; None for all.
 
     Returns
     -------
@@ -201,12 +201,12 @@ def cohort_statistics(embeddings, cohort, cohort_size):
 
 
 def score_trials(embeddings, enrol, test, score_norm=None, statistics=None):
-    """Scores of all trials at once.
+    """Computes the scores of all trials.
 
     Arguments
     ---------
     embeddings : torch.Tensor
-        [utterances, dimensions], of length 1.
+        [utterances, dimensions], of norm 1.
     enrol : torch.Tensor
         Row of each trial's first utterance.
     test : torch.Tensor
@@ -214,7 +214,7 @@ def score_trials(embeddings, enrol, test, score_norm=None, statistics=None):
     score_norm : str, optional
         z-norm, t-norm or s-norm.
     statistics : tuple of torch.Tensor, optional
-        What ``cohort_statistics`` gives, for score_norm.
+        Result of ``cohort_statistics``, for score_norm.
 
     Returns
     -------
@@ -236,12 +236,13 @@ def score_trials(embeddings, enrol, test, score_norm=None, statistics=None):
 
 
 def error_rates(positive, negative):
-    """EER and minDCF as SpeechBrain's EER and minDCF define them.
+    """EER and minDCF as SpeechBrain defines them.
 
-    Those two compare every score with every threshold: the 580 818 trials of
-    VoxCeleb1-E would take days and hundreds of GB. Sorting gives the same.
-    Where miss and false alarm differ as little at two thresholds, the lower
-    one counts; in SpeechBrain the rounding of float32 decides.
+    SpeechBrain's functions compare every score with every threshold: the
+    580 818 trials of VoxCeleb1-E would take days and hundreds of GB. Sorting
+    gives the same result. If miss and false alarm are equally close at two
+    thresholds, the lower threshold is used; in SpeechBrain the rounding of
+    float32 decides.
 
     Arguments
     ---------
@@ -275,17 +276,17 @@ def error_rates(positive, negative):
     if broken:
         raise ValueError(
             f"{broken} of {len(scores)} scores are not finite: the embeddings "
-            f"or the statistics of the cohort hold NaN. Did the training "
-            f"diverge, or is cohort_size 1?"
+            f"or the statistics of the cohort contain NaN. Did the "
+            f"training diverge, or is cohort_size 1?"
         )
     positive, negative = positive.sort().values, negative.sort().values
-    # Between two scores nothing changes.
+    # The rates change only at scores.
     thresholds = scores.unique()
     missed = torch.searchsorted(positive, thresholds, right=True)
     accepted = len(negative) - torch.searchsorted(
         negative, thresholds, right=True
     )
-    # Whole numbers: rounding must not decide between two thresholds.
+    # In integers, so that rounding does not decide between two thresholds.
     gap = (accepted * len(positive) - missed * len(negative)).abs()
     best = (gap == gap.min()).nonzero()[0]
     miss = missed.double() / len(positive)
@@ -295,7 +296,7 @@ def error_rates(positive, negative):
 
 
 def check_params(params):
-    """Says what is wrong before anything is computed or written.
+    """Checks settings and files before anything is computed or written.
 
     Arguments
     ---------
@@ -314,7 +315,7 @@ def check_params(params):
     FileNotFoundError
         If the corpus, the list or the weights are missing.
     ValueError
-        If a setting or the list is not usable.
+        If a setting or the list is invalid.
     """
     norm = params["score_norm"]
     if norm is not None and norm not in SCORE_NORMS:
@@ -327,14 +328,14 @@ def check_params(params):
     trials = read_trials(path)
     if len({label for label, _, _ in trials}) < 2:
         raise ValueError(
-            f"All trials of {path} have the label {trials[0][0]}: EER needs "
+            f"All trials of {path} have the label {trials[0][0]}, but EER needs "
             f"trials of both kinds."
         )
     return trials, find_weights(params["pretrain_path"])
 
 
 def prepare_data(params):
-    """Lists the utterances of the trials, and the cohort if there is one."""
+    """Writes the csv files of the trials and, if needed, of the cohort."""
     common = {
         "data_folder": params["data_folder"],
         "save_folder": params["save_folder"],
@@ -380,7 +381,7 @@ def verify(params, trials, weights, device):
     Returns
     -------
     dict
-        What results.json holds.
+        Contents of results.json.
     """
     load_weights(params["embedding_model"], weights)
     for key in ("compute_features", "mean_var_norm", "embedding_model"):

@@ -4,8 +4,8 @@
     python train_speaker_embeddings.py hparams/train_revnet.yaml \\
         --data_folder=/path/to/VoxCeleb
 
-A run that was killed continues from its last checkpoint when the same command
-is given again.
+To continue a killed training from its last checkpoint, run the same command
+again.
 
 Authors
  * The sb_memeff authors 2026
@@ -46,12 +46,13 @@ class SpeakerBrain(MemEffBrain):
         feats = self.modules.compute_features(wavs)
         feats = self.modules.mean_var_norm(feats, lens)
         embeddings = self.modules.embedding_model(feats, lens)
-        # Half precision would round a cosine near 1 to the margin's size.
+        # In half precision the rounding of a cosine near 1 is as large as the
+        # margin.
         with torch.autocast(self.device_type, enabled=False):
             return self.modules.classifier(embeddings.float())
 
     def compute_objectives(self, outputs, batch, stage):
-        """AAM-softmax loss; the error rate too when validating."""
+        """AAM-softmax loss; in validation the error rate too."""
         speakers, _ = batch.spk_id_encoded
         if stage != sb.Stage.TRAIN:
             self.error_metrics.append(batch.id, outputs, speakers)
@@ -63,12 +64,12 @@ class SpeakerBrain(MemEffBrain):
             self.lr_annealing(self.optimizer)
 
     def on_stage_start(self, stage, epoch=None):
-        """Begins to count errors."""
+        """Resets the error metrics."""
         if stage != sb.Stage.TRAIN:
             self.error_metrics = self.hparams.error_stats()
 
     def on_stage_end(self, stage, stage_loss, epoch=None):
-        """Logs and saves at the end of an epoch."""
+        """Logs, and saves a checkpoint after validation."""
         if stage == sb.Stage.TRAIN:
             self.train_loss = stage_loss
         elif stage == sb.Stage.VALID:
@@ -88,7 +89,7 @@ class SpeakerBrain(MemEffBrain):
 
 
 def check_data(hparams):
-    """Says what is missing before anything is written.
+    """Checks settings and files before anything is written.
 
     Arguments
     ---------
@@ -112,7 +113,7 @@ def check_data(hparams):
             if not Path(hparams[key]).is_file():
                 raise FileNotFoundError(
                     f"There is no {hparams[key]}: with skip_prep the csv file "
-                    f"{key} must exist; run without skip_prep to make it."
+                    f"{key} must exist; run without skip_prep to create it."
                 )
         return
     wav_folders(hparams["data_folder"])
@@ -145,7 +146,7 @@ def prepare_data(hparams):
 
 
 def save_label_encoder(train_data, path):
-    """Numbers the training speakers, unless an earlier run has done so."""
+    """Numbers the training speakers, unless the file exists."""
     if not path.is_file():
         encoder = sb.dataio.encoder.CategoricalEncoder()
         encoder.update_from_didataset(train_data, output_key="spk_id")
@@ -170,7 +171,7 @@ def dataio_prep(hparams):
     Raises
     ------
     ValueError
-        If the output folder belongs to a run with other speakers.
+        If the output folder is of a training with other speakers.
     """
     train_data, valid_data = datasets = [
         sb.dataio.dataset.DynamicItemDataset.from_csv(
@@ -210,7 +211,7 @@ def dataio_prep(hparams):
     for row in (*train_data.data.values(), *valid_data.data.values()):
         if row["spk_id"] not in encoder.lab2ind:
             raise ValueError(
-                f"{path} of an earlier run does not know the speaker "
+                f"{path} of an earlier training lacks the speaker "
                 f"{row['spk_id']}: set another output_folder for other data."
             )
     sb.dataio.dataset.set_output_keys(datasets, ["id", "sig", "spk_id_encoded"])
@@ -218,7 +219,7 @@ def dataio_prep(hparams):
 
 
 def check_speakers(speakers, out_n_neurons):
-    """The classifier must have an output for each training speaker.
+    """Checks that the classifier has an output for each training speaker.
 
     Arguments
     ---------
@@ -239,9 +240,9 @@ def check_speakers(speakers, out_n_neurons):
         )
     if out_n_neurons > speakers:
         logger.warning(
-            f"The training data has {speakers} speakers; of "
-            f"out_n_neurons={out_n_neurons} outputs "
-            f"{out_n_neurons - speakers} stay without a speaker."
+            f"The training data has {speakers} speakers; "
+            f"{out_n_neurons - speakers} of out_n_neurons={out_n_neurons} "
+            f"outputs remain unused."
         )
 
 
@@ -253,19 +254,19 @@ def schedule(hparams, batches_per_epoch, accumulation):
     hparams : dict
         The loaded yaml file.
     batches_per_epoch : int
-        Batches that each process sees in an epoch.
+        Batches of each process in an epoch.
     accumulation : int
         Batches in an optimizer step.
 
     Returns
     -------
     object
-        Called with the optimizer, sets its learning rate.
+        Sets the learning rate of the optimizer that it is called with.
 
     Raises
     ------
     ValueError
-        If an epoch has not one step.
+        If an epoch has less than one step.
     """
     # Brain drops the gradients of an incomplete accumulation.
     steps = batches_per_epoch // accumulation
@@ -293,7 +294,7 @@ def main(arguments):
     sb.utils.distributed.ddp_init_group(run_opts)
     with open(hparams_file, encoding="utf-8") as f:
         hparams = load_hyperpyyaml(f, overrides)
-    # Benchmarks choose algorithms by time, differently in every run.
+    # cuDNN's benchmark chooses algorithms by time, so the choice varies.
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.backends.cudnn.benchmark = not deterministic
     check_data(hparams)
@@ -323,7 +324,8 @@ def main(arguments):
         hparams, len(train_loader), brain.grad_accumulation_factor
     )
     brain.checkpointer.add_recoverable("lr_annealing", brain.lr_annealing)
-    # The same augmentation for every network: initialising it drew numbers.
+    # The same augmentation for every network, whose initialisation draws random
+    # numbers.
     sb.utils.seed.seed_everything(hparams["seed"], verbose=False)
     brain.fit(
         hparams["epoch_counter"],

@@ -1,10 +1,10 @@
 """Data preparation for VoxCeleb: csv files for training and verification.
 
-The corpus lies in the layout in which VoxCeleb is published,
+The corpus has the layout of the published VoxCeleb:
 ``wav/<speaker>/<session>/<utterance>.wav``. VoxCeleb1 and VoxCeleb2 can be
-merged in one such folder, or named as a list: ``/data/vox1,/data/vox2``.
+merged in one such folder, or given as a list: ``/data/vox1,/data/vox2``.
 
-Nothing is downloaded unless a URL is named, and what is missing is said before
+Nothing is downloaded unless a URL is given. Missing files are reported before
 anything is written.
 
 Authors
@@ -33,7 +33,7 @@ logger = get_logger(__name__)
 
 FIELDS = ["ID", "duration", "wav", "start", "stop", "spk_id"]
 OPTIONS_FILE = "voxceleb_prepare.json"
-# Shorter files hold no speech that a speaker could be known by.
+# Shorter files are too short to identify a speaker.
 MIN_SECONDS = 0.5
 
 
@@ -51,46 +51,46 @@ def prepare_voxceleb(
 ):
     """Writes train.csv and dev.csv, or enrol.csv and test.csv, or all four.
 
-    Utterances are listed in segments of ``seg_dur`` seconds; the rest at the
-    end of an utterance is left out. An utterance shorter than ``seg_dur`` is
-    one segment (batches are padded and the networks mask the padding); below
-    half a second it is left out. Segments whose mean amplitude is under
-    ``amp_th`` are taken for silence and left out.
+    Utterances are cut into segments of ``seg_dur`` seconds; the remainder at
+    the end is dropped. An utterance shorter than ``seg_dur`` is one segment
+    (batches are padded and the networks mask the padding); shorter than half
+    a second, it is dropped. Segments with a mean amplitude below ``amp_th``
+    are dropped as silence.
 
-    The speakers of ``verification_file`` are kept out of train.csv and
+    The speakers of ``verification_file`` are excluded from train.csv and
     dev.csv. Utterances are divided at random between the two, but each
-    speaker keeps one at least in train.csv.
+    speaker keeps at least one in train.csv.
 
     Arguments
     ---------
     data_folder : str
-        Folder that holds ``wav``, or several with commas between them.
+        Folder that contains ``wav``, or several separated by commas.
     save_folder : str
-        Where the csv files go.
+        Folder for the csv files.
     verification_file : str, optional
         List of trials: a path or a URL.
     splits : list of str
-        Of train, dev, enrol and test.
+        Any of train, dev, enrol and test.
     split_ratio : list of int
-        Shares of train and dev.
+        Ratio of train to dev.
     seg_dur : float
         Seconds in a segment.
     amp_th : float
-        Segments with a lower mean amplitude are left out. With 0 only the
+        Segments with a lower mean amplitude are dropped. With 0 only the
         files' headers are read, which is much faster.
     sample_rate : int
-        What the files must have.
+        Required sample rate of the files.
     seed : int
-        Seed of the division in train and dev.
+        Seed of the division into train and dev.
     skip_prep : bool
-        Do nothing.
+        If True, do nothing.
 
     Raises
     ------
     FileNotFoundError
         If the corpus, the list, or a file of the list is missing.
     ValueError
-        If the corpus or the list cannot be used as it is.
+        If the corpus or the list is invalid.
 
     Example
     -------
@@ -117,7 +117,7 @@ def prepare_voxceleb(
     files = {split: save_folder / f"{split}.csv" for split in splits}
     prepared = Prepared(save_folder / OPTIONS_FILE, options, files.values())
     if prepared.done():
-        logger.info(f"{save_folder} holds the csv files already.")
+        logger.info(f"The csv files in {save_folder} are up to date.")
         return
 
     rows = {}
@@ -147,7 +147,7 @@ def wav_folders(data_folder):
     Arguments
     ---------
     data_folder : str
-        One or several folders with commas between them.
+        One folder, or several separated by commas.
 
     Returns
     -------
@@ -165,7 +165,7 @@ def wav_folders(data_folder):
         if not (folder / "wav").is_dir():
             raise FileNotFoundError(
                 f"There is no folder {folder / 'wav'}: set data_folder to the "
-                f"folder that holds VoxCeleb as "
+                f"folder that contains VoxCeleb as "
                 f"wav/<speaker>/<session>/<utterance>.wav."
             )
         folders.append(folder / "wav")
@@ -173,14 +173,14 @@ def wav_folders(data_folder):
 
 
 def fetch_list(verification_file, save_folder):
-    """A local path of the list of trials; a URL is downloaded once.
+    """Path of the list of trials, downloaded once if it is a URL.
 
     Arguments
     ---------
     verification_file : str
         Path or URL.
     save_folder : Path
-        Where a downloaded list is kept.
+        Folder for a downloaded list.
 
     Returns
     -------
@@ -203,8 +203,8 @@ def fetch_list(verification_file, save_folder):
     if not path.is_file():
         raise FileNotFoundError(
             f"There is no list of trials {path}: set verification_file to a "
-            f"local list or to its URL (the official ones stand in the yaml "
-            f"file), or to null if no speaker shall be kept out of training."
+            f"local list or to its URL (the yaml file gives the official ones), "
+            f"or to null to exclude no speaker from training."
         )
     return path
 
@@ -225,7 +225,7 @@ def read_trials(path):
     Raises
     ------
     ValueError
-        If a line does not look like that, or there is none.
+        If a line has another form, or the list is empty.
     """
     trials = []
     with open(path, encoding="utf-8") as f:
@@ -235,9 +235,9 @@ def read_trials(path):
                 continue
             if len(fields) != 3 or fields[0] not in ("0", "1"):
                 raise ValueError(
-                    f"Line {number} of {path} is no trial: {line.strip()!r} "
+                    f"Line {number} of {path} is not a trial: {line.strip()!r} "
                     f"should be '1 a.wav b.wav' or '0 a.wav b.wav' with paths "
-                    f"below the corpus's wav folder."
+                    f"relative to the corpus's wav folder."
                 )
             trials.append((int(fields[0]), fields[1], fields[2]))
     if not trials:
@@ -253,7 +253,7 @@ def find_utterances(folders, held_out):
     folders : list of Path
         The ``wav`` folders.
     held_out : set of str
-        Speakers to leave out.
+        Speakers to exclude.
 
     Returns
     -------
@@ -265,12 +265,12 @@ def find_utterances(folders, held_out):
     ValueError
         If nothing is left.
     """
-    found, left_out = [], 0
+    found, excluded = [], 0
     for folder in folders:
         speakers = (d for d in folder.iterdir() if d.is_dir())
         for speaker in tqdm(sorted(speakers), f"Files of {folder}"):
             if speaker.name in held_out:
-                left_out += 1
+                excluded += 1
                 continue
             for path in speaker.glob("*/*.wav"):
                 name = path.relative_to(folder).with_suffix("")
@@ -280,13 +280,13 @@ def find_utterances(folders, held_out):
     for folder in folders:
         if next(folder.glob("*/*/*.m4a"), None) is not None:
             raise ValueError(
-                f"{folder} holds .m4a files and no .wav: convert them first, "
-                f"for instance with ffmpeg -i x.m4a -ar 16000 -ac 1 x.wav."
+                f"{folder} contains .m4a files and no .wav: convert them first, "
+                f"for example with ffmpeg -i x.m4a -ar 16000 -ac 1 x.wav."
             )
-    if left_out:
+    if excluded:
         raise ValueError(
-            f"All {left_out} speakers below {folders[0]} occur in the list of "
-            f"trials, so none is left to train with: add other speakers or "
+            f"All {excluded} speakers below {folders[0]} occur in the list of "
+            f"trials, so none is left for training: add other speakers or "
             f"set another verification_file."
         )
     raise ValueError(
@@ -296,14 +296,14 @@ def find_utterances(folders, held_out):
 
 
 def divide(utterances, split_ratio, seed):
-    """Divides utterances in train and dev.
+    """Divides utterances into train and dev.
 
     Arguments
     ---------
     utterances : list of tuple
         Speaker, ID and path.
     split_ratio : list of int
-        Shares of train and dev.
+        Ratio of train to dev.
     seed : int
         Seed of the division.
 
@@ -318,14 +318,14 @@ def divide(utterances, split_ratio, seed):
         If there are too few.
     """
     shuffled = list(utterances)
-    # A generator of its own: the division depends on nothing but the seed.
+    # A separate generator, so that the division depends on the seed alone.
     random.Random(seed).shuffle(shuffled)
-    wanted = round(len(shuffled) * split_ratio[1] / sum(split_ratio))
+    dev_size = round(len(shuffled) * split_ratio[1] / sum(split_ratio))
     in_train = Counter(utterance[0] for utterance in shuffled)
     train, dev = [], []
     for utterance in shuffled:
         # A speaker without training data could not be classified.
-        if len(dev) < wanted and in_train[utterance[0]] > 1:
+        if len(dev) < dev_size and in_train[utterance[0]] > 1:
             in_train[utterance[0]] -= 1
             dev.append(utterance)
         else:
@@ -333,8 +333,8 @@ def divide(utterances, split_ratio, seed):
     if split_ratio[1] and not dev:
         raise ValueError(
             f"{len(utterances)} utterances of {len(in_train)} speakers are "
-            f"too few to divide {split_ratio[0]}:{split_ratio[1]} in train "
-            f"and dev: each speaker needs one for train."
+            f"too few to divide {split_ratio[0]}:{split_ratio[1]} into train "
+            f"and dev: each speaker needs one in train."
         )
     return sorted(train), sorted(dev)
 
@@ -363,7 +363,7 @@ def list_segments(utterances, seg_dur, amp_th, sample_rate, split):
     Raises
     ------
     ValueError
-        If none is left.
+        If no segment is left.
     """
     rows, short, silent = [], 0, 0
     length = round(seg_dur * sample_rate)
@@ -394,16 +394,16 @@ def list_segments(utterances, seg_dur, amp_th, sample_rate, split):
                 )
             )
     if short or silent:
-        # A warning is seen even before the recipe has set up its logging.
+        # A warning is shown even before the recipe has set up its logging.
         logger.warning(
-            f"{split}.csv leaves out {short} utterances under {MIN_SECONDS} s "
-            f"and {silent} silent segments."
+            f"{split}.csv omits {short} utterances shorter than "
+            f"{MIN_SECONDS} s and {silent} silent segments."
         )
     if utterances and not rows:
         raise ValueError(
             f"No segment is left for {split}.csv: {short} utterances are "
             f"shorter than {MIN_SECONDS} s and {silent} segments have a mean "
-            f"amplitude under amp_th={amp_th}."
+            f"amplitude below amp_th={amp_th}."
         )
     return rows
 
@@ -440,7 +440,7 @@ def list_whole(names, folders, sample_rate, split):
     if missing:
         raise FileNotFoundError(
             f"{len(missing)} of {len(names)} files of the list of trials do "
-            f"not exist, the first is {folders[0] / missing[0]}: check "
+            f"not exist; the first is {folders[0] / missing[0]}: check "
             f"data_folder and verification_file."
         )
     rows = []
@@ -452,35 +452,35 @@ def list_whole(names, folders, sample_rate, split):
 
 
 def prepare_noise(folder, csv_file, key, url=None, sample_rate=16000):
-    """Lists a folder of noises or of room impulse responses.
+    """Writes a csv file of noises or room impulse responses.
 
-    SpeechBrain's AddNoise loads whole files: cut recordings of minutes into
-    pieces beforehand.
+    SpeechBrain's AddNoise loads whole files, so cut recordings of minutes
+    into pieces first.
 
     Arguments
     ---------
     folder : str or None
-        Folder with wav files, at any depth. None: nothing is done.
+        Folder with wav files, at any depth. If None, nothing is done.
     csv_file : str
-        The list, as AddNoise and AddReverb read it.
+        The csv file, as AddNoise and AddReverb read it.
     key : str
-        The yaml key that named the folder, for messages.
+        The folder's key in the yaml file, for messages.
     url : str, optional
-        A zip archive, unpacked into the folder if that does not exist.
+        A zip archive, unpacked into the folder if it does not exist.
     sample_rate : int
-        What the files must have.
+        Required sample rate of the files.
 
     Raises
     ------
     FileNotFoundError
         If there is no such folder, or no wav file in it.
     ValueError
-        If there is a URL and no folder.
+        If a URL is given but no folder.
     """
     if folder is None:
         if url is not None:
             raise ValueError(
-                f"A URL is named but no folder to unpack it to: set {key}."
+                f"A URL is given but no folder to unpack it to: set {key}."
             )
         return
     folder = Path(folder).expanduser().absolute()
@@ -490,7 +490,7 @@ def prepare_noise(folder, csv_file, key, url=None, sample_rate=16000):
     if not paths:
         raise FileNotFoundError(
             f"There are no wav files below {folder}: set {key} to a folder "
-            f"that holds some, or to null to train without."
+            f"with wav files, or to null to train without."
         )
     rows = []
     for path in tqdm(paths, f"Files of {folder}"):

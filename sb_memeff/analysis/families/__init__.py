@@ -1,4 +1,4 @@
-"""The kinds of recipes that the analysis reads.
+"""Recipe families that the analysis supports.
 
 A family is a file with a ``TrainingStep``, and a line below.
 

@@ -1,4 +1,4 @@
-"""Speaker embeddings: the training step, and the networks it could have.
+"""Speaker embeddings: the training step and its alternative networks.
 
 Authors
  * The sb_memeff authors 2026
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
 __all__ = ["RESNETS", "TYPES", "SpeakerStep", "reversible_twin"]
 
-# Vanilla networks and the reversible ones that take their place.
+# Vanilla networks and their reversible counterparts.
 RESNETS = ((ResNet, RevResNet), (DFResNet, RevDFResNet))
 TYPES = {"strided": "Type I", "invertible": "Type II"}
 ECAPAS = (speechbrain_ecapa.ECAPA_TDNN, ECAPA_TDNN, RevECAPA_TDNN)
-# Which blocks per-block checkpointing recomputes, and how many at a time.
+# Blocks that per-block checkpointing recomputes, and blocks in a segment.
 BLOCKS = {
     "sb_memeff.lobes.models.ResNet.ResNet": ("stages.*.*", 1),
     "sb_memeff.lobes.models.DFResNet.DFResNet": ("stages.*.*", 1),
@@ -45,10 +45,9 @@ BLOCKS = {
 class SpeakerStep(TrainingStep):
     """Speaker embeddings: VoxCeleb/SpeakerRec, SpeechBrain's and ours.
 
-    Which of the two Brains is told by the embedding model's class: one of
-    sb_memeff belongs to our SpeakerBrain, which gives the network the lengths
-    and runs the classifier in float32, outside autocast. SpeechBrain's does
-    neither.
+    The embedding model's class determines which recipe it is. Ours has a
+    network of sb_memeff: its Brain passes lengths to the network and runs the
+    classifier in float32, outside autocast. SpeechBrain's does neither.
 
     Arguments
     ---------
@@ -62,8 +61,8 @@ class SpeakerStep(TrainingStep):
         {"compute_features", "mean_var_norm", "embedding_model", "classifier"},
     )
     numbers = ("sample_rate",)
-    # Batch norm cannot train on one.
-    fewest = 2
+    # Batch norm cannot train on one utterance.
+    min_batch = 2
     compute_features: torch.nn.Module
     mean_var_norm: torch.nn.Module
     embedding_model: torch.nn.Module
@@ -93,7 +92,7 @@ class SpeakerStep(TrainingStep):
     def batch(
         self, batch: int, seconds: float, tokens: int | None = None
     ) -> tuple[torch.Tensor, ...]:
-        """A batch as a data loader gives it, of noise.
+        """Makes a batch of noise, in the form of the data loader's.
 
         Arguments
         ---------
@@ -102,13 +101,13 @@ class SpeakerStep(TrainingStep):
         seconds : float
             Length of each.
         tokens : None
-            There are no transcripts.
+            Not used; there are no transcripts.
 
         Returns
         -------
         tuple of torch.Tensor
             Waveforms [B, samples], relative lengths [B], speakers [B, 1] (all
-            the first, whom every classifier knows).
+            0, which every classifier has).
         """
         wavs, lens = self._waveforms(batch, seconds)
         speakers = torch.zeros(batch, 1, dtype=torch.long, device=wavs.device)
@@ -117,7 +116,7 @@ class SpeakerStep(TrainingStep):
     def forward(
         self, wavs: torch.Tensor, lens: torch.Tensor, speakers: torch.Tensor
     ) -> torch.Tensor:
-        """The loss of a batch.
+        """Computes the loss of a batch.
 
         Arguments
         ---------
@@ -159,23 +158,23 @@ class SpeakerStep(TrainingStep):
             given = recipe.modules["embedding_model"]
             kind = ""
             if path in [_preset(reversible) for _, reversible in RESNETS]:
-                # By default Type I.
+                # The default is Type I.
                 kind = TYPES.get(given.get("downsampling", "strided"), "")
             return f"{given.get('name', '')} {kind}".strip()
         return _label(path) or "embedding_model"
 
     @classmethod
     def variants(cls, recipe: "Recipe") -> list[Variant]:
-        """The vanilla network, stored and recomputed, and reversible twins."""
+        """The vanilla network, stored and recomputed, and reversible ones."""
         own = Variant(cls.label(recipe))
-        # As the yaml file has it, with what only its network takes.
+        # The yaml file's own network keeps arguments that others lack.
         return [
             own if row.label == own.label else row for row in _networks(recipe)
         ]
 
 
 def reversible_twin(name: str) -> str:
-    """The reversible preset of a vanilla preset's name.
+    """Returns the reversible counterpart of a vanilla preset.
 
     Arguments
     ---------
@@ -215,7 +214,7 @@ def _resnets(
     name: str = "",
     **arguments: Any,
 ) -> list[Variant]:
-    # What only the reversible networks have.
+    # Arguments of the reversible networks only.
     for own in ("downsampling", "save_memory"):
         arguments.pop(own, None)
     plain = str(name).replace("RevNet", "ResNet")
@@ -237,7 +236,7 @@ def _resnets(
 
 def _ecapas(arguments: dict[str, Any]) -> list[Variant]:
     rows = []
-    # What SpeechBrain's does not have.
+    # Arguments that SpeechBrain's network lacks.
     for own in ("save_memory", "inner_channels"):
         arguments.pop(own, None)
     for network in ECAPAS:

@@ -1,8 +1,8 @@
-"""The training step of a recipe, without its Brain: what all families share.
+"""Base class of training steps: a recipe's step without its Brain.
 
-A step does in ``forward`` what the recipe's Brain does between the data loader
-and the loss, in training, and holds what Brain holds meanwhile. Autocast,
-backward and the optimizer's step are the caller's.
+``forward`` does what the recipe's Brain does in training from the data loader to
+the loss, and keeps the same tensors alive. The caller is responsible for
+autocast, backward and the optimizer's step.
 
 Authors
  * The sb_memeff authors 2026
@@ -22,22 +22,22 @@ if TYPE_CHECKING:
 
 __all__ = ["TrainingStep", "Variant", "require_positive"]
 
-# Waveforms beyond it are a slip of the keyboard; torch counts bytes in 63 bits.
+# More samples are a typing error; torch counts bytes in 63 bits.
 MOST_SAMPLES = 2**48
 
 
 def require_positive(**numbers: float | None) -> None:
-    """Refuses what is no length and no number of utterances.
+    """Raises unless all numbers are positive and finite.
 
     Arguments
     ---------
     **numbers : dict
-        Name to number; None is not given.
+        Maps names to numbers; None is ignored.
 
     Raises
     ------
     ValueError
-        If one is not positive, or infinite, or not a number.
+        If one is not positive, infinite or not a number.
 
     Example
     -------
@@ -58,7 +58,7 @@ class Variant:
     Arguments
     ---------
     label : str
-        For tables.
+        Label in tables.
     change : callable, optional
         Changes a training step that the recipe has built.
     """
@@ -70,32 +70,34 @@ class Variant:
 class TrainingStep(torch.nn.Module):
     """Base of the steps of all families.
 
-    Objects of the yaml file are submodules by their names there: ``step.enc``.
+    The yaml file's modules are submodules under the same names, such as
+    ``step.enc``.
 
     Arguments
     ---------
     modules : dict
-        The yaml file's modules: what Brain moves to the GPU and gives to the
-        optimizer.
+        The yaml file's modules, which Brain moves to the GPU and passes to
+        the optimizer.
     functions : dict
-        What else ``forward`` calls, by name.
+        Other functions that ``forward`` calls, by name.
     opt_class : callable
-        From parameters to an optimizer.
+        Makes an optimizer from parameters.
     settings : dict
         Plain values of the yaml file.
     copies : dict
-        Name of an augmentation to the number of batches it makes of one.
+        Maps an augmentation's name to the factor by which it multiplies a
+        batch.
     """
 
-    # The modules that tell the family: all of one of these sets.
+    # Sets of modules that identify the family; a recipe has all of one set.
     layouts: tuple[set[str], ...] = ()
-    # The augmentations that its Brain looks for.
+    # The augmentations that the recipe's Brain uses.
     augmentations: tuple[str, ...] = ("wav_augment",)
-    # Top-level numbers of the yaml file that it reads.
+    # Top-level numbers of the yaml file that the step needs.
     numbers: tuple[str, ...] = ()
-    # The smallest batch that can be trained on.
-    fewest = 1
-    # Whether an utterance has a transcript, whose length can be given.
+    # The smallest batch for training.
+    min_batch = 1
+    # Whether utterances have transcripts.
     has_transcripts = False
 
     def __init__(
@@ -108,10 +110,10 @@ class TrainingStep(torch.nn.Module):
     ):
         super().__init__()
         self.settings = settings
-        # Brain.fit_batch holds what compute_forward gave until the batch is
-        # done, through backward: the logits of a transducer, for one.
+        # Brain.fit_batch keeps the result of compute_forward alive through
+        # backward, for example a transducer's logits.
         self.outputs: Any = None
-        # The data loader's batch, for callers that want it to live as long.
+        # The data loader's batch, so that callers can keep it alive as long.
         self.inputs: Any = None
         self._trained = list(modules)
         self._functions = functions
@@ -121,8 +123,8 @@ class TrainingStep(torch.nn.Module):
             if isinstance(module, torch.nn.Module):
                 if hasattr(self, name):
                     raise ValueError(
-                        f"modules names one {name!r}, which the analysis uses "
-                        f"otherwise: give it another name."
+                        f"The name {name!r} of a module is reserved by the "
+                        f"analysis: rename the module."
                     )
                 self.add_module(name, module)
 
@@ -130,7 +132,7 @@ class TrainingStep(torch.nn.Module):
     def needs(
         cls, modules: Collection[str], settings: dict[str, Any]
     ) -> tuple[list[str], list[str]]:
-        """Keys that the step needs besides its modules and opt_class.
+        """Lists keys that the step needs besides its modules and opt_class.
 
         Arguments
         ---------
@@ -142,7 +144,7 @@ class TrainingStep(torch.nn.Module):
         Returns
         -------
         tuple of list of str
-            Modules that the settings ask for; objects outside the modules.
+            Modules that the settings require; objects outside the modules.
         """
         raise NotImplementedError
 
@@ -150,14 +152,14 @@ class TrainingStep(torch.nn.Module):
     def default_batch(
         cls, number: Callable[[str], Any], seconds: float | None = None
     ) -> tuple[int, float]:
-        """The recipe's own batch.
+        """Returns the recipe's batch.
 
         Arguments
         ---------
         number : callable
-            From a key to that number of the yaml file.
+            Returns the number of a key in the yaml file.
         seconds : float, optional
-            Length of each utterance, if it is not the recipe's.
+            Length of each utterance; the recipe's by default.
 
         Returns
         -------
@@ -169,7 +171,7 @@ class TrainingStep(torch.nn.Module):
     def batch(
         self, batch: int, seconds: float, tokens: int | None = None
     ) -> tuple[torch.Tensor, ...]:
-        """A batch as a data loader gives it, of noise.
+        """Makes a batch of noise, in the form of the data loader's.
 
         Arguments
         ---------
@@ -178,12 +180,12 @@ class TrainingStep(torch.nn.Module):
         seconds : float
             Length of each.
         tokens : int, optional
-            Length of each transcript, where there are transcripts.
+            Length of each transcript, if there are transcripts.
 
         Returns
         -------
         tuple of torch.Tensor
-            What ``forward`` takes.
+            The arguments of ``forward``.
         """
         raise NotImplementedError
 
@@ -205,7 +207,7 @@ class TrainingStep(torch.nn.Module):
 
     @classmethod
     def variants(cls, recipe: "Recipe") -> list[Variant]:
-        """Alternatives to compare the recipe with, itself among them.
+        """Lists alternatives to the recipe, including itself.
 
         Arguments
         ---------
@@ -215,7 +217,7 @@ class TrainingStep(torch.nn.Module):
         Returns
         -------
         list of Variant
-            At least the recipe itself.
+            The variants, the recipe itself among them.
         """
         raise NotImplementedError
 
@@ -225,26 +227,27 @@ class TrainingStep(torch.nn.Module):
         return None
 
     def imitate_gpu(self) -> None:
-        """Puts stand-ins of the same memory where code needs a GPU to run."""
+        """Replaces code that needs a GPU by code with the same memory."""
 
     @property
     def copies(self) -> int:
-        """Rows of a batch in the network for each row of the loader's."""
+        """Factor by which augmentation multiplies the loader's batch."""
         result = 1
         for name in self.augmentations:
             result *= self._copies.get(name, 1)
         return result
 
     def optimizer(self) -> torch.optim.Optimizer:
-        """The recipe's optimizer, as Brain makes it.
+        """Makes the recipe's optimizer, as Brain does.
 
-        Parameters that no loss reaches (those of a language model among the
-        modules) belong to it, as they do in training.
+        As in training, it includes parameters that no loss reaches, such as
+        those of a language model among the modules.
 
         Returns
         -------
         torch.optim.Optimizer
-            For all of the modules' parameters that need gradients.
+            The optimizer of all parameters of the modules that need
+            gradients.
         """
         modules = torch.nn.ModuleDict(
             {name: self.get_submodule(name) for name in self._trained}
@@ -261,10 +264,10 @@ class TrainingStep(torch.nn.Module):
     def _augmented(
         self, name: str, *tensors: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        """The tensors as often as an augmentation gives them out.
+        """Repeats tensors as often as an augmentation does.
 
-        The concatenation alone: what augmenting itself needs in between is a
-        part of the size of the waveforms, and those are small beside a
+        Only the result is modelled. Temporaries of the augmentation are
+        smaller than the waveforms, and those are small compared with a
         network's activations.
         """
         copies = self._copies.get(name, 1)
@@ -281,8 +284,8 @@ class TrainingStep(torch.nn.Module):
         if not 1 <= samples <= MOST_SAMPLES // batch:
             raise ValueError(
                 f"A batch of {batch} utterances of {seconds} s is "
-                f"{batch} x {samples} samples: give 1 at least, and "
-                f"{MOST_SAMPLES} at most."
+                f"{batch} x {samples} samples: use at least 1 and at "
+                f"most {MOST_SAMPLES}."
             )
         device = next(self.parameters()).device
         wavs = 0.1 * torch.randn(batch, samples, device=device)

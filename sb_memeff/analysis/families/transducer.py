@@ -1,4 +1,4 @@
-"""Neural transducers: the training step, and the losses it could have.
+"""Neural transducers: the training step and its alternative losses.
 
 Authors
  * The sb_memeff authors 2026
@@ -30,9 +30,9 @@ ENCODER_LAYERS = "enc.transformer.encoder.layers.*"
 class TransducerStep(TrainingStep):
     """Neural transducer: LibriSpeech/ASR/transducer, SpeechBrain's and ours.
 
-    The first epoch (the normalizer counts, CTC is on if there is any), and the
-    whole utterance in one chunk: of the chunks that dynamic chunk training
-    draws, the largest.
+    It is a step of the first epoch: the normalizer updates its statistics, and
+    CTC is enabled if the recipe has it. The whole utterance is one chunk, the
+    largest that dynamic chunk training draws.
 
     Arguments
     ---------
@@ -55,14 +55,14 @@ class TransducerStep(TrainingStep):
     )
 
     has_transcripts = True
-    # Tokens in a second of speech: an assumption. LibriSpeech's train-clean-100 has 5.3 of
-    # 500 unigrams (95 % of the utterances 7 or less); of 1000 there are fewer.
+    # Assumed tokens in a second of speech. LibriSpeech's train-clean-100 has 5.3
+    # with 500 unigrams (95 % of the utterances at most 7), and fewer with 1000.
     token_rate = 5
-    # Seconds, where the yaml file names none: LibriSpeech's longest are 15 to
-    # 17, but for a few.
+    # Default length of utterances. LibriSpeech's longest have 15 to 17 seconds,
+    # except for a few.
     seconds = 15
 
-    # Of the modules of either layout.
+    # Modules of either layout.
     normalize: torch.nn.Module
     CNN: torch.nn.Module
     enc: torch.nn.Module
@@ -78,7 +78,7 @@ class TransducerStep(TrainingStep):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.joins_in_loss = hasattr(self, "transducer_loss")
+        self.has_joint_loss = hasattr(self, "transducer_loss")
 
     @classmethod
     def needs(
@@ -103,7 +103,7 @@ class TransducerStep(TrainingStep):
         """See TrainingStep; 15 s by default.
 
         With dynamic batching, as many utterances as fit into max_batch_len,
-        but one at least.
+        but at least one.
         """
         if seconds is None:
             seconds = cls.seconds
@@ -114,7 +114,7 @@ class TransducerStep(TrainingStep):
     def batch(
         self, batch: int, seconds: float, tokens: int | None = None
     ) -> tuple[torch.Tensor, ...]:
-        """A batch as a data loader gives it, of noise and arbitrary tokens.
+        """Makes a batch of noise and arbitrary tokens, as the data loader's.
 
         Arguments
         ---------
@@ -123,8 +123,8 @@ class TransducerStep(TrainingStep):
         seconds : float
             Length of each.
         tokens : int, optional
-            Length of each transcript; 5 a second by default, what LibriSpeech
-            has with unigrams. Characters are about three times as many.
+            Length of each transcript; by default 5 a second, as for unigrams
+            on LibriSpeech. There are about three times as many characters.
 
         Returns
         -------
@@ -136,8 +136,8 @@ class TransducerStep(TrainingStep):
         if tokens is None:
             tokens = max(round(seconds * self.token_rate), 1)
         wavs, ones = self._waveforms(batch, seconds)
-        known = self.settings["output_neurons"]
-        ids = [i % (known - 1) for i in range(tokens)]
+        vocabulary = self.settings["output_neurons"]
+        ids = [i % (vocabulary - 1) for i in range(tokens)]
         ids = [i + (i >= self.settings["blank_index"]) for i in ids]
 
         def rows(row: list[int]) -> torch.Tensor:
@@ -157,7 +157,7 @@ class TransducerStep(TrainingStep):
         tokens_eos: torch.Tensor,
         token_eos_lens: torch.Tensor,
     ) -> torch.Tensor:
-        """The loss of a batch; arguments are what ``batch`` returns."""
+        """Computes the loss of a batch, as returned by ``batch``."""
         self.outputs = None
         self.outputs = self._compute_forward(wavs, wav_lens, tokens_bos)
         labels = tokens, token_lens, tokens_eos, token_eos_lens
@@ -197,7 +197,7 @@ class TransducerStep(TrainingStep):
         predicted = self.proj_dec(predicted)
 
         outputs = {"wav_lens": wav_lens}
-        if self.joins_in_loss:
+        if self.has_joint_loss:
             outputs.update(encoded=encoded, predicted=predicted)
         else:
             joint = self.Tjoint(encoded.unsqueeze(2), predicted.unsqueeze(1))
@@ -219,7 +219,7 @@ class TransducerStep(TrainingStep):
     ) -> torch.Tensor:
         outputs = self.outputs
         lengths = outputs["wav_lens"], token_lens
-        if self.joins_in_loss:
+        if self.has_joint_loss:
             loss = self.transducer_loss(
                 outputs["encoded"], outputs["predicted"], tokens, *lengths
             )
@@ -245,10 +245,10 @@ class TransducerStep(TrainingStep):
         wav_lens: torch.Tensor,
         token_lens: torch.Tensor,
     ) -> torch.Tensor:
-        """SpeechBrain's transducer loss, of all logits.
+        """Computes SpeechBrain's transducer loss from all logits.
 
-        Put another function in its place where this one cannot run:
-        SpeechBrain's own needs a GPU and numba.
+        SpeechBrain's function needs a GPU and numba. Replace this method where
+        it cannot run.
 
         Arguments
         ---------
@@ -276,7 +276,7 @@ class TransducerStep(TrainingStep):
         return None if self.inputs is None else self.inputs[3].shape[1]
 
     def imitate_gpu(self) -> None:
-        """SpeechBrain's loss runs on a GPU only: takes its memory instead."""
+        """Replaces SpeechBrain's loss by a function with the same memory."""
         self.logits_loss = _speechbrain_loss
 
     @classmethod
@@ -303,7 +303,7 @@ class TransducerStep(TrainingStep):
 def _with_method(
     step: Any, method: Literal["batched", "samplewise", "tiled"]
 ) -> None:
-    if step.joins_in_loss:
+    if step.has_joint_loss:
         step.transducer_loss.method = method
         return
     step.transducer_loss = TransducerJointLoss(
@@ -312,15 +312,15 @@ def _with_method(
         step.settings["blank_index"],
         method=method,
     )
-    step.joins_in_loss = True
+    step.has_joint_loss = True
 
 
 class _NumbaLoss(torch.autograd.Function):
-    """Allocates what SpeechBrain 1.1's kernels do: gradients of all logits."""
+    """Allocates as SpeechBrain 1.1's kernels do: gradients of all logits."""
 
     @staticmethod
     def forward(ctx: Any, log_probs: torch.Tensor) -> torch.Tensor:
-        """Alphas and betas live for a moment, the gradients until backward."""
+        """Frees alphas and betas at once; keeps the gradients until backward."""
         ctx.gradient = torch.zeros_like(log_probs)
         alpha, beta = (torch.zeros_like(log_probs[..., 0]) for _ in range(2))
         del alpha, beta
@@ -329,7 +329,7 @@ class _NumbaLoss(torch.autograd.Function):
     @staticmethod
     # pyrefly: ignore[bad-override]
     def backward(ctx: Any, upstream: torch.Tensor) -> torch.Tensor:
-        """Scales them in place."""
+        """Scales the gradients in place."""
         return ctx.gradient.mul_(upstream.view(-1, 1, 1, 1))
 
 
@@ -339,7 +339,7 @@ def _speechbrain_loss(
     wav_lens: torch.Tensor,
     token_lens: torch.Tensor,
 ) -> torch.Tensor:
-    # It runs on a GPU only; here is what it needs there.
+    # SpeechBrain's loss runs on a GPU only. This allocates the same memory.
     return _NumbaLoss.apply(logits.log_softmax(-1))
 
 

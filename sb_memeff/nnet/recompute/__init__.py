@@ -1,23 +1,23 @@
-"""Recompute named blocks of any network instead of storing their activations.
+"""Recomputes named blocks of any network instead of storing their activations.
 
-For those who must keep their architecture and their pretrained weights: one
-line in a yaml file, after the network,
+Architecture and pretrained weights stay the same. In a yaml file, add after the
+network
 
     __recompute: !apply:sb_memeff.nnet.recompute.recompute_blocks
         module: !ref <embedding_model>
         blocks: [blocks.*, mfa, asp]
 
-and the blocks keep only what they are called with until backward runs each of
-them once more. Values, gradients, running statistics, random numbers, state,
-names and state_dict stay those of the untouched network.
+The blocks then store only their arguments, and backward runs each block again.
+Values, gradients, running statistics, random numbers, state, names and
+state_dict are those of the original network.
 
 ========= ==================================================================
 module    contents
 ========= ==================================================================
 blocks    ``recompute_blocks``, ``store_blocks``: change named blocks
 fit       ``fit_recompute``: as few blocks as a memory budget allows
-selection from patterns to modules
-segment   the memory: functions that backward runs once more
+selection matches patterns of names
+segment   the memory: functions that backward runs again
 ========= ==================================================================
 
 Authors

@@ -34,27 +34,25 @@ def recompute_blocks(
     every: float = 1,
     segment_length: int = 1,
 ) -> list[str]:
-    """Makes named blocks compute their activations again in backward.
+    """Makes named blocks recompute their activations in backward.
 
-    The module is changed in place and keeps its class (by isinstance), its
-    names, its state_dict and whoever refers to it; copies, pickles, DDP,
-    torch.compile and moves to a device carry the change along, and so does
-    SyncBatchNorm conversion, except for a norm that is a block by itself.
-    Without gradients (under no_grad, in torch.jit) a block is called as it
-    is. A hook on a block runs once a step, hooks on modules inside it once
-    more in backward.
+    The module is changed in place. Its class (by isinstance), names, state_dict
+    and all references to it remain valid. The change survives copies, pickles,
+    DDP, torch.compile, moves to a device and SyncBatchNorm conversion, except
+    for a norm that is itself a block. Without gradients (under no_grad, in
+    torch.jit) a block is called normally. A hook on a block runs once a step;
+    hooks on modules within it run again in backward.
 
     The second call of a block draws the same random numbers (of torch, Python
-    and numpy, and of generators that are attributes of its modules) and finds
-    buffers and attributes as the first one did; what it changes in them
-    counts once. If its outputs are not the same, bit for bit, backward raises
-    an error that names the block: on a CPU before the block has gradients, on
-    a GPU in the next step at the latest. Under torch.compile the compiler's
-    own recomputation is used; a block that it cannot trace as a whole is run
-    as it is.
+    and numpy, and of generators among its modules' attributes) and sees the
+    same buffers and attributes as the first call. Changes to them count once.
+    If the outputs differ by a bit, backward raises an error that names the
+    block: on a CPU before the block has gradients, on a GPU no later than in
+    the next step. Under torch.compile the compiler's own recomputation is used;
+    a block that it cannot trace as a whole is not compiled.
 
-    A block may lie inside another: ``[layer?, layer?.*]`` stores what enters
-    the outer blocks, and computes the inner ones twice more.
+    Blocks may be nested: ``[layer?, layer?.*]`` stores the inputs of the outer
+    blocks and recomputes the inner ones twice.
 
     Arguments
     ---------
@@ -62,34 +60,34 @@ def recompute_blocks(
         The network, or any part of it.
     blocks : str or list of str
         Names of modules as in ``module.named_modules()``; ``*``, ``?`` and
-        ``[...]`` stand for characters within one part of a name, ``**`` for
-        any number of parts. A block should take a small part of the
-        network's memory, and more than its input: backward holds the
+        ``[...]`` match characters within one part of a name, ``**`` matches
+        any number of parts. A block should need a small part of the
+        network's memory, but more than its input does: backward holds the
         activations of one block at a time.
     every : float
-        Recompute every k-th segment only and store the others: 2 costs half
-        the time and saves half the activations; 1.5 recomputes two of three.
-        At least 1. Add blocks by calling again.
+        Recompute only every k-th segment: 2 costs half the time and saves
+        half the activations; 1.5 recomputes two of three. At least 1. Call
+        the function again to add blocks.
     segment_length : int
-        So many consecutive blocks (in the order of ``named_modules``) store
-        one input together. For networks that list single layers, as Xvector
-        does: a convolution alone would store its input and save nothing.
-        What the network does between two blocks is not computed again: what
-        it changes there is stored.
+        Number of consecutive blocks (in the order of ``named_modules``) that
+        store one input together. Use it for networks that list single
+        layers, such as Xvector: a single convolution would store its input
+        and save nothing. Operations between two blocks are not recomputed;
+        tensors that they change are stored.
 
     Returns
     -------
     list of str
-        The blocks that recompute now.
+        The blocks that now recompute.
 
     Raises
     ------
     TypeError
-        If module is none.
+        If module is not a torch.nn.Module.
     ValueError
-        If a name fits nothing or what cannot be recomputed (the message
-        lists what there is), for every or segment_length below 1, and for
-        blocks inside each other with every or segment_length other than 1.
+        If a name matches nothing (the message lists the candidates) or a
+        module that cannot be recomputed, if every or segment_length is below
+        1, or if blocks are nested and every or segment_length is not 1.
 
     Example
     -------
@@ -113,12 +111,12 @@ def apply_to_blocks(
     every: float,
     segment_length: int,
 ) -> list[str]:
-    """Does what ``recompute_blocks`` does, without a line in the log.
+    """``recompute_blocks`` without the log message.
 
     Arguments
     ---------
     module : torch.nn.Module
-        As there, and so are the others.
+        The network, or any part of it.
     blocks : str or list of str
         Names with wildcards.
     every : float
@@ -129,14 +127,14 @@ def apply_to_blocks(
     Returns
     -------
     list of str
-        The blocks that recompute now.
+        The blocks that now recompute.
     """
     segments = find_segments(module, blocks, segment_length)
     _check_every(every)
     if every != 1:
         refuse_nested(segments, f"every={every:g}")
     names = []
-    # 1e-9: with every = 12 / 7, 7 * every shall be 12.
+    # 1e-9 absorbs rounding: with every = 12 / 7, 7 * every must give 12.
     for i in range(math.ceil(len(segments) / every - 1e-9)):
         queue = _Queue()
         segment = segments[int(i * every + 1e-9)]
@@ -149,8 +147,8 @@ def apply_to_blocks(
 def store_blocks(module: nn.Module) -> list[str]:
     """Undoes ``recompute_blocks``: all blocks store their activations.
 
-    Needed for pickles of whole modules (not for a state_dict) that shall be
-    loaded without sb_memeff.
+    Call it before pickling a whole module (not a state_dict) that must load
+    without sb_memeff.
 
     Arguments
     ---------
@@ -160,7 +158,7 @@ def store_blocks(module: nn.Module) -> list[str]:
     Returns
     -------
     list of str
-        The blocks that had been recomputed.
+        The blocks that recomputed before.
 
     Example
     -------
@@ -173,8 +171,8 @@ def store_blocks(module: nn.Module) -> list[str]:
     names = []
     for name, part in module.named_modules():
         if "_recompute_place" in vars(part):
-            # Without a place it stores, also where another library has put a
-            # class of its own on top of ours.
+            # Without its place a block stores activations, even if another
+            # library has derived a class from ours.
             del part._recompute_place
             _change_class(part, _storing)
             names.append(name)
@@ -190,16 +188,16 @@ def _check_every(every: float) -> None:
 
 
 class _Queue:
-    """Blocks that follow each other in one segment."""
+    """Consecutive blocks that share a segment."""
 
     def __init__(self):
         self._open: weakref.ref[Segment] | None = None
 
     def segment(self, position: int, leaves: Iterable[object]) -> Segment:
-        """The segment that a call belongs to.
+        """Returns the segment of a call.
 
-        A call joins the segment of the calls before it if they feed it; a
-        block that is called again, or out of order, begins a new one.
+        A call joins the open segment if it uses one of its outputs. A block
+        that is called again, or out of order, starts a new segment.
         """
         segment = self._open() if self._open is not None else None
         if segment is None or not (
@@ -210,12 +208,12 @@ class _Queue:
         return segment
 
     def __getstate__(self) -> dict[str, None]:
-        # Copies and pickles begin with no segment open.
+        # Copies and pickles have no open segment.
         return {"_open": None}
 
 
 class _Place:
-    """Where a block stands among those that recompute."""
+    """Position of a block among those that recompute."""
 
     def __init__(self, name: str, queue: _Queue, position: int):
         self.name = name
@@ -229,7 +227,7 @@ class _Place:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """Calls a block's own forward, to be computed again if need be."""
+        """Calls a block's original forward, with recomputation if needed."""
         function = functools.partial(forward, block)
         if not torch.is_grad_enabled() or torch.jit.is_tracing():
             return function(*args, **kwargs)
@@ -243,7 +241,7 @@ def _recompute(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    """Calls the function in the segment to which its block belongs."""
+    """Calls the function in the segment of its block."""
     segment = place.queue.segment(place.position, tree_leaves((args, kwargs)))
     result = segment.call(place.name, block, function, args, kwargs)
     segment.position = place.position
@@ -257,21 +255,20 @@ def _recompute_in_graph(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    """Takes the place of ``_recompute`` in a graph of torch.compile.
+    """Replaces ``_recompute`` in a graph of torch.compile.
 
-    The compiler has its own way to compute again, and counts batch statistics
-    once.
+    The compiler recomputes in its own way, and counts batch statistics once.
     """
     return checkpoint(function, *args, use_reentrant=False, **kwargs)
 
 
 @functools.cache
 def _prepare_compiler() -> None:
-    """Says how torch.compile treats the call of a block.
+    """Registers how torch.compile treats the call of a block.
 
-    A block that it cannot trace as a whole is not compiled at all: torch's
-    checkpoint would count its batch statistics twice. Not done on import,
-    since it imports the compiler; so does every optimizer of torch.
+    A block that it cannot trace as a whole is not compiled, because torch's
+    checkpoint would count its batch statistics twice. This is not done on
+    import, because it imports the compiler (as every torch optimizer does).
     """
     global _recompute
     _recompute = torch.compiler.disable(_recompute)
@@ -281,7 +278,7 @@ def _prepare_compiler() -> None:
 def _make_recompute(block: nn.Module, place: _Place) -> None:
     if not _recomputes(type(block)):
         _change_class(block, _recomputing)
-    # Not an object of torch: Module keeps any.
+    # Module accepts attributes of any type.
     block._recompute_place = cast(Any, place)
 
 
@@ -294,9 +291,9 @@ def _change_class(
 ) -> None:
     """Changes the class of a block, below its parametrizations.
 
-    torch.nn.utils.parametrize derives a class for each module that it
-    changes, and goes back to the base of that class when the last
-    parametrization is removed.
+    torch.nn.utils.parametrize derives a class for each module that it changes,
+    and restores the base of that class when the last parametrization is
+    removed.
     """
     cls = type(block)
     if not parametrize.is_parametrized(block) or not any(
@@ -305,7 +302,7 @@ def _change_class(
     ):
         block.__class__ = change(cls)
         return
-    # A new class, since copies of the module share the old one.
+    # A new class, because copies of the module share the old one.
     namespace = {
         k: v
         for k, v in vars(cls).items()
@@ -317,11 +314,11 @@ def _change_class(
 
 @functools.cache
 def _recomputing(original: type[nn.Module]) -> type[nn.Module]:
-    """A class like ``original`` whose forward is computed again in backward.
+    """Derives a class from ``original`` whose forward is recomputed.
 
-    A class, since it goes wherever the instance goes: copies, pickles and
-    replicas. An attribute ``forward`` would call the module that it was made
-    for, and forward hooks of others would come in between.
+    A class also applies to copies, pickles and replicas of the instance. An
+    attribute ``forward`` would still call the original module, and forward hooks
+    of other libraries would run in between.
     """
     _prepare_compiler()
 
@@ -330,14 +327,14 @@ def _recomputing(original: type[nn.Module]) -> type[nn.Module]:
             return original.forward(self, *args, **kwargs)
         return self._recompute_place.call(self, original.forward, args, kwargs)
 
-    # torch.jit.script compiles the function that this one wraps, and looks up
-    # its names here.
+    # torch.jit.script compiles the wrapped function, and looks up its names in
+    # this scope.
     scope = getattr(inspect.unwrap(original.forward), "__globals__", globals())
     forward = types.FunctionType(
         forward.__code__, scope, closure=forward.__closure__
     )
     functools.update_wrapper(forward, original.forward)
-    # SpeechBrain asks whether forward takes lengths, and does not unwrap.
+    # SpeechBrain checks whether forward takes lengths, without unwrapping.
     cast(Any, forward).__signature__ = inspect.signature(original.forward)
 
     def __reduce_ex__(self: Any, protocol: SupportsIndex) -> Any:

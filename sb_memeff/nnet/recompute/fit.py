@@ -36,11 +36,11 @@ def fit_recompute(
 ) -> float | None:
     """Recomputes as few of the blocks as a memory budget allows.
 
-    Counts the peak of a training step (parameters, gradients, activations,
-    temporaries and, if asked, optimizer states) on tensors without data: no
-    GPU is needed, and none of the step's arithmetic is done. Convolution
-    workspaces, the CUDA context and what lies outside ``module`` (classifier,
-    augmentation) are not counted: leave room for them.
+    The peak of a training step (parameters, gradients, activations,
+    temporaries and, optionally, optimizer states) is counted on tensors without
+    data, without a GPU or arithmetic. Convolution workspaces, the CUDA context
+    and memory outside ``module`` (classifier, augmentation) are not counted:
+    leave room for them.
 
     Arguments
     ---------
@@ -49,28 +49,28 @@ def fit_recompute(
     blocks : str or list of str
         See ``recompute_blocks``.
     budget : int or str
-        Bytes, or such as "11GB" or "10.5 GiB".
+        Bytes, or a size such as "11GB" or "10.5 GiB".
     example : list of int or callable
-        Shape of the largest float32 input of a training batch; or a function
-        that calls the module it is given and returns a tensor, such as
+        Shape of the largest float32 input of a training batch, or a function
+        that calls the module, its argument, and returns a tensor, such as
         ``lambda net: net(torch.zeros(16, 250, 640), torch.ones(16))``.
     segment_length : int
         See ``recompute_blocks``.
     optimizer : callable, optional
-        ``!ref <opt_class>``: its states count too.
+        ``!ref <opt_class>``, to count its states too.
     precision : str
         fp32, fp16 or bf16, as in SpeechBrain's run options.
 
     Returns
     -------
     float
-        The ``every`` that was chosen, None if nothing need be recomputed.
+        The chosen ``every``; None if nothing needs to be recomputed.
 
     Raises
     ------
     ValueError
-        If the budget cannot be reached; the message says what can. And as
-        ``recompute_blocks``. The module is unchanged then.
+        If the budget is too small (the message gives the smallest), or as
+        ``recompute_blocks``. The module is then unchanged.
 
     Example
     -------
@@ -105,22 +105,23 @@ def fit_recompute(
             build, example, optimizer=optimizer, autocast=autocast
         ).peak_bytes
 
-    who = type(module).__name__
+    network_name = type(module).__name__
     if peak(0) <= limit:
         logger.info(
-            f"{who}: a step takes {format_bytes(peak(0))} with all activations "
-            f"stored; nothing is recomputed."
+            f"{network_name}: a step takes {format_bytes(peak(0))} with all "
+            f"activations stored; nothing is recomputed."
         )
         return None
     if peak(count) > limit:
         raise ValueError(
-            f"fit_recompute: {who} does not fit into {format_bytes(limit)}. "
+            f"fit_recompute: {network_name} does not fit into "
+            f"{format_bytes(limit)}. "
             f"With all of {blocks} recomputed a step still takes "
             f"{format_bytes(peak(count))} ({format_bytes(peak(0))} with all "
-            f"activations stored). Name more or smaller blocks, or take a "
+            f"activations stored). Name more or smaller blocks, or use a "
             f"smaller batch."
         )
-    # The more are recomputed, the less a step takes.
+    # The more blocks are recomputed, the less memory a step takes.
     too_few, enough = 0, count
     while enough - too_few > 1:
         middle = (too_few + enough) // 2
@@ -130,7 +131,7 @@ def fit_recompute(
             too_few = middle
     every = count / enough
     logger.info(
-        f"{who}: with every={every:.4g} a step takes "
+        f"{network_name}: with every={every:.4g} a step takes "
         f"{format_bytes(peak(enough))} of {format_bytes(limit)} "
         f"({format_bytes(peak(0))} with all activations stored)."
     )

@@ -1,27 +1,26 @@
-"""Forget what autograd saves inside a call; compute it again when asked for.
+"""Drops the tensors that autograd saves in a call; recomputes them in backward.
 
-Every tensor that an operator keeps for backward passes a pair of functions
-(torch.autograd.graph.saved_tensors_hooks). During the call of a block they
-hand autograd a numbered slot instead of the tensor; when backward opens the
-first slot, the block runs once more and fills all that are still wanted. Only
-what enters from outside is stored.
+Every tensor that an operator saves for backward passes through a pair of hooks
+(torch.autograd.graph.saved_tensors_hooks). During the call of a block the hooks
+give autograd a numbered slot instead of the tensor. When backward opens the first
+slot, the block runs again and fills all slots that are still needed. Only the
+tensors that enter the block are stored.
 
-The block runs to its end, and its outputs are compared with those of forward
-by a checksum: code that does something else at each call is noticed, whatever
-the reason. Leaving after the last tensor that is saved would save nothing
-worth having (backward needs more memory than the rest of forward), and would
-be wrong: RReLU fills a tensor after autograd has saved it.
+The second call runs to its end, and checksums compare its outputs with those of
+forward. Any block that does not repeat itself is detected. Stopping after the
+last saved tensor would save little (backward needs more memory than the rest of
+forward) and would be wrong: RReLU fills a tensor after autograd has saved it.
 
-The graph stays autograd's own. All that hangs on it is therefore as without:
-parameters, their hooks and DistributedDataParallel's, several outputs and
-those that nobody uses, tensors that a block finds elsewhere than among its
-arguments, partial and double backward.
+The graph is autograd's own. Everything that depends on it works as usual:
+parameters, their hooks and those of DistributedDataParallel, several outputs,
+unused outputs, tensors that a block uses besides its arguments, partial and
+double backward.
 
 A segment may span several calls (Chen et al., "Training Deep Nets with
 Sublinear Memory Cost", 2016, section 4): an argument that is an output of an
-earlier call of the segment is not stored, but computed again with it. Code
-between the blocks does no harm: a tensor that it has changed is no longer
-that output, and is stored.
+earlier call in the segment is recomputed instead of stored. Code between the
+blocks does no harm: a tensor that it changes no longer counts as that output,
+and is stored.
 
 Authors
  * The sb_memeff authors 2026
@@ -60,7 +59,7 @@ __all__ = ["Segment", "nothing_saved"]
 
 
 class Segment:
-    """Calls that are computed again together; their slots keep it alive.
+    """Calls that are recomputed together; their slots keep the segment alive.
 
     Example
     -------
@@ -75,13 +74,13 @@ class Segment:
     """
 
     def __init__(self):
-        # For whoever decides what belongs together: where the last call was.
+        # Position of the last call, for the caller that groups calls.
         self.position = -1
         self._calls: list[_Call] = []
         self._values: dict[tuple[int, int], tuple[torch.Tensor, int]] = {}
 
     def feeds(self, leaves: Iterable[object]) -> bool:
-        """Whether one of these is an output of the segment, unchanged.
+        """Checks whether an object is an unchanged output of the segment.
 
         Arguments
         ---------
@@ -103,38 +102,38 @@ class Segment:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """Calls a function, and makes autograd forget what it saves.
+        """Calls a function, and drops the tensors that autograd saves in it.
 
         Arguments
         ---------
         name : str
             The block's name, for messages.
         block : torch.nn.Module
-            Whose parameters and buffers the function uses.
+            Module whose parameters and buffers the function uses.
         function : callable
-            What to call. It must do the same when it is called again with
-            the same arguments; random numbers, autocast and the state of
-            modules are looked after.
+            Function to call. Repeated with the same arguments, it must return
+            the same; random numbers, autocast and the state of modules are
+            restored for it.
         args : tuple
             Its arguments; tensors may be nested in tuples, lists and dicts.
         kwargs : dict
-            The same, by name.
+            Its keyword arguments, likewise.
 
         Returns
         -------
         any
-            What the function returns.
+            Result of the function.
 
         Raises
         ------
         RuntimeError
-            If the function changes an argument in place that would have to
-            be stored. In backward, if it cannot be repeated.
+            If the function changes a stored argument in place. In backward,
+            if the function does not repeat itself.
         """
         if getattr(_inside, "nothing_saved", False):
             return function(*args, **kwargs)
         if not _in_backward():
-            # A segment within another one is called again in backward.
+            # In backward a segment within another one is called again.
             next_forward()
         leaves, structure = tree_flatten((args, kwargs))
         tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
@@ -179,28 +178,28 @@ class Segment:
             result = function(*args, **kwargs)
         if versions != [x._version for x in stored.values()]:
             raise _changes_its_input(name)
-        # Embedding(max_norm) shortens rows of its weight, for example.
+        # For example, Embedding(max_norm) rescales rows of its weight.
         call.written = {
             id(p) for p, version in weights if p._version != version
         }
         call.fingerprint = fingerprint(block, call.written)
         call.outputs = [_reference(leaf) for leaf in tree_leaves(result)]
-        # Now: the caller may go on in place.
+        # Now, because the caller may change the result in place.
         call.checksums = _checksums(result)
         self._calls.append(call)
         return result
 
     def _origin(self, leaf: object) -> tuple[int, int] | None:
-        """(number of the call, place in its output) that a tensor is."""
+        """(number of the call, index in its outputs) of a tensor, or None."""
         if isinstance(leaf, torch.Tensor):
             for number, call in enumerate(self._calls):
-                for place, (reference, version) in enumerate(call.outputs):
+                for index, (reference, version) in enumerate(call.outputs):
                     if reference() is leaf and version == leaf._version:
-                        return number, place
+                        return number, index
         return None
 
     def value(self, slot: "_Slot") -> torch.Tensor:
-        """The tensor that a slot stands for; it is handed out once."""
+        """Returns the tensor of a slot; only once."""
         if slot.call >= len(self._calls):
             raise RuntimeError(
                 "A block that calls backward inside its own forward cannot "
@@ -214,12 +213,14 @@ class Segment:
             call = self._calls[slot.call]
             raise RuntimeError(
                 f"{call.name}: a tensor of shape {tuple(tensor.shape)} that "
-                f"backward needs was changed in place afterwards."
+                f"backward needs was changed in place after forward."
             )
         return tensor
 
     def _recompute(self) -> None:
-        last = max(n for n, call in enumerate(self._calls) if call.wanted())
+        last = max(
+            n for n, call in enumerate(self._calls) if call.needed_slots()
+        )
         calls = self._calls[: last + 1]
         for call in calls:
             check_fingerprint(
@@ -228,7 +229,7 @@ class Segment:
         results = []
         with torch.enable_grad():
             for number, call in enumerate(calls):
-                values, result = call.again(results)
+                values, result = call.replay(results)
                 results.append(tree_leaves(result))
                 for index, value in values.items():
                     self._values[number, index] = value
@@ -236,9 +237,9 @@ class Segment:
 
 @contextlib.contextmanager
 def nothing_saved() -> Generator[None, None, None]:
-    """Inside, autograd keeps no tensor: no graph that is built can be used.
+    """Makes autograd save no tensors; graphs built inside are not usable.
 
-    Segments inside are plain calls, for they have nothing to forget.
+    Segments inside are plain calls, since nothing is saved.
 
     Yields
     ------
@@ -276,9 +277,9 @@ def _never_opened(nothing: object) -> NoReturn:
 
 def _changes_its_input(name: str) -> RuntimeError:
     return RuntimeError(
-        f"{name} cannot be computed again: it changes its input in place, and "
-        f"the input is all that would be stored. Set inplace=False in it, or "
-        f"do not name it."
+        f"{name} cannot be computed again: it changes its input in place, but "
+        f"only the input is stored. Set inplace=False in it, or do not name "
+        f"it."
     )
 
 
@@ -298,10 +299,10 @@ def _open(slot: _Slot) -> torch.Tensor:
 
 
 class _Storage(torch.autograd.Function):
-    """Keeps tensors as autograd does.
+    """Stores tensors as autograd does.
 
-    Changes in place are found, and the hooks that are active around the call
-    apply: an outer segment forgets them, ``save_on_cpu`` moves them.
+    Changes in place are detected, and hooks around the call apply: an outer
+    segment drops the tensors, ``save_on_cpu`` moves them.
     """
 
     @staticmethod
@@ -319,7 +320,7 @@ class _Storage(torch.autograd.Function):
 
 @dataclass(eq=False)
 class _Call:
-    """One call of a block, and how to repeat it."""
+    """One call of a block, with everything needed to repeat it."""
 
     name: str
     block: torch.nn.Module
@@ -338,13 +339,13 @@ class _Call:
     input_checksums: Sequence[torch.Tensor] = ()
 
     def __post_init__(self) -> None:
-        # (weak reference, shape, dtype) of all that autograd wanted to save.
+        # (weak reference, shape, dtype) of each tensor that autograd saves.
         self.slots: list[
             tuple[weakref.ref[_Slot], torch.Size, torch.dtype]
         ] = []
         self.input_differs: list[torch.Tensor] = []
 
-    def wanted(self) -> set[int]:
+    def needed_slots(self) -> set[int]:
         """Indices of the slots that the graph still holds."""
         return {i for i, (slot, *_) in enumerate(self.slots) if slot()}
 
@@ -354,27 +355,27 @@ class _Call:
         """The arguments, given the outputs of the segment's earlier calls."""
         stored = cast(Any, self.storage.grad_fn).saved_tensors
         if self.input_checksums:
-            # The caller's hooks may store less than the whole tensor, and
-            # then the outputs may differ.
+            # The caller's hooks may store tensors in lower precision, and then
+            # the outputs may differ.
             self.input_differs = list(
                 map(torch.ne, _checksums(stored), self.input_checksums)
             )
         leaves = []
-        for (kind, what), needed in zip(
+        for (kind, source), needed in zip(
             self.sources, self.requires_grad, strict=True
         ):
             if kind == "stored":
-                what = stored[what]
+                source = stored[source]
             elif kind == "computed":
-                number, place = what
-                what = results[number][place]
-                if what.requires_grad != needed:
-                    # The caller said so, between the calls.
-                    what = what.detach().requires_grad_(needed)
-            leaves.append(what)
+                number, index = source
+                source = results[number][index]
+                if source.requires_grad != needed:
+                    # The caller changed it between the calls.
+                    source = source.detach().requires_grad_(needed)
+            leaves.append(source)
         return tree_unflatten(leaves, self.structure)
 
-    def again(
+    def replay(
         self, results: list[list[Any]]
     ) -> tuple[dict[int, tuple[torch.Tensor, int]], Any]:
         """Repeats the call.
@@ -382,18 +383,17 @@ class _Call:
         Returns
         -------
         tuple
-            {index: (tensor, version)} for all slots that are wanted, and the
-            result.
+            {index: (tensor, version)} of all needed slots, and the result.
         """
-        wanted = self.wanted()
+        needed = self.needed_slots()
         values = {}
         count = 0
 
         def keep(tensor: torch.Tensor) -> None:
             nonlocal count
             self._check_repetition(count, tensor)
-            if count in wanted:
-                # Without its history: that graph is not the one in use.
+            if count in needed:
+                # Detached, because the graph of the replay is not used.
                 values[count] = (tensor.detach(), tensor._version)
             count += 1
 
@@ -414,7 +414,7 @@ class _Call:
         if len(checksums) != len(self.checksums):
             self._does_not_repeat(f"returned {len(checksums)} tensors")
         message = _REPEAT.format(
-            name=self.name, what="its output differs from that of forward"
+            name=self.name, reason="its output differs from that of forward"
         )
         by_device = {}
         for a, b in zip(self.checksums, checksums, strict=True):
@@ -433,36 +433,36 @@ class _Call:
             _, shape, dtype = self.slots[index]
         if (tensor.shape, tensor.dtype) != (shape, dtype):
             self._does_not_repeat(
-                f"saved {tensor.dtype} {tuple(tensor.shape)} at place {index}"
+                f"saved {tensor.dtype} {tuple(tensor.shape)} as number {index}"
             )
 
-    def _does_not_repeat(self, what: str) -> NoReturn:
+    def _does_not_repeat(self, difference: str) -> NoReturn:
         raise RuntimeError(
             _REPEAT.format(
                 name=self.name,
-                what=f"the second time it {what}, unlike the first",
+                reason=f"the second time it {difference}, unlike the first",
             )
         )
 
 
 _REPEAT = (
-    "{name} cannot be computed again: {what}. It must do the same when called "
-    "again with the same input. Random numbers of torch, Python and numpy are "
-    "repeated, and so are buffers, attributes of its modules, and generators "
-    "among those; nothing that lies elsewhere (in globals, closures, other "
-    "objects, files, the clock) is, nor a kernel that is not deterministic "
-    "(see torch.use_deterministic_algorithms). Do not name this block, or "
-    "move its state to where it is repeated. To train on nevertheless: "
+    "{name} cannot be computed again: {reason}. A second call with the same "
+    "input must return the same. Random numbers of torch, Python and numpy, "
+    "and its modules' buffers, attributes and generators are restored. State "
+    "elsewhere (globals, closures, other objects, files, the clock) is not, "
+    "and a kernel may be nondeterministic (see "
+    "torch.use_deterministic_algorithms). Do not name this block, or move its "
+    "state into attributes of its modules. To continue training nevertheless: "
     "sb_memeff.nnet.replay.set_mismatch_action('warn')."
 )
 
 
 def _checksums(result: object) -> list[torch.Tensor]:
-    """A checksum of each tensor that has bits to look at."""
+    """Checksums of the tensors that have readable values."""
     return [
         checksum(leaf.detach().resolve_conj().resolve_neg())
         for leaf in tree_leaves(result)
-        # Others are analysed, not computed, or hold their values elsewhere.
+        # Others have no values, or store them elsewhere.
         if type(leaf) in (torch.Tensor, torch.nn.Parameter)
         and leaf.layout == torch.strided
         and leaf.device.type != "meta"
@@ -474,10 +474,10 @@ def _checksums(result: object) -> list[torch.Tensor]:
 def _parameters_copied(
     block: nn.Module, written: Set[int]
 ) -> Generator[None, None, None]:
-    """Modules work on copies of the parameters whose ids are given.
+    """Replaces the parameters with the given ids by copies.
 
-    A second call must not write them again: other graphs may need them as
-    they are now.
+    A second call must not write to them again, because other graphs may need
+    their current values.
     """
     replaced: list[tuple[dict[str, Any], str, Any]] = []
     copies: dict[int, torch.Tensor] = {}
@@ -489,13 +489,13 @@ def _parameters_copied(
                 copy = written_to.detach().clone()
                 copy.requires_grad_(written_to.requires_grad)
                 copies.setdefault(id(parameter), copy)
-    for place, name, parameter in replaced:
-        place[name] = copies[id(parameter)]
+    for parameters, name, parameter in replaced:
+        parameters[name] = copies[id(parameter)]
     try:
         yield
     finally:
-        for place, name, parameter in replaced:
-            place[name] = parameter
+        for parameters, name, parameter in replaced:
+            parameters[name] = parameter
 
 
 def _in_backward() -> bool:
@@ -503,7 +503,7 @@ def _in_backward() -> bool:
 
 
 def _saved_elsewhere() -> bool:
-    """Whether hooks of the caller decide how saved tensors are stored."""
+    """Whether hooks of the caller store saved tensors in another way."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
@@ -519,8 +519,8 @@ def _sources(
         if origin is not None:
             found.append(("computed", origin))
         elif isinstance(leaf, torch.Tensor):
-            # One tensor given twice is one tensor again: attention asks
-            # whether its query is its key.
+            # A tensor passed twice must be one object again: attention tests
+            # whether query and key are the same object.
             found.append(("stored", stored.index(id(leaf))))
         else:
             found.append(("given", leaf))

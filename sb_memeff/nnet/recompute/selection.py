@@ -1,4 +1,4 @@
-"""From patterns of names to the blocks of a network.
+"""Selects the blocks of a network by patterns of names.
 
 Authors
  * The sb_memeff authors 2026
@@ -25,7 +25,7 @@ def find_segments(
     blocks : str or list of str
         Names with wildcards, see ``recompute_blocks``.
     length : int
-        Blocks of a segment.
+        Number of blocks in a segment.
 
     Returns
     -------
@@ -35,10 +35,10 @@ def find_segments(
     Raises
     ------
     TypeError
-        If module is none.
+        If module is not a torch.nn.Module.
     ValueError
-        If a name fits nothing, or what cannot be recomputed; if blocks lie
-        inside each other and length is not 1.
+        If a name matches nothing, or a module that cannot be recomputed, or
+        if blocks are nested and length is not 1.
 
     Example
     -------
@@ -87,13 +87,13 @@ def _named_blocks(
             name, part = matches[0]
             raise ValueError(
                 f"recompute_blocks: {name} is a {type(part).__name__}, which "
-                f"is never called. Name what it holds: '{name}.*'."
+                f"is never called. Name its contents: '{name}.*'."
             )
         found.update((part, name) for name, part in reversed(callables))
     for block, name in found.items():
         _check_block(name, block)
-    # In the network's order, whatever that of the patterns; by its first name
-    # if a module has several.
+    # In the network's order, not that of the patterns. A module with several
+    # names has its first name.
     order = list(module.modules())
     return [(found[part], part) for part in order if part in found]
 
@@ -119,7 +119,7 @@ def _fits(name: list[str], pattern: list[str]) -> bool:
 
 
 def _candidates(named: list[tuple[str, nn.Module]], limit: int = 30) -> str:
-    """Names that blocks could have, numbers as ``*``, the outermost first."""
+    """Possible names of blocks, numbers as ``*``, the outermost first."""
     names = {}
     for name, part in named:
         parts = ["*" if p.isdigit() else p for p in _parts(name)]
@@ -135,32 +135,32 @@ def _check_block(name: str, block: nn.Module) -> None:
     if isinstance(block, torch.jit.ScriptModule):
         raise ValueError(
             f"recompute_blocks: {name} is compiled by torch.jit; call "
-            f"recompute_blocks before, or name its neighbours only."
+            f"recompute_blocks first, or name only its neighbours."
         )
     if "forward" in vars(block):
         raise ValueError(
-            f"recompute_blocks: somebody has replaced forward of this very "
-            f"{name} ({type(block).__name__}); that would hide ours. Call "
-            f"recompute_blocks before."
+            f"recompute_blocks: forward of the instance {name} "
+            f"({type(block).__name__}) has been replaced, which would hide "
+            f"the recomputing forward. Call recompute_blocks first."
         )
 
 
 def refuse_nested(
     segments: list[list[tuple[str, nn.Module]]], option: str
 ) -> None:
-    """Refuses blocks inside each other.
+    """Raises if blocks are nested.
 
     Arguments
     ---------
     segments : list of list of tuple
-        As ``find_segments`` returned them.
+        As returned by ``find_segments``.
     option : str
-        What cannot be had with them, for the message.
+        The option that does not allow nesting, for the message.
 
     Raises
     ------
     ValueError
-        If a block lies inside another.
+        If a block is inside another block.
     """
     names = [name for segment in segments for name, _ in segment]
     for outer in names:
@@ -170,8 +170,8 @@ def refuse_nested(
                 inner != outer
             ):
                 raise ValueError(
-                    f"recompute_blocks: {inner} lies inside "
-                    f"{outer or 'the network itself'}; that "
-                    f"goes with every=1 and segment_length=1 only, not with "
+                    f"recompute_blocks: {inner} is inside "
+                    f"{outer or 'the network itself'}; nested blocks need "
+                    f"every=1 and segment_length=1, not "
                     f"{option}. Call recompute_blocks once for each."
                 )

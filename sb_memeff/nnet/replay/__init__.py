@@ -1,14 +1,14 @@
-"""Run a function again in backward, exactly as in forward, leaving no trace.
+"""Repeats a forward in backward, exactly and without side effects.
 
 ============= ==============================================================
 module        contents
 ============= ==============================================================
-recorder      what a call finds (autocast, modes, random states, buffers)
-              and how a replay finds it again
-random_states the generators of torch, Python, numpy and of modules
+recorder      records the state of a call (autocast, modes, random states,
+              buffers) and restores it for a replay
+random_states generators of torch, Python, numpy and modules
 module_state  buffers, attributes and parametrizations of modules
-backends      torch's switches, such as cudnn.benchmark
-mismatch      replays that differ from forward end in an error
+backends      flags of torch's backends, such as cudnn.benchmark
+mismatch      raises an error if a replay differs from forward
 ============= ==============================================================
 
 Authors

@@ -1,9 +1,9 @@
-"""Make torch pick the same algorithms in forward and in backward.
+"""Makes torch use the same algorithms in forward and backward.
 
-cuDNN's benchmark times the algorithms of a convolution and keeps the fastest.
-Its cache is per thread, and backward runs in a thread of its own: forward and
-replay may pick different algorithms, which round differently. Without
-benchmark, cuDNN picks by the shapes.
+cuDNN's benchmark times the algorithms of a convolution and caches the fastest.
+The cache is per thread, and backward runs in its own thread. Forward and replay
+may therefore use different algorithms, which round differently. Without
+benchmark, cuDNN chooses by shape.
 
 Authors
  * The sb_memeff authors 2026
@@ -29,8 +29,8 @@ _FLAGS = [
     "cuda.matmul.allow_fp16_reduced_precision_reduction",
     "cuda.matmul.allow_bf16_reduced_precision_reduction",
 ]
-# The switches for TF32 have two interfaces, of which torch 2.8 has the older
-# alone. Reading the older one raises an error where the newer one was used.
+# The flags for TF32 have two interfaces; torch 2.8 has only the older one. Reading
+# the older one raises an error if the newer one was used.
 _OLDER_TF32 = ["cudnn.allow_tf32"]
 _TF32 = [
     "cuda.matmul.fp32_precision",
@@ -44,9 +44,9 @@ _MATMUL = "float32_matmul_precision"
 
 
 class BackendFlags:
-    """Flags of torch's backends that change how results are rounded.
+    """Flags of torch's backends that affect rounding.
 
-    They are read when the object is made, in forward.
+    The constructor reads them, in forward.
 
     Example
     -------
@@ -79,7 +79,7 @@ class BackendFlags:
             _write(others)
 
 
-# A compiler cannot trace it, and need not.
+# A compiler cannot trace this, and need not.
 @torch.compiler.disable
 def _read_all() -> dict[str, Any]:
     values = {name: _read(name) for name in _known_flags()}
@@ -95,9 +95,9 @@ def _read(name: str) -> Any:
         return None
 
 
-def _write(wanted: dict[str, Any]) -> None:
-    for name, value in wanted.items():
-        # Not without need: writing to one interface may spoil the other.
+def _write(flags: dict[str, Any]) -> None:
+    for name, value in flags.items():
+        # Only if needed: writing to one interface may invalidate the other.
         if value is None or _read(name) == value:
             continue
         if name == _MATMUL:
@@ -108,7 +108,7 @@ def _write(wanted: dict[str, Any]) -> None:
 
 @functools.cache
 def _known_flags() -> list[str]:
-    # The older interface first: it changes what the newer one says.
+    # The older interface first, because it changes the newer one's values.
     others = [name for name in _FLAGS + _TF32 if hasattr(*_locate(name))]
     return [_MATMUL, *_OLDER_TF32, *others]
 

@@ -1,12 +1,12 @@
-"""Notice when a second computation differs from the first.
+"""Detects that a second computation differs from the first.
 
-Recomputation and inversion are exact only if backward runs the arithmetic of
-forward again: the same algorithm of cuDNN, the same random numbers, the same
-state. A checksum of the result costs one read of it; forward keeps the
-checksum, backward compares. On the CPU a difference is an error at once. On
-an accelerator the comparisons stay on the device. One copy takes those of a
-step to the host when the next one begins, and the host reads them when that
-costs no wait: at the latest in the next backward pass.
+Recomputation and inversion are exact only if backward repeats the arithmetic of
+forward: the same algorithms of cuDNN, the same random numbers, the same state. A
+checksum reads each result once. Forward stores it, and backward compares. On the
+CPU a difference raises an error at once. On an accelerator the comparisons stay on
+the device. When the next step begins, one copy transfers those of the last step to
+the host, which reads them when it need not wait, at the latest in the next
+backward pass.
 
 Authors
  * The sb_memeff authors 2026
@@ -36,22 +36,23 @@ __all__ = [
 
 logger = get_logger(__name__)
 
-# Values of a tensor that are kept to tell how large a difference is.
+# Number of values of a tensor kept to measure the size of a difference.
 SAMPLE = 1024
 
 
 class Summary:
-    """Summary of tensors in forward, to be compared in backward.
+    """Summary of tensors in forward, for comparison in backward.
 
-    A checksum of each. Where a difference is not an error, or is to be
-    expected, some of the values as well, which tell its size.
+    It contains a checksum of each tensor. If a difference is expected or not an
+    error, it also contains a sample of the values, to measure its size.
 
     Arguments
     ---------
     leaves : iterable
-        Tensors; anything else is passed over.
+        Tensors; other objects are skipped.
     sampled : bool, optional
-        Keep values too. By default if the action is "warn".
+        Whether to keep a sample too. By default only if the action is
+        "warn".
     sums : list of torch.Tensor, optional
         Checksums of the tensors, if they are known.
 
@@ -59,7 +60,7 @@ class Summary:
     -------
     >>> x = torch.ones(3)
     >>> before = Summary([x])
-    >>> before.differs(before.again([x + 1]))
+    >>> before.differs(before.summarize([x + 1]))
     tensor(True)
     """
 
@@ -76,12 +77,12 @@ class Summary:
         self.sums = [checksum(x) for x in tensors] if sums is None else sums
         self.samples = [sample(x) for x in tensors] if sampled else []
 
-    def again(self, leaves: Iterable[object]) -> Summary:
-        """The same summary of what was computed again."""
+    def summarize(self, leaves: Iterable[object]) -> Summary:
+        """Summarizes other tensors in the same way."""
         return Summary(leaves, self.sampled)
 
     def differs(self, other: Summary) -> torch.Tensor:
-        """Whether a bit differs: a scalar of bool on the tensors' device."""
+        """Whether a bit differs, as a boolean scalar on the tensors' device."""
         if not self.sums:
             return torch.tensor(False)
         device = self.sums[0].device
@@ -93,17 +94,17 @@ class Summary:
 
     @staticmethod
     def differ(pairs: Sequence[tuple[Summary, Summary]]) -> torch.Tensor:
-        """Which pairs of summaries differ, in few operations.
+        """Compares many pairs of summaries in few operations.
 
         Arguments
         ---------
         pairs : sequence of tuple
-            All of as many tensors, on one device.
+            Two summaries each. All summarize as many tensors, on one device.
 
         Returns
         -------
         torch.Tensor
-            [N] of bool on that device.
+            [N], bool: whether the summaries of each pair differ.
         """
         before, now = (
             torch.stack([x for summary in side for x in summary.sums])
@@ -112,7 +113,7 @@ class Summary:
         return (before != now).view(len(pairs), -1).any(1)
 
     def relative_error(self, other: Summary) -> torch.Tensor:
-        """Largest difference of a sampled value over the largest value."""
+        """Largest difference of a sampled value, relative to the largest."""
         pairs = list(zip(self.samples, other.samples))
         return torch.stack(
             [
@@ -124,7 +125,7 @@ class Summary:
         ).amax()
 
     def size_of_difference(self, other: Summary) -> str:
-        """The size in words, for a message; empty without samples."""
+        """The size as text for a message; empty without samples."""
         if not self.samples:
             return ""
         error = self.relative_error(other).item()
@@ -138,7 +139,7 @@ def _is_plain(x: Any) -> TypeGuard[torch.Tensor]:
 
 
 def sample(tensor: torch.Tensor) -> torch.Tensor:
-    """Some values of a tensor, without a copy of the others.
+    """Copies some values of a tensor.
 
     Arguments
     ---------
@@ -164,12 +165,12 @@ def sample(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
     wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-    # A copy: a view would keep all of the tensor alive.
+    # A copy, because a view would keep the whole tensor alive.
     return tensor.flatten().to(wide, copy=True)
 
 
 def set_mismatch_action(action: Literal["error", "warn"]) -> None:
-    """Chooses what a difference between forward and backward leads to.
+    """Sets the consequence of a difference between forward and backward.
 
     In a yaml file: ``__mismatch: !apply:
     sb_memeff.nnet.replay.set_mismatch_action [warn]``.
@@ -177,8 +178,8 @@ def set_mismatch_action(action: Literal["error", "warn"]) -> None:
     Arguments
     ---------
     action : str
-        "error" raises a RuntimeError; "warn" logs each message once and
-        trains on, with gradients that are off by that much.
+        "error" raises a RuntimeError. "warn" logs each message once and
+        continues training with inexact gradients.
 
     Raises
     ------
@@ -198,7 +199,7 @@ def set_mismatch_action(action: Literal["error", "warn"]) -> None:
 
 
 def mismatch_action() -> Literal["error", "warn"]:
-    """Consequence of a difference, see ``set_mismatch_action``.
+    """Returns the consequence of a difference; see ``set_mismatch_action``.
 
     Returns
     -------
@@ -211,21 +212,20 @@ def mismatch_action() -> Literal["error", "warn"]:
 def report_mismatches(
     differs: torch.Tensor, describe: Callable[[int], str]
 ) -> None:
-    """Takes the outcome of comparisons; raises for what is known to differ.
+    """Registers results of comparisons; raises for known differences.
 
     Arguments
     ---------
     differs : torch.Tensor
-        [N] of bool, on the device of the computation.
+        [N], bool, on the device of the computation.
     describe : callable
-        From the number of a comparison that differed to the message of the
-        error. It is called when the host reads, so it must not hold tensors
-        that are large.
+        Makes the error message from the index of a comparison. It is called
+        when the host reads the results, so it must not hold large tensors.
 
     Raises
     ------
     RuntimeError
-        If a comparison differs: one of these, if they are on the CPU, or one
+        If a comparison differs: one of these if they are on the CPU, or one
         of an earlier step.
 
     Example
@@ -239,23 +239,23 @@ def report_mismatches(
 
 
 def next_forward() -> None:
-    """Says that a forward pass begins: what is reported is of a step before.
+    """Marks the start of a forward pass; earlier reports are complete.
 
     Raises
     ------
     RuntimeError
-        If a comparison differed and has arrived at the host.
+        If a comparison that has arrived at the host differs.
     """
     _pending.next_forward()
 
 
 def read_arrived() -> None:
-    """Raises for a comparison that differed, without waiting for others.
+    """Raises for known differences, without waiting.
 
     Raises
     ------
     RuntimeError
-        If one differs and has arrived at the host.
+        If a comparison that has arrived at the host differs.
     """
     _pending.read_arrived()
 
@@ -263,8 +263,8 @@ def read_arrived() -> None:
 def read_mismatches() -> None:
     """Waits for all comparisons and raises if one differs.
 
-    ``MemEffBrain`` calls it once a step, where SpeechBrain waits for the
-    loss. In a training loop of your own call it after the last step.
+    ``MemEffBrain`` calls it once a step, where SpeechBrain waits for the loss
+    anyway. In your own training loop call it after the last step.
 
     Raises
     ------
@@ -279,12 +279,12 @@ def read_mismatches() -> None:
 
 
 def is_read_at_once(device: torch.device) -> bool:
-    """Whether reading a value of a device makes nobody wait.
+    """Checks that the host can read values of a device without waiting.
 
     Arguments
     ---------
     device : torch.device
-        Of the value.
+        Device of the value.
 
     Returns
     -------
@@ -304,7 +304,7 @@ class _Report:
 
 @dataclasses.dataclass(eq=False)
 class _Copy:
-    """Comparisons of one step on their way to the host."""
+    """Comparisons of one step, being copied to the host."""
 
     host: torch.Tensor
     event: torch.cuda.Event | _Arrived
@@ -312,15 +312,15 @@ class _Copy:
 
 
 class _Pending:
-    """Comparisons that the host has not read.
+    """Comparisons that the host has not read yet.
 
     Arguments
     ---------
     copy : callable
-        Begins to copy a tensor to the host: returns the copy and an event
+        Starts a copy of a tensor to the host; returns the copy and an event
         with ``query`` and ``synchronize``.
     at_once : callable
-        From the device of comparisons to whether they are read right away.
+        Whether comparisons on a device are read at once.
     """
 
     def __init__(
@@ -333,7 +333,7 @@ class _Pending:
         self.action: Literal["error", "warn"] = "error"
         self._copy = copy
         self._at_once = at_once
-        # Of the step that runs; and of those before.
+        # Reports of the current step, and copies of earlier steps.
         self._reports: list[_Report] = []
         self._copies: list[_Copy] = []
         self._warned: set[str] = set()
@@ -341,27 +341,27 @@ class _Pending:
     def report(
         self, differs: torch.Tensor, describe: Callable[[int], str]
     ) -> None:
-        """See report_mismatches."""
+        """See the function report_mismatches."""
         report = _Report(differs, describe)
         if self._at_once(differs.device):
             self._judge([report], differs)
         else:
             self._reports.append(report)
-        # Of an earlier step: the host is a whole step ahead of the device at
-        # most, so this hardly ever waits.
+        # Copies of earlier steps. The host is at most one step ahead of the
+        # device, so this rarely waits.
         self._read(lambda copy: True)
 
     def next_forward(self) -> None:
-        """See the function."""
+        """See the function next_forward."""
         self._send()
         self.read_arrived()
 
     def read_arrived(self) -> None:
-        """See the function."""
+        """See the function read_arrived."""
         self._read(lambda copy: copy.event.query())
 
     def read(self) -> None:
-        """See read_mismatches."""
+        """See the function read_mismatches."""
         self._send()
         self._read(lambda copy: True)
 
@@ -369,8 +369,8 @@ class _Pending:
         reports, self._reports = self._reports, []
         for device in dict.fromkeys(r.differs.device for r in reports):
             of_device = [r for r in reports if r.differs.device == device]
-            # One copy: each allocates pinned memory, which takes a GPU's
-            # driver longer than the computation of a block.
+            # A single copy, because each allocates pinned memory, which takes
+            # longer than a block's computation.
             differs = torch.cat([r.differs for r in of_device])
             self._copies.append(_Copy(*self._copy(differs), of_device))
 
@@ -391,7 +391,7 @@ class _Pending:
 
     def _act(self, message: str) -> None:
         if self.action == "error":
-            # Of what else was different the first says enough.
+            # The first difference is enough.
             self._reports.clear()
             self._copies.clear()
             raise RuntimeError(message)
@@ -401,7 +401,7 @@ class _Pending:
 
 
 class _Arrived:
-    """The event of a copy that has been made."""
+    """The event of a finished copy."""
 
     def query(self) -> bool:
         return True

@@ -1,9 +1,9 @@
-"""Buffers and attributes of modules: notice changes, lend copies.
+"""Detects changes to buffers and attributes of modules, and undoes them.
 
-A module may keep state in buffers (batch statistics), or in attributes: a
-counter, a table computed once, a list. A training step changes it once. For a
-second call of the module in backward it must be as it was before the first
-one, and stay afterwards as the first one left it.
+A module may keep state in buffers (batch statistics) or attributes (a counter, a
+table computed once, a list). A training step must change it once. During a second
+call in backward, the module must have the state from before the first call, and
+afterwards the state from after the first call.
 
 Authors
  * The sb_memeff authors 2026
@@ -23,19 +23,19 @@ __all__ = ["Changes", "ModuleState", "modules_of", "without_trace"]
 
 @dataclass
 class Changes:
-    """Changes that a call has made to modules.
+    """Changes of a call to modules.
 
     Arguments
     ---------
     buffers : dict
-        Buffers that are others now, or have other values, as they were
-        before: {(module, name): torch.Tensor or None}.
+        Old values of buffers that were replaced or changed: {(module, name):
+        torch.Tensor or None}.
     attributes : dict
-        The same for attributes that were bound to another object, and for
-        lists, dicts and sets whose contents are others.
+        Old values of attributes that were replaced, and of lists, dicts and
+        sets whose contents changed.
     written : set
         (module, name) of tensors among the attributes that were changed in
-        place. How they were before is not kept.
+        place. Their old values are not kept.
     """
 
     buffers: dict[tuple[nn.Module, str], Any] = field(default_factory=dict)
@@ -44,12 +44,12 @@ class Changes:
 
 
 class ModuleState:
-    """The state of a module, and of those inside it, at one moment.
+    """The state of a module and its submodules at one moment.
 
     Arguments
     ---------
     function : callable
-        A torch.nn.Module; anything else has no state.
+        A torch.nn.Module; other functions have no state.
 
     Example
     -------
@@ -76,22 +76,22 @@ class ModuleState:
                 self._attributes[module, name] = value, _version(value), kept
 
     def attribute_values(self) -> list[Any]:
-        """All attributes of the modules.
+        """Returns all attributes of the modules.
 
         Returns
         -------
         list
-            In no particular order.
+            The values, in no particular order.
         """
         return [value for value, _, _ in self._attributes.values()]
 
     def changes(self) -> Changes:
-        """Compares with the state now.
+        """Compares with the current state.
 
         Returns
         -------
         Changes
-            All that is different.
+            All differences.
         """
         found = Changes()
         for (module, name), (buffer, version, kept) in self._buffers.items():
@@ -120,14 +120,14 @@ class ModuleState:
 def without_trace(
     function: object, changes: Changes | None = None
 ) -> Generator[None, None, None]:
-    """Changes that are made inside to buffers and attributes are forgotten.
+    """Undoes changes to buffers and attributes made within the context.
 
     Arguments
     ---------
     function : callable
-        A torch.nn.Module; anything else is left alone.
+        A torch.nn.Module; other functions have no state.
     changes : Changes, optional
-        What shall be, inside, as it was before them.
+        Changes to undo within the context.
 
     Yields
     ------
@@ -146,7 +146,7 @@ def without_trace(
                 vars(module)[name] = _copied(value, copies)
         for name, buffer in buffers.items():
             if buffer is not None and _may_change_buffers(module):
-                module._buffers[name] = _to_be_changed(module, buffer)
+                module._buffers[name] = _lent(module, buffer)
     for (module, name), value in changes.attributes.items():
         _put(vars(module), name, _copied(value, copies))
     for (module, name), buffer in changes.buffers.items():
@@ -166,28 +166,28 @@ def without_trace(
 
 
 def modules_of(function: object) -> list[nn.Module]:
-    """A module and all inside it, in the order of ``modules()``.
+    """Lists a module and its submodules, in the order of ``modules()``.
 
-    In a fifth of its time: that counts, several times in each call of each
-    block.
+    It takes a fifth of the time, which matters because each call of each block
+    needs it several times.
 
     Arguments
     ---------
     function : callable
-        A torch.nn.Module; anything else has none.
+        A torch.nn.Module; other functions have no modules.
 
     Returns
     -------
     list of torch.nn.Module
-        Each once.
+        Each module once.
 
     Example
     -------
     >>> modules_of(torch.nn.Sequential(torch.nn.ReLU()))[1]
     ReLU()
     """
-    # Looked up at every call: SpeechBrain replaces BatchNorm by SyncBatchNorm
-    # after the network was built.
+    # Not cached, because SpeechBrain replaces BatchNorm by SyncBatchNorm after
+    # the network is built.
     waiting: list[nn.Module | None] = (
         [function] if isinstance(function, nn.Module) else []
     )
@@ -201,18 +201,18 @@ def modules_of(function: object) -> list[nn.Module]:
 
 
 def attributes(module: nn.Module) -> list[tuple[str, Any]]:
-    """The attributes of a module in which its code may keep state.
+    """Lists the attributes in which a module may keep state.
 
     Arguments
     ---------
     module : torch.nn.Module
-        The module itself, not those inside it.
+        The module; its submodules are not included.
 
     Returns
     -------
     list
-        Pairs of name and value. None for torch's own modules, which keep all
-        state in buffers; their hooks may do otherwise.
+        Pairs of name and value. Empty for torch's own modules without hooks,
+        which keep all state in buffers.
 
     Example
     -------
@@ -239,8 +239,8 @@ _ABSENT = object()
 
 
 def _ignores_buffers(module: nn.Module) -> bool:
-    """Whether the values of its buffers make no difference, or no change."""
-    # By forward: classes that inherit from them may use what they count.
+    """Whether batch statistics do not matter, or do not change."""
+    # Compare forward, because derived classes may use the statistics.
     return type(module).forward in (
         _BatchNorm.forward,
         nn.SyncBatchNorm.forward,
@@ -251,22 +251,24 @@ def _may_change_buffers(module: nn.Module) -> bool:
     return module.training or not _ignores_buffers(module)
 
 
-def _to_be_changed(module: nn.Module, buffer: torch.Tensor) -> torch.Tensor:
-    """A tensor in place of a buffer, which the module may change."""
-    if _ignores_buffers(module) and module.momentum is not None:
-        # Statistics that are written and not read: to copy three small
-        # buffers of each batch norm takes a launch each. Without a momentum
-        # it reads how many batches there were.
+def _lent(module: nn.Module, buffer: torch.Tensor) -> torch.Tensor:
+    """A buffer for a replay, whose values are forgotten afterwards."""
+    if (
+        _ignores_buffers(module)
+        and module.momentum is not None
+        and not module._forward_hooks
+    ):
+        # Batch norm updates it and reads it for nothing else.
         return torch.empty_like(buffer)
     return buffer.clone()
 
 
 def _copied(value: Any, copies: dict[int, tuple[Any, Any]]) -> Any:
-    """A copy of a list, dict or set; anything else as it is."""
+    """Copies a list, dict or set; returns other objects unchanged."""
     if type(value) not in _CONTAINERS:
         return value
-    # One list that two modules share stays one list. The list itself is kept
-    # too: another one could get its id.
+    # A list shared by two modules stays shared. The list itself is kept too, so
+    # that no other object gets its id.
     return copies.setdefault(id(value), (value.copy(), value))[0]
 
 
@@ -277,7 +279,7 @@ def _version(value: object) -> int | None:
 
 
 def _other_contents(now: Any, kept: Any) -> bool:
-    """Whether a list, dict or set holds other objects than its copy."""
+    """Whether a list, dict or set has other items than its copy."""
     if type(now) not in _CONTAINERS:
         return False
     if len(now) != len(kept):
@@ -291,8 +293,8 @@ def _other_contents(now: Any, kept: Any) -> bool:
     return any(a is not b for a, b in zip(now, kept, strict=True))
 
 
-def _put(place: dict[str, Any], name: str, value: object) -> None:
+def _put(values: dict[str, Any], name: str, value: object) -> None:
     if value is _ABSENT:
-        place.pop(name, None)
+        values.pop(name, None)
     else:
-        place[name] = value
+        values[name] = value

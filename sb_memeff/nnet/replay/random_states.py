@@ -1,8 +1,8 @@
-"""Read and write the states of all random generators that a call may use.
+"""Reads and writes the states of all random generators that a call may use.
 
 These are torch's generators of the CPU and of the device, those of Python and
-of numpy, and generators that belong to the modules that are called. Reading
-is cheap, since it happens twice in each call of a recomputed block.
+numpy, and generators of the called modules. Reading must be cheap, because each
+call of a recomputed block does it twice.
 
 Authors
  * The sb_memeff authors 2026
@@ -38,7 +38,7 @@ class Source:
     read : callable
         Returns its state.
     write : callable
-        Takes what ``read`` has returned.
+        Restores a state returned by ``read``.
     """
 
     read: Callable[[], Any]
@@ -46,19 +46,19 @@ class Source:
 
 
 def global_sources(device: torch.device, follow_torch: bool) -> list[Source]:
-    """The generators that any code can draw from.
+    """Lists the global generators.
 
     Arguments
     ---------
     device : torch.device
-        Whose generator of torch belongs to them, besides the CPU's.
+        Device whose torch generator is included, besides the CPU's.
     follow_torch : bool
-        False leaves torch's generators out.
+        False excludes torch's generators.
 
     Returns
     -------
     list of Source
-        In a fixed order.
+        The generators, in a fixed order.
 
     Example
     -------
@@ -70,7 +70,7 @@ def global_sources(device: torch.device, follow_torch: bool) -> list[Source]:
     >>> x == random.random()
     True
     """
-    # Like a Source, with a memory.
+    # A Source with a cache.
     numpy_source = cast(Source, _NUMPY)
     sources = [Source(random.getstate, random.setstate), numpy_source]
     if follow_torch:
@@ -88,12 +88,12 @@ def global_sources(device: torch.device, follow_torch: bool) -> list[Source]:
 
 @contextlib.contextmanager
 def forked_generators(device: torch.device) -> Generator[None, None, None]:
-    """What is drawn inside leaves no trace in the generators of all code.
+    """Restores the global generators after the context.
 
     Arguments
     ---------
     device : torch.device
-        Whose generator of torch belongs to them, besides the CPU's.
+        Device whose torch generator is included, besides the CPU's.
 
     Yields
     ------
@@ -122,7 +122,7 @@ def own_source(value: object, follow_torch: bool) -> Source | None:
     Arguments
     ---------
     value : object
-        Anything.
+        Any objects.
     follow_torch : bool
         False leaves a torch.Generator out.
 
@@ -158,17 +158,17 @@ def own_source(value: object, follow_torch: bool) -> Source | None:
 
 
 def generators_among(values: Iterable[object]) -> list[object]:
-    """The generators among objects and in lists, tuples and dicts of them.
+    """Finds generators among objects and in lists, tuples and dicts of them.
 
     Arguments
     ---------
     values : iterable
-        Anything.
+        Any objects.
 
     Returns
     -------
     list
-        The generators, perhaps some of them twice.
+        The generators, possibly with duplicates.
 
     Example
     -------
@@ -197,19 +197,19 @@ _GENERATORS = (
 
 
 def equal_states(a: Any, b: Any) -> bool:
-    """Whether two states of one generator are the same.
+    """Compares two states of a generator.
 
     Arguments
     ---------
     a : object
-        What ``Source.read`` has returned.
+        Result of ``Source.read``.
     b : object
-        The same, at another time.
+        A later result.
 
     Returns
     -------
     bool
-        True if nothing has been drawn in between.
+        True if nothing was drawn in between.
 
     Example
     -------
@@ -230,10 +230,10 @@ def equal_states(a: Any, b: Any) -> bool:
 class _NumpyGlobal:
     """numpy's global generator.
 
-    numpy takes 30 to 50 us to read its state, a hundred times as long as a
-    look at the 2,500 bytes in which the Mersenne twister keeps it. If those
-    are as they were, so is the state, unless half of a pair of normally
-    distributed numbers is waiting, which numpy stores elsewhere.
+    numpy takes 30 to 50 us to return its state, a hundred times as long as
+    reading the 2,500 bytes of the Mersenne twister. If these bytes are unchanged,
+    so is the state, unless numpy has cached the second of a pair of normally
+    distributed numbers, which it stores elsewhere.
     """
 
     def __init__(self):
@@ -241,7 +241,7 @@ class _NumpyGlobal:
         self._state: dict[str, Any] | None = None
 
     def read(self) -> dict[str, Any]:
-        """The state, the same object if nothing has been drawn since."""
+        """Returns the state; the same object if nothing was drawn since."""
         now = _twister_bytes(np.random.get_bit_generator())
         if (
             now is None
@@ -253,7 +253,7 @@ class _NumpyGlobal:
         return cast(dict[str, Any], self._state)
 
     def write(self, state: dict[str, Any]) -> None:
-        """Takes what ``read`` has returned."""
+        """Restores a state returned by ``read``."""
         np.random.set_state(state)
         self._bytes = None
 
@@ -261,7 +261,7 @@ class _NumpyGlobal:
 def _twister_bytes(
     generator: np.random.BitGenerator,
 ) -> tuple[int, bytes] | None:
-    """Where it is and what it holds; None for another kind of generator."""
+    """Address and bytes of the state; None for other kinds of generators."""
     if not _TWISTER_IS_READABLE or type(generator) is not np.random.MT19937:
         return None
     address = generator.ctypes.state_address
@@ -269,7 +269,7 @@ def _twister_bytes(
 
 
 def _twister_is_readable() -> bool:
-    """Whether this numpy keeps 624 words of 32 bits and a position."""
+    """Whether this numpy stores 624 words of 32 bits and a position."""
     generator = np.random.MT19937(0)
     state = generator.state["state"]
     found = ctypes.string_at(generator.ctypes.state_address, _TWISTER_SIZE)

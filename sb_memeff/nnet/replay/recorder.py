@@ -1,11 +1,10 @@
-"""Run a function a second time, in backward, exactly as it ran in forward.
+"""Repeats a function in backward exactly as it ran in forward.
 
-Recomputing activations instead of storing them takes more than repeating the
-arithmetic: the random numbers that were drawn (those of torch, Python, numpy
-and of the modules' own generators), the autocast state, the flags of torch's
-backends, state that modules keep, and the batch statistics, which a training
-step must count once and not twice. ``torch.utils.checkpoint`` repeats torch's
-random numbers and the autocast state only.
+To repeat the arithmetic is not enough. Backward must also restore the random
+numbers (of torch, Python, numpy and the modules' own generators), the autocast
+state, the flags of torch's backends and the modules' state, and a training step
+must count batch statistics only once. ``torch.utils.checkpoint`` restores only
+torch's random numbers and the autocast state.
 
 Authors
  * The sb_memeff authors 2026
@@ -21,6 +20,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from sb_memeff.nnet.replay.backends import BackendFlags
+from sb_memeff.nnet.replay.kept import keeping, replaying
 from sb_memeff.nnet.replay.module_state import (
     Changes,
     ModuleState,
@@ -44,40 +44,43 @@ __all__ = [
 ]
 
 
-# Of modules: their weights, their modes, and the ids of weights left out.
+# Weights and modes of modules, and the ids of ignored weights.
 Fingerprint = tuple[list["_Weight | None"], list[bool], Set[int]]
 
 
 @dataclass
 class Recording:
-    """State that one call of one function found, as far as a replay needs it.
+    """State of one call of a function, as far as a replay needs it.
 
     Arguments
     ---------
     random_states : list, optional
-        Pairs of Source and state before the call, of all generators that the
-        call drew from; None if it drew no random numbers.
+        Pairs of Source and state before the call, for all generators that
+        the call used; None if it drew no random numbers.
     changes : Changes
         Buffers and attributes of modules that the call changed.
+    kept : list
+        What the call has given to ``keep``.
     """
 
     random_states: list[tuple[Source, Any]] | None = None
     changes: Changes = field(default_factory=Changes)
+    kept: list[Any] = field(default_factory=list)
 
 
 class Recorder:
-    """Calls functions in forward and calls them again, the same, in backward.
+    """Records calls of functions in forward and replays them in backward.
 
-    It holds what all calls of one forward pass share (device, autocast state
-    and flags of torch's backends) and, call by call, what differs
-    (``Recording``).
+    It contains the state that all calls of a forward pass share (device,
+    autocast state and flags of torch's backends). A ``Recording`` contains the
+    state of a single call.
 
     Arguments
     ---------
     device : torch.device
-        Where the tensors live. The CPU's generator is looked after too.
+        Device of the tensors. The CPU's generator is always included.
     follow_random : bool
-        False leaves torch's generators alone (fake tensors draw nothing).
+        False excludes torch's generators (fake tensors draw no numbers).
 
     Example
     -------
@@ -99,11 +102,11 @@ class Recorder:
         self.flags = BackendFlags()
 
     def autocast(self) -> torch.autocast:
-        """The autocast state of the forward pass, as a context.
+        """Returns a context with the autocast state of the forward pass.
 
-        Autocast's cache of converted weights stays off: a weight converted
-        without gradients would be handed to whoever uses the same weight with
-        gradients in the same context, and the copies would outlive the call.
+        Autocast's cache of converted weights is off. Otherwise a weight
+        converted without gradients would be used for calls with gradients in
+        the same context, and the copies would outlive the call.
 
         Returns
         -------
@@ -120,21 +123,21 @@ class Recorder:
     def record(
         self, function: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> tuple[Any, Recording]:
-        """Calls ``function`` and notes what a replay will need.
+        """Calls ``function`` and records the state for a replay.
 
         Arguments
         ---------
         function : callable
             A torch.nn.Module, or a function that changes no module's buffers.
         *args : tuple
-            Passed on.
+            Its arguments.
         **kwargs : dict
-            Passed on.
+            Its keyword arguments.
 
         Returns
         -------
         tuple
-            What the function returned, and its ``Recording``.
+            Result of the function, and its ``Recording``.
         """
         with self.recording(function) as recording:
             result = function(*args, **kwargs)
@@ -144,25 +147,29 @@ class Recorder:
     def recording(
         self, function: Callable[..., Any], arguments: Iterable[object] = ()
     ) -> Generator[Recording, None, None]:
-        """Notes what a replay will need of the one call inside this context.
+        """Records the state of the single call within the context.
 
         Arguments
         ---------
         function : callable
-            Whose modules the call may change, see ``record``.
+            The called function; see ``record``.
         arguments : iterable
-            Of the call: generators among them are replayed too.
+            Arguments of the call; generators among them are replayed too.
 
         Yields
         ------
         Recording
-            Complete when the context is left.
+            Complete after the context.
         """
         recording = Recording()
         before = ModuleState(function)
         sources = self._sources(before.attribute_values(), arguments)
         states = [source.read() for source in sources]
-        with self.flags.applied(), _without_cached_weights():
+        with (
+            self.flags.applied(),
+            _without_cached_weights(),
+            keeping(recording.kept),
+        ):
             yield recording
         drawn = [
             (source, state)
@@ -177,17 +184,17 @@ class Recorder:
     def replay(
         self, function: object, recording: Recording
     ) -> Generator[None, None, None]:
-        """Inside this context ``function`` repeats the call that was recorded.
+        """Makes ``function`` repeat the recorded call within the context.
 
-        Afterwards generators, buffers, attributes and batch statistics are as
-        if nothing had been called.
+        Afterwards generators, buffers, attributes and batch statistics are
+        restored.
 
         Arguments
         ---------
         function : callable
-            The function that was recorded.
+            The recorded function.
         recording : Recording
-            What ``record`` returned for that call.
+            The recording of that call.
 
         Yields
         ------
@@ -203,6 +210,7 @@ class Recorder:
                 self.flags.applied(),
                 _without_cached_weights(),
                 without_trace(function, recording.changes),
+                replaying(recording.kept),
             ):
                 yield
         finally:
@@ -212,7 +220,7 @@ class Recorder:
     def _sources(
         self, attributes: Iterable[object], arguments: Iterable[object]
     ) -> list[Source]:
-        """All generators that a call may draw from."""
+        """All generators that a call may use."""
         own = generators_among(attributes) + generators_among(arguments)
         found = {id(generator): generator for generator in own}
         sources = (own_source(g, self.follow_random) for g in found.values())
@@ -223,10 +231,10 @@ class Recorder:
 
 @contextlib.contextmanager
 def _without_cached_weights() -> Generator[None, None, None]:
-    """Inside, ``parametrize.cached()`` of the caller is not in force.
+    """Disables the caller's ``parametrize.cached()`` within the context.
 
-    A weight that was computed before a call, or in another one, has a graph
-    that a replay cannot build again.
+    A cached weight was computed outside the call, so a replay could not rebuild
+    its graph.
     """
     saved = parametrize._cache_enabled, parametrize._cache
     parametrize._cache_enabled, parametrize._cache = 0, {}
@@ -239,19 +247,19 @@ def _without_cached_weights() -> Generator[None, None, None]:
 def fingerprint(
     module: nn.Module, ignore: Set[int] = frozenset()
 ) -> Fingerprint:
-    """Notes weights and modes, which a second call must find unchanged.
+    """Records weights and modes, which a second call requires unchanged.
 
     Arguments
     ---------
     module : torch.nn.Module
         The module, in forward.
     ignore : set of int
-        The id of each parameter whose values may change.
+        Ids of parameters whose values may change.
 
     Returns
     -------
     tuple
-        For ``check_fingerprint``.
+        The argument of ``check_fingerprint``.
     """
     modules = modules_of(module)
     parameters = {
@@ -271,13 +279,13 @@ def fingerprint(
 
 
 class _Weight:
-    """Tells whether a parameter is as it was."""
+    """Identifies a parameter's storage and version."""
 
     __slots__ = ("storage", "key")
 
     def __init__(self, parameter: torch.Tensor):
-        # Held: when ``p.data = ...`` has freed it, another may get its
-        # address.
+        # Kept alive: if ``p.data = ...`` freed it, another storage could get
+        # its address.
         self.storage = parameter.untyped_storage()
         self.key = (
             self.storage._cdata,
@@ -287,7 +295,7 @@ class _Weight:
         )
 
     def __eq__(self, other: object) -> bool:
-        # One that was left out is None.
+        # Ignored weights are None.
         return isinstance(other, _Weight) and self.key == other.key
 
 
@@ -303,14 +311,14 @@ def check_fingerprint(
     module : torch.nn.Module
         The module, in backward.
     owner : str
-        Begins the message.
+        Start of the message.
     prefix : str
-        Put before the names of the module's parameters and submodules.
+        Prefix of the names of parameters and submodules.
 
     Raises
     ------
     RuntimeError
-        If something changed; it names the parameter or the submodule.
+        If a parameter or mode changed. The message names it.
     """
     weights, modes, _ = fingerprint(module, before[2])
     if weights != before[0]:
@@ -320,9 +328,9 @@ def check_fingerprint(
         ] or ["the set of parameters"]
         raise RuntimeError(
             f"{owner}: {changed[0]} was changed between forward and backward "
-            f"(an optimizer step, or weights loaded?). Backward computes the "
-            f"activations again and needs the weights of the forward pass; "
-            f"call backward first."
+            f"(by an optimizer step, or by loading weights?). Backward "
+            f"computes the activations again and needs the weights of the "
+            f"forward pass; call backward first."
         )
     if modes != before[1]:
         names = [prefix + n for n, _ in module.named_modules()]

@@ -1,16 +1,16 @@
-"""The neural transducer's loss without its logits.
+"""The transducer loss without storing the logits of a batch.
 
 =========== =================================================================
 module      contents
 =========== =================================================================
 joint_loss  ``TransducerJointLoss``: joint, classifier and loss in one module
-passes      its methods: forward and backward of a run of samples
-cells       tiles of cells: their logits, scores and gradients
-sum_joint   the same for SpeechBrain's usual joint, by kernels
+passes      forward and backward of a group of samples, one class a method
+cells       tiles of cells: logits, scores and gradients
+sum_joint   the same for SpeechBrain's usual joint, with kernels
 half_linear weight gradients of half-precision layers in float32
 lattice     losses and occupancies from the scores of all cells
 rows        scores and gradients of rows of logits
-logits_loss ``transducer_loss``: on logits that are there anyway
+logits_loss ``transducer_loss``: the loss of given logits
 batch       lengths, targets and reduction
 modules     checks of joint and classifier
 =========== =================================================================

@@ -1,4 +1,4 @@
-"""A batch for the transducer losses: its checks, lengths and reductions.
+"""Checks, lengths and reductions of a batch for the transducer losses.
 
 Authors
  * The sb_memeff authors 2026
@@ -35,21 +35,21 @@ INTEGERS = (
 def check_settings(
     reduction: Reduction, fastemit_lambda: float, clamp: float | None
 ) -> None:
-    """Checks the settings that both losses have.
+    """Checks the settings that both losses share.
 
     Arguments
     ---------
     reduction : str
         One of REDUCTIONS.
     fastemit_lambda : float
-        Not negative.
+        Must not be negative.
     clamp : float or None
-        Positive.
+        Must be positive.
 
     Raises
     ------
     ValueError
-        If one of them means nothing.
+        If a setting is invalid.
     """
     if reduction not in REDUCTIONS:
         raise ValueError(
@@ -61,7 +61,7 @@ def check_settings(
         )
     if clamp is not None and not clamp > 0:
         raise ValueError(
-            f"clamp={clamp} must be positive; None is without a limit."
+            f"clamp={clamp} must be positive, or None for no limit."
         )
 
 
@@ -71,23 +71,23 @@ def check_tensors(
     targets: torch.Tensor,
     others: dict[str, torch.Tensor],
 ) -> None:
-    """Checks what both losses are called with, shapes of their own aside.
+    """Checks the arguments that both losses share.
 
     Arguments
     ---------
     batch : int
-        Samples.
+        Number of samples.
     lengths : dict
-        Name to tensor; they must be [B].
+        Maps names to tensors, which must be [B].
     targets : torch.Tensor
         Must be integers.
     others : dict
-        Name to tensor; all must be on one device.
+        Maps names to further tensors. All tensors must be on one device.
 
     Raises
     ------
     ValueError
-        If they are not.
+        If an argument is invalid.
     """
     if targets.dtype not in INTEGERS:
         raise ValueError(f"targets must be integers, not {targets.dtype}.")
@@ -105,19 +105,19 @@ def check_tensors(
         )
 
 
-def count(lengths: torch.Tensor, size: int, what: str) -> torch.Tensor:
-    """Relative lengths as SpeechBrain has them, in frames or targets.
+def count(lengths: torch.Tensor, size: int, unit: str) -> torch.Tensor:
+    """Converts SpeechBrain's relative lengths to frames or targets.
 
-    ``check_counts`` finds those that mean nothing.
+    ``check_counts`` detects invalid lengths.
 
     Arguments
     ---------
     lengths : torch.Tensor
-        [B], from 0 to 1, of a padded axis.
+        [B], from 0 to 1, relative to a padded axis.
     size : int
         Size of that axis.
-    what : str
-        Its name, for errors.
+    unit : str
+        "frames" or "targets", for errors.
 
     Returns
     -------
@@ -127,7 +127,7 @@ def count(lengths: torch.Tensor, size: int, what: str) -> torch.Tensor:
     Raises
     ------
     ValueError
-        If lengths of this dtype cannot tell that many frames apart.
+        If the lengths' dtype cannot distinguish that many frames.
 
     Example
     -------
@@ -135,13 +135,13 @@ def count(lengths: torch.Tensor, size: int, what: str) -> torch.Tensor:
     tensor([7, 4])
     """
     if lengths.is_complex():
-        raise ValueError(f"Lengths in {what} must be real: {lengths.dtype}.")
+        raise ValueError(f"Lengths in {unit} must be real: {lengths.dtype}.")
     if lengths.is_floating_point():
-        # A length n / size is rounded by half of eps at most.
+        # The rounding error of n / size is at most eps / 2.
         if torch.finfo(lengths.dtype).eps * size >= 1:
             raise ValueError(
-                f"Lengths in {what} are {lengths.dtype}, which cannot tell "
-                f"{size} {what} apart. Give them in float32."
+                f"Lengths in {unit} are {lengths.dtype}, which cannot "
+                f"distinguish {size} {unit}. Use float32."
             )
     return (lengths.double() * size).round().long()
 
@@ -169,7 +169,7 @@ def check_counts(
     blank_index : int
         The blank.
     vocabulary : int, optional
-        Symbols, blank included; None if it is not known yet.
+        Number of symbols, including the blank; None if unknown.
 
     Returns
     -------
@@ -208,28 +208,28 @@ def check_counts(
     if not any(wrong):
         batch = len(logit_lengths)
         return lengths_on_host[:batch], lengths_on_host[batch:]
-    for mask, found, what in zip(bad, wrong[:2], ("frames", "targets")):
+    for mask, found, unit in zip(bad, wrong[:2], ("frames", "targets")):
         if found:
-            lens = lengths[what == "targets"]
+            lens = lengths[unit == "targets"]
             sample = int(mask.nonzero()[0])
             raise ValueError(
-                f"Sample {sample}: its length in {what}, "
+                f"Sample {sample}: its length in {unit}, "
                 f"{float(lens[sample]):.4g}, is not between 0 and 1. Lengths "
                 "are relative, as in SpeechBrain."
             )
     if wrong[2]:
         raise ValueError(
-            f"Sample {int(empty.nonzero()[0])} has no frame: a transducer "
-            "needs one to end with a blank. Leave it out."
+            f"Sample {int(empty.nonzero()[0])} has no frame, but a transducer "
+            "needs at least one for the last blank. Remove the sample."
         )
-    mask, why = (
+    mask, reason = (
         (outside, "not in the vocabulary") if wrong[3] else (blank, "the blank")
     )
-    sample, place = (mask & real).nonzero()[0].tolist()
+    sample, index = (mask & real).nonzero()[0].tolist()
     symbols = f"{vocabulary} symbols, " if known else ""
     raise ValueError(
-        f"Sample {sample}: target {place} is {int(targets[sample, place])}, "
-        f"which is {why} ({symbols}blank_index={blank_index})."
+        f"Sample {sample}: target {index} is {int(targets[sample, index])}, "
+        f"which is {reason} ({symbols}blank_index={blank_index})."
     )
 
 
@@ -245,9 +245,9 @@ def reduce(
     logit_lengths : torch.Tensor
         [B], frames of each sample.
     reduction : str
-        "none", "sum", "mean" (over the batch), or "speechbrain": the value
-        of SpeechBrain 1.1, mean of nll / frames, with its gradient, which is
-        that of the sum.
+        "none", "sum", "mean" (over the batch), or "speechbrain":
+        SpeechBrain 1.1's value, the mean of nll / frames, with SpeechBrain's
+        gradient, that of the sum.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""Cells of the lattices of a batch, packed: which there are, and their logits.
+"""Packed cells of the lattices of a batch: indices, logits and gradients.
 
 Authors
  * The sb_memeff authors 2026
@@ -24,14 +24,15 @@ __all__ = ["CellLogits", "Cells", "Gradients", "cells_inside", "next_targets"]
 
 
 class CellLogits(nn.Module):
-    """Logits of cells, from the rows of encoder and predictor.
+    """Computes logits of cells from rows of encoder and predictor.
 
     Arguments
     ---------
     joint : torch.nn.Module
-        As SpeechBrain's Transducer_joint: takes [N, T, 1, H] and [N, 1, U, H].
+        Takes [N, T, 1, H] and [N, 1, U, H], as SpeechBrain's
+        Transducer_joint.
     classifier : torch.nn.Module
-        [N, H] to [N, V].
+        Maps [N, H] to [N, V].
 
     Example
     -------
@@ -49,14 +50,14 @@ class CellLogits(nn.Module):
         self.classifier = classifier
 
     def forward(self, enc: torch.Tensor, pred: torch.Tensor) -> torch.Tensor:
-        """Logits of cells.
+        """Computes the logits of cells.
 
         Arguments
         ---------
         enc : torch.Tensor
             [N, H], the encoder's row of each cell.
         pred : torch.Tensor
-            [N, H], the prediction network's.
+            [N, H], the prediction network's row.
 
         Returns
         -------
@@ -74,7 +75,7 @@ def cells_inside(
     columns: int,
     size: int,
 ) -> torch.Tensor:
-    """The cells inside the lattices of a padded batch.
+    """Finds the cells inside the lattices of a padded batch.
 
     Arguments
     ---------
@@ -92,7 +93,7 @@ def cells_inside(
     Returns
     -------
     torch.Tensor
-        [N], int64; cell (b, t, u) is b T (U+1) + t (U+1) + u.
+        [N], int64. The index of cell (b, t, u) is b T (U+1) + t (U+1) + u.
 
     Example
     -------
@@ -110,7 +111,7 @@ def cells_inside(
 def next_targets(
     targets: torch.Tensor, target_lengths: torch.Tensor
 ) -> torch.Tensor:
-    """The target that follows in each column of the lattice.
+    """Returns the next target in each column of the lattice.
 
     Arguments
     ---------
@@ -122,8 +123,8 @@ def next_targets(
     Returns
     -------
     torch.Tensor
-        [B, U+1]; 0 where none follows: any symbol will do, as its posterior
-        is 0.
+        [B, U+1]; 0 where there is none. Any symbol would do, because its
+        posterior is 0.
 
     Example
     -------
@@ -137,21 +138,21 @@ def next_targets(
 
 @dataclasses.dataclass
 class Tile:
-    """Some cells, and where they are.
+    """Some cells with their positions.
 
     Arguments
     ---------
     indices : torch.Tensor
-        [N], their places in a flat plane of their run of samples.
+        [N], indices in a flat plane of their group of samples.
     sample : torch.Tensor
-        [N], in the whole batch.
+        [N], number of the sample in the whole batch.
     enc_row : torch.Tensor
         [N], the cell's row of the encoder's output of their run of samples,
         taken as [B T, H].
     pred_row : torch.Tensor
-        [N], its row of the prediction network's, taken as [B (U+1), H].
+        [N], row of the prediction network's, viewed as [B (U+1), H].
     target : torch.Tensor
-        [N], the target that follows; any symbol where none does.
+        [N], the next target; any symbol where there is none.
     """
 
     indices: torch.Tensor
@@ -161,12 +162,12 @@ class Tile:
     target: torch.Tensor
 
     def split(self, size: int) -> "list[Tile]":
-        """Cuts them into tiles.
+        """Splits the cells into tiles.
 
         Arguments
         ---------
         size : int
-            Cells of a tile.
+            Number of cells in a tile.
 
         Returns
         -------
@@ -181,12 +182,12 @@ class Tile:
 
 
 class Cells:
-    """The cells inside the lattices of some samples, and what comes of them.
+    """The cells inside the lattices of some samples, with their inputs.
 
     Arguments
     ---------
     logits : CellLogits
-        The modules.
+        Joint network and classifier.
     enc : torch.Tensor
         [B, T, H].
     pred : torch.Tensor
@@ -202,12 +203,12 @@ class Cells:
     blank_index : int
         The blank.
     clamp : float, optional
-        Limit of the elements of a logit's gradient.
+        Limit of the elements of the logits' gradient.
     check_vocabulary : callable, optional
-        Called with the number of symbols when logits have been computed, and
-        before they are looked at.
+        Called with the number of symbols after logits are computed, and
+        before they are used.
     max_rows : int, optional
-        Cells of a tile.
+        Number of cells in a tile.
     """
 
     def __init__(
@@ -225,11 +226,11 @@ class Cells:
         max_rows: int | None = None,
     ):
         self.logits = logits
-        # Any strides: rows are gathered from where they are.
+        # Any strides: rows are gathered without a copy of the whole.
         self.enc, self.pred = enc.detach(), pred.detach()
         self.check_vocabulary = check_vocabulary
         self.blank_index, self.clamp = blank_index, clamp
-        # A pass over tiles needs it.
+        # Required by passes over tiles.
         self.max_rows = cast(int, max_rows)
         self.rows, self.columns = enc.shape[1], pred.shape[1]
         self.samples = range(len(enc))
@@ -239,11 +240,11 @@ class Cells:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Shape of a plane with a place for each cell, padding too."""
+        """Shape of a plane of all cells, including padding."""
         return len(self.samples), self.rows, self.columns
 
     def indices(self) -> torch.Tensor:
-        """Places of the cells in a flat plane.
+        """Returns the indices of the cells in a flat plane.
 
         Returns
         -------
@@ -259,17 +260,18 @@ class Cells:
         )
 
     def groups(self, size: int) -> "Iterator[Cells]":
-        """Cuts the batch into runs of samples.
+        """Splits the batch into groups of consecutive samples.
 
         Arguments
         ---------
         size : int
-            Cells of a run, padding too; but a sample at least.
+            Number of cells in a group, including padding; a group has at
+            least one sample.
 
         Yields
         ------
         Cells
-            Each run's.
+            The cells of each group.
         """
         step = max(1, size // (self.rows * self.columns))
         for first in range(0, len(self.samples), step):
@@ -288,7 +290,7 @@ class Cells:
             yield group
 
     def sample_of(self, indices: torch.Tensor) -> torch.Tensor:
-        """The number of each cell's sample in the batch.
+        """Returns the number of each cell's sample in the batch.
 
         Arguments
         ---------
@@ -303,7 +305,7 @@ class Cells:
         return indices // (self.rows * self.columns) + self.samples.start
 
     def tile(self, indices: torch.Tensor) -> Tile:
-        """Locates some cells in the batch.
+        """Locates cells in the batch.
 
         Arguments
         ---------
@@ -325,7 +327,7 @@ class Cells:
         return Tile(indices, sample, frame, pred_row, target)
 
     def inputs(self, tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows of encoder and predictor of some cells.
+        """Gathers the rows of encoder and predictor of cells.
 
         Arguments
         ---------
@@ -340,7 +342,7 @@ class Cells:
         return _rows(self.enc, tile.enc_row), _rows(self.pred, tile.pred_row)
 
     def compute_logits(self, tile: Tile) -> torch.Tensor:
-        """Logits of some cells.
+        """Computes the logits of cells.
 
         Arguments
         ---------
@@ -355,25 +357,25 @@ class Cells:
         return self.logits(*self.inputs(tile))
 
     def scores(self, tile: Tile, logits: torch.Tensor) -> torch.Tensor:
-        """Normaliser, blank and target of cells; see rows.row_scores."""
+        """Computes scores of cells; see rows.row_scores."""
         if self.check_vocabulary is not None:
             self.check_vocabulary(logits.shape[1])
         return row_scores(logits, tile.target, self.blank_index)
 
 
 def _rows(x: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
-    """Rows of [A, B, H], taken as [A B, H]; where its strides allow, fast."""
+    """Gathers rows of [A, B, H], viewed as [A B, H]; any strides."""
     if x.is_contiguous():
         return x.flatten(0, 1).index_select(0, row)
     return x[row // x.shape[1], row % x.shape[1]]
 
 
-# Logits, the rows that they are made of, and where they are.
+# Logits, the rows of encoder and predictor, and the cells.
 ComputedLogits = tuple[torch.Tensor, tuple[torch.Tensor, ...], Cells, Tile]
 
 
 class Gradients:
-    """Adds up the gradients of encoder, predictor and weights, in float32.
+    """Accumulates the gradients of encoder, predictor and weights in float32.
 
     Arguments
     ---------
@@ -382,14 +384,14 @@ class Gradients:
     pred : torch.Tensor
         [B, U+1, H].
     weights : dict
-        Name to parameter, those that need a gradient.
+        Maps names to parameters that need a gradient.
 
     Attributes
     ----------
     of_inputs : tuple of InputGradient
         Encoder's and predictor's.
     weight_sums : dict
-        Name of each such parameter to the sum of its gradient.
+        Maps the same names to the sums of the gradients.
     """
 
     def __init__(
@@ -398,7 +400,7 @@ class Gradients:
         pred: torch.Tensor,
         weights: dict[str, torch.Tensor],
     ):
-        # Not the parameters themselves: their hooks are for the sum.
+        # Detached, so that hooks of the parameters run for the sum only.
         self.weights = {
             name: p.detach().requires_grad_() for name, p in weights.items()
         }
@@ -413,8 +415,8 @@ class Gradients:
                 for name, weight in self.weights.items()
             }
         )
-        # How far replays are from forward, in units of what rounding may
-        # explain.
+        # Largest deviation of replays from forward, in units of the deviation
+        # that rounding can explain.
         self.deviation = enc.new_zeros(1, dtype=torch.float32)
 
     @contextlib.contextmanager
@@ -435,29 +437,29 @@ class Gradients:
             yield
 
     def compute_logits(
-        self, cells: Cells, tile: Tile, wanted: torch.Tensor | None = None
+        self, cells: Cells, tile: Tile, selected: torch.Tensor | None = None
     ) -> ComputedLogits:
-        """Logits of some cells, to be given to ``add``.
+        """Computes logits of cells for ``add``.
 
         Arguments
         ---------
         cells : Cells
-            Of the run of samples.
+            Cells of the group of samples.
         tile : Tile
-            Some of them.
-        wanted : torch.Tensor, optional
-            [N]; of the others the rows are taken to be 0, so that nothing
-            that is not finite comes out of them.
+            The cells.
+        selected : torch.Tensor, optional
+            [N], bool. The rows of other cells are set to 0, so that they
+            cannot produce values that are not finite.
 
         Returns
         -------
         tuple
-            What ``add`` takes; the logits first.
+            The argument of ``add``; the logits come first.
         """
         rows = cells.inputs(tile)
-        if wanted is not None:
+        if selected is not None:
             for x in rows:
-                x.masked_fill_(~wanted[:, None], 0)
+                x.masked_fill_(~selected[:, None], 0)
         for x in rows:
             x.requires_grad_()
         with torch.enable_grad(), self._linear_layers(rows[0]):
@@ -479,27 +481,27 @@ class Gradients:
         emission: torch.Tensor,
         upstream: torch.Tensor | None = None,
     ) -> None:
-        """Propagates back through the logits of some cells.
+        """Adds the gradients that flow through the logits of cells.
 
         Arguments
         ---------
         computed : tuple
-            As ``compute_logits`` returned it.
+            Result of ``compute_logits``.
         lse : torch.Tensor
-            [N].
+            [N], log-normalisers.
         blank : torch.Tensor
             [N], posteriors of the blank.
         emission : torch.Tensor
             [N], posteriors of the target, with FastEmit.
         upstream : torch.Tensor, optional
-            [B], gradient of each sample's loss; by default 1.
+            [B], gradient of each sample's loss; 1 by default.
         """
         logits, rows, cells, tile = computed
         gradient, factor = self.of_logits(
             cells, tile, logits.detach(), lse, blank, emission, upstream
         )
         self.linear.factor = factor
-        # Those that the linear layers have added up are unused here.
+        # autograd does not use weights whose gradients self.linear has added.
         found = torch.autograd.grad(
             logits,
             (*rows, *self.weights.values()),
@@ -530,18 +532,18 @@ class Gradients:
         upstream: torch.Tensor | None,
         overwrite: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The gradient of some cells' logits; see rows.row_gradient.
+        """Computes the gradient of cells' logits; see rows.row_gradient.
 
         Arguments
         ---------
         cells : Cells
-            Of the run of samples.
+            Cells of the group of samples.
         tile : Tile
-            Some of them.
+            The cells.
         logits : torch.Tensor
             [N, V].
         lse : torch.Tensor
-            [N], as ``add`` takes it, and so are the next three.
+            [N]; see ``add`` for this and the next three.
         blank : torch.Tensor
             [N].
         emission : torch.Tensor
@@ -549,12 +551,12 @@ class Gradients:
         upstream : torch.Tensor or None
             [B].
         overwrite : bool
-            Whether the gradient may take the place of the logits.
+            Whether the gradient may overwrite the logits.
 
         Returns
         -------
         tuple
-            [N, V], and the scalar that undoes its scale or None.
+            [N, V], and the scalar that undoes its scaling, or None.
         """
         return row_gradient(
             logits,
@@ -566,20 +568,22 @@ class Gradients:
             self.deviation,
             cells.clamp,
             None if upstream is None else upstream[tile.sample],
-            # Without upstream the scale of the loss is not known yet.
+            # Without upstream the scale of the loss is unknown.
             upstream is None and logits.dtype == torch.float16,
             overwrite,
         )
 
     def compare_losses(self, nll: torch.Tensor, replayed: torch.Tensor) -> None:
-        """Whether a replay found the losses of forward, as ``add`` for rows.
+        """Compares a replay's losses with those of forward.
+
+        The deviation is checked in ``totals``, like that of the rows.
 
         Arguments
         ---------
         nll : torch.Tensor
-            [B], in forward.
+            [B], losses of forward.
         replayed : torch.Tensor
-            [B], in backward.
+            [B], losses of backward.
         """
         if not has_values(nll):
             return
@@ -588,12 +592,12 @@ class Gradients:
         self.deviation = self.deviation.maximum((1e3 * largest).float())
 
     def totals(self, scale: torch.Tensor | None = None) -> list[torch.Tensor]:
-        """The sums, in the dtypes of what they belong to. Call it once.
+        """Returns the sums in the dtypes of the inputs. Call it once.
 
         Arguments
         ---------
         scale : torch.Tensor, optional
-            A scalar to multiply them by.
+            A scalar factor.
 
         Returns
         -------
@@ -603,7 +607,7 @@ class Gradients:
         Raises
         ------
         RuntimeError
-            If the logits of backward were others than those of forward.
+            If the logits of backward differ from those of forward.
         """
         if has_values(self.deviation):
             report_mismatches(self.deviation > 1, _describe_mismatch)
@@ -621,7 +625,7 @@ class Gradients:
 def _describe_mismatch(_: int) -> str:
     return (
         "TransducerJointLoss: joint or classifier computed other logits in "
-        "backward than in forward, so gradients would be wrong. They draw "
-        "random numbers or keep a state that cannot be repeated. Take "
+        "backward than in forward, so gradients would be wrong. They use "
+        "random numbers or state that cannot be restored. Use "
         'method="batched".'
     )

@@ -1,9 +1,9 @@
-"""Linear layers in half precision, with weight gradients in float32.
+"""Linear layers in half precision with weight gradients in float32.
 
-autograd forms the gradient of a weight in the dtype of the layer's input. In
-float16 the sum over the rows of a tile overflows at 65504, whatever the scale
-of the loss, and in bfloat16 each tile loses all but 8 bits. Here the product
-of half-precision rows is float32 and is added to a float32 sum.
+autograd computes the gradient of a weight in the dtype of the layer's input. In
+float16 the sum over the rows of a tile overflows at 65504, whatever the loss
+scale, and in bfloat16 each tile keeps only 8 bits. Here the product of
+half-precision rows is float32, and is added to a float32 sum.
 
 Authors
  * The sb_memeff authors 2026
@@ -21,31 +21,30 @@ from sb_memeff.ops.dispatch import runs_fused
 __all__ = ["HALF", "Float32WeightGradients", "wide_product"]
 
 HALF = (torch.float16, torch.bfloat16)
-# A product of half-precision matrices that comes out in float32.
+# Whether torch has a product of half-precision matrices with a float32 result.
 HAS_WIDE_MM = (
     "dtype" in torch.ops.aten.mm.overloads() and torch.version.hip is None
 )
 
 
 class Float32WeightGradients(TorchFunctionMode):
-    """Inside, the weight gradients of linear layers are added up in float32.
+    """Accumulates weight gradients of linear layers in float32.
 
-    The values of the layers and the gradients of their inputs stay those of
-    torch. Other operations than ``torch.nn.functional.linear``, and layers in
-    single or double precision, are left alone.
+    The layers' outputs and the gradients of their inputs are those of torch.
+    The mode changes only ``torch.nn.functional.linear`` in half precision.
 
     Arguments
     ---------
     sums : dict
-        From the id of a weight or bias, which must be a leaf, to the float32
-        tensor that its gradient is added to. autograd then finds no gradient
-        for it. Other weights get a gradient in the usual way, in their dtype.
+        Maps the id of a weight or bias, which must be a leaf, to the float32
+        tensor that accumulates its gradient; autograd then computes no
+        gradient for it. Other weights get gradients as usual, in their dtype.
 
     Attributes
     ----------
     factor : torch.Tensor or None
-        What is added to the sums is multiplied by it: a scalar, to be set
-        before backward.
+        Scalar factor of everything added to the sums; set it before
+        backward.
 
     Example
     -------
@@ -73,7 +72,7 @@ class Float32WeightGradients(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Takes the place of torch.nn.functional.linear."""
+        """Replaces torch.nn.functional.linear."""
         kwargs = kwargs or {}
         if func is functional.linear:
             return self._linear(*args, **kwargs)
@@ -97,7 +96,7 @@ class Float32WeightGradients(TorchFunctionMode):
         found: torch.Tensor,
         dtype: torch.dtype,
     ) -> torch.Tensor | None:
-        """Adds to a sum, or returns what autograd shall hand on."""
+        """Adds to a sum, or returns the gradient for autograd."""
         if total is None:
             return found.to(dtype)
         if self.factor is None:
@@ -110,11 +109,11 @@ class Float32WeightGradients(TorchFunctionMode):
 def _dtype_of_linear(
     input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.dtype | None:
-    """The dtype in which torch computes the layer, or None if it would not."""
+    """The dtype in which torch computes the layer; None if it would fail."""
     tensors = [x for x in (input, weight, bias) if x is not None]
     kind = input.device.type
     if torch.is_autocast_enabled(kind):
-        # Autocast leaves float64 and integers as they are.
+        # Autocast does not convert float64 and integers.
         narrow = (*HALF, torch.float32)
         if all(x.dtype in narrow for x in tensors):
             return torch.get_autocast_dtype(kind)
@@ -166,7 +165,7 @@ class _HalfLinear(torch.autograd.Function):
 
 
 def wide_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """The product of two half-precision matrices, in float32.
+    """Multiplies two half-precision matrices in float32.
 
     Arguments
     ---------

@@ -1,10 +1,11 @@
 """The transducer loss from encoder and predictor, a few logits at a time.
 
-Sources: Braun, McDermott and Hsiao, Neural Transducer Training: Reduced Memory
-Consumption with Sample-wise Computation (arXiv 2211.16270), the method
-"samplewise"; "tiled" cuts the packed cells of the batch into tiles, computes
-each for the scores, and again for the gradients if a path is likely to visit
-it. Both form the gradients in forward where all samples weigh the same.
+The method "samplewise" is that of Braun, McDermott and Hsiao, Neural Transducer
+Training: Reduced Memory Consumption with Sample-wise Computation (arXiv
+2211.16270). The method "tiled" divides the packed cells of the batch into tiles.
+It computes each tile for the scores, and recomputes for the gradients the cells
+that paths are likely to visit. If all samples have the same weight, both compute
+the gradients in forward.
 
 Authors
  * The sb_memeff authors 2026
@@ -48,8 +49,8 @@ __all__ = ["TransducerJointLoss"]
 logger = get_logger(__name__)
 
 METHODS = ("tiled", "samplewise", "batched")
-# Tiles in a run of samples, whose planes of scores live at the same time; and
-# the most cells.
+# Maximum number of tiles, and of cells, in a group of samples, whose planes of
+# scores are in memory at the same time.
 GROUP_TILES = 64
 GROUP_CELLS = 1 << 20
 
@@ -57,40 +58,38 @@ GROUP_CELLS = 1 << 20
 class TransducerJointLoss(nn.Module):
     """Joint network, classifier and transducer loss in one module.
 
-    It holds no [B, T, U+1, V] logits. Put it into Brain's ``modules``, in
-    place of joint and classifier, and call it; decoders go on using the joint
-    and the classifier that it was made of.
+    It never stores the [B, T, U+1, V] logits. In Brain's ``modules`` it replaces
+    joint and classifier. Decoders use the same joint and classifier as before.
 
     Arguments
     ---------
     joint : torch.nn.Module
         speechbrain.nnet.transducer.transducer_joint.Transducer_joint, or any
-        module of [N, T, 1, H] and [N, 1, U, H] that treats each cell by
-        itself, as linear layers, LayerNorm, dropout and nonlinearities do.
-        Tiles come as [N, 1, 1, H] twice. "tiled" and "samplewise" refuse
-        modules that are known to mix cells (batch norm in training, GroupNorm,
-        recurrent layers, attention, wide convolutions); mixing that is
-        written as operations of its own they cannot see.
+        module of [N, T, 1, H] and [N, 1, U, H] that treats each cell
+        independently, as linear layers, LayerNorm, dropout and nonlinearities
+        do. Tiles are two tensors [N, 1, 1, H]. "tiled" and "samplewise"
+        refuse modules that are known to mix cells (batch norm in training,
+        GroupNorm, recurrent layers, attention, wide convolutions). They
+        cannot detect mixing by plain operations.
     classifier : torch.nn.Module
-        From rows [N, H] to logits [N, V], each row by itself.
+        Maps rows [N, H] to logits [N, V], each row independently.
     blank_index : int
         The blank.
     reduction : str
         "speechbrain" (value and gradient of SpeechBrain 1.1's "mean"),
         "mean", "sum" or "none"; see sb_memeff.nnet.transducer.transducer_loss.
     method : str
-        "tiled": at most max_rows rows of logits at a time, whatever the
-        length of a sample. "samplewise": the logits of one sample at a time,
-        each computed once. "batched": all at once, the reference.
+        "tiled" computes at most max_rows rows of logits at a time, for any
+        length of a sample; "samplewise" the logits of one sample at a time,
+        each once; "batched", the reference, all at once.
     max_rows : int, optional
-        Rows of a tile. By default 2,048 on a CPU. On other devices, where the
-        host must not be the slower one, as many as make 2^26 logits, but at
-        least 8,192 and at most 32,768; 65,536 can be faster still and take
-        more memory.
+        Rows of a tile. The default is 2,048 on a CPU. On other devices, where
+        launches must not limit the speed, it is 2^26 / V, but at least 8,192
+        and at most 32,768; 65,536 can be faster but takes more memory.
     occupancy_floor : float
-        For gradients "tiled" leaves out cells that paths visit with a lower
-        probability: the gradient of a cell's logits is at most twice that.
-        0 leaves out nothing.
+        In backward "tiled" skips cells that paths visit with a lower
+        probability. The gradient of a cell's logits is at most twice this
+        probability. 0 skips nothing.
     fastemit_lambda : float
         FastEmit (arXiv 2010.11148), with NeMo's meaning.
     clamp : float, optional
@@ -167,7 +166,8 @@ class TransducerJointLoss(nn.Module):
         enc : torch.Tensor
             [B, T, H], the encoder's output.
         pred : torch.Tensor
-            [B, U+1, H], the prediction network's, of a blank and the targets.
+            [B, U+1, H], the prediction network's output for a blank and the
+            targets.
         targets : torch.Tensor
             [B, U], without blanks.
         enc_lens : torch.Tensor
@@ -178,13 +178,13 @@ class TransducerJointLoss(nn.Module):
         Returns
         -------
         torch.Tensor
-            A scalar, or [B] with reduction "none"; float32 at least.
+            A scalar, or [B] with reduction "none"; at least float32.
 
         Raises
         ------
         ValueError
-            For shapes, devices, dtypes, lengths or targets that mean nothing;
-            names the sample.
+            If shapes, devices, dtypes, lengths or targets are invalid. The
+            message names the sample.
         """
         _check_inputs(enc, pred, targets, enc_lens, target_lens)
         targets = targets.long()
@@ -232,16 +232,16 @@ class TransducerJointLoss(nn.Module):
             if p.requires_grad
         }
         inputs = enc, pred, *weights.values()
-        # Within the function gradients are always off.
-        wanted = torch.is_grad_enabled() and any(
+        # Inside the autograd function gradients are always disabled.
+        needs_gradient = torch.is_grad_enabled() and any(
             x.requires_grad for x in inputs
         )
         nll = _Loss.apply(
             cells,
             *self._make_pass(cells),
             list(weights),
-            wanted,
-            wanted and self.reduction != "none",
+            needs_gradient,
+            needs_gradient and self.reduction != "none",
             *inputs,
         )
         return reduce(nll, logit_lengths, self.reduction)
@@ -249,7 +249,7 @@ class TransducerJointLoss(nn.Module):
     def _make_pass(
         self, cells: Cells
     ) -> tuple[Callable[[Cells, Recorder], TiledPass | WholePass], int]:
-        """The class for runs of samples with its settings, cells of a run."""
+        """The pass for groups of samples, and the cells of a group."""
         if self.method == "samplewise":
             return functools.partial(
                 WholePass, fastemit_lambda=self.fastemit_lambda
@@ -294,7 +294,7 @@ class TransducerJointLoss(nn.Module):
 
 
 class _CheckOnce:
-    """Checks targets against the vocabulary when its size is first seen."""
+    """Checks targets once the size of the vocabulary is known."""
 
     def __init__(self, check: Callable[[int], Any], vocabulary: int | None):
         self.check, self.vocabulary = check, vocabulary
@@ -306,11 +306,11 @@ class _CheckOnce:
 
 
 class _Loss(torch.autograd.Function):
-    """Runs of samples, one after the other.
+    """Computes the losses of groups of samples, one after the other.
 
-    Where all samples have the same weight their gradients are formed at once,
-    and nothing of a run is kept. With a weight of its own for each sample
-    they wait for backward.
+    If all samples have the same weight, their gradients are computed in
+    forward, and nothing of a group is kept. If each sample has its own weight,
+    they are computed in backward.
     """
 
     @staticmethod
@@ -320,7 +320,7 @@ class _Loss(torch.autograd.Function):
         make_pass: Callable[[Cells, Recorder], TiledPass | WholePass],
         size: int,
         names: list[str],
-        wanted: bool,
+        needs_gradient: bool,
         at_once: bool,
         enc: torch.Tensor,
         pred: torch.Tensor,
@@ -339,7 +339,7 @@ class _Loss(torch.autograd.Function):
                     with gradients.run(group.samples):
                         lattice_pass.backward(gradients)
                     finite += lattice_pass.finite
-                if wanted:
+                if needs_gradient:
                     ctx.passes.append(lattice_pass)
         ctx.names, ctx.gradients = names, gradients
         ctx.modules, ctx.fingerprint = cells.logits, fingerprint(cells.logits)
@@ -386,14 +386,14 @@ def _weighted(
 
 
 def _rows_of_tile(enc: torch.Tensor, vocabulary: int | None) -> int:
-    """See ``max_rows``. The analysis on fake tensors asks for a GPU's."""
+    """The default of ``max_rows``; fake tensors count as on a GPU."""
     if enc.device.type == "cpu" and has_values(enc):
         return 2048
     return min(max(2**26 // (vocabulary or 1024), 8192), 32768)
 
 
 def _finite_padding(x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """NaN in padding times a gradient of 0 would be NaN."""
+    """Zeroes non-finite padding, because NaN times a gradient of 0 is NaN."""
     padding = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
     return x.masked_fill(padding[..., None] & ~x.isfinite(), 0)
 
@@ -403,8 +403,8 @@ def _name_samples(finite: list[bool]) -> None:
     if bad:
         logger.warning(
             f"The transducer loss of sample {', '.join(bad)} of the batch is "
-            "not finite: encoder, predictor or weights are not, or no path "
-            "has a positive probability."
+            "not finite: encoder, predictor or weights are not finite, or no "
+            "path has a positive probability."
         )
 
 
@@ -428,8 +428,8 @@ def _check_inputs(
     if pred.dim() != 3 or pred.shape[:2] != (batch, targets.shape[1] + 1):
         raise ValueError(
             f"pred must be [B, U+1, H] = [{batch}, {targets.shape[1] + 1}, H], "
-            f"not {list(pred.shape)}: the prediction network sees a blank and "
-            "then all targets."
+            f"not {list(pred.shape)}: the prediction network's input is a blank "
+            "and then all targets."
         )
     if enc.dtype != pred.dtype or not enc.is_floating_point():
         raise ValueError(

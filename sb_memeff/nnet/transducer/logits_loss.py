@@ -1,4 +1,4 @@
-"""The transducer loss on logits, on any device.
+"""The transducer loss of logits, on any device.
 
 Authors
  * The sb_memeff authors 2026
@@ -23,7 +23,7 @@ from sb_memeff.ops.logit_rows import row_gradient, row_scores, wide_dtype
 
 __all__ = ["transducer_loss"]
 
-# Logits that are in float32 at the same time.
+# Number of logits in float32 at the same time.
 CHUNK = 1 << 22
 
 
@@ -38,10 +38,11 @@ def transducer_loss(
     clamp: float | None = None,
     overwrite_logits: bool = False,
 ) -> torch.Tensor:
-    """Transducer loss, for speechbrain.nnet.losses.transducer_loss.
+    """Transducer loss that replaces speechbrain.nnet.losses.transducer_loss.
 
-    Needs neither numba nor CUDA, and one tensor of the size of the logits
-    beside them: their gradient. ``TransducerJointLoss`` needs neither.
+    It needs neither numba nor CUDA, and one additional tensor of the size of the
+    logits, their gradient. ``TransducerJointLoss`` needs neither of these two
+    tensors.
 
     Arguments
     ---------
@@ -60,26 +61,26 @@ def transducer_loss(
         "mean": mean of nll / frames, with the gradient of the sum), "mean"
         (over the batch), "sum" or "none" ([B]).
     fastemit_lambda : float
-        FastEmit (arXiv 2010.11148) with NeMo's meaning: the value is times 1 +
-        lambda, the gradient through emissions too.
+        FastEmit (arXiv 2010.11148) with NeMo's meaning: the value and the
+        gradient through emissions are multiplied by 1 + lambda.
     clamp : float, optional
         Limit of each element of the gradient of a sample's loss with respect
         to the logits, as in NeMo; before reduction and loss scale.
     overwrite_logits : bool
-        Let backward write the gradient over the logits. They must not be used
-        after it, and whoever made them must not need them. Logits that are
-        not contiguous get a tensor of their own for it.
+        Whether backward may write the gradient over the logits. They must not
+        be used afterwards, nor be needed by the operation that made them.
+        Logits that are not contiguous get a separate gradient.
 
     Returns
     -------
     torch.Tensor
-        The loss, float32 at least.
+        The loss, at least float32.
 
     Raises
     ------
     ValueError
-        For shapes, lengths, targets, a blank or settings that mean nothing;
-        names the sample.
+        If shapes, lengths, targets, the blank or settings are invalid. The
+        message names the sample.
 
     Example
     -------
@@ -134,13 +135,15 @@ def _check_shapes(
             f"{tuple(logits.shape)}."
         )
     if not logits.is_floating_point():
-        raise ValueError(f"logits must be of floating point: {logits.dtype}.")
+        raise ValueError(
+            f"logits must have a floating-point dtype: {logits.dtype}."
+        )
     batch, _, columns, _ = logits.shape
     if targets.shape != (batch, columns - 1):
         raise ValueError(
             f"targets must be [B, U] = [{batch}, {columns - 1}] for logits "
             f"{list(logits.shape)}, not {list(targets.shape)}: the prediction "
-            "network sees a blank and then all targets."
+            "network's input is a blank and then all targets."
         )
     lengths = {"input_lens": input_lens, "target_lens": target_lens}
     check_tensors(batch, lengths, targets, {"logits": logits})
@@ -198,7 +201,7 @@ class _TransducerLoss(torch.autograd.Function):
         logits, lse, cells, symbols, blank, emission = ctx.saved_tensors
         logits = logits.detach()
         _, rows, columns, vocabulary = logits.shape
-        # Elements of other strides may share memory.
+        # With other strides elements may share memory.
         if ctx.overwrite_logits and logits.is_contiguous():
             gradient = logits
             inside = torch.zeros(
@@ -227,7 +230,7 @@ class _TransducerLoss(torch.autograd.Function):
 def _locate(
     cells: torch.Tensor, rows: int, columns: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Sample, frame and number of targets of flat places in [B, T, U+1]."""
+    """Sample, frame and number of targets of flat indices in [B, T, U+1]."""
     frame = cells // columns
     return frame // rows, frame % rows, cells % columns
 

@@ -1,4 +1,4 @@
-"""Joint and classifier: what computing them cell by cell asks of them.
+"""Checks that joint and classifier can be computed cell by cell.
 
 Authors
  * The sb_memeff authors 2026
@@ -32,9 +32,9 @@ def check_modules(joint: nn.Module, classifier: nn.Module) -> None:
     Raises
     ------
     ValueError
-        If a module in them is known to mix cells, so that it computes
-        something else of all cells of a batch than of a tile of them; or if
-        each call changes its weights.
+        If a module in them is known to mix cells, so that its result for a
+        tile differs from that for the batch, or if each call changes its
+        weights.
 
     Example
     -------
@@ -42,9 +42,9 @@ def check_modules(joint: nn.Module, classifier: nn.Module) -> None:
     >>> check_modules(nn.BatchNorm2d(3), nn.Linear(3, 4))
     Traceback (most recent call last):
         ...
-    ValueError: joint (BatchNorm2d) computes statistics of all cells that it \
-sees, and a tile or a sample has others than the batch. Take \
-method="batched", or call eval() of this module before.
+    ValueError: joint (BatchNorm2d) computes statistics over all cells of its \
+input, which differ between a tile or sample and the batch. Use \
+method="batched", or call eval() of this module first.
     """
     of_rows = set(_in_sequence(classifier))
     for owner, top in (("joint", joint), ("classifier", classifier)):
@@ -52,15 +52,15 @@ method="batched", or call eval() of this module before.
             if owner == "joint":
                 mixing = _MIX_PLANES
             else:
-                # Deeper inside, a module may be called with anything.
+                # Deeper modules may have any inputs.
                 mixing = _MIX_ROWS if module in of_rows else ()
             reason = _mixes(module, mixing)
             if reason is not None:
                 raise ValueError(f"{name} ({type(module).__name__}) {reason}")
 
 
-# Modules that mix the cells of [N, T, U, H], which the joint gets; and those
-# that take [N, H], which the classifier gets, for one sequence.
+# Modules that mix the cells of [N, T, U, H], the joint's input, and modules that
+# treat [N, H], the classifier's input, as one sequence.
 _MIX_PLANES = (
     nn.GroupNorm,
     nn.RNNBase,
@@ -72,7 +72,7 @@ _MIX_ROWS = (nn.RNNBase, nn.MultiheadAttention)
 
 
 def _in_sequence(module: nn.Module) -> Iterator[nn.Module]:
-    """A module, and those that get what it gets, in a Sequential."""
+    """A module and, for a Sequential, the modules called in turn."""
     yield module
     if isinstance(module, nn.Sequential):
         for part in module:
@@ -82,34 +82,34 @@ def _in_sequence(module: nn.Module) -> Iterator[nn.Module]:
 def _mixes(
     module: nn.Module, mixing: tuple[type[nn.Module], ...]
 ) -> str | None:
-    """Why a module is not for cells one by one, or None."""
+    """Why a module cannot compute cells independently, or None."""
     if isinstance(module, (_BatchNorm, _InstanceNorm)):
         own = (
             not isinstance(module, _InstanceNorm) or module.track_running_stats
         )
         if module.training or not own or module.running_mean is None:
-            remedy = ", or call eval() of this module before"
+            remedy = ", or call eval() of this module first"
             return (
-                "computes statistics of all cells that it sees, and a tile or "
-                'a sample has others than the batch. Take method="batched"'
+                "computes statistics over all cells of its input, which differ "
+                'between a tile or sample and the batch. Use method="batched"'
                 f"{remedy if module.running_mean is not None else ''}."
             )
     narrow = isinstance(module, _ConvNd) and max(module.kernel_size) == 1
     if isinstance(module, mixing) and not narrow:
         return (
-            "reaches over several frames or targets, but cells are computed "
-            'one by one. Take method="batched".'
+            "combines several frames or targets, but cells are computed "
+            'independently. Use method="batched".'
         )
     if getattr(module, "max_norm", None) is not None:
         return (
-            "changes its weights in every call (max_norm), and a batch takes "
-            'many calls. Take method="batched".'
+            "changes its weights in every call (max_norm), and a batch needs "
+            'many calls. Use method="batched".'
         )
     return None
 
 
 def declared_vocabulary(classifier: nn.Module) -> int | None:
-    """The size of the classifier's output, where it says so.
+    """Returns the size of the classifier's output, if it is declared.
 
     Arguments
     ---------
@@ -139,14 +139,14 @@ def declared_vocabulary(classifier: nn.Module) -> int | None:
 def unchanged(
     modules: nn.Module, device: torch.device
 ) -> Generator[None, None, None]:
-    """Calls inside must not change buffers; an error leaves no trace.
+    """Raises if calls change buffers; restores the state after an error.
 
     Arguments
     ---------
     modules : torch.nn.Module
-        The modules that are called.
+        The called modules.
     device : torch.device
-        Where they compute.
+        Their device.
 
     Yields
     ------
@@ -155,8 +155,8 @@ def unchanged(
     Raises
     ------
     ValueError
-        If a buffer has been changed, as spectral norm does it: a batch is
-        many calls here, and one call where all cells are computed at once.
+        If a call has changed a buffer, as spectral norm does. A batch needs
+        many calls here, but only one if all cells are computed at once.
     """
     before = {
         (module, name): (buffer, buffer._version, buffer.clone())
@@ -169,19 +169,19 @@ def unchanged(
         yield
         for prefix, module in modules.named_modules():
             for name, buffer in module._buffers.items():
-                # A table that is made in the first call is no change.
+                # A table created in the first call is not a change.
                 if (module, name) not in before:
                     continue
-                was, version, clone = before[module, name]
+                original, version, clone = before[module, name]
                 if buffer is not None:
-                    same = buffer is was and buffer._version == version
+                    same = buffer is original and buffer._version == version
                     if same or torch.equal(buffer, clone):
                         continue
                 raise ValueError(
                     f"{prefix} ({type(module).__name__}) changes its buffer "
-                    f"{name} in every call, and a batch takes many calls. "
-                    'Take method="batched", or call eval() of this module '
-                    "before."
+                    f"{name} in every call, and a batch needs many calls. "
+                    'Use method="batched", or call eval() of this module '
+                    "first."
                 )
     except BaseException:
         for (module, name), (buffer, version, clone) in before.items():

@@ -1,4 +1,4 @@
-"""Forward and backward over the lattices of a few samples.
+"""Forward and backward passes over the lattices of a group of samples.
 
 Authors
  * The sb_memeff authors 2026
@@ -24,25 +24,25 @@ from sb_memeff.ops.logit_rows import wide_dtype
 
 __all__ = ["Planes", "TiledPass", "WholePass", "some_of"]
 
-# Flat planes of normalisers, and posteriors of blanks and of emissions.
+# Flat planes of log-normalisers, and of posteriors of blanks and emissions.
 Planes = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class TiledPass:
-    """Scores tile by tile, the lattice, then gradients tile by tile.
+    """Computes scores tile by tile, the lattice, then gradients tile by tile.
 
-    Every cell is computed twice, but in backward only those that paths visit.
+    Forward computes all cells, backward only those that paths visit.
 
     Arguments
     ---------
     cells : Cells
-        Of the samples.
+        Cells of the samples.
     recorder : Recorder
-        Of the forward pass.
+        Recorder of the forward pass.
     occupancy_floor : float
-        As TransducerJointLoss's.
+        See TransducerJointLoss.
     fastemit_lambda : float
-        As TransducerJointLoss's.
+        See TransducerJointLoss.
     """
 
     def __init__(
@@ -63,12 +63,12 @@ class TiledPass:
         self.finite: list[bool] = []
 
     def forward(self, gradients: Gradients | None = None) -> torch.Tensor:
-        """The loss of each sample.
+        """Computes the loss of each sample.
 
         Arguments
         ---------
         gradients : Gradients, optional
-            Says that ``backward`` is next.
+            Given if ``backward`` follows at once.
 
         Returns
         -------
@@ -91,7 +91,7 @@ class TiledPass:
         return nll
 
     def _score(self, flat: torch.Tensor) -> None:
-        """Fills in the flat planes of normalisers, blanks and targets."""
+        """Fills the flat planes of normalisers, blanks and targets."""
         cells, replayed = self.cells, bool(self.recordings)
         for number, chunk in enumerate(self._split(cells.indices())):
             tile = cells.tile(chunk)
@@ -115,9 +115,9 @@ class TiledPass:
         Arguments
         ---------
         gradients : Gradients
-            What they are added to.
+            The sums to add to.
         upstream : torch.Tensor, optional
-            Gradient of the loss of each sample of the batch; by default 1.
+            [B], gradient of each sample's loss; 1 by default.
         """
         cells = self.cells
         if self.planes is None:
@@ -128,7 +128,7 @@ class TiledPass:
         planes, self.planes = cast(Planes, self.planes), None
         indices = cells.indices()
         _, blank, emission = planes
-        # Not "occupancy >= floor": NaN must come out.
+        # Not "occupancy >= floor", so that NaN counts as visited.
         visited = ~((blank + emission)[indices] < self.occupancy_floor)
         if upstream is not None:
             visited &= (upstream != 0)[cells.sample_of(indices)]
@@ -165,7 +165,7 @@ class TiledPass:
         """
         cells = self.cells
         if any(r.random_states for r in self.recordings):
-            # Dropout: the same rows as in forward have the same masks.
+            # With dropout, use the tiles of forward to repeat its masks.
             tiles, masks = self._split(indices), self._split(visited)
             recordings = self.recordings
             used = counts
@@ -187,7 +187,8 @@ class TiledPass:
                 )
             lse, blank, emission = (plane[chunk] for plane in planes)
             if mask is not None:
-                # Softmax and posteriors 0: what is left out may be NaN.
+                # Softmax and posteriors are 0 for skipped cells, which may be
+                # NaN.
                 lse = torch.where(mask, lse, torch.inf)
                 blank = torch.where(mask, blank, 0.0)
                 emission = torch.where(mask, emission, 0.0)
@@ -196,7 +197,7 @@ class TiledPass:
 
     def _split(self, indices: torch.Tensor) -> Sequence[torch.Tensor]:
         tiles = indices.split(self.max_rows)
-        # Where memory is analysed two tell all: each takes the same.
+        # For memory analysis two tiles suffice: all need the same.
         return tiles if has_values(indices) else tiles[:2]
 
 
@@ -230,16 +231,16 @@ def some_of(
 
 
 class WholePass:
-    """All logits of one sample at once, computed once if backward is next.
+    """Computes all logits of a sample at once, and once if backward follows.
 
     Arguments
     ---------
     cells : Cells
-        Of one sample.
+        Cells of one sample.
     recorder : Recorder
-        Of the forward pass.
+        Recorder of the forward pass.
     fastemit_lambda : float
-        As TransducerJointLoss's.
+        See TransducerJointLoss.
     """
 
     def __init__(
@@ -248,7 +249,7 @@ class WholePass:
         self.fastemit_lambda = fastemit_lambda
         self.cells, self.recorder = cells, recorder
         self.recording: Recording | None = None
-        # What Gradients.add takes.
+        # The arguments of Gradients.add.
         self.computed: (
             tuple[ComputedLogits, torch.Tensor, torch.Tensor, torch.Tensor]
             | None
@@ -258,7 +259,7 @@ class WholePass:
         self.finite: list[bool] = []
 
     def forward(self, gradients: Gradients | None = None) -> torch.Tensor:
-        """The loss of the sample; arguments as TiledPass's."""
+        """Computes the loss of the sample; see TiledPass."""
         cells = self.cells
         call, tile = _Call(cells.logits), cells.tile(cells.indices())
         if gradients is None:
@@ -277,7 +278,7 @@ class WholePass:
     def backward(
         self, gradients: Gradients, upstream: torch.Tensor | None = None
     ) -> None:
-        """Adds the gradients of the sample; arguments as TiledPass's."""
+        """Adds the gradients of the sample; see TiledPass."""
         cells = self.cells
         computed, self.computed = self.computed, None
         if computed is None:
@@ -308,7 +309,7 @@ class WholePass:
 
 
 class _Call(nn.Module):
-    """The modules as a Recorder needs them, with any function to call."""
+    """Lets a Recorder see the modules while it calls any function."""
 
     def __init__(self, logits: CellLogits):
         super().__init__()

@@ -1,8 +1,8 @@
 """The usual joint network and classifier, tile by tile without autograd.
 
-SpeechBrain's Transducer_joint that adds, an elementwise activation and one
-linear layer: on a GPU two kernels and the library's matrix products take the
-place of the modules, of autograd, and of what a replay has to look after.
+These are SpeechBrain's Transducer_joint with addition, an elementwise activation
+and one linear layer. On a GPU two kernels and the library's matrix products
+replace the modules, autograd and the recording for replays.
 
 Authors
  * The sb_memeff authors 2026
@@ -25,26 +25,26 @@ from sb_memeff.utils.hooks import are_watched
 
 __all__ = ["SumJoint", "SumJointPass"]
 
-# Weight, and bias where there is one, in the dtype of the computation.
+# Weight and optional bias, in the dtype of the computation.
 Narrow = tuple[torch.Tensor, torch.Tensor | None]
 
 
 @dataclasses.dataclass
 class SumJoint:
-    """A joint that adds and activates, with the linear layer behind it.
+    """A joint that adds and activates, and the linear layer after it.
 
     Arguments
     ---------
     activation : str
-        As ``sb_memeff.ops.triton.joint`` calls it.
+        Its name in ``sb_memeff.ops.triton.joint``.
     slope : float
-        Of leaky_relu.
+        Negative slope of leaky_relu.
     linear : torch.nn.Linear
         The layer.
     names : tuple of str
-        Of its weight and bias among the parameters.
+        Names of its weight and bias among the parameters.
     dtype : torch.dtype
-        In which it is computed.
+        Dtype of the computation.
     """
 
     activation: str
@@ -57,7 +57,7 @@ class SumJoint:
     def of(
         cls, logits: CellLogits, enc: torch.Tensor, pred: torch.Tensor
     ) -> "SumJoint | None":
-        """Recognises the modules.
+        """Recognises supported modules.
 
         Arguments
         ---------
@@ -71,15 +71,15 @@ class SumJoint:
         Returns
         -------
         SumJoint or None
-            None if they are others, if somebody watches them by hooks, or if
-            no kernel runs on these tensors.
+            None if the modules are not supported or have hooks, or if no
+            kernel supports these tensors.
         """
         activation = _activation_of(logits.joint)
         linear = _linear_of(logits.classifier)
         if activation is None or linear is None:
             return None
         tensors = enc, pred, *linear.parameters()
-        if not runs_fused(*tensors) or _is_watched(logits):
+        if not runs_fused(*tensors) or _is_observed(logits):
             return None
         kind = enc.device.type
         if torch.is_autocast_enabled(kind):
@@ -89,7 +89,7 @@ class SumJoint:
             if any(p.dtype != dtype for p in linear.parameters()):
                 return None
         if enc.shape[2] != linear.in_features or pred.shape[2] != enc.shape[2]:
-            # The modules say what is wrong, or broadcast.
+            # The modules raise an error, or broadcast.
             return None
         names = {id(p): name for name, p in logits.named_parameters()}
         pair = linear.weight, linear.bias
@@ -111,16 +111,16 @@ class SumJoint:
     def logits(
         self, cells: Cells, tile: Tile, narrow: Narrow
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Joined rows and logits of some cells.
+        """Computes joined rows and logits of cells.
 
         Arguments
         ---------
         cells : Cells
-            Of the run of samples.
+            Cells of the group of samples.
         tile : Tile
-            Some of them.
+            The cells.
         narrow : tuple
-            As ``narrow`` returned it.
+            Result of ``narrow``.
 
         Returns
         -------
@@ -156,19 +156,19 @@ class SumJoint:
         Arguments
         ---------
         gradients : Gradients
-            What is added to.
+            The sums to add to.
         cells : Cells
-            Of the run of samples.
+            Cells of the group of samples.
         tile : Tile
-            Some of them.
+            The cells.
         positions : torch.Tensor
-            As ``sb_memeff.ops.triton.joint.add_input_gradients`` takes them.
+            See ``sb_memeff.ops.triton.joint.add_input_gradients``.
         start : int
-            As there.
+            See there.
         computed : tuple of torch.Tensor
             The joined rows, and the gradient of the logits.
         narrow : tuple
-            As ``narrow`` returned it.
+            Result of ``narrow``.
         factor : torch.Tensor or None
             A scalar to multiply by.
         """
@@ -185,7 +185,7 @@ class SumJoint:
                     gradients.linear.add(total, found, total.dtype)
                 else:
                     total.addmm_(gradient.t(), joined)
-            # The name of no parameter where there is no bias.
+            # Without a bias the name is None.
             total = gradients.weight_sums.get(cast(str, self.names[1]))
             if total is not None:
                 found = gradient.sum(0, dtype=torch.float32)
@@ -206,16 +206,16 @@ class SumJoint:
 
 
 class SumJointPass(TiledPass):
-    """TiledPass with a SumJoint in place of the modules.
+    """TiledPass with a SumJoint instead of the modules.
 
     Arguments
     ---------
     joint : SumJoint
-        Recognised in forward.
+        The recognised modules.
     *args : tuple
-        As TiledPass's.
+        See TiledPass.
     **kwargs : dict
-        As TiledPass's.
+        See TiledPass.
     """
 
     def __init__(self, joint: SumJoint, *args: Any, **kwargs: Any):
@@ -268,7 +268,7 @@ class SumJointPass(TiledPass):
             del joined, gradient
 
 
-# As they are when this module is imported: somebody may replace them.
+# Saved on import, to detect replaced methods.
 _FORWARDS = {
     kind: kind.forward
     for kind in (
@@ -305,7 +305,7 @@ def _activation_of(joint: nn.Module) -> tuple[str, float] | None:
 
 
 def _linear_of(classifier: nn.Module) -> nn.Linear | None:
-    """The one linear layer that a classifier is, or None."""
+    """The linear layer of a classifier that consists of one, or None."""
     if (
         type(classifier) is speechbrain.nnet.linear.Linear
         and classifier.max_norm is None
@@ -314,8 +314,8 @@ def _linear_of(classifier: nn.Module) -> nn.Linear | None:
     return classifier if type(classifier) is nn.Linear else None
 
 
-def _is_watched(modules: nn.Module) -> bool:
-    """Whether somebody sees or changes what single modules compute."""
+def _is_observed(modules: nn.Module) -> bool:
+    """Whether hooks or replaced methods observe or change a module."""
     parts = list(modules.modules())
     return are_watched(parts) or any(
         _FORWARDS.get(type(part)) not in (None, type(part).forward)

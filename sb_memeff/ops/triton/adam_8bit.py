@@ -1,4 +1,4 @@
-"""A step of Adam or AdamW with moments in 8 bits, in one launch.
+"""One-launch step of Adam and AdamW with moments in 8 bits.
 
 The formulas are torch.optim.Adam's.
 
@@ -14,7 +14,7 @@ from sb_memeff.ops.triton.blocks_8bit import (
     inside,
     launch_on_blocks,
     load_quantized,
-    places,
+    locate,
     pointer_of,
     state_of,
     store_quantized,
@@ -46,7 +46,7 @@ def _adam(
     ALIGNED: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    tensor, block, value, has_block, size = places(
+    tensor, block, value, has_block, size = locate(
         table_ptr, tensor_of_ptr, tensors, BLOCKS
     )
     has_value = inside(value, size, ALIGNED)
@@ -99,7 +99,7 @@ def _adam(
         highest = load_quantized(
             codes, maxima, values_ptr, block, value, has_block, has_value
         )
-        # Not maximum: NaN must come out.
+        # tl.maximum would drop NaN.
         square = tl.where(highest > square, highest, square)
         store_quantized(
             square,
@@ -141,18 +141,18 @@ def adam_8bit(
     params, grads : list of torch.Tensor
         float32, contiguous, on one device.
     moments : list of list of torch.Tensor
-        Codes and maxima of the first moments, of the second ones and, with
-        amsgrad, of the largest second ones, as
-        ``ops.blocks_8bit.Quantized8bit`` holds them.
+        Codes and maxima of the first moments, the second moments and, with
+        amsgrad, the largest second moments, as in
+        ``ops.blocks_8bit.Quantized8bit``.
     steps : torch.Tensor
-        The number of each parameter's step, from 1 on: on the CPU, or, so that
-        nobody waits, on the parameters' device.
+        The number of each parameter's step, starting at 1, on the CPU or on
+        the parameters' device. Neither makes the host wait.
     signed, unsigned : tuple of torch.Tensor
-        Values and middles of a ``ops.blocks_8bit.Codebook``.
+        Values and middles of an ``ops.blocks_8bit.Codebook``.
     lr, betas, eps, weight_decay : float
-        As torch.optim.Adam's.
+        See torch.optim.Adam.
     decoupled_weight_decay, amsgrad, maximize : bool
-        As torch.optim.Adam's.
+        See torch.optim.Adam.
     """
     beta1, beta2 = betas
     steps = steps.double()

@@ -1,7 +1,7 @@
-"""Blocks of 256 values in 8 bits, of many tensors in one launch.
+"""Quantized blocks of 256 values, for many tensors in one launch.
 
-A table in the GPU's memory holds the addresses of all tensors; a program looks
-up which one is its own, and takes a few blocks of it.
+A table in the GPU's memory contains the addresses of all tensors. Each program
+reads the address of its tensor and processes a few blocks of it.
 
 Authors
  * The sb_memeff authors 2026
@@ -21,22 +21,22 @@ __all__ = [
     "inside",
     "launch_on_blocks",
     "load_quantized",
-    "places",
+    "locate",
     "pointer_of",
     "quantize",
     "state_of",
     "store_quantized",
 ]
 
-# Blocks that a program takes: more would take too many registers.
+# Blocks of a program; more would need too many registers.
 BLOCKS = 2
-# With addresses and sizes of such multiples loads and stores are vectors.
+# If addresses and sizes are multiples of this, loads and stores are vectorized.
 ALIGNMENT = 16
 
 
 @triton.jit
-def places(table_ptr, tensor_of_ptr, tensors, BLOCKS: tl.constexpr):
-    """Tensor, blocks and values of a program, and which of them exist."""
+def locate(table_ptr, tensor_of_ptr, tensors, BLOCKS: tl.constexpr):
+    """Tensor, block and value indices of a program, and a mask of blocks."""
     program = tl.program_id(0)
     tensor = tl.load(tensor_of_ptr + program)
     size = tl.load(table_ptr + tensor)
@@ -48,7 +48,7 @@ def places(table_ptr, tensor_of_ptr, tensors, BLOCKS: tl.constexpr):
 
 @triton.jit
 def inside(value, size, ALIGNED: tl.constexpr):
-    """Which values a tensor has."""
+    """Mask of the values inside a tensor."""
     if ALIGNED:
         size = tl.multiple_of(size, 16)
     return value < size
@@ -63,7 +63,7 @@ def pointer_of(
     TYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """Where a tensor in a row of addresses begins."""
+    """Pointer to a tensor, from a row of addresses."""
     address = tl.load(table_ptr + (2 + ROW) * tensors + tensor)
     pointer = address.to(tl.pointer_type(TYPE))
     if ALIGNED:
@@ -75,7 +75,7 @@ def pointer_of(
 def state_of(
     table_ptr, tensors, tensor, ROW: tl.constexpr, ALIGNED: tl.constexpr
 ):
-    """Codes and maxima of a tensor, from a row of addresses and the next."""
+    """Pointers to codes and maxima, from a row of addresses and the next."""
     codes = pointer_of(table_ptr, tensors, tensor, ROW, tl.uint8, ALIGNED)
     maxima = pointer_of(table_ptr, tensors, tensor, ROW + 1, tl.float32, False)
     return codes, maxima
@@ -85,7 +85,7 @@ def state_of(
 def load_quantized(
     codes, maxima, values_ptr, block, value, has_block, has_value
 ):
-    """Numbers from their codes and the maxima of their blocks."""
+    """Dequantizes values."""
     code = tl.load(codes + value, mask=has_value, other=0).to(tl.int32)
     largest = tl.load(maxima + block, mask=has_block, other=0.0)
     return tl.load(values_ptr + code) * largest[:, None]
@@ -103,18 +103,18 @@ def store_quantized(
     has_value,
     SIGNED: tl.constexpr,
 ):
-    """The code nearest to each number, and the maxima of the blocks."""
+    """Quantizes values; stores codes and maxima."""
     size = tl.where(has_value, tl.abs(x), 0.0)
     largest = tl.max(size, 1)
-    # max leaves NaN out, and a code cannot be one.
+    # tl.max ignores NaN, and no code represents it.
     has_nan = tl.max((size != size).to(tl.int32), 1) > 0
     largest = tl.where(has_nan, float("nan"), largest)
     tl.store(maxima + block, largest, mask=has_block)
-    # A block of zeros has nothing to be scaled by.
+    # A block of zeros has no scale.
     scale = tl.where(largest == 0, 1.0, largest)[:, None]
-    # Rounded as on the CPU, so that the codes are the same.
+    # Rounded as on the CPU, so that codes are the same.
     scaled = tl.div_rn(x, tl.broadcast_to(scale, x.shape))
-    # How many of the 255 middles between two codes lie below.
+    # Binary search: the number of middles below the value.
     code = tl.zeros(x.shape, tl.int32)
     step = 128
     for _ in tl.static_range(8):
@@ -122,7 +122,7 @@ def store_quantized(
         code = tl.where(tl.load(middles_ptr + upper - 1) < scaled, upper, code)
         step = step // 2
     if not SIGNED:
-        # Adam divides by the root of its second moment.
+        # Adam divides by the root of the second moment.
         code = tl.maximum(code, 1)
     tl.store(codes + value, code.to(tl.uint8), mask=has_value)
 
@@ -137,7 +137,7 @@ def _quantize(
     ALIGNED: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    tensor, block, value, has_block, size = places(
+    tensor, block, value, has_block, size = locate(
         table_ptr, tensor_of_ptr, tensors, BLOCKS
     )
     has_value = inside(value, size, ALIGNED)
@@ -159,16 +159,16 @@ def _quantize(
 def quantize(
     x: torch.Tensor, middles: torch.Tensor, signed: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes and maxima; see ``sb_memeff.ops.blocks_8bit.Codebook``.
+    """Quantizes a tensor; see ``sb_memeff.ops.blocks_8bit.Codebook``.
 
     Arguments
     ---------
     x : torch.Tensor
         [N], float32, contiguous, not empty.
     middles : torch.Tensor
-        The codebook's.
+        The codebook's middles.
     signed : bool
-        The codebook's.
+        Whether the codebook is signed.
 
     Returns
     -------
@@ -194,15 +194,15 @@ def launch_on_blocks(
     Arguments
     ---------
     kernel : triton.JITFunction
-        Takes the table, the tensors' numbers by program, how many there are,
-        and the arguments.
+        Takes the table, the tensor index of each program, the number of
+        tensors, and the arguments.
     tensors : list of list of torch.Tensor
-        The tensors of each row of addresses. The first row says how many
-        values each has.
+        The tensors of each row of addresses. The first row determines the
+        sizes.
     *arguments : torch.Tensor or float
-        What follows.
+        Further arguments of the kernel.
     **constants : bool
-        Passed on by name.
+        Its constexpr arguments.
     """
     first = tensors[0][0]
     sizes = [x.numel() for x in tensors[0]]
@@ -219,7 +219,7 @@ def launch_on_blocks(
         number % ALIGNMENT for row in rows[:1] + rows[2:] for number in row
     )
     table = torch.tensor(rows, dtype=torch.int64)
-    if first.is_cuda:
+    if first.device.type == "cuda":
         # The host does not wait for a copy from pinned memory.
         table = table.pin_memory()
     table = table.to(first.device, non_blocking=True)

@@ -28,25 +28,25 @@ def _grid(
     BLOCK: tl.constexpr,
 ):
     scale: tl.constexpr = 2.0**BITS
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    has = place < size
-    x = tl.load(increment_ptr + place, mask=has, other=0.0)
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < size
+    x = tl.load(increment_ptr + index, mask=inside, other=0.0)
     x = x.to(tl.float32) * scale
-    # Half to even, as torch rounds. Where the difference is not exact it is
+    # Round half to even, as torch does. If the difference is not exact, it is
     # far from a half.
     y = tl.floor(x)
     rest = x - y
     odd = y * 0.5 != tl.floor(y * 0.5)
     y = tl.where((rest > 0.5) | ((rest == 0.5) & odd), y + 1, y)
-    # No -0, which no subtraction would give back.
+    # Avoid -0, which subtraction could not restore.
     y = tl.where(y == 0, 0.0, y) * (1 / scale)
     if SIGN == 1:
-        y = tl.load(stream_ptr + place, mask=has, other=0.0) + y
+        y = tl.load(stream_ptr + index, mask=inside, other=0.0) + y
     if SIGN == -1:
-        y = tl.load(stream_ptr + place, mask=has, other=0.0) - y
-    tl.store(result_ptr + place, y, mask=has)
+        y = tl.load(stream_ptr + index, mask=inside, other=0.0) - y
+    tl.store(result_ptr + index, y, mask=inside)
     if summary_ptr is not None:
-        add_to_summary(y, has, summary_ptr)
+        add_to_summary(y, inside, summary_ptr)
 
 
 def combine_on_grid(

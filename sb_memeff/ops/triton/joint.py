@@ -1,7 +1,8 @@
 """Joint networks that add and activate: forward, and the sums of backward.
 
-A cell (b, t, u) is its place b T (U+1) + t (U+1) + u in a plane; from that the
-kernels find the cell's rows of encoder and predictor, so no index is stored.
+A cell (b, t, u) has the index b T (U+1) + t (U+1) + u in a plane. The kernels
+compute the cell's rows of encoder and predictor from it, so no row indices are
+stored.
 
 Authors
  * The sb_memeff authors 2026
@@ -26,7 +27,7 @@ ACTIVATIONS = (
 )
 # Cells and features of a program of the forward pass.
 CELLS, FEATURES = 8, 128
-# Cells that a program of the backward pass adds up at a time, and features.
+# Cells that a program of the backward pass sums at a time, and features.
 ADDED, WIDTH = 16, 64
 # sqrt(1 / 2), sqrt(2 / pi), 1 / sqrt(2 pi).
 ROOT_HALF = tl.constexpr(0.7071067811865476)
@@ -39,7 +40,7 @@ def _tanh(x):
     e = tl.exp(-2 * tl.abs(x))
     far = (1 - e) / (1 + e)
     far = tl.where(x < 0, -far, far)
-    # Near 0 the difference would lose its digits.
+    # Near 0 the difference would cancel.
     y = x * x
     near = x * (1 + y * (-1 / 3 + y * (2 / 15 - y * (17 / 315))))
     return tl.where(tl.abs(x) < 0.1, near, far)
@@ -47,7 +48,7 @@ def _tanh(x):
 
 @triton.jit
 def _activated(x, slope, ACTIVATION: tl.constexpr):
-    # Comparisons are made so that NaN comes out.
+    # Comparisons propagate NaN.
     if ACTIVATION == "relu":
         y = tl.where(x <= 0, 0.0, x)
     elif ACTIVATION == "leaky_relu":
@@ -95,7 +96,7 @@ def _slope_at(x, slope, ACTIVATION: tl.constexpr):
 def _join(
     enc_ptr,
     pred_ptr,
-    places_ptr,
+    cells_ptr,
     joined_ptr,
     cells,
     features,
@@ -116,29 +117,31 @@ def _join(
     feature = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)[None, :]
     feature = feature.to(tl.int64)
     has_cell = cell < cells
-    place = tl.load(places_ptr + cell, mask=has_cell, other=0)
-    frame = place // columns
+    index = tl.load(cells_ptr + cell, mask=has_cell, other=0)
+    frame = index // columns
     sample = frame // rows
-    t, u = frame - sample * rows, place - frame * columns
-    has = has_cell[:, None] & (feature < features)
+    t, u = frame - sample * rows, index - frame * columns
+    inside = has_cell[:, None] & (feature < features)
     enc_row = (sample * enc_sample + t * enc_frame)[:, None]
     pred_row = (sample * pred_sample + u * pred_column)[:, None]
-    enc = tl.load(enc_ptr + enc_row + feature * enc_feature, mask=has, other=0)
-    pred = tl.load(
-        pred_ptr + pred_row + feature * pred_feature, mask=has, other=0
+    enc = tl.load(
+        enc_ptr + enc_row + feature * enc_feature, mask=inside, other=0
     )
-    # Rounded where torch rounds: the sum, and then the activation.
+    pred = tl.load(
+        pred_ptr + pred_row + feature * pred_feature, mask=inside, other=0
+    )
+    # Round where torch does: after the sum and after the activation.
     x = (enc.to(tl.float32) + pred.to(tl.float32)).to(enc.dtype)
     y = _activated(x.to(tl.float32), slope, ACTIVATION).to(enc.dtype)
     out = joined_ptr + cell.to(tl.int64)[:, None] * features + feature
-    tl.store(out, y.to(joined_ptr.dtype.element_ty), mask=has)
+    tl.store(out, y.to(joined_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["start", "cells", "rows", "columns"])
 def _add_rows(
     gradient_ptr,
     positions_ptr,
-    places_ptr,
+    cells_ptr,
     own_ptr,
     other_ptr,
     total_ptr,
@@ -161,17 +164,17 @@ def _add_rows(
     ADDED: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Adds the gradients of all cells of a row of encoder or predictor.
+    """Sums the gradients of all cells in a row of the encoder or predictor.
 
-    own is that row, other the rows that were added to it, cell by cell.
+    "own" is that row; "other" are the rows that the cells add to it.
     """
     row = tl.program_id(0).to(tl.int64)
     feature = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)[None, :]
     feature = feature.to(tl.int64)
     has_feature = feature < features
-    # Cells of a tile follow one another: others than these frames have none.
-    first = tl.load(places_ptr) // columns
-    last = tl.load(places_ptr + cells - 1) // columns
+    # A tile's cells are consecutive: only frames from first to last have any.
+    first = tl.load(cells_ptr) // columns
+    last = tl.load(cells_ptr + cells - 1) // columns
     if BY_FRAME:
         sample = row // rows
         number = row - sample * rows
@@ -195,26 +198,26 @@ def _add_rows(
         for from_ in range(begin, end, ADDED):
             step = from_ + tl.arange(0, ADDED)
             if BY_FRAME:
-                place = row * columns + step
+                index = row * columns + step
             else:
-                place = (sample * rows + step) * columns + number
-            cell = tl.load(positions_ptr + place, mask=step < end, other=-1)
+                index = (sample * rows + step) * columns + number
+            cell = tl.load(positions_ptr + index, mask=step < end, other=-1)
             cell -= start
             inside = (cell >= 0) & (cell < cells)
-            has = inside[:, None] & has_feature
+            used = inside[:, None] & has_feature
             at = gradient_ptr + cell.to(tl.int64)[:, None] * features + feature
-            g = tl.load(at, mask=has, other=0).to(tl.float32)
+            g = tl.load(at, mask=used, other=0).to(tl.float32)
             other = tl.load(
                 other_ptr
                 + sample * other_sample
                 + (step * other_row)[:, None]
                 + feature * other_feature,
-                mask=has,
+                mask=used,
                 other=0,
             )
             x = (own.to(tl.float32) + other.to(tl.float32)).to(own.dtype)
             d = _slope_at(x.to(tl.float32), slope, ACTIVATION)
-            total += tl.where(has, g * d, 0.0)
+            total += tl.where(used, g * d, 0.0)
         added = tl.sum(total, 0)[None, :]
         if HAS_FACTOR:
             added *= tl.load(factor_ptr)
@@ -231,22 +234,22 @@ def join(
     slope: float,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """The activated sums of encoder and predictor in some cells.
+    """Computes the activated sums of encoder and predictor of cells.
 
     Arguments
     ---------
     enc : torch.Tensor
         [B, T, H], any strides.
     pred : torch.Tensor
-        [B, U+1, H], of that dtype.
+        [B, U+1, H], of the same dtype.
     indices : torch.Tensor
-        [N], int64, contiguous: the cells.
+        [N], int64, contiguous: indices of the cells.
     activation : str
         One of ACTIVATIONS.
     slope : float
-        That of leaky_relu below 0.
+        Negative slope of leaky_relu.
     dtype : torch.dtype
-        Of the result.
+        Dtype of the result.
 
     Returns
     -------
@@ -290,33 +293,33 @@ def add_input_gradients(
     slope: float,
     factor: torch.Tensor | None = None,
 ) -> None:
-    """Adds the gradients of encoder and predictor from those of the cells.
+    """Adds the gradients of encoder and predictor, given those of the cells.
 
-    The order of addition does not depend on the run.
+    The order of summation is deterministic.
 
     Arguments
     ---------
     gradient : torch.Tensor
-        [N, H], contiguous, with respect to what ``join`` returned.
+        [N, H], contiguous, with respect to the result of ``join``.
     positions : torch.Tensor
-        [B T (U+1)], int32: start + n at the place of cell n of the gradient;
-        numbers of other tiles or -1 elsewhere.
+        [B T (U+1)], int32: start + n at the index of the gradient's cell n,
+        and numbers of other tiles or -1 elsewhere.
     start : int
-        See there.
+        Number of the tile's first cell in ``positions``.
     indices : torch.Tensor
-        [N], int64, ascending: the cells.
+        [N], int64, ascending: indices of the cells.
     enc : torch.Tensor
         [B, T, H], any strides.
     pred : torch.Tensor
         [B, U+1, H].
     enc_total : torch.Tensor
-        As enc, float32 and contiguous: what is added to.
+        [B, T, H], float32, contiguous; the gradient is added to it.
     pred_total : torch.Tensor
-        As pred.
+        [B, U+1, H], likewise.
     activation : str
         One of ACTIVATIONS.
     slope : float
-        That of leaky_relu below 0.
+        Negative slope of leaky_relu.
     factor : torch.Tensor, optional
         A scalar to multiply by.
     """

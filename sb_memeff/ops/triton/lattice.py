@@ -1,9 +1,9 @@
 """Forward-backward of all lattices of a batch in two launches.
 
-The first has one program for each sample and direction. It walks through the
+The first kernel has one program for each sample and direction. It loops over the
 frames; within a frame the recursion over the targets,
-x[u] = logaddexp(x[u-1] + e[u], c[u]), is one associative scan. The second turns
-the sums into posteriors. Sums are float64, as in the plain form.
+x[u] = logaddexp(x[u-1] + e[u], c[u]), is an associative scan. The second kernel
+converts the sums to posteriors. Sums are float64, as in the plain form.
 
 Authors
  * The sb_memeff authors 2026
@@ -51,8 +51,8 @@ def _sums(
     backward = tl.program_id(1) == 1
     frames = tl.load(frames_ptr + sample).to(tl.int32)
     last = tl.load(targets_ptr + sample).to(tl.int32)
-    # Alpha of cell (t, u) is the sum over all paths to it, beta that over all
-    # paths from it to the end. Beta is walked from the end: j counts from it.
+    # Alpha of cell (t, u) is the sum over all paths to it, beta the sum over all
+    # paths from it to the end. For beta, j counts from the end.
     j = tl.arange(0, BLOCK)
     inside = j <= last
     u = tl.where(backward, last - j, j)
@@ -66,14 +66,14 @@ def _sums(
     before = tl.full((BLOCK,), -float("inf"), tl.float64)
     for i in range(0, frames):
         t = tl.where(backward, frames - 1 - i, i).to(tl.int64)
-        # The blank between this frame and the one that was walked before.
+        # The blank between this frame and the previous one of the loop.
         through = tl.where(backward, t, t - 1)
         down = tl.load(
             blanks + through * blank_frame + u,
             mask=inside & (through >= 0),
             other=-float("inf"),
         ).to(tl.float64)
-        # Alpha begins with 1, beta with the last blank.
+        # Alpha starts with 1, beta with the last blank.
         first = tl.where(backward, down, 0.0)
         first = tl.where(j == 0, first, -float("inf"))
         enter = tl.where(i == 0, first, before + down)
@@ -114,7 +114,7 @@ def _posteriors(
     frames = tl.load(frames_ptr + sample).to(tl.int64)
     last = tl.load(targets_ptr + sample).to(tl.int32)
     whole = tl.load(log_likelihood_ptr + sample)
-    # No path at all: 0, not NaN.
+    # Without any path posteriors are 0, not NaN.
     whole = tl.where(whole == -float("inf"), 0.0, whole)
     alphas = sums_ptr + (sample * rows + t) * columns
     betas = alphas + plane
@@ -133,7 +133,7 @@ def _posteriors(
             mask=inside & (t + 1 < frames),
             other=nothing,
         )
-        # Where the paths end, nothing follows the blank.
+        # Nothing follows the last blank.
         after = tl.where((t + 1 == frames) & (u == last), 0.0, after)
         posterior = tl.exp(alpha + blank + after)
         out = blank_posterior_ptr + (sample * rows + t) * columns + u

@@ -41,7 +41,7 @@ def launch(
         watcher(kernel.__name__, dict(zip(kernel.arg_names, args)) | constants)
     if not has_values(first):
         return
-    if first.is_cuda:
+    if first.device.type == "cuda":
         # Triton takes the current device.
         with torch.cuda.device(first.device):
             kernel[grid](*args, **constants)

@@ -1,4 +1,4 @@
-"""Rows of logits: their scores, and the gradient with respect to them.
+"""Scores of rows of logits, and the gradient with respect to the logits.
 
 One program a row. The formulas are those of ``ops.logit_rows``.
 
@@ -39,7 +39,7 @@ def _scores(
         z = tl.load(start + v, mask=v < vocabulary, other=-float("inf"))
         z = z.to(tl.float32)
         new = tl.maximum(largest, tl.max(z, 0))
-        # Nothing is subtracted from what is infinite: inf - inf is NaN.
+        # Infinite values are not shifted, because inf - inf is NaN.
         shift = tl.where(tl.abs(new) == float("inf"), 0.0, new)
         total = total * tl.exp(largest - shift)
         total += tl.sum(tl.exp(z - shift), 0)
@@ -99,7 +99,7 @@ def _gradient(
         g = g - tl.where(v == symbol, emission, 0.0)
         total += tl.sum(g, 0)
         if HAS_CLAMP:
-            # Not minimum and maximum: NaN must come out.
+            # tl.minimum and tl.maximum would drop NaN.
             g = tl.where(g > clamp, clamp, g)
             g = tl.where(g < -clamp, -clamp, g)
         g = g * factor
@@ -111,7 +111,7 @@ def _gradient(
             largest = tl.maximum(largest, tl.max(size, 0))
     if WRITES:
         off = tl.abs(total) * deviations_per_unit
-        # A row's gradient sums to 0, unless it is not finite anyway.
+        # A row's gradient sums to 0. Ignore rows that are not finite.
         off = tl.where(off < float("inf"), off, 0.0)
         tl.atomic_max(deviation_ptr, off)
     else:
@@ -162,7 +162,7 @@ def row_gradient(
     if weight is not None:
         weight = weight.to(torch.float32).contiguous()
     rows, vocabulary = logits.shape
-    # A program has read the logits of a column when it writes there.
+    # A program reads the logits of a column before it writes them.
     gradient = logits if overwrite else torch.empty_like(logits)
     scale = factor = None
     if not rows:

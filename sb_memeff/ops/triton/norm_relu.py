@@ -19,9 +19,8 @@ SPLITS = 256
 
 
 @triton.jit
-def _places(
+def _locate(
     tile,
-    rows,
     positions,
     channels,
     sample_stride,
@@ -30,16 +29,20 @@ def _places(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Channels, rows and places of a tile of rows (n, t f) by channels."""
+    """Where a tile of positions (t, f) by channels is; a sample has several.
+
+    Returns the sample, where it begins, its positions, channels and offsets,
+    and which of them exist.
+    """
+    tiles = tl.cdiv(positions, ROWS)
+    sample = tile // tiles
+    start = sample.to(tl.int64) * sample_stride
+    position = (tile - sample * tiles) * ROWS + tl.arange(0, ROWS)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    row = tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    sample = row // positions
-    place = (
-        sample * sample_stride + (row - sample * positions) * position_stride
-    )
-    place = place[:, None] + (channel * channel_stride)[None, :]
-    has = (row < rows)[:, None] & (channel < channels)[None, :]
-    return channel, row, place, has
+    offset = position[:, None] * position_stride
+    offset += channel[None, :] * channel_stride
+    has = (position < positions)[:, None] & (channel < channels)[None, :]
+    return sample, start, position, channel, offset, has
 
 
 @triton.jit
@@ -48,10 +51,13 @@ def _normalized(
     mean_ptr,
     variance_ptr,
     padding_ptr,
+    sample,
+    start,
+    position,
     channel,
-    row,
-    place,
+    offset,
     has,
+    positions,
     channels,
     bands,
     eps,
@@ -62,13 +68,16 @@ def _normalized(
     mean = tl.load(mean_ptr + channel, mask=inside, other=0.0).to(tl.float32)
     variance = tl.load(variance_ptr + channel, mask=inside, other=1.0)
     scale = 1 / tl.sqrt(variance.to(tl.float32) + eps)
-    x = tl.load(x_ptr + place, mask=has, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + start + offset, mask=has, other=0.0).to(tl.float32)
     normalized = (x - mean[None, :]) * scale[None, :]
     real = has
     if HAS_PADDING:
         # [N, 1, T, 1] is contiguous: one value for the bands of a frame.
-        exists = tl.max(has.to(tl.int32), 1) > 0
-        padded = tl.load(padding_ptr + row // bands, mask=exists, other=0)
+        padded = tl.load(
+            padding_ptr + sample * (positions // bands) + position // bands,
+            mask=position < positions,
+            other=0,
+        )
         real = has & (padded == 0)[:, None]
     return normalized, scale, real
 
@@ -91,7 +100,7 @@ def _norm_relu(
     variance_ptr,
     padding_ptr,
     y_ptr,
-    rows,
+    samples,
     positions,
     channels,
     bands,
@@ -103,9 +112,8 @@ def _norm_relu(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    channel, row, place, has = _places(
+    sample, start, position, channel, offset, has = _locate(
         tl.program_id(0),
-        rows,
         positions,
         channels,
         sample_stride,
@@ -119,10 +127,13 @@ def _norm_relu(
         mean_ptr,
         variance_ptr,
         padding_ptr,
+        sample,
+        start,
+        position,
         channel,
-        row,
-        place,
+        offset,
         has,
+        positions,
         channels,
         bands,
         eps,
@@ -131,7 +142,7 @@ def _norm_relu(
     z, _ = _affine(normalized, weight_ptr, bias_ptr, channel, channels)
     # Not maximum: NaN must come out.
     y = tl.where(real & ~(z <= 0), z, 0.0)
-    tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=has)
+    tl.store(y_ptr + start + offset, y.to(y_ptr.dtype.element_ty), mask=has)
 
 
 @triton.jit
@@ -144,7 +155,7 @@ def _sum_gradients(
     variance_ptr,
     padding_ptr,
     sums_ptr,
-    rows,
+    samples,
     positions,
     channels,
     bands,
@@ -160,10 +171,9 @@ def _sum_gradients(
     total = tl.zeros((ROWS, CHANNELS), tl.float32)
     weighted = tl.zeros((ROWS, CHANNELS), tl.float32)
     splits = tl.num_programs(0)
-    for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), splits):
-        channel, row, place, has = _places(
-            tile,
-            rows,
+    for step in range(tl.cdiv(samples * tl.cdiv(positions, ROWS), splits)):
+        sample, start, position, channel, offset, has = _locate(
+            tl.program_id(0) + step * splits,
             positions,
             channels,
             sample_stride,
@@ -177,17 +187,20 @@ def _sum_gradients(
             mean_ptr,
             variance_ptr,
             padding_ptr,
+            sample,
+            start,
+            position,
             channel,
-            row,
-            place,
+            offset,
             has,
+            positions,
             channels,
             bands,
             eps,
             HAS_PADDING,
         )
         z, _ = _affine(normalized, weight_ptr, bias_ptr, channel, channels)
-        dy = tl.load(gradient_ptr + place, mask=has, other=0.0)
+        dy = tl.load(gradient_ptr + start + offset, mask=has, other=0.0)
         dz = tl.where(real & ~(z <= 0), dy.to(tl.float32), 0.0)
         total += dz
         weighted += tl.where(has, dz * normalized, 0.0)
@@ -209,7 +222,9 @@ def _norm_relu_backward(
     padding_ptr,
     sums_ptr,
     dx_ptr,
-    rows,
+    dweight_ptr,
+    dbias_ptr,
+    samples,
     positions,
     channels,
     bands,
@@ -222,9 +237,8 @@ def _norm_relu_backward(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    channel, row, place, has = _places(
+    sample, start, position, channel, offset, has = _locate(
         tl.program_id(0),
-        rows,
         positions,
         channels,
         sample_stride,
@@ -238,31 +252,41 @@ def _norm_relu_backward(
         mean_ptr,
         variance_ptr,
         padding_ptr,
+        sample,
+        start,
+        position,
         channel,
-        row,
-        place,
+        offset,
         has,
+        positions,
         channels,
         bands,
         eps,
         HAS_PADDING,
     )
     z, weight = _affine(normalized, weight_ptr, bias_ptr, channel, channels)
-    dy = tl.load(gradient_ptr + place, mask=has, other=0.0)
+    dy = tl.load(gradient_ptr + start + offset, mask=has, other=0.0)
     dz = tl.where(real & ~(z <= 0), dy.to(tl.float32), 0.0)
+    inside = channel < channels
+    total = tl.load(sums_ptr + channel, mask=inside, other=0.0)
+    weighted = tl.load(sums_ptr + channels + channel, mask=inside, other=0.0)
+    if tl.program_id(0) == 0:
+        dweight = weighted.to(dweight_ptr.dtype.element_ty)
+        tl.store(dweight_ptr + channel, dweight, mask=inside)
+        dbias = total.to(dbias_ptr.dtype.element_ty)
+        tl.store(dbias_ptr + channel, dbias, mask=inside)
     if OF_BATCH:
-        inside = channel < channels
-        total = tl.load(sums_ptr + channel, mask=inside, other=0.0)
-        weighted = tl.load(
-            sums_ptr + channels + channel, mask=inside, other=0.0
+        dz -= (total[None, :] + normalized * weighted[None, :]) / (
+            samples * positions
         )
-        dz -= (total[None, :] + normalized * weighted[None, :]) / rows
     dx = dz * weight * scale[None, :]
-    tl.store(dx_ptr + place, dx.to(dx_ptr.dtype.element_ty), mask=has)
+    tl.store(dx_ptr + start + offset, dx.to(dx_ptr.dtype.element_ty), mask=has)
 
 
-def _tiling(x: torch.Tensor) -> tuple[int, int, tuple[int, ...]]:
-    """Rows and channels of a tile; and all that says where values are."""
+def _tiling(
+    x: torch.Tensor,
+) -> tuple[tuple[int, int], dict[str, int], tuple[int, ...]]:
+    """The grid, positions and channels of a tile, and sizes and strides."""
     samples, channels, frames, bands = x.shape
     positions = frames * bands
     if x.is_contiguous():
@@ -270,8 +294,12 @@ def _tiling(x: torch.Tensor) -> tuple[int, int, tuple[int, ...]]:
     else:
         width = min(CHANNELS, triton.next_power_of_2(channels))
         strides = positions * channels, channels, 1
-    sizes = samples * positions, positions, channels, bands
-    return TILE // width, width, (*sizes, *strides)
+    rows = TILE // width
+    return (
+        (samples * triton.cdiv(positions, rows), triton.cdiv(channels, width)),
+        {"ROWS": rows, "CHANNELS": width},
+        (samples, positions, channels, bands, *strides),
+    )
 
 
 def norm_relu(
@@ -286,10 +314,10 @@ def norm_relu(
 ) -> torch.Tensor:
     """See ``sb_memeff.ops.norm_relu.norm_relu``."""
     y = torch.empty_like(x, dtype=dtype)
-    rows, channels, sizes = _tiling(x)
+    grid, tile, sizes = _tiling(x)
     launch(
         _norm_relu,
-        (triton.cdiv(sizes[0], rows), triton.cdiv(sizes[2], channels)),
+        grid,
         x,
         weight,
         bias,
@@ -301,8 +329,7 @@ def norm_relu(
         *sizes,
         eps,
         HAS_PADDING=padding is not None,
-        ROWS=rows,
-        CHANNELS=channels,
+        **tile,
     )
     return y
 
@@ -321,11 +348,9 @@ def norm_relu_backward(
     """See ``sb_memeff.ops.norm_relu.norm_relu_backward``."""
     if gradient.stride() != x.stride():
         gradient = torch.empty_like(x, dtype=gradient.dtype).copy_(gradient)
-    rows, channels, sizes = _tiling(x)
-    tiles = triton.cdiv(sizes[0], rows)
+    (tiles, across), tile, sizes = _tiling(x)
     splits = min(SPLITS, tiles)
-    across = triton.cdiv(sizes[2], channels)
-    partial = x.new_empty(2, splits, sizes[2], dtype=torch.float32)
+    partial = x.new_empty(2, splits, x.shape[1], dtype=torch.float32)
     inputs = (
         gradient,
         x,
@@ -335,11 +360,7 @@ def norm_relu_backward(
         variance,
         mean if padding is None else padding.contiguous(),
     )
-    constants = {
-        "HAS_PADDING": padding is not None,
-        "ROWS": rows,
-        "CHANNELS": channels,
-    }
+    constants = {"HAS_PADDING": padding is not None, **tile}
     launch(
         _sum_gradients,
         (splits, across),
@@ -351,16 +372,20 @@ def norm_relu_backward(
     )
     # In an order that does not depend on the run.
     sums = partial.sum(1)
-    dx = torch.empty_like(x)
+    dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
+    # A program has read the gradient of a value when it writes there.
+    dx = gradient if gradient.dtype == x.dtype else torch.empty_like(x)
     launch(
         _norm_relu_backward,
         (tiles, across),
         *inputs,
         sums,
         dx,
+        dweight,
+        dbias,
         *sizes,
         eps,
         OF_BATCH=of_batch,
         **constants,
     )
-    return dx, sums[1].to(weight.dtype), sums[0].to(bias.dtype)
+    return dx, dweight, dbias

@@ -1,4 +1,4 @@
-"""A step of SGD with its momentum in 8 bits, of all parameters in one launch.
+"""One-launch step of SGD with momentum in 8 bits.
 
 The formulas are torch.optim.SGD's.
 
@@ -14,7 +14,7 @@ from sb_memeff.ops.triton.blocks_8bit import (
     inside,
     launch_on_blocks,
     load_quantized,
-    places,
+    locate,
     pointer_of,
     state_of,
     store_quantized,
@@ -40,7 +40,7 @@ def _sgd(
     ALIGNED: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    tensor, block, value, has_block, size = places(
+    tensor, block, value, has_block, size = locate(
         table_ptr, tensor_of_ptr, tensors, BLOCKS
     )
     has_value = inside(value, size, ALIGNED)
@@ -94,13 +94,13 @@ def sgd_8bit(
     params, grads : list of torch.Tensor
         float32, contiguous, on one device.
     codes, maxima : list of torch.Tensor
-        The momenta, as ``ops.blocks_8bit.Quantized8bit`` holds them.
+        The momenta, as in ``ops.blocks_8bit.Quantized8bit``.
     values, middles : torch.Tensor
-        Of a signed ``ops.blocks_8bit.Codebook``.
+        Those of a signed ``ops.blocks_8bit.Codebook``.
     lr, momentum, dampening, weight_decay : float
-        As torch.optim.SGD's.
+        See torch.optim.SGD.
     nesterov, maximize : bool
-        As torch.optim.SGD's.
+        See torch.optim.SGD.
     """
     launch_on_blocks(
         _sgd,

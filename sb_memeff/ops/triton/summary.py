@@ -16,9 +16,9 @@ BLOCK = 2048
 
 
 @triton.jit
-def add_to_summary(x, has, summary_ptr):
+def add_to_summary(x, inside, summary_ptr):
     """Takes the values of one program into account."""
-    bits = tl.where(has, x.to(tl.int32, bitcast=True), 0)
+    bits = tl.where(inside, x.to(tl.int32, bitcast=True), 0)
     # Without the sign, the bits are in the order of the magnitudes.
     largest = tl.max(bits & 0x7FFFFFFF, 0)
     tl.atomic_max(summary_ptr, largest, sem="relaxed")
@@ -29,10 +29,10 @@ def add_to_summary(x, has, summary_ptr):
 
 @triton.jit
 def _summarize(x_ptr, summary_ptr, size, BLOCK: tl.constexpr):
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    has = place < size
-    x = tl.load(x_ptr + place, mask=has, other=0.0)
-    add_to_summary(x, has, summary_ptr)
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < size
+    x = tl.load(x_ptr + index, mask=inside, other=0.0)
+    add_to_summary(x, inside, summary_ptr)
 
 
 def summarize(x: torch.Tensor, summary: torch.Tensor) -> None:

@@ -27,7 +27,7 @@ def largest_batch(**arguments):
 @pytest.mark.parametrize("parallel", [False, True])
 @pytest.mark.parametrize("concat", [False, True])
 @pytest.mark.parametrize("repeat", [0, 1, 2])
-def test_as_the_augmenter(parallel, concat, repeat):
+def test_copies_equal_those_of_the_augmenter(parallel, concat, repeat):
     torch.manual_seed(0)
     limits = [(None, None), (0, 2), (3, 3), (0, 0), (-1, 9), (3, 1)]
     for least, most in limits:

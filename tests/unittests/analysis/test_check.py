@@ -101,7 +101,7 @@ def test_speaker_networks(network, precision):
         *("finite", *inversion, STORED, "running statistics")
     ]
     if inversion:
-        assert "error 0 at most in" in line_of(report, "inversion")
+        assert "error at most 0 in" in line_of(report, "inversion")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -232,7 +232,7 @@ class Hardly(nn.Module):
         return x + 1e-9 * parameter
 
 
-def test_what_is_zero_but_for_roundings_need_not_agree():
+def test_gradients_that_are_zero_up_to_rounding_may_differ():
     def change(step):
         layer = step.embedding_model.trunk.blocks[2].f.layers[0]
         layer.norm = nn.Sequential(layer.norm, Hardly())
@@ -311,7 +311,7 @@ def test_a_recomputed_layer_that_does_not_repeat(tmp_path):
     report = check(read_recipe(path, overrides), change)
     assert not report.passed
     assert "encoder.layers.1 cannot be computed again" in report.lines[-1]
-    # Gradients are compared only if training is to go on nevertheless.
+    # Gradients are compared only if training continues after a mismatch.
     set_mismatch_action("warn")
     try:
         report = check(read_recipe(path, overrides), change)
@@ -349,7 +349,7 @@ def test_a_loss_that_is_not_finite():
     assert place(report, "finite").startswith("loss, ")
 
 
-def test_what_the_engine_refuses():
+def test_errors_of_the_reversible_engine_fail_the_check():
     def change(step):
         step.embedding_model.trunk.blocks[0].conv.weight.data *= 1e5
 

@@ -127,7 +127,7 @@ def test_rows(name, tmp_path):
 
 
 def network_of(label):
-    """Class that a speaker row shall have."""
+    """Expected class of a speaker row."""
     name = label.split(",")[0].split(" Type")[0]
     for text, network in NETWORKS.items():
         if name == text or name.rstrip("0123456789") == text:
@@ -163,7 +163,7 @@ def shapes(module):
         "upstream xvector",
     ],
 )
-def test_networks_are_what_the_labels_say(name, tmp_path):
+def test_variants_have_the_networks_of_their_labels(name, tmp_path):
     recipe = small_recipe(name, tmp_path)
     steps = changed_steps(recipe)
     vanilla, recomputed, *others = ROWS[name]
@@ -229,17 +229,17 @@ def test_the_arguments_are_the_yaml_files(tmp_path):
 
 
 @pytest.mark.parametrize("name", [n for n in ROWS if "transducer" in n])
-def test_losses_are_what_the_labels_say(name, tmp_path):
+def test_variants_have_the_losses_of_their_labels(name, tmp_path):
     recipe = small_recipe(name, tmp_path)
     steps = changed_steps(recipe)
     encoder = ["enc.transformer.encoder.layers.0"]
     for label, step in steps.items():
         if label == "SpeechBrain's loss":
-            assert not step.joins_in_loss
+            assert not step.has_joint_loss
             assert not store_blocks(step)
             continue
         method, _, more = label.partition(", ")
-        assert step.joins_in_loss
+        assert step.has_joint_loss
         loss = step.transducer_loss
         assert isinstance(loss, TransducerJointLoss)
         assert (loss.method, loss.blank_index) == (method, 0)
@@ -293,7 +293,7 @@ def test_recomputed_takes_less_and_reversible_even_less(name, tmp_path):
             assert less.saved_bytes < more.saved_bytes
 
 
-def test_what_only_the_own_network_takes(tmp_path):
+def test_arguments_that_other_networks_lack(tmp_path):
     path, small = speaker_yaml("revecapa")
     path = changed(
         path,
@@ -339,7 +339,7 @@ def test_positional_arguments_and_other_networks_stand_alone(tmp_path):
 
 
 @pytest.mark.parametrize("preset", ["5", "RevNet35", "hello"])
-def test_an_unknown_preset_is_said_when_it_is_built(preset):
+def test_an_unknown_preset_raises_when_built(preset):
     path, small = speaker_yaml("revnet")
     recipe = read_recipe(path, {**small, "preset": preset})
     rows = recipe.variants()

@@ -49,9 +49,9 @@ def test_usable():
 @pytest.mark.parametrize(
     ("budget", "margin", "message"),
     [
-        ("500MB", None, "500 MB leaves nothing beside 500 MB for CUDA's"),
-        ("1GB", "1GB", "1.00 GB leaves nothing beside a margin of 1.00 GB"),
-        ("1GB", "2GB", "beside a margin of 2.00 GB: give a larger --budget"),
+        ("500MB", None, "500 MB leaves nothing besides 500 MB for CUDA's"),
+        ("1GB", "1GB", "1.00 GB leaves nothing besides a margin of 1.00 GB"),
+        ("1GB", "2GB", "besides a margin of 2.00 GB: give a larger --budget"),
         ("11", None, "not '11'"),
         ("1GB", "much", "not 'much'"),
     ],
@@ -74,24 +74,24 @@ def test_the_largest_batch(seconds, xvector):
         "batch_size": batch,
         "sentence_len": seconds or 0.5,
     }
-    # With its overrides the recipe takes what was said, and one more does not
-    # fit.
+    # With the overrides the recipe takes the reported memory, and one utterance
+    # more does not fit.
     assert found.limit == limit
-    assert (found.found.batch, found.found.label) == (
+    assert (found.profile.batch, found.profile.label) == (
         batch,
         "SpeechBrain's Xvector",
     )
-    assert found.found.memory.peak_bytes == peak(xvector, found.overrides)
+    assert found.profile.memory.peak_bytes == peak(xvector, found.overrides)
     assert peak(xvector, found.overrides) <= limit
     assert peak(xvector, found.overrides, batch + 1) > limit
-    assert found.found in seen
+    assert found.profile in seen
     assert len({one.batch for one in seen}) == len(seen)
 
 
 def test_the_longest_utterance(xvector):
     limit = 10_000_000
     found = fit(xvector, XVECTOR, limit, batch=4)
-    seconds = found.found.seconds
+    seconds = found.profile.seconds
     assert found.overrides == {"batch_size": 4, "sentence_len": seconds}
     assert round(10 * seconds) == pytest.approx(10 * seconds, abs=1e-9)
     assert peak(xvector, found.overrides) <= limit
@@ -102,7 +102,7 @@ def test_precision_and_the_length_without_a_key(xvector, tmp_path):
     limit = peak(xvector, XVECTOR, 3, 0.5)
     path = changed(xvector, tmp_path, ("sentence_len: 3.0\n", ""))
     found = fit(path, {}, limit, seconds=0.5, precision="bf16")
-    assert found.found.precision == "bf16"
+    assert found.profile.precision == "bf16"
     assert list(found.overrides) == ["batch_size"]
 
 
@@ -139,8 +139,8 @@ def test_the_deepest_preset(presets):
             "batch_size": 2,
             "sentence_len": 0.3,
         }
-        assert found.found.label == preset
-        assert found.found.memory.peak_bytes == limit
+        assert found.profile.label == preset
+        assert found.profile.memory.peak_bytes == limit
         tried = [one.label for one in seen]
         assert tried == ["ResNet100", "ResNet11", "ResNet9"][: len(tried)]
         assert tried[-1] == preset
@@ -160,7 +160,7 @@ def longest_batch():
 
 
 @pytest.mark.parametrize("seconds", [0.5, 1.7, 3.3, 4.0])
-def test_what_fits_a_dynamic_batch_fits(seconds, longest_batch):
+def test_the_found_dynamic_batch_fits(seconds, longest_batch):
     total = longest_batch.overrides["max_batch_len"]
     assert longest_batch.overrides == {"max_batch_len": total}
     assert total > 3 * 4
@@ -201,7 +201,7 @@ def test_max_batch_len_is_the_largest(longest, square, monkeypatch):
     limit = int(7.3 * cost(top)) + 5000
     found = fit(DIGITS, {}, limit, seconds=longest)
     total = found.overrides["max_batch_len"]
-    assert found.found.memory.peak_bytes <= limit
+    assert found.profile.memory.peak_bytes <= limit
     assert worst(total) <= 1.001 * limit
     assert worst(total + 1) > 0.999 * limit
 
@@ -213,13 +213,13 @@ def test_a_transducer_without_dynamic_batching(batch, monkeypatch):
     static = {"dynamic_batching": False}
     found = fit(DIGITS, static, 2000 * batch + 1999, seconds=2.0, tokens=5)
     assert found.overrides == {"batch_size": batch}
-    assert found.found.tokens == 5
+    assert found.profile.tokens == 5
 
 
 def test_a_batch_that_is_given_is_not_dynamic(monkeypatch):
     imitate(monkeypatch, lambda seconds: 1000 * seconds)
     found = fit(DIGITS, {}, 20_190, batch=2)
-    assert found.found.seconds == 10.0
+    assert found.profile.seconds == 10.0
     assert found.overrides == {"batch_size": 2, "dynamic_batching": False}
     recipe = read_recipe(DIGITS, found.overrides)
     assert recipe.default_batch(10.0) == (2, 10.0)
@@ -236,7 +236,7 @@ def test_a_batch_that_is_given_is_not_dynamic(monkeypatch):
         ({"batch": 4, "seconds": 1.0}, "has no preset to choose"),
         ({"batch": 0}, "batch=0 must be positive"),
         ({"seconds": float("nan")}, "seconds=nan must be positive"),
-        ({"tokens": 3}, "has no transcripts, so tokens=3 means nothing"),
+        ({"tokens": 3}, "has no transcripts, so tokens=3 does not apply"),
         ({"precision": "FP32"}, "precision=FP32 must be fp32, bf16 or fp16"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Pictures of where the memory goes."""
+"""Pictures of the memory of training steps."""
 
 import builtins
 
@@ -166,7 +166,7 @@ PLAIN = timeline_of(
 
 
 def areas(axes):
-    """Kind to what ``get_data`` says of it in a panel."""
+    """Maps kinds to their ``get_data`` in a panel."""
     return {p.get_label(): p.get_data() for p in axes.patches}
 
 
@@ -296,7 +296,10 @@ def test_the_suffix_is_the_format(suffix, start, tmp_path):
 
 @pytest.mark.parametrize("name", ["kinds", "kinds.xyz", "kinds.", "a.b/kinds"])
 def test_no_format(name):
-    with pytest.raises(ValueError, match=f"suffix of {name} says no format"):
+    with pytest.raises(
+        ValueError,
+        match=f"suffix of {name} is not of a supported picture format",
+    ):
         check_picture(name)
 
 

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("shallow")
 DIGITS = LIBRISPEECH / "hparams/digits_transducer.yaml"
 
 
-# Channels of which oneDNN, which wants sixteen, makes no more.
+# Multiples of 16 channels, so that oneDNN does not pad them.
 WIDE = {
     "resnet": {"base_channels": 16, "lin_neurons": 64},
     "revnet": {
@@ -86,7 +86,7 @@ def test_a_transducer_recipe_takes_what_its_brain_takes(
         for key in ("wav_augment", "fea_augment"):
             if hasattr(brain.hparams, key):
                 delattr(brain.hparams, key)
-        # All cells: the analysis knows no occupancies.
+        # All cells, because the analysis has no occupancies.
         brain.modules.transducer_loss.occupancy_floor = 0
         brain.hparams.noam_annealing = lambda optimizer: None
         brain.init_optimizers()
@@ -159,12 +159,12 @@ def test_precision_and_batch_are_the_recipes_by_default():
     ("arguments", "message"),
     [
         ({"precision": "fp8"}, "precision=fp8 must be fp32, bf16 or fp16"),
-        ({"tokens": 5}, "has no transcripts, so tokens=5 means nothing"),
+        ({"tokens": 5}, "has no transcripts, so tokens=5 does not apply"),
         ({"batch": 0}, "batch=0 must be positive"),
         ({"seconds": -1.0}, "seconds=-1.0 must be positive"),
     ],
 )
-def test_what_means_nothing(arguments, message):
+def test_arguments_that_do_not_apply(arguments, message):
     path, overrides = speaker_yaml("revnet")
     with pytest.raises(ValueError, match=message):
         profile(read_recipe(path, overrides), **arguments)
@@ -175,7 +175,7 @@ def test_the_step_can_be_run_beside_its_analysis():
     found = profile(read_recipe(path, overrides), 2, 1.0, device="cpu")
     peak = found.memory.peak_bytes
     assert found.measured_bytes == pytest.approx(peak, rel=0.02)
-    assert "measured by running it: " in report(found)
+    assert "measured in a real step: " in report(found)
 
 
 @pytest.mark.gpu
@@ -195,7 +195,7 @@ def test_the_report_sums_to_the_peak():
     first, second = text.splitlines()[:2]
     assert first.startswith("RevNet34 Type II: batch 16 x 2 s, fp32, SGD8bit, ")
     assert "in backward, at embedding_model.trunk.blocks." in second
-    for title in ("what for", "module", "largest layers"):
+    for title in ("kind", "module", "largest layers"):
         block = text[text.index(f"\n{title} ") :].strip().split("\n\n")[0]
         shares = [float(r.split()[-1][:-1]) for r in block.splitlines()[1:]]
         assert shares and all(share > 0 for share in shares)

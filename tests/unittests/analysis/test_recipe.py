@@ -50,7 +50,7 @@ def refuse(path, *words, overrides=None, error=ValueError, build=False):
         assert word in message, message
 
 
-# --- what a recipe says ------------------------------------------------------
+# --- contents of a recipe ----------------------------------------------------
 
 
 def test_settings_are_the_values_after_overrides():
@@ -72,7 +72,7 @@ def test_settings_are_the_values_after_overrides():
     "text, value",
     [("1e-3", 0.001), ("null", None), ("[1, 2]", [1, 2]), ("no", "no")],
 )
-def test_text_of_overrides_is_read_as_recipes_do(text, value):
+def test_overrides_are_parsed_as_by_recipes(text, value):
     assert read_recipe(REVNET, {"lr": text}).settings["lr"] == value
 
 
@@ -133,7 +133,7 @@ def test_nothing_is_written(upstream, tmp_path, monkeypatch):
     assert list(place.iterdir()) == []
 
 
-def test_only_what_the_step_needs_is_made(upstream, tmp_path):
+def test_only_needed_objects_are_constructed(upstream, tmp_path):
     """Whatever makes something else would fail."""
     text = upstream.read_text()
     for key in ("add_noise", "drop_freq", "train_logger", "checkpointer"):
@@ -170,7 +170,7 @@ def test_shared_objects_stay_shared(tmp_path):
     assert recipe.build().enc is not recipe.build().enc
 
 
-def test_what_changes_a_module_is_applied(upstream):
+def test_functions_of_a_module_are_applied(upstream):
     upstream.write_text(
         upstream.read_text()
         + """
@@ -188,6 +188,23 @@ __freeze: !apply:torch.nn.Module.requires_grad_
     assert not any(p.requires_grad for p in step.classifier.parameters())
     (group,) = step.optimizer().param_groups
     assert len(group["params"]) == len(list(step.embedding_model.parameters()))
+
+
+def test_what_changes_a_part_is_applied_wherever_it_comes_from(upstream):
+    """A part that another !apply: gives to the module, further down."""
+    upstream.write_text(
+        upstream.read_text()
+        + """
+part: !new:torch.nn.Linear [2, 2]
+__freeze: !apply:torch.nn.Module.requires_grad_ [!ref <part>, False]
+__give: !apply:torch.nn.Module.add_module
+    - !ref <embedding_model>
+    - part
+    - !ref <part>
+"""
+    )
+    part = read_recipe(upstream).build().embedding_model.part
+    assert not any(p.requires_grad for p in part.parameters())
 
 
 def test_augmentation_counts_what_is_enabled(upstream):
@@ -236,7 +253,7 @@ def test_no_yaml(tmp_path):
     refuse(path, "not readable yaml")
     for text in ("", "- 1\n- 2\n", "words"):
         path.write_text(text)
-        refuse(path, "no yaml file of keys and values")
+        refuse(path, "not a yaml file of keys and values")
     path.write_text("a: !ref <b>\n")
     refuse(path, '"b" is not valid')
     path.write_text("a: !include:none.yaml\n")
@@ -312,13 +329,13 @@ def test_arguments_that_a_class_does_not_take(upstream):
     refuse(upstream, "ECAPA_TDNN", "'att'", build=True)
 
 
-def test_a_module_that_is_none(upstream):
+def test_an_entry_of_modules_that_is_not_a_module(upstream):
     upstream.write_text(
         upstream.read_text().replace(
             "    classifier: !ref <classifier>", "    classifier: 3"
         )
     )
-    refuse(upstream, "classifier", "is 3 and no torch.nn.Module", build=True)
+    refuse(upstream, "classifier", "is 3 and not a torch.nn.Module", build=True)
 
 
 def test_a_module_by_a_name_that_is_taken(upstream):
@@ -327,7 +344,7 @@ def test_a_module_by_a_name_that_is_taken(upstream):
             "modules:\n", "modules:\n    optimizer: !new:torch.nn.ReLU\n"
         )
     )
-    refuse(upstream, "'optimizer'", "another name", build=True)
+    refuse(upstream, "'optimizer'", "rename the module", build=True)
 
 
 @pytest.mark.parametrize("key", ["compute_cost", "opt_class", "sample_rate"])

@@ -249,7 +249,7 @@ def test_upstreams_transducer(tmp_path):
     assert tokens is arguments[3]
     assert wav_lens.tolist() == token_lens.tolist() == [1.0, 1.0]
 
-    # The language model is trained by nobody; it has its place all the same.
+    # The language model is not trained, but counts as part of the modules.
     ids = {id(p) for g in step.optimizer().param_groups for p in g["params"]}
     for name, parameter in step.named_parameters():
         if parameter.requires_grad:
@@ -294,7 +294,7 @@ def test_optimizer_keeps_32_bit_states_of_embeddings():
     assert step.emb.Embedding.weight.optim_bits == 32
 
 
-def test_what_forward_gave_is_held_until_the_next_batch():
+def test_outputs_live_until_the_next_batch():
     path, overrides = speaker_yaml("resnet")
     step = read_recipe(path, overrides).build()
     step(*step.batch(2, 0.5)).backward()
@@ -319,7 +319,7 @@ def test_a_transducers_outputs_are_held_until_the_next_batch():
 
 
 @pytest.mark.parametrize("batch, seconds", [(0, 1.0), (2, 0.0)])
-def test_batches_of_nothing(batch, seconds):
+def test_empty_batches_are_refused(batch, seconds):
     path, overrides = speaker_yaml("resnet")
     step = read_recipe(path, overrides).build()
     with pytest.raises(ValueError, match="=0.* must be positive and finite"):

@@ -12,7 +12,7 @@ from sb_memeff.dataio.preparation import (
 )
 
 
-def test_nothing_half_written(tmp_path):
+def test_no_file_is_half_written(tmp_path):
     path = tmp_path / "x.csv"
     path.write_text("old")
     with pytest.raises(KeyError), open_atomic(path) as f:
@@ -57,5 +57,5 @@ def test_headers(tmp_path):
     with pytest.raises(ValueError, match="x.wav has 8000 Hz and not 16000"):
         read_header(path, 16000)
     path.write_bytes(b"not audio")
-    with pytest.raises(ValueError, match="x.wav is no readable audio"):
+    with pytest.raises(ValueError, match="x.wav is not a readable audio"):
         read_header(path, 8000)

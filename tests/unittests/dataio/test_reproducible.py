@@ -159,6 +159,43 @@ def test_position_that_was_loaded_is_saved_again(tmp_path):
     assert list(sampler) == expected[1]
 
 
+GENERATORS = {
+    "torch": lambda seed: torch.Generator().manual_seed(seed),
+    "python": random.Random,
+    "numpy": np.random.default_rng,
+    "old numpy": np.random.RandomState,
+}
+
+
+class Owner:
+    """A sampler with a generator of its own."""
+
+    def __init__(self, generator):
+        self.generator = generator
+
+    def __iter__(self):
+        for _ in range(9):
+            if isinstance(self.generator, torch.Generator):
+                yield torch.rand((), generator=self.generator).item()
+            else:
+                yield self.generator.random()
+
+
+@pytest.mark.parametrize("kind", GENERATORS)
+def test_the_next_epoch_goes_on_with_its_own_generator(kind, tmp_path):
+    """If it begins in another process, too."""
+    sampler = SeededSampler(Owner(GENERATORS[kind](5)), seed=1)
+    first = list(sampler)
+    SamplerPosition(sampler).save(tmp_path / "position")
+    second = list(sampler)
+    assert second != first
+    resumed = SeededSampler(Owner(GENERATORS[kind](7)), seed=1)
+    position = SamplerPosition(resumed)
+    position.load(tmp_path / "position", end_of_epoch=True)
+    position.resume()
+    assert list(resumed) == second
+
+
 def test_fewer_items_than_before_the_interruption_are_said(caplog):
     """Also if there are not as many left as had been given out."""
     begun = SeededSampler(list(range(9)), seed=1)

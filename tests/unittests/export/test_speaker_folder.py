@@ -148,7 +148,7 @@ def test_classifies(run, wavs, tmp_path, offline):
 
 
 def test_unfinished_run(tmp_path):
-    with pytest.raises(FileNotFoundError, match="finished one epoch"):
+    with pytest.raises(FileNotFoundError, match="finished at least one epoch"):
         export_speaker_model(tmp_path / "no", tmp_path / "model")
     assert not (tmp_path / "no").exists() and not (tmp_path / "model").exists()
 

@@ -147,7 +147,7 @@ def test_torchscript_gives_the_same(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["RevResNet-II", "ECAPA_TDNN"])
-def test_the_network_stays_as_it_was(name, tmp_path):
+def test_export_does_not_change_the_network(name, tmp_path):
     net = build(name)
     first = next(net.children()).eval()
     before = {k: v.clone() for k, v in net.state_dict().items()}
@@ -159,7 +159,7 @@ def test_the_network_stays_as_it_was(name, tmp_path):
     assert all(torch.equal(after[k], before[k]) for k in before)
 
 
-def test_it_says_what_to_install(monkeypatch, tmp_path):
+def test_a_missing_package_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ImportError, match="pip install onnx"):
         export_onnx(torch.nn.Linear(2, 2), tmp_path / "net.onnx", 2)

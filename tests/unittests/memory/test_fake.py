@@ -1,4 +1,4 @@
-"""Fake tensors that know small values."""
+"""Fake tensors with known small values."""
 
 import logging
 
@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from sb_memeff.memory.fake import fake_tensors, without_data
 
 
-def test_what_follows_from_lengths_is_known():
+def test_values_computed_from_lengths_are_known():
     with fake_tensors():
         lengths = torch.tensor([0.5, 1.0])
         frames = (lengths * 10).round().long()
@@ -32,13 +32,13 @@ def test_views_and_in_place_changes_keep_values():
 def test_a_value_from_weights_is_not_known():
     with fake_tensors():
         y = nn.Linear(100, 100)(torch.rand(2, 100))
-        with pytest.raises(ValueError, match="_local_scalar_dense.* asks"):
+        with pytest.raises(ValueError, match="_local_scalar_dense.* needs"):
             y.sum().item()
-        with pytest.raises(ValueError, match="nonzero.* asks"):
+        with pytest.raises(ValueError, match="nonzero.* needs"):
             (y > 0).nonzero()
 
 
-def test_what_an_unknown_value_overwrites_is_not_known_any_more():
+def test_overwriting_with_unknown_values_makes_values_unknown():
     with fake_tensors():
         weight = torch.rand(1000, 1000)
         x = torch.zeros(4)
@@ -90,7 +90,9 @@ def lstm(x):
         (lstm, (10, 8, 500), 0.03),
     ],
 )
-def test_what_fake_tensors_alone_cannot_do(function, shape, tolerance):
+def test_operators_that_fake_tensor_mode_does_not_support(
+    function, shape, tolerance
+):
     def saved():
         total = 0
 
@@ -234,7 +236,7 @@ def test_real_tensors_without_gradients_only():
     with fake_tensors():
         with torch.no_grad():
             assert (weight * torch.ones(3)).shape == (3,)
-        with pytest.raises(ValueError, match=r"\[3\] that was made before"):
+        with pytest.raises(ValueError, match=r"\[3\] that existed before"):
             weight * torch.ones(3)
     assert weight.grad is None
 

@@ -270,7 +270,7 @@ def test_any_order_of_analyses_and_steps(order):
     assert not fakes()
 
 
-def test_what_was_none_is_none_again():
+def test_an_entry_that_was_none_is_restored():
     def default(memo=None):
         pass
 
@@ -297,7 +297,7 @@ def test_what_was_none_is_none_again():
     "cache",
     [functools.cache, functools.lru_cache, functools.lru_cache(maxsize=3)],
 )
-def test_cached_functions_forget_what_was_made_meanwhile(cache):
+def test_cached_functions_drop_results_of_the_analysis(cache):
     @cache
     def positions(length):
         return torch.arange(float(length))
@@ -407,7 +407,7 @@ def test_a_module_that_is_imported_meanwhile(tmp_path, monkeypatch):
     assert torch.equal(value, expected)
 
 
-def test_what_cannot_be_taken_back_is_named(caplog, monkeypatch):
+def test_a_leftover_that_cannot_be_removed_is_named(caplog, monkeypatch):
     def keep():
         held = None
         while True:
@@ -426,7 +426,7 @@ def test_what_cannot_be_taken_back_is_named(caplog, monkeypatch):
     with caplog.at_level("WARNING"):
         run()
     (record,) = caplog.records
-    assert "keep (a builtins.generator) holds a fake" in record.getMessage()
+    assert "keep (a builtins.generator) contains a fake" in record.getMessage()
     keeper.close()
 
 

@@ -1,4 +1,4 @@
-"""The largest number whose memory is within a limit."""
+"""Search for the largest number whose memory is within a limit."""
 
 import math
 import random
@@ -87,7 +87,7 @@ def test_a_straight_line_takes_few_steps():
         assert len(peak.asked) <= 5
 
 
-def test_what_always_fits_ends_at_the_largest():
+def test_without_a_limit_the_largest_number_is_found():
     peak = Peak(lambda n: 7)
     assert largest(peak, 7) == (2**20, 7)
     assert len(peak.asked) <= 2 * 20 + 1

@@ -1,4 +1,4 @@
-"""Numbers of bytes for people."""
+"""Parsing and formatting numbers of bytes."""
 
 import pytest
 
@@ -21,7 +21,7 @@ def test_sizes(size, expected):
 
 
 @pytest.mark.parametrize("size", ["11", "GB", "-1GB", "11 gigs", 0, -5, None])
-def test_what_is_no_size(size):
+def test_invalid_sizes(size):
     with pytest.raises(ValueError, match="such as '11GB'"):
         parse_bytes(size)
 

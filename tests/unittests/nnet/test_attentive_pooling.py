@@ -104,7 +104,7 @@ def test_parts_that_a_user_has_replaced(save_memory, change):
 
 @pytest.mark.parametrize("save_memory", [True, False])
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
-def test_as_close_to_float64_as_speechbrains(autocast, save_memory):
+def test_error_against_float64_is_not_above_speechbrains(autocast, save_memory):
     """Value and gradients; backward runs outside autocast."""
     theirs = pooling(64)
     ours = Ours(copy.deepcopy(theirs), save_memory)
@@ -147,7 +147,7 @@ def test_recomputed_is_what_was_stored(autocast):
 
 @pytest.mark.parametrize("save_memory", [True, False])
 def test_padding_instead_of_lengths(save_memory):
-    """Counts the frames that it says, where lengths may round up to more."""
+    """Counts exactly the frames given, while lengths may round up."""
     ours = Ours(pooling().double(), save_memory).eval()
     x = batch()
     frames = torch.tensor([20, 13, 7])

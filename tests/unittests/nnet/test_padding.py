@@ -25,7 +25,7 @@ def test_no_utterance_is_empty():
     assert (~masks[0]).sum(dim=2).flatten().tolist() == [9, 1]
 
 
-def test_without_lengths_there_is_nothing_to_mask():
+def test_without_lengths_there_is_no_mask():
     assert padding_masks(None, torch.zeros(2, 9, 4), [1]) is None
 
 
@@ -82,7 +82,7 @@ def test_rounding_above_one_is_no_fault():
 
 
 class _OnAnotherDevice(torch.Tensor):
-    """A tensor of the CPU that says it is on an accelerator."""
+    """A CPU tensor that claims to be on an accelerator."""
 
     @property
     def device(self):
@@ -128,7 +128,7 @@ def test_fake_lengths_are_not_looked_at():
         assert padding_masks(lengths, x, [1])[0].shape == (5000, 1, 9, 1)
 
 
-def test_a_compiler_does_not_look_at_them():
+def test_a_compiler_does_not_read_lengths():
     lengths, x = torch.tensor([1.0, 0.6]), torch.zeros(2, 9, 4)
     compiled = torch.compile(padding_masks, fullgraph=True, backend="eager")
     found, expected = (f(lengths, x, [1, 2]) for f in (compiled, padding_masks))

@@ -1,7 +1,11 @@
 """Compiles the Triton kernels for GPUs that are not here.
 
-Run without TRITON_INTERPRET. Prints a line of JSON for each: kernel, target,
-registers and bytes of stack, which are what ptxas had no registers for.
+Run without TRITON_INTERPRET and without a GPU. Prints a line of JSON for each
+launch of each kernel in KERNELS: target, registers and bytes of stack, which
+are what ptxas had no registers for.
+
+Authors
+ * The sb_memeff authors 2026
 """
 
 import json
@@ -10,199 +14,66 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
-from sb_memeff.ops.triton import (
-    adam_8bit,
-    blocks_8bit,
-    grid,
-    joint,
-    lattice,
-    logit_rows,
-    sgd_8bit,
-    summary,
-)
+from tests.unittests.ops.kernels import KERNELS
 
 CUOBJDUMP = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
 TARGETS = (75, 80, 90)
-ROWS = {"logits_ptr": None, "target_ptr": "*i64", "vocabulary": "i32"}
-LATTICE = {
-    **dict.fromkeys(("blank_ptr", "target_ptr"), "*fp32"),
-    **dict.fromkeys(("sums_ptr", "log_likelihood_ptr"), "*fp64"),
-    **dict.fromkeys(("frames_ptr", "targets_ptr"), "*i64"),
-    **dict.fromkeys(
-        (
-            "rows",
-            "columns",
-            "blank_sample",
-            "blank_frame",
-            "target_sample",
-            "target_frame",
-        ),
-        "i32",
-    ),
+POINTERS = {
+    torch.float64: "*fp64",
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.bool: "*i1",
 }
-OPTIMIZER = {"table_ptr": "*i64", "tensor_of_ptr": "*i32", "tensors": "i32"}
+# May be larger than those of the tests.
+LONG = ("plane",)
 
 
-def kernels():
-    """Name, function, types of arguments, constants, and warps."""
-    for dtype in ("fp16", "bf16", "fp32"):
-        rows = {**ROWS, "logits_ptr": f"*{dtype}"}
-        yield (
-            f"scores {dtype}",
-            logit_rows._scores,
-            {**rows, "scores_ptr": "*fp32", "rows": "i32"},
-            {"BLANK": 0, "BLOCK": logit_rows.BLOCK},
-            4,
-        )
-        for writes in (True, False):
-            flags = ("HAS_CLAMP", "HAS_WEIGHT", "HAS_SCALE")
-            yield (
-                f"gradient {dtype}" + " (extreme)" * (not writes),
-                logit_rows._gradient,
-                {
-                    **rows,
-                    **dict.fromkeys(
-                        (
-                            "lse_ptr",
-                            "blank_ptr",
-                            "emission_ptr",
-                            "weight_ptr",
-                            "scale_ptr",
-                            "deviation_ptr",
-                            "largest_ptr",
-                        ),
-                        "*fp32",
-                    ),
-                    "gradient_ptr": f"*{dtype}",
-                    "clamp": "fp32",
-                    "deviations_per_unit": "fp32",
-                },
-                {
-                    "BLANK": 0,
-                    "BLOCK": logit_rows.BLOCK,
-                    "WRITES": writes,
-                    **dict.fromkeys(flags, True),
-                },
-                4,
-            )
-    for block in (64, 256):
-        warps = min(8, block // 32)
-        yield f"sums {block}", lattice._sums, LATTICE, {"BLOCK": block}, warps
-        outputs = ("blank_posterior_ptr", "target_posterior_ptr")
-        yield (
-            f"posteriors {block}",
-            lattice._posteriors,
-            {**LATTICE, **dict.fromkeys(outputs, "*fp32"), "plane": "i64"},
-            {"BLOCK": block},
-            min(4, block // 32),
-        )
-    for dtype in ("fp16", "bf16", "fp32"):
-        for sign, absent in ((0, {"stream_ptr": None}), (-1, {})):
-            yield (
-                f"grid {dtype} sign={sign}",
-                grid._grid,
-                {
-                    "increment_ptr": f"*{dtype}",
-                    **dict.fromkeys(("stream_ptr", "result_ptr"), "*fp32"),
-                    "summary_ptr": "*i32",
-                    "size": "i32",
-                },
-                {"SIGN": sign, "BITS": 12, "BLOCK": summary.BLOCK, **absent},
-                4,
-            )
-    yield (
-        "summarize",
-        summary._summarize,
-        {"x_ptr": "*fp32", "summary_ptr": "*i32", "size": "i32"},
-        {"BLOCK": summary.BLOCK},
-        4,
-    )
-    # The longest of the activations.
-    constants = {"ACTIVATION": "gelu_tanh"}
-    for dtype in ("fp16", "bf16", "fp32"):
-        plane = ("rows", "columns", "cells", "features")
+def type_of(name, value):
+    """Of an argument, as Triton calls it."""
+    if isinstance(value, torch.Tensor):
+        return POINTERS[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    return "i64" if name in LONG else "i32"
+
+
+def launches():
+    """Name, function, types of arguments, constants and warps of each."""
+    found = []
+
+    def record(function, *args, grid, warmup, num_warps=4, **constants):
+        names = [name for name in function.arg_names if name not in constants]
+        given = dict(zip(names, args, strict=True))
+        # Triton compiles other code for an argument that is absent.
+        constants |= {k: None for k, value in given.items() if value is None}
         types = {
-            "places_ptr": "*i64",
-            "slope": "fp32",
-            **dict.fromkeys(plane, "i32"),
+            name: type_of(name, value)
+            for name, value in given.items()
+            if name not in constants
         }
-        strides = ("sample", "frame", "feature")
-        yield (
-            f"join {dtype}",
-            joint._join,
-            {
-                **types,
-                **dict.fromkeys(
-                    ("enc_ptr", "pred_ptr", "joined_ptr"), f"*{dtype}"
-                ),
-                **{f"enc_{name}": "i32" for name in strides},
-                "pred_sample": "i32",
-                "pred_column": "i32",
-                "pred_feature": "i32",
-            },
-            {**constants, "CELLS": joint.CELLS, "FEATURES": joint.FEATURES},
-            4,
-        )
-        for by_frame in (True, False):
-            yield (
-                f"add_rows {dtype} by_frame={by_frame}",
-                joint._add_rows,
-                {
-                    **types,
-                    "positions_ptr": "*i32",
-                    "start": "i32",
-                    "total_ptr": "*fp32",
-                    "factor_ptr": "*fp32",
-                    **dict.fromkeys(
-                        ("gradient_ptr", "own_ptr", "other_ptr"), f"*{dtype}"
-                    ),
-                    **{
-                        f"{side}_{name}": "i32"
-                        for side in ("own", "other")
-                        for name in ("sample", "row", "feature")
-                    },
-                },
-                {
-                    **constants,
-                    "BY_FRAME": by_frame,
-                    "HAS_FACTOR": True,
-                    "ADDED": joint.ADDED,
-                    "WIDTH": joint.WIDTH,
-                },
-                4,
-            )
-    for aligned in (True, False):
-        constants = {"ALIGNED": aligned, "BLOCKS": blocks_8bit.BLOCKS}
-        tables = dict.fromkeys(("values_ptr", "middles_ptr"), "*fp32")
-        numbers = ("lr", "momentum", "undamped", "weight_decay")
-        yield (
-            f"sgd_8bit aligned={aligned}",
-            sgd_8bit._sgd,
-            {**OPTIMIZER, **tables, **dict.fromkeys(numbers, "fp32")},
-            {
-                **constants,
-                "DECAYS": True,
-                "MAXIMIZE": True,
-                "NESTEROV": True,
-            },
-            4,
-        )
-        for name in ("corrections", "signed_values", "signed_middles"):
-            tables[f"{name}_ptr"] = "*fp32"
-        numbers = ("lr", "rate1", "beta2", "rate2", "eps", "weight_decay")
-        flags = ("DECAYS", "DECOUPLED", "AMSGRAD", "MAXIMIZE")
-        yield (
-            f"adam_8bit aligned={aligned}",
-            adam_8bit._adam,
-            {**OPTIMIZER, **tables, **dict.fromkeys(numbers, "fp32")},
-            {**constants, **dict.fromkeys(flags, True)},
-            4,
-        )
+        if (launch := (function, types, constants, num_warps)) not in found:
+            found.append(launch)
+
+    # Nothing is launched, so nothing that is computed means anything.
+    JITFunction.run = record
+    for name, kernel in KERNELS.items():
+        found.clear()
+        for shape in kernel.shapes:
+            for dtype in kernel.bounds:
+                inputs = kernel.draw(shape, dtype)
+                kernel.fused(*inputs, **kernel.settings[-1])
+        for launch in found:
+            yield name, *launch
 
 
 def resources(function, types, constants, warps, target):
@@ -227,8 +98,15 @@ def resources(function, types, constants, warps, target):
 
 
 if __name__ == "__main__":
-    for name, *kernel in kernels():
+    for name, function, *launch in launches():
         for target in TARGETS:
-            registers, stack = resources(*kernel, target)
-            row = {"kernel": name, "sm": target, "registers": registers}
-            print(json.dumps({**row, "stack": stack}), flush=True)
+            registers, stack = resources(function, *launch, target)
+            row = {
+                "operation": name,
+                "kernel": function.__name__,
+                "launch": str(launch),
+                "sm": target,
+                "registers": registers,
+                "stack": stack,
+            }
+            print(json.dumps(row), flush=True)

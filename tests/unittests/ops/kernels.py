@@ -1,42 +1,41 @@
-"""Shared by the tests of Triton kernels.
+"""Every operation that has a Triton kernel. A new one is a line in KERNELS.
 
-Without a GPU they run in Triton's interpreter, see tests/conftest.py.
+Authors
+ * The sb_memeff authors 2026
 """
 
-import torch
+from tests.unittests.ops.grid_kernels import (
+    ADD_ON_GRID,
+    ROUND_TO_GRID,
+    SUBTRACT_ON_GRID,
+    SUMMARIZE,
+)
+from tests.unittests.ops.kernels_8bit import QUANTIZE, step_of
+from tests.unittests.ops.norm_relu_kernels import (
+    NORM_RELU,
+    NORM_RELU_BACKWARD,
+)
+from tests.unittests.ops.transducer_kernels import (
+    ADD_INPUT_GRADIENTS,
+    FORWARD_BACKWARD,
+    JOIN,
+    ROW_GRADIENT,
+    ROW_SCORES,
+)
+from tests.unittests.optim.optimizers import CLASSES
 
-from sb_memeff.ops import grid, summary
-from sb_memeff.ops.dispatch import DTYPES
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def poison(monkeypatch):
-    """Fills what a kernel must write with NaN, where a test can see it."""
-    empty_like, new_empty = torch.empty_like, torch.Tensor.new_empty
-
-    def filled(make):
-        def made(*args, **kwargs):
-            x = make(*args, **kwargs)
-            return x.fill_(torch.nan) if x.is_floating_point() else x
-
-        return made
-
-    monkeypatch.setattr(torch, "empty_like", filled(empty_like))
-    monkeypatch.setattr(torch.Tensor, "new_empty", filled(new_empty))
-
-
-def force_grid_kernels(monkeypatch, forced=True):
-    """Streams of any device take the kernels, or the plain forms."""
-    for module in (grid, summary):
-        monkeypatch.setattr(
-            module,
-            "runs_fused",
-            lambda *tensors: forced and all(x.dtype in DTYPES for x in tensors),
-        )
-
-
-def error(found, exact):
-    """||found - exact|| / ||exact||; NaN never passes a bound."""
-    found, exact = found.double().flatten(), exact.double().flatten()
-    return ((found - exact).norm() / exact.norm().clamp(min=1e-30)).item()
+KERNELS = {
+    "row_scores": ROW_SCORES,
+    "row_gradient": ROW_GRADIENT,
+    "forward_backward": FORWARD_BACKWARD,
+    "join": JOIN,
+    "add_input_gradients": ADD_INPUT_GRADIENTS,
+    "round_to_grid": ROUND_TO_GRID,
+    "add_on_grid": ADD_ON_GRID,
+    "subtract_on_grid": SUBTRACT_ON_GRID,
+    "summarize": SUMMARIZE,
+    "norm_relu": NORM_RELU,
+    "norm_relu_backward": NORM_RELU_BACKWARD,
+    "quantize": QUANTIZE,
+    **{ours.__name__: step_of(kind) for ours, kind in CLASSES.items()},
+}

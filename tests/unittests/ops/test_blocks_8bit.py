@@ -102,7 +102,7 @@ def test_zeros_stay_zeros(signed):
 
 
 @pytest.mark.parametrize("signed", [True, False])
-def test_requantize_finds_the_codes_again(signed):
+def test_requantize_recovers_the_codes(signed):
     codebook = Codebook(signed, CPU)
     packed = codebook.quantize(-sample(True) if signed else sample(False))
     again = codebook.requantize(codebook.dequantize(packed), packed.absmax)

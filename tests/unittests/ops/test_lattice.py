@@ -80,7 +80,7 @@ SIZES = [(5, 3), (1, 0), (1, 3), (4, 0), (2, 3), (3, 2)]
 def test_ragged_batch():
     blank, target = scores(len(SIZES), 5, 3)
     for plane in (blank, target):
-        # What lies in the padding is nobody's business.
+        # Values in the padding must have no influence.
         plane[1, 1:] = torch.nan
     found = forward_backward(blank, target, *lengths(*SIZES))
     for b, (frames, targets) in enumerate(SIZES):

@@ -8,7 +8,7 @@ from sb_memeff.ops import logit_rows
 from sb_memeff.ops.dispatch import fused_on_fake_tensors, runs_fused
 from sb_memeff.ops.triton.launch import watch_launches
 from sb_memeff.optim import AdamW8bit, SGD8bit
-from tests.unittests.ops.kernels import DEVICE
+from tests.unittests.ops.kernel import DEVICE
 
 
 def test_a_watcher_sees_each_launch_until_it_leaves():

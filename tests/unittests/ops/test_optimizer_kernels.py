@@ -5,32 +5,20 @@ import copy
 import pytest
 import torch
 
-from sb_memeff.ops.blocks_8bit import Codebook, Quantized8bit
+from sb_memeff.ops.blocks_8bit import Quantized8bit
 from sb_memeff.ops.triton import blocks_8bit
-from sb_memeff.optim import Adam8bit, AdamW8bit, SGD8bit, optimizer_8bit
-from tests.unittests.ops.kernels import DEVICE
+from sb_memeff.optim import AdamW8bit, SGD8bit, optimizer_8bit
+from tests.unittests.ops.kernel import DEVICE
+from tests.unittests.optim.optimizers import (
+    CLASSES,
+    OPTIMIZERS,
+    each_class,
+    each_setting,
+)
 
 # Whole blocks, part of a block, one block, and one that stays in 32 bits.
 SHAPES = [(8, 80), (301,), (256,), (3, 256), (7,)]
 SMALLEST = 200
-CASES = [
-    (SGD8bit, {"lr": 0.1, "momentum": 0.9}),
-    (
-        SGD8bit,
-        {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "nesterov": True},
-    ),
-    (
-        SGD8bit,
-        {"lr": 0.1, "momentum": 0.8, "dampening": 0.3, "maximize": True},
-    ),
-    (AdamW8bit, {"lr": 0.01, "weight_decay": 0.1}),
-    (AdamW8bit, {"lr": 0.01, "betas": (0.5, 0.6), "eps": 0.01}),
-    # Counts its steps where the parameters are.
-    (AdamW8bit, {"lr": 0.01, "fused": True}),
-    (Adam8bit, {"lr": 0.01, "weight_decay": 0.1, "maximize": True}),
-    (Adam8bit, {"lr": 0.01, "betas": (0.5, 0.6), "amsgrad": True}),
-]
-MOMENTUM = {SGD8bit: {"lr": 0.1, "momentum": 0.9}, AdamW8bit: {"lr": 0.1}}
 
 
 @pytest.fixture
@@ -45,9 +33,9 @@ def switch(monkeypatch):
     return choose
 
 
-def made(cls, params, settings):
+def made(kind, params, **changed):
     """An optimizer that keeps in 8 bits all but the smallest."""
-    return cls(params, min_8bit_size=SMALLEST, **settings)
+    return kind.make(params, min_8bit_size=SMALLEST, **changed)
 
 
 def parameters(shapes=SHAPES):
@@ -86,38 +74,19 @@ def states(optimizer):
     ]
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's
-@pytest.mark.parametrize("signed", [True, False])
-def test_codes_are_those_of_the_plain_search(signed):
-    torch.manual_seed(0)
-    codebook = Codebook(signed, torch.device("cpu"))
-    x = torch.randn(3001) * 10 ** torch.empty(3001).uniform_(-9, 0)
-    x[256:512] = 0
-    x[512:768] = torch.nan
-    x[768] = torch.inf
-    # On the middles between two codes, where the lower one is taken.
-    x[1024:1280] = torch.cat([codebook.middles[:-1], torch.ones(1)])
-    x = x if signed else x.abs()
-    plain = codebook.quantize(x)
-    codes, maxima = blocks_8bit.quantize(
-        x.to(DEVICE), codebook.middles.to(DEVICE), signed
-    )
-    assert maxima.cpu()[[2, 3]].isnan().tolist() == [True, False]
-    torch.testing.assert_close(
-        maxima.cpu(), plain.absmax, rtol=0, atol=0, equal_nan=True
-    )
-    # Of what is not finite any code will do: the maximum is not either.
-    finite = torch.ones(3001, dtype=torch.bool)
-    finite[512:1024] = False
-    assert torch.equal(codes.cpu()[finite], plain.codes[finite])
-
-
-@pytest.mark.parametrize("make", [parameters, unaligned])
-@pytest.mark.parametrize("cls, settings", CASES)
-def test_as_the_plain_step(switch, cls, settings, make):
+# The contract has a step with other alignments for all settings.
+@pytest.mark.parametrize(
+    "kind, make",
+    [
+        *((kind, parameters) for kind in OPTIMIZERS.values()),
+        *((kind, unaligned) for kind in CLASSES.values()),
+    ],
+    ids=[*OPTIMIZERS, *(f"{cls.__name__}-unaligned" for cls in CLASSES)],
+)
+def test_as_the_plain_step(switch, kind, make):
     ours = make()
     theirs = copy.deepcopy(ours)
-    fused, plain = made(cls, ours, settings), made(cls, theirs, settings)
+    fused, plain = (made(kind, params) for params in (ours, theirs))
     for number in range(4):
         switch(True)
         step(fused, number, of_block=0.0)
@@ -136,21 +105,17 @@ def test_as_the_plain_step(switch, cls, settings, make):
         assert differ.max() <= 1 and differ.sum() <= 0.005 * a.codes.numel()
 
 
-@pytest.mark.parametrize("cls, settings", CASES)
-def test_settings_that_are_changed_are_those_of_the_plain_step(
-    switch, cls, settings
-):
+@each_setting
+def test_settings_that_are_changed_are_those_of_the_plain_step(switch, kind):
     """A scheduler changes those of a group; the class's stay as they were."""
     found = []
     for fused in (True, False):
         params = parameters()
-        options = {"lr": 0.02, "weight_decay": 0.3}
-        if cls is SGD8bit:
-            options["momentum"] = 0.7
-        optimizer = made(cls, params, options)
+        optimizer = made(CLASSES[kind.ours], params, lr=0.02, weight_decay=0.3)
         switch(False)
         step(optimizer, 0)
-        optimizer.param_groups[0].update({"weight_decay": 0.0, **settings})
+        settings = made(kind, params).defaults
+        optimizer.param_groups[0].update(settings)
         step(optimizer, 1)
         before = [p.detach().clone() for p in params]
         switch(fused)
@@ -165,7 +130,7 @@ def test_each_device_has_a_launch_of_its_own(switch):
     here = parameters([(64, 80), (8, 80)])
     (there,) = (torch.nn.Parameter(p.detach().to("meta")) for p in here[:1])
     params = [here[0], there, here[1]]
-    optimizer = made(SGD8bit, params, MOMENTUM[SGD8bit])
+    optimizer = made(CLASSES[SGD8bit], params)
     for p in params:
         p.grad = torch.zeros_like(p)
         codes = torch.zeros_like(p, dtype=torch.uint8)
@@ -181,14 +146,20 @@ def test_each_device_has_a_launch_of_its_own(switch):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-@pytest.mark.parametrize("cls, settings", CASES)
-def test_what_is_not_finite_stays_in_its_block(switch, cls, settings, bad):
+@pytest.mark.parametrize(
+    "kind, bad",
+    [
+        *((kind, torch.nan) for kind in OPTIMIZERS.values()),
+        *((kind, torch.inf) for kind in CLASSES.values()),
+    ],
+    ids=[*OPTIMIZERS, *(f"{cls.__name__}-inf" for cls in CLASSES)],
+)
+def test_what_is_not_finite_stays_in_its_block(switch, kind, bad):
     found = []
     for fused in (True, False):
         switch(fused)
         params = parameters([(601,)])
-        optimizer = made(cls, params, settings)
+        optimizer = made(kind, params)
         for number, value in enumerate((None, bad, None)):
             step(optimizer, number, of_block=value)
         found.append(
@@ -200,7 +171,8 @@ def test_what_is_not_finite_stays_in_its_block(switch, cls, settings, bad):
         assert torch.equal(ours, theirs)
 
 
-def test_one_launch_for_all_parameters(monkeypatch, switch):
+@each_class
+def test_one_launch_for_all_parameters(monkeypatch, switch, kind):
     calls = []
 
     def launch(kernel, tensors, *arguments, **constants):
@@ -214,18 +186,16 @@ def test_one_launch_for_all_parameters(monkeypatch, switch):
             f"sb_memeff.ops.triton.{module}.launch_on_blocks", launch
         )
     switch(True)
-    for cls in (SGD8bit, AdamW8bit):
-        optimizer = made(cls, parameters(), MOMENTUM[cls])
-        step(optimizer, 0)
-        # The first step makes the states.
-        assert not calls
-        step(optimizer, 1)
-        assert calls == [4]
-        calls.clear()
+    optimizer = made(kind, parameters())
+    step(optimizer, 0)
+    # The first step makes the states.
+    assert not calls
+    step(optimizer, 1)
+    assert calls == [4]
 
 
-@pytest.mark.parametrize("cls", MOMENTUM)
-def test_what_the_kernel_cannot_do_is_plain(monkeypatch, switch, cls):
+@each_class
+def test_what_the_kernel_cannot_do_is_plain(monkeypatch, switch, kind):
     def launch(*arguments, **constants):
         raise AssertionError("launched")
 
@@ -239,24 +209,24 @@ def test_what_the_kernel_cannot_do_is_plain(monkeypatch, switch, cls):
     transposed = torch.nn.Parameter(weight.T)
     kept = torch.nn.Parameter(weight.clone())
     kept.optim_bits = 32
-    optimizer = made(cls, [half, transposed, kept], MOMENTUM[cls])
+    optimizer = made(kind, [half, transposed, kept])
     for _ in range(2):
         for p in (half, transposed, kept):
             p.grad = torch.ones_like(p)
         optimizer.step()
     # A gradient's own strides are another matter.
     p = torch.nn.Parameter(weight.clone())
-    optimizer = made(cls, [p], MOMENTUM[cls])
+    optimizer = made(kind, [p])
     for _ in range(2):
         p.grad = torch.ones(64, 80, device=DEVICE).T
         optimizer.step()
 
 
-@pytest.mark.parametrize("cls", MOMENTUM)
-def test_autograd_sees_the_update(switch, cls):
+@each_class
+def test_autograd_sees_the_update(switch, kind):
     switch(True)
     (p,) = parameters([(64, 80)])
-    optimizer = made(cls, [p], MOMENTUM[cls])
+    optimizer = made(kind, [p])
     step(optimizer, 0)
     x = torch.ones(3, 64, device=DEVICE, requires_grad=True)
     loss = (x @ p).sum()
@@ -265,11 +235,11 @@ def test_autograd_sees_the_update(switch, cls):
         loss.backward()
 
 
-@pytest.mark.parametrize("cls", MOMENTUM)
-def test_a_saved_state_stays_as_it_is(switch, cls):
+@each_class
+def test_a_saved_state_stays_as_it_is(switch, kind):
     switch(True)
     params = parameters()
-    optimizer = made(cls, params, MOMENTUM[cls])
+    optimizer = made(kind, params)
     for number in range(2):
         step(optimizer, number)
     saved = optimizer.state_dict()
@@ -279,22 +249,21 @@ def test_a_saved_state_stays_as_it_is(switch, cls):
     # A new optimizer that loads it goes the same way, and leaves it alone.
     for _ in range(2):
         again = [torch.nn.Parameter(w.clone()) for w in weights]
-        loaded = made(cls, again, MOMENTUM[cls])
+        loaded = made(kind, again)
         loaded.load_state_dict(saved)
         step(loaded, 2)
         for p, q in zip(again, after):
             assert torch.equal(p, q)
 
 
-@pytest.mark.parametrize("cls", MOMENTUM)
-def test_infinite_weights_without_weight_decay(switch, cls):
+@each_class
+def test_infinite_weights_without_weight_decay(switch, kind):
     """A mask of -inf, which gets no gradient, stays where it is."""
     for fused in (True, False):
         switch(fused)
         (p,) = parameters([(64, 80)])
         p.data[0, 3] = -torch.inf
-        settings = {**MOMENTUM[cls], "weight_decay": 0.0}
-        optimizer = made(cls, [p], settings)
+        optimizer = made(kind, [p], weight_decay=0.0)
         for number in range(3):
             step(optimizer, number)
         assert p[0, 3] == -torch.inf
@@ -308,7 +277,7 @@ def test_settings_that_are_tensors_are_plain(switch):
         switch(fused)
         params = parameters()
         optimizer = made(
-            AdamW8bit, params, {"betas": settings, "foreach": False}
+            CLASSES[AdamW8bit], params, betas=settings, foreach=False
         )
         for number in range(3):
             step(optimizer, number)
@@ -323,7 +292,7 @@ def test_a_parameter_that_is_listed_twice(switch):
     for fused in (True, False):
         switch(fused)
         (p,) = parameters([(64, 80)])
-        optimizer = made(SGD8bit, [p, p], MOMENTUM[SGD8bit])
+        optimizer = made(CLASSES[SGD8bit], [p, p])
         for number in range(3):
             step(optimizer, number)
         found.append(p)
@@ -346,7 +315,7 @@ def test_a_double_leaves_the_others_their_launch(monkeypatch, switch):
     switch(True)
     params = parameters([(64, 80), (8, 80)])
     params.append(torch.nn.Parameter(params[0].detach().double()))
-    optimizer = made(SGD8bit, params, MOMENTUM[SGD8bit])
+    optimizer = made(CLASSES[SGD8bit], params)
     for number in range(2):
         step(optimizer, number)
     assert calls == [2]

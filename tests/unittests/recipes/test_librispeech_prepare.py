@@ -108,8 +108,8 @@ def test_one_split_may_be_the_merged_one(corpus):
             "no split test-a, test-b; it has dev, train-a, train-b",
         ),
         ({"merge_lst": ["train-c"]}, ValueError, "names train-c, but the"),
-        ({"merge_name": "dev.csv"}, ValueError, "would be one file"),
-        ({"select_n_sentences": [1]}, ValueError, "a number for each of"),
+        ({"merge_name": "dev.csv"}, ValueError, "would write the same file"),
+        ({"select_n_sentences": [1]}, ValueError, "one number for each of"),
         ({"sample_rate": 8000}, ValueError, "has 16000 Hz and not 8000"),
     ],
 )
@@ -129,7 +129,7 @@ def test_bad_corpus(corpus):
     with pytest.raises(FileNotFoundError, match="9-1-0001 has a transcript"):
         prepare(corpus)
     transcripts.unlink()
-    with pytest.raises(ValueError, match="is it LibriSpeech's layout"):
+    with pytest.raises(ValueError, match="does it have LibriSpeech's layout"):
         prepare(corpus)
     with pytest.raises(FileNotFoundError, match="set data_folder"):
         prepare(corpus / "nowhere")

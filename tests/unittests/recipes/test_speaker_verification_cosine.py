@@ -161,7 +161,7 @@ def test_every_module_is_in_eval_mode(place, key, score_norm):
     assert not any(itertools.chain(*modes))
 
 
-def test_statistics_stay_as_they_are(place):
+def test_verification_does_not_change_statistics(place):
     params = params_of(place)
     before = {
         key: value.clone()

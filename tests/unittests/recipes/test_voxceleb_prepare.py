@@ -95,7 +95,7 @@ def test_done_once(corpus, monkeypatch):
     assert path.read_text() != "kept"
 
 
-def test_interrupted_preparation_is_done_again(corpus):
+def test_an_interrupted_preparation_is_repeated(corpus):
     save = prepare(corpus)
     (save / "dev.csv").unlink()
     (save / "train.csv").write_text("stale")
@@ -170,7 +170,7 @@ def test_m4a(tmp_path):
     ("text", "error", "sentence"),
     [
         ("", ValueError, "is empty"),
-        ("1 a b\n2 a b\n", ValueError, "Line 2 of .* is no trial"),
+        ("1 a b\n2 a b\n", ValueError, "Line 2 of .* is not a trial"),
         (
             "1 a/s/0.wav a/s/9.wav\n",
             FileNotFoundError,
@@ -195,7 +195,7 @@ def test_no_speaker_left(corpus):
 def test_bad_audio(corpus):
     path = corpus / "wav" / "a" / "s" / "bad.wav"
     path.write_bytes(b"not audio")
-    with pytest.raises(ValueError, match="bad.wav is no readable audio"):
+    with pytest.raises(ValueError, match="bad.wav is not a readable audio"):
         prepare(corpus, verification_file=None)
     write(path, 2.0, rate=8000)
     with pytest.raises(ValueError, match="bad.wav has 8000 Hz and not 16000"):

@@ -70,7 +70,7 @@ def test_left_overs_are_removed(tmp_path):
 
 
 def weight_in(checkpointer):
-    """The value that a run that is started now would go on from."""
+    """The value from which a training started now would continue."""
     checkpointer.recoverables["net"].weight.data.fill_(-1)
     found = checkpointer.recover_if_possible()
     return checkpointer.recoverables["net"].weight.item(), found
@@ -165,7 +165,7 @@ def test_replaced_one_does_not_come_back(one_number, tmp_path):
 
 
 @pytest.mark.parametrize("keep_recent", [True, False])
-def test_keeping_some_is_as_speechbrain_does_it(keep_recent, tmp_path):
+def test_keeping_checkpoints_works_as_in_speechbrain(keep_recent, tmp_path):
     """With names and without, the best, the newest, and what is deleted."""
     found = []
     for kind in (AtomicCheckpointer, Checkpointer):
@@ -192,7 +192,9 @@ def test_keeping_some_is_as_speechbrain_does_it(keep_recent, tmp_path):
     assert (("CKPT+n4", 6.0) in found[0]) == keep_recent
 
 
-def test_what_one_call_keeps_the_next_forgets(tmp_path, monkeypatch):
+def test_importance_keys_do_not_carry_over_to_the_next_call(
+    tmp_path, monkeypatch
+):
     """save_and_keep_only can go when Checkpointer's list does not grow."""
     found = {}
     for kind in (AtomicCheckpointer, Checkpointer):
@@ -241,14 +243,14 @@ def test_cuda_generator_is_recovered(tmp_path):
     assert torch.equal(first, torch.rand(3, device="cuda"))
 
 
-def test_another_number_of_processes_is_said(tmp_path, caplog):
+def test_another_number_of_processes_logs_a_warning(tmp_path, caplog):
     state = RandomState()
     state.save(tmp_path / "states")
     states = torch.load(tmp_path / "states")
     torch.save(states * 2, tmp_path / "states")
     with caplog.at_level(logging.WARNING, "sb_memeff.utils.checkpoints"):
         state.load(tmp_path / "states", end_of_epoch=False)
-    assert "2 processes, now there are 1" in caplog.text
+    assert "saved by 2 processes, but now there are 1" in caplog.text
 
 
 @pytest.fixture(scope="module")
@@ -294,9 +296,7 @@ def test_noises_go_on_where_they_were(kind, uses, sounds, tmp_path):
 
 
 @pytest.mark.parametrize("kind", [AddNoise, AddReverb])
-def test_position_of_a_checkpoint_saved_before_training_goes_on(
-    kind, sounds, tmp_path
-):
+def test_a_position_loaded_but_not_resumed_is_saved(kind, sounds, tmp_path):
     """Loaded and saved again, it is still where it was."""
     lengths = [torch.ones(2)] if kind is AddNoise else []
     augmentation = kind(sounds)
@@ -313,9 +313,7 @@ def test_position_of_a_checkpoint_saved_before_training_goes_on(
 
 
 @pytest.mark.parametrize("kind", [AddNoise, AddReverb])
-def test_going_to_a_position_draws_nothing_and_is_done_once(
-    kind, sounds, tmp_path
-):
+def test_resuming_draws_no_numbers_and_happens_once(kind, sounds, tmp_path):
     """Though the sounds were in use before, in batches of another size."""
     waveforms = torch.randn(2, 800)
     lengths = [torch.ones(2)] if kind is AddNoise else []

@@ -1,11 +1,11 @@
 """Data preparation for LibriSpeech: a csv file for each split.
 
-The corpus lies in the layout in which LibriSpeech is published,
+The corpus has the layout of the published LibriSpeech:
 ``<split>/<speaker>/<chapter>/<speaker>-<chapter>-<number>.flac`` with the
-transcripts in ``<speaker>-<chapter>.trans.txt`` beside them. Any corpus in
-that layout will do, under any names of splits.
+transcripts beside them in ``<speaker>-<chapter>.trans.txt``. Any corpus with
+that layout works, and splits may have any names.
 
-Nothing is downloaded, and what is missing is said before anything is written.
+Nothing is downloaded. Missing files are reported before anything is written.
 
 Authors
  * The sb_memeff authors 2026
@@ -37,17 +37,17 @@ def prepare_librispeech(
     sample_rate=16000,
     skip_prep=False,
 ):
-    """Writes <split>.csv for each split, and one file that merges some.
+    """Writes <split>.csv for each split, and optionally a merged file.
 
     Paths in the csv files begin with ``$data_root``, the folder of the
-    splits, so that the corpus may move.
+    splits, so the corpus can be moved.
 
     Arguments
     ---------
     data_folder : str
-        Folder of the splits, or the one that holds ``LibriSpeech``.
+        Folder of the splits, or the folder that contains ``LibriSpeech``.
     save_folder : str
-        Where the csv files go.
+        Folder for the csv files.
     tr_splits : list of str
         Training splits.
     dev_splits : list of str
@@ -55,22 +55,23 @@ def prepare_librispeech(
     te_splits : list of str
         Test splits.
     select_n_sentences : list of int or int, optional
-        Utterances to take of each split, the first ones by name; default all.
+        Number of utterances of each split, the first ones by name; default
+        all.
     merge_lst : list of str
         Splits to merge.
     merge_name : str, optional
         Name of the merged file.
     sample_rate : int
-        What the files must have.
+        Required sample rate of the files.
     skip_prep : bool
-        Do nothing.
+        If True, do nothing.
 
     Raises
     ------
     FileNotFoundError
         If the corpus, a split or a file of a transcript is missing.
     ValueError
-        If the corpus cannot be used as it is.
+        If an argument or a file of the corpus is invalid.
 
     Example
     -------
@@ -87,7 +88,7 @@ def prepare_librispeech(
         select_n_sentences = [select_n_sentences] * len(splits)
     if len(select_n_sentences) != len(splits):
         raise ValueError(
-            f"select_n_sentences={select_n_sentences} must have a number for "
+            f"select_n_sentences={select_n_sentences} must have one number for "
             f"each of the splits {', '.join(splits)}."
         )
     unknown = set(merge_lst) - set(splits)
@@ -112,11 +113,11 @@ def prepare_librispeech(
     if len(set(written)) < len(written):
         raise ValueError(
             f"Two of the splits {', '.join(splits)} and merge_name={merge_name}"
-            f" would be one file: name them differently."
+            f" would write the same file: name them differently."
         )
     prepared = Prepared(save_folder / OPTIONS_FILE, options, written)
     if prepared.done():
-        logger.info(f"{save_folder} holds the csv files already.")
+        logger.info(f"The csv files in {save_folder} are up to date.")
         return
 
     rows = {}
@@ -131,12 +132,12 @@ def prepare_librispeech(
 
 
 def split_root(data_folder):
-    """The folder that holds the splits.
+    """The folder that contains the splits.
 
     Arguments
     ---------
     data_folder : str
-        That folder, or the one above it.
+        That folder, or its parent.
 
     Returns
     -------
@@ -160,7 +161,7 @@ def split_root(data_folder):
 
 
 def check_splits(root, splits):
-    """Says which splits are missing, before any file of the others is read.
+    """Checks that all splits exist, before any file is read.
 
     Arguments
     ---------
@@ -172,7 +173,7 @@ def check_splits(root, splits):
     Raises
     ------
     FileNotFoundError
-        If there is no folder for one of them.
+        If a split has no folder.
     """
     missing = [split for split in splits if not (root / split).is_dir()]
     if missing:
@@ -184,7 +185,7 @@ def check_splits(root, splits):
 
 
 def list_split(root, split, limit, sample_rate):
-    """Rows of a csv file.
+    """Rows of a split's csv file.
 
     Arguments
     ---------
@@ -193,21 +194,21 @@ def list_split(root, split, limit, sample_rate):
     split : str
         Its name.
     limit : int or None
-        Utterances to take.
+        Maximum number of utterances.
     sample_rate : int
-        What the files must have.
+        Required sample rate of the files.
 
     Returns
     -------
     list of tuple
-        The rows, by name of the utterance.
+        The rows, sorted by name of the utterance.
 
     Raises
     ------
     FileNotFoundError
         If an audio file is missing.
     ValueError
-        If there is nothing in it, or something unreadable.
+        If the split is empty or a file is unreadable.
     """
     transcripts = {}
     for path in (root / split).glob("*/*/*.trans.txt"):
@@ -215,23 +216,23 @@ def list_split(root, split, limit, sample_rate):
     if not transcripts:
         raise ValueError(
             f"{root / split} has no files <speaker>/<chapter>/"
-            f"<speaker>-<chapter>.trans.txt: is it LibriSpeech's layout?"
+            f"<speaker>-<chapter>.trans.txt: does it have LibriSpeech's layout?"
         )
     names = sorted(transcripts)[:limit]
     for name in names:
         path = transcripts[name][0]
         if not path.is_file():
             raise FileNotFoundError(
-                f"{name} has a transcript, but there is no {path}."
+                f"{name} has a transcript but no audio file {path}."
             )
 
     def row(name):
         path, words = transcripts[name]
         seconds = read_header(path, sample_rate) / sample_rate
-        place = Path("$data_root") / path.relative_to(root)
-        return name, seconds, str(place), "-".join(name.split("-")[:2]), words
+        wav = Path("$data_root") / path.relative_to(root)
+        return name, seconds, str(wav), "-".join(name.split("-")[:2]), words
 
-    # Reading headers waits for the disk most of the time.
+    # Threads, because reading headers mostly waits for the disk.
     with ThreadPoolExecutor() as pool:
         return list(tqdm(pool.map(row, names), f"{split}.csv", len(names)))
 
@@ -247,12 +248,12 @@ def read_transcripts(path):
     Returns
     -------
     dict
-        Name to path of the audio file and words.
+        Maps each name to the path of its audio file and its words.
 
     Raises
     ------
     ValueError
-        If a line holds no words.
+        If a line has no words.
     """
     utterances = {}
     lines = path.read_text(encoding="utf-8").splitlines()

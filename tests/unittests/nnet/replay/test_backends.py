@@ -114,6 +114,6 @@ def test_each_flag_is_that_of_forward_inside_and_the_callers_outside(name):
         # Nor do other flags stay as they were set on the way.
         assert backends._read_all() == callers
     finally:
-        # One may have changed what another says.
+        # Writing one flag may change the value of another.
         backends._write({name: before, **everything})
     assert backends._read_all() == everything

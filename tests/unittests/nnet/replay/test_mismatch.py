@@ -72,16 +72,16 @@ def test_each_bit_of_a_double_counts(bit):
 def test_a_difference_in_any_of_several_tensors(place):
     tensors = [torch.ones(4), torch.ones(2, 3), torch.ones(5)]
     before = Summary(tensors)
-    assert not before.differs(before.again(tensors))
+    assert not before.differs(before.summarize(tensors))
     tensors[place] = tensors[place] + 1
-    assert before.differs(before.again(tensors))
+    assert before.differs(before.summarize(tensors))
 
 
 def test_more_or_fewer_tensors_are_a_difference():
     x = torch.ones(3)
     for first, second in (([x, x], [x]), ([x], [x, x])):
         before = Summary(first)
-        assert before.differs(before.again(second))
+        assert before.differs(before.summarize(second))
     assert not Summary([]).differs(Summary([]))
 
 
@@ -103,7 +103,7 @@ def test_the_size_of_a_difference(dtype, relative, place):
     before = Summary(tensors, sampled=True)
     # The values of forward count, also where they are changed later.
     tensors[place] *= 1 + relative
-    now = before.again(tensors)
+    now = before.summarize(tensors)
     assert before.relative_error(now).item() == pytest.approx(relative)
     size = before.size_of_difference(now)
     assert size.startswith(f" by {relative:.2g} of")
@@ -111,7 +111,7 @@ def test_the_size_of_a_difference(dtype, relative, place):
 
 def test_the_size_is_relative_to_the_value_of_forward():
     before = Summary([torch.ones(3)], sampled=True)
-    assert before.relative_error(before.again([4 * torch.ones(3)])) == 3.0
+    assert before.relative_error(before.summarize([4 * torch.ones(3)])) == 3.0
 
 
 @pytest.mark.parametrize("action, sampled", [("error", False), ("warn", True)])
@@ -124,7 +124,7 @@ def test_values_are_kept_if_a_difference_is_to_be_described(
     before = Summary([x])
     other = "error" if action == "warn" else "warn"
     monkeypatch.setattr(mismatch._pending, "action", other)
-    now = before.again([2 * x])
+    now = before.summarize([2 * x])
     assert bool(before.samples) == bool(now.samples) == sampled
     described = " by 1 of the largest value (in a sample)" if sampled else ""
     assert before.size_of_difference(now) == described
@@ -147,7 +147,7 @@ def test_a_device_is_read_when_it_is_ready(device):
     assert events[0].waits == 0
 
 
-def test_what_arrives_at_once_is_read_when_the_next_forward_begins(device):
+def test_finished_copies_are_read_at_the_next_forward(device):
     _, events = device
     events.append(Event())
     events[0].done = True
@@ -188,7 +188,7 @@ def test_reading_waits_for_all(device):
 
 
 def test_an_error_is_raised_once(device):
-    """Whoever catches it and goes on hears no more of that step."""
+    """After the error is caught, that step raises no further errors."""
     pending, _ = device
     pending.report(torch.tensor([True]), "first {}".format)
     pending.next_forward()
@@ -207,7 +207,7 @@ def test_warnings_are_logged_once(device, caplog):
     assert caplog.text.count("block 0 differs") == 1
 
 
-def test_an_unknown_action_is_refused_and_changes_nothing(monkeypatch):
+def test_an_unknown_action_is_refused_without_effect(monkeypatch):
     monkeypatch.setattr(mismatch._pending, "action", "warn")
     with pytest.raises(ValueError, match="'ignore'"):
         mismatch.set_mismatch_action("ignore")

@@ -91,7 +91,7 @@ def test_a_change_is_undone_inside_and_stands_outside(act):
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("act", ACTS)
-def test_nothing_is_left_of_a_call_without_record(act, training):
+def test_an_unrecorded_call_has_no_side_effects(act, training):
     """As in the inverse of a chain. A module may count in eval mode too."""
     module = Stateful(ACTS[act]).train(training)
     before = contents(module)
@@ -116,7 +116,7 @@ def test_a_tensor_that_is_changed_in_place_is_lent():
     assert table.tolist() == [2, 2]
 
 
-def test_nothing_is_kept_if_nothing_changes():
+def test_unchanged_state_is_not_kept():
     module = Stateful(lambda m: None)
     state = ModuleState(module)
     module()
@@ -265,7 +265,7 @@ def test_inference_tensors_have_no_version():
 
 
 @pytest.mark.parametrize("needed", [True, False])
-def test_a_tensor_that_is_lent_needs_a_gradient_as_before(needed):
+def test_a_copied_tensor_keeps_requires_grad(needed):
     def write(m):
         with torch.no_grad():
             m.table.add_(1)

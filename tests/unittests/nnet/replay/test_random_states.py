@@ -90,7 +90,7 @@ def test_the_second_of_a_pair_that_numpy_keeps():
     assert np.random.randn() == second
 
 
-def test_numpy_is_read_again_only_if_something_was_drawn():
+def test_numpy_state_is_read_only_after_a_draw():
     source = global_sources(CPU, True)[1]
     np.random.seed(0)
     state = source.read()
@@ -113,7 +113,7 @@ def test_numpy_that_keeps_its_twister_otherwise(monkeypatch):
     assert_repeats(global_sources(CPU, True), np.random.rand)
 
 
-def test_this_numpy_keeps_its_twister_as_expected():
+def test_this_numpy_stores_its_twister_as_expected():
     """Otherwise all is right, but slow."""
     assert random_states._TWISTER_IS_READABLE
 
@@ -123,7 +123,7 @@ def test_generators_of_torch_are_left_out_if_so_wished():
     assert own_source(torch.Generator(), False) is None
 
 
-def test_what_is_no_generator():
+def test_objects_that_are_not_generators():
     assert own_source(random.SystemRandom(), True) is None
     assert own_source(random, True) is None
 

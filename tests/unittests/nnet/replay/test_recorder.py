@@ -113,7 +113,7 @@ def test_a_layer_without_a_bias_has_a_fingerprint():
     check_fingerprint(fingerprint(layer), layer, "owner")
 
 
-def test_nothing_is_stored_for_functions_that_draw_nothing():
+def test_functions_without_random_numbers_store_no_state():
     recorder = Recorder(torch.device("cpu"))
     _, recording = recorder.record(nn.ReLU(), torch.ones(4))
     assert recording.random_states is None

@@ -35,7 +35,7 @@ from tests.unittests.nnet.reversible.chains import (
     relative_error,
     stored,
 )
-from tests.unittests.ops.kernels import DEVICE, force_grid_kernels
+from tests.unittests.ops.kernel import DEVICE, force_grid_kernels
 
 
 class ByValue(Invertible):
@@ -212,11 +212,14 @@ def test_a_stream_is_overwritten_unless_a_hook_keeps_it(monkeypatch, kept):
     with watch_launches(watch):
         y.sum().backward()
     # From the end: x2 = y2 - g(y1), x1 = y1 - f(x2), block by block.
-    assert in_place == {
-        "": [True, True, True, True],
-        "g": [True, False, True, False],
-        "f": [True, True, False, True],
-    }[kept]
+    assert (
+        in_place
+        == {
+            "": [True, True, True, True],
+            "g": [True, False, True, False],
+            "f": [True, True, False, True],
+        }[kept]
+    )
     for tensor, copy in seen:
         assert torch.equal(tensor, copy)
 

@@ -267,7 +267,7 @@ def test_memory_does_not_grow_with_the_batch(options):
         targets = torch.randint(1, 200, (batch, 10))
         lens = torch.ones(batch)
         given = [enc, pred, *loss.parameters()]
-        with StorageTracker(but=[*given, targets, lens]) as tracker:
+        with StorageTracker(exclude=[*given, targets, lens]) as tracker:
             value = loss(enc, pred, targets, lens, lens)
             found = torch.autograd.grad(value, given)
         extra.append(tracker.peak - sum(g.nbytes for g in found))
@@ -317,7 +317,7 @@ def test_three_numbers_of_each_cell_wait_for_backward():
     pred = torch.randn(2, 41, 4, requires_grad=True)
     targets, lens = torch.randint(1, 6, (2, 40)), torch.ones(2)
     given = [enc, pred, targets, lens, *loss.parameters()]
-    with StorageTracker(but=given) as tracker:
+    with StorageTracker(exclude=given) as tracker:
         value = loss(enc, pred, targets, lens, lens)
     numbers = tracker.alive / 4 / (2 * 200 * 41)
     assert value.requires_grad and 3 <= numbers < 3.5
@@ -437,7 +437,7 @@ def test_the_last_frame_and_the_last_target_are_no_padding(options):
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("options", [*METHODS.values(), {"method": "batched"}])
-def test_padding_reaches_nothing(options, bad):
+def test_padding_has_no_influence(options, bad):
     found = []
     # Padded with the blank, as SpeechBrain does it, or with what is no symbol.
     for symbol in (None, 0, -5, V):

@@ -51,7 +51,7 @@ def steps_taken(method, reduction, frames, targets, steps):
 
 @every_reduction
 @every_method
-def test_grad_scaler_lets_steps_through(method, reduction):
+def test_grad_scaler_does_not_skip_steps(method, reduction):
     taken = steps_taken(method, reduction, 30, 8, 40)
     assert taken >= steps_taken("batched", reduction, 30, 8, 40)
     assert taken >= 30

@@ -330,7 +330,7 @@ def test_targets_of_any_integer_dtype_and_strides(dtype):
         assert torch.equal(found, value) and torch.equal(gradient, expected)
 
 
-def test_nothing_is_kept_without_gradients():
+def test_without_gradients_no_tensor_is_kept():
     logits, targets = batch()
     with torch.no_grad():
         assert not ours(logits, targets).requires_grad

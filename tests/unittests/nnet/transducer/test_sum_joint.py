@@ -22,18 +22,10 @@ from sb_memeff.ops.triton import (
     joint as joint_kernels,
     logit_rows,
 )
-from tests.unittests.ops.kernels import DEVICE, error, poison
+from tests.unittests.ops.kernel import DEVICE, error, poison
+from tests.unittests.ops.transducer_kernels import ACTIVATIONS, slope_of
 
 B, T, U, H, V = 3, 7, 4, 33, 11
-ACTIVATIONS = {
-    "relu": nn.ReLU,
-    "leaky_relu": lambda: nn.LeakyReLU(0.2),
-    "tanh": nn.Tanh,
-    "sigmoid": nn.Sigmoid,
-    "silu": nn.SiLU,
-    "gelu": nn.GELU,
-    "gelu_tanh": lambda: nn.GELU("tanh"),
-}
 # The interpreter cuts bfloat16 off, where a GPU rounds.
 BOUNDS = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 
@@ -110,7 +102,7 @@ def test_every_activation_of_the_kernels_is_tested():
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", BOUNDS)
-def test_as_in_float64(kernels, monkeypatch, activation, dtype):
+def test_close_to_float64(kernels, monkeypatch, activation, dtype):
     nets = [net.to(dtype) for net in modules(activation)]
     inputs = batch(dtype)
     kernels(False)
@@ -217,7 +209,7 @@ def test_small_inputs_keep_their_digits(activation):
         pred,
         torch.arange(2, device=DEVICE),
         activation,
-        getattr(nonlinearity, "negative_slope", 0.0),
+        slope_of(activation),
         torch.float32,
     )
     exact = nonlinearity(enc[0].double())

@@ -4,19 +4,18 @@ Authors
  * The sb_memeff authors 2026
 """
 
-import sys
-
 import numpy as np
 import pytest
 
 pytest.importorskip("espeakng_loader", reason="pip install sb_memeff[demo]")
 pytest.importorskip("scipy")
 
-import make_digits as corpus
+import corpus
 import soundfile
+from digits_corpus import WORDS, Digits
 from librispeech_prepare import list_split
 
-SMALL = corpus.Options(
+SMALL = Digits(
     train_speakers=2,
     train_chapters=2,
     train_utterances=2,
@@ -32,7 +31,7 @@ SIZES = {"train": 8, "dev": 2, "test": 6}
 def made(tmp_path_factory):
     """A small corpus: its folder and its manifest."""
     out = tmp_path_factory.mktemp("corpus") / "digits"
-    return out, corpus.make_digits(out, SMALL, workers=2, progress=False)
+    return out, SMALL.make(out, workers=2, progress=False)
 
 
 def speakers_of(out, split):
@@ -41,9 +40,7 @@ def speakers_of(out, split):
 
 def test_same_options_make_the_same_bytes(made, tmp_path):
     out, manifest = made
-    again = corpus.make_digits(
-        tmp_path / "again", SMALL, workers=1, progress=False
-    )
+    again = SMALL.make(tmp_path / "again", workers=1, progress=False)
     assert not manifest["cached"] and not again["cached"]
     assert manifest == again
     files = [p for p in out.rglob("*") if p.is_file()]
@@ -54,12 +51,10 @@ def test_same_options_make_the_same_bytes(made, tmp_path):
 
 
 def test_another_seed_makes_other_audio(made, tmp_path):
-    one = corpus.Options(1, 1, 1, 1, 1, 1, 1)
-    other = corpus.Options(1, 1, 1, 1, 1, 1, 1, seed=1)
+    one = Digits(1, 1, 1, 1, 1, 1, 1)
+    other = Digits(1, 1, 1, 1, 1, 1, 1, seed=1)
     digests = {
-        corpus.make_digits(tmp_path, o, workers=1, progress=False)[
-            "audio_sha256"
-        ]
+        o.make(tmp_path, workers=1, progress=False)["audio_sha256"]
         for o in (one, other)
     }
     assert len(digests) == 2
@@ -67,14 +62,14 @@ def test_another_seed_makes_other_audio(made, tmp_path):
 
 def test_found_again_unless_a_file_is_lost(made, tmp_path):
     out, manifest = made
-    assert corpus.make_digits(out, SMALL, progress=False)["cached"]
-    one = corpus.Options(1, 1, 1, 1, 1, 1, 1)
-    corpus.make_digits(tmp_path, one, workers=1, progress=False)
+    assert SMALL.make(out, progress=False)["cached"]
+    one = Digits(1, 1, 1, 1, 1, 1, 1)
+    one.make(tmp_path, workers=1, progress=False)
     for ending in ("dev/*/*/*.flac", "test/*/*/*.trans.txt"):
         next(tmp_path.glob(ending)).unlink()
-        again = corpus.make_digits(tmp_path, one, workers=1, progress=False)
+        again = one.make(tmp_path, workers=1, progress=False)
         assert not again["cached"]
-    assert corpus.make_digits(tmp_path, one, progress=False)["cached"]
+    assert one.make(tmp_path, progress=False)["cached"]
 
 
 def test_the_recipe_takes_the_layout(made):
@@ -116,18 +111,15 @@ def test_the_transcript_is_what_was_said(tmp_path, monkeypatch):
             return np.ones(16000)
 
     monkeypatch.setattr(corpus, "Espeak", Listener)
-    for speaker in corpus.plan_speakers(SMALL):
+    for speaker in SMALL.plan():
         said.clear()
-        corpus.write_speaker((tmp_path, speaker))
-        lines = []
-        for chapter in speaker.chapters:
-            place = (
-                tmp_path / chapter.split / speaker.name / str(chapter.number)
-            )
-            (path,) = place.glob("*.trans.txt")
-            lines += path.read_text().splitlines()
+        corpus.speak_one((SMALL, tmp_path, speaker))
+        transcripts = "".join(SMALL.lists([speaker]).values())
         heard = [text.replace(",", "").upper() for text in said]
-        assert [line.split(maxsplit=1)[1] for line in lines] == heard
+        audio = sorted(p.stem for p in tmp_path.rglob(f"{speaker.name}-*.flac"))
+        assert transcripts.splitlines() == [
+            f"{name} {text}" for name, text in zip(audio, heard, strict=True)
+        ]
 
 
 def test_voices_of_test_are_unseen(made):
@@ -141,20 +133,20 @@ def test_voices_of_test_are_unseen(made):
 
 
 def test_no_text_twice_and_no_voice_twice():
-    speakers = corpus.plan_speakers(corpus.Options())
-    texts = [t for s in speakers for c in s.chapters for t in c.texts]
+    speakers = Digits().plan()
+    chapters = [c for s in speakers for c in s.sessions]
+    texts = [text for c in chapters for text in c.values()]
     assert len(set(texts)) == len(texts)
     assert {len(text) for text in texts} == {3, 4, 5, 6}
-    assert {word for text in texts for word in text} == set(corpus.WORDS)
+    assert {word for text in texts for word in text} == set(WORDS)
     variants = [speaker.voice.split("+")[1] for speaker in speakers]
     assert len(set(variants)) == len(variants)
 
 
-def test_missing_library_is_said_in_one_sentence(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "espeakng_loader", None)
-    assert corpus.main([str(tmp_path / "out")]) == 1
-    message = capsys.readouterr().err
-    assert message.count("\n") == 1
-    assert message.startswith("make_digits: ")
-    assert "pip install 'sb_memeff[demo]'" in message
-    assert not (tmp_path / "out").exists()
+def test_a_line_about_the_corpus(made):
+    out, manifest = made
+    assert SMALL.describe({**manifest, "minutes": 40.4}) == (
+        "2 training and 2 unseen test speakers, 8 + 2 + 6 utterances "
+        "(train, dev, test), 40 min"
+    )
+    assert SMALL.describe({**manifest, "cached": True}).endswith(", cached")

@@ -5,7 +5,6 @@ Authors
 """
 
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -13,11 +12,10 @@ import pytest
 pytest.importorskip("espeakng_loader", reason="pip install sb_memeff[demo]")
 pytest.importorskip("scipy")
 
-import make_speakers as corpus
 import soundfile
-from voices import CorpusError
+from speakers_corpus import Speakers
 
-SMALL = corpus.Options(
+SMALL = Speakers(
     train_speakers=2,
     train_sessions=2,
     train_utterances=1,
@@ -31,7 +29,7 @@ SMALL = corpus.Options(
 def made(tmp_path_factory):
     """A small corpus: its folder and its manifest."""
     out = tmp_path_factory.mktemp("corpus") / "voices"
-    return out, corpus.make_speakers(out, SMALL, workers=2, progress=False)
+    return out, SMALL.make(out, workers=2, progress=False)
 
 
 def read_trials(out):
@@ -41,9 +39,7 @@ def read_trials(out):
 
 def test_same_options_make_the_same_bytes(made, tmp_path):
     out, manifest = made
-    again = corpus.make_speakers(
-        tmp_path / "again", SMALL, workers=1, progress=False
-    )
+    again = SMALL.make(tmp_path / "again", workers=1, progress=False)
     assert not manifest["cached"] and not again["cached"]
     assert manifest == again
     for path in out.rglob("*.*"):
@@ -54,22 +50,22 @@ def test_same_options_make_the_same_bytes(made, tmp_path):
 def test_second_run_takes_the_first_ones_files(made):
     out, manifest = made
     stamps = {p: p.stat().st_mtime_ns for p in out.rglob("*.wav")}
-    again = corpus.make_speakers(out, SMALL, progress=False)
+    again = SMALL.make(out, progress=False)
     assert again["cached"]
     assert again["audio_sha256"] == manifest["audio_sha256"]
     assert stamps == {p: p.stat().st_mtime_ns for p in out.rglob("*.wav")}
 
 
 def test_other_options_or_a_lost_file_make_it_anew(made, tmp_path):
-    one = corpus.Options(1, 1, 1, 1, 1, 1)
+    one = Speakers(1, 1, 1, 1, 1, 1)
     out = tmp_path / "voices"
-    first = corpus.make_speakers(out, one, workers=1, progress=False)
-    seeded = corpus.Options(1, 1, 1, 1, 1, 1, seed=1)
-    other = corpus.make_speakers(out, seeded, workers=1, progress=False)
+    first = one.make(out, workers=1, progress=False)
+    seeded = Speakers(1, 1, 1, 1, 1, 1, seed=1)
+    other = seeded.make(out, workers=1, progress=False)
     assert not other["cached"]
     assert other["audio_sha256"] != first["audio_sha256"]
     next(out.rglob("*.wav")).unlink()
-    repaired = corpus.make_speakers(out, seeded, workers=1, progress=False)
+    repaired = seeded.make(out, workers=1, progress=False)
     assert not repaired["cached"]
     assert repaired["audio_sha256"] == other["audio_sha256"]
 
@@ -104,31 +100,25 @@ def test_trials_are_of_unseen_speakers_and_two_sessions(made):
 
 
 def test_no_text_twice_and_no_voice_twice():
-    train, test = corpus.plan_speakers(corpus.Options())
+    speakers = Speakers().plan()
     texts = [
         sentence
-        for speaker in train + test
-        for session in speaker.texts
-        for pair in session
+        for speaker in speakers
+        for session in speaker.sessions
+        for pair in session.values()
         for sentence in pair
     ]
     assert len(set(texts)) == len(texts)
-    variants = [speaker.voice.split("+")[1] for speaker in train + test]
+    variants = [speaker.voice.split("+")[1] for speaker in speakers]
     assert len(set(variants)) == len(variants)
 
 
-def test_missing_library_is_said_in_one_sentence(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "espeakng_loader", None)
-    assert corpus.main([str(tmp_path / "out")]) == 1
-    message = capsys.readouterr().err
-    assert message.count("\n") == 1
-    assert "pip install 'sb_memeff[demo]'" in message
-    assert not (tmp_path / "out").exists()
-
-
-def test_options_out_of_range():
-    with pytest.raises(CorpusError, match="train_speakers must lie in"):
-        corpus.Options(train_speakers=1000)
+def test_a_line_about_the_corpus(made):
+    out, manifest = made
+    assert SMALL.describe(manifest).startswith(
+        "2 training and 2 unseen test speakers, 12 utterances, "
+        "24 trials (8 target), "
+    )
 
 
 def test_manifest_names_every_voice(made):

@@ -1,0 +1,72 @@
+"""Kernels of batch norm with ReLU.
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+import torch
+
+from sb_memeff.ops import norm_relu as plain
+from sb_memeff.ops.triton import norm_relu as kernels
+from tests.unittests.ops.kernel import Kernel, each
+
+EPS = 1e-5
+
+
+def _norm(g, dtype, samples, channels, frames, bands, last=False, padded=False):
+    """x, weight, bias, mean, variance, and padding."""
+    x = 2 + 3 * torch.randn(samples, channels, frames, bands, generator=g)
+    if last:
+        x = x.to(memory_format=torch.channels_last)
+    weight, bias = torch.randn(2, channels, generator=g)
+    padding = torch.rand(samples, 1, frames, 1, generator=g) < 0.3 * padded
+    mean, variance = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
+    return x.to(dtype), weight, bias, mean, variance, padding
+
+
+def _with_gradient(g, dtype, *shape):
+    x, *others = _norm(g, dtype, *shape)
+    return torch.randn(x.shape, generator=g).to(dtype), x, *others
+
+
+def _forward(module):
+    def call(*inputs):
+        *inputs, padding = inputs
+        padding = padding if padding.any() else None
+        dtype = inputs[0].dtype
+        return [module.norm_relu(*inputs, EPS, padding, dtype)]
+
+    return call
+
+
+def _backward(module):
+    def call(gradient, *inputs, of_batch):
+        *inputs, padding = inputs
+        padding = padding if padding.any() else None
+        # It may be overwritten.
+        gradient = gradient.clone()
+        return list(
+            module.norm_relu_backward(gradient, *inputs, EPS, padding, of_batch)
+        )
+
+    return call
+
+
+SHAPES = [
+    (1, 1, 1, 1),
+    (2, 3, 5, 7),
+    (3, 40, 6, 9, True),
+    (2, 5, 31, 20, False, True),
+    (2, 33, 13, 20, True, True),
+]
+NORM_RELU = Kernel(
+    _forward(kernels), _forward(plain), _norm, SHAPES, each(1e-6, 5e-4, 8e-3)
+)
+NORM_RELU_BACKWARD = Kernel(
+    _backward(kernels),
+    _backward(plain),
+    _with_gradient,
+    SHAPES[1:],
+    each(2e-6, 5e-4, 8e-3),
+    [{"of_batch": False}, {"of_batch": True}],
+)

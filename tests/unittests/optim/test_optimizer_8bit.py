@@ -1,0 +1,32 @@
+"""A step: how much it unpacks at a time.
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+import torch
+from torch import nn
+
+from sb_memeff.memory.tracker import StorageTracker
+from sb_memeff.optim import optimizer_8bit
+from tests.unittests.optim.optimizers import each_class
+
+
+@each_class
+def test_a_step_holds_few_unpacked_states_at_a_time(kind, monkeypatch):
+    """Of one parameter, if a chunk holds no more; not those of all."""
+    peaks = []
+    weights = [nn.Parameter(torch.randn(64, 1024)) for _ in range(8)]
+    for values in (1 << 16, 1 << 30):
+        monkeypatch.setattr(optimizer_8bit, "CHUNK", values)
+        optimizer = kind.make(weights, foreach=False)
+        for p in weights:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        known = [*weights, *(p.grad for p in weights)]
+        with StorageTracker(but=known) as tracker:
+            optimizer.step()
+        peaks.append(tracker.peak)
+    moments = optimizer.state[weights[0]].keys() & optimizer.signed.keys()
+    unpacked = 4 * len(moments) * weights[0].numel()
+    assert peaks[1] - peaks[0] > 5 * unpacked
