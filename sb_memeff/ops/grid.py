@@ -27,7 +27,7 @@ def round_to_grid(
     bits : int
         Bits after the binary point.
     summaries : Summaries, optional
-        Where a kernel leaves the summary of the result.
+        A kernel stores the summary of the result in it.
 
     Returns
     -------
@@ -40,7 +40,7 @@ def round_to_grid(
     tensor([0.5000, 0.5000])
     """
     if runs_fused(x):
-        # To copy the half of a tensor is cheaper than the plain form.
+        # Copying half a tensor takes less time than the plain form.
         x = x if is_dense(x) else x.clone()
         if is_dense(x):
             rounded = torch.empty_like(x, dtype=torch.float32)
@@ -68,7 +68,7 @@ def add_on_grid(
     bits : int
         Bits after the binary point.
     summaries : Summaries, optional
-        Where a kernel leaves the summary of the result.
+        A kernel stores the summary of the result in it.
 
     Returns
     -------
@@ -108,7 +108,7 @@ def subtract_on_grid(
     bits : int
         Bits after the binary point.
     summaries : Summaries, optional
-        Where a kernel leaves the summary of the result.
+        A kernel stores the summary of the result in it.
     overwrite : bool
         Put the result where the stream is.
 
@@ -134,7 +134,7 @@ def subtract_on_grid(
 
 
 def _are_fused(stream: torch.Tensor, increment: torch.Tensor) -> bool:
-    """Whether a kernel may walk through both in the order of memory."""
+    """Whether values at the same position in memory belong together."""
     return (
         runs_fused(stream, increment)
         and stream.dtype == torch.float32

@@ -1,7 +1,4 @@
-"""Summaries of tensors: their largest magnitude, and a checksum.
-
-Both are integers whose order does not matter, so they are the same for any
-number of threads, any device and any layout.
+"""Summaries of tensors: the largest magnitude and a checksum.
 
 Authors
  * The sb_memeff authors 2026
@@ -23,16 +20,16 @@ _INTEGER_OF_SIZE = {
     4: torch.int32,
     8: torch.int64,
 }
-# Rows of a table, which one launch fills with zeros; and the integers of a row,
-# 16 bytes, so that Triton compiles no kernel twice.
+# Rows of a table, which one launch fills with zeros; and integers of a row. A row
+# has 16 bytes, because Triton compiles a kernel again for another alignment.
 ROWS, ALIGNED = 256, 4
 
 
 def checksum(tensor: torch.Tensor) -> torch.Tensor:
-    """Sums the bits of a tensor as integers, which wrap around.
+    """Sums the bits of a tensor as integers, with wrap-around.
 
-    The order of the sum does not matter, so it is the same for any number of
-    threads, any device and any layout.
+    The order of summation does not matter, so the result is the same for any
+    number of threads, any device and any layout.
 
     Arguments
     ---------
@@ -89,7 +86,7 @@ def is_dense(x: torch.Tensor) -> bool:
 
 
 class TensorSummary(NamedTuple):
-    """Scalars that summarise a float32 tensor, on its device."""
+    """Two scalars on the device of a float32 tensor."""
 
     # float32; NaN if there is one.
     largest_magnitude: torch.Tensor
@@ -98,10 +95,10 @@ class TensorSummary(NamedTuple):
 
 
 class Summaries:
-    """Summaries of float32 tensors, by tensor.
+    """Summaries of float32 tensors.
 
-    A kernel that computes a tensor finds its summary without reading it again,
-    and leaves it here.
+    A kernel that writes a tensor also computes its summary, at no further pass
+    over memory, and stores it here.
 
     Example
     -------
@@ -110,12 +107,12 @@ class Summaries:
     """
 
     def __init__(self):
-        # With the version of the tensor. Tensors are not kept alive.
+        # By tensor, which is not kept alive: its version and its summary.
         self._known: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._rows: Iterator[tuple[torch.Tensor, TensorSummary]] = iter(())
 
     def of(self, x: torch.Tensor) -> TensorSummary:
-        """The summary of a tensor, computed if it is not known.
+        """Returns the summary of a tensor, computed if it is not known.
 
         Arguments
         ---------
@@ -139,7 +136,7 @@ class Summaries:
         return summary
 
     def checksum(self, x: torch.Tensor) -> torch.Tensor:
-        """The checksum of a tensor, computed if it is not known.
+        """Returns the checksum of a tensor, computed if it is not known.
 
         Arguments
         ---------
@@ -155,7 +152,7 @@ class Summaries:
         return checksum(x) if summary is None else summary.checksum
 
     def _found(self, x: torch.Tensor) -> TensorSummary | None:
-        """The summary that is known, or that a kernel finds."""
+        """The summary if it is known or a kernel can compute it."""
         version, summary = self._known.get(x, (None, None))
         if version == x._version:
             return summary
@@ -169,19 +166,19 @@ class Summaries:
         return summary
 
     def new(self, device: torch.device) -> tuple[torch.Tensor, TensorSummary]:
-        """A summary of nothing, for a kernel to complete.
+        """Makes an empty summary for a kernel to fill.
 
         Arguments
         ---------
         device : torch.device
-            Always the same one.
+            Device of the tensors; the same in all calls.
 
         Returns
         -------
         tuple
-            Zeros, int32, in which a kernel raises the first one to the bits of
-            the largest magnitude, and adds the checksum to the second; and the
-            summary that they are.
+            A row of zeros, int32, and the summary, which is a view of it. In
+            the row, a kernel raises the first value to the bits of the largest
+            magnitude and adds the checksum to the second.
         """
         row = next(self._rows, None)
         if row is None:
@@ -195,7 +192,7 @@ class Summaries:
         return row
 
     def put(self, x: torch.Tensor, summary: TensorSummary) -> None:
-        """Keeps the summary of a tensor until one of the two changes.
+        """Stores the summary of a tensor, until the tensor changes.
 
         Arguments
         ---------

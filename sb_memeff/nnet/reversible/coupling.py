@@ -31,8 +31,8 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 class ValueEvaluator(Protocol):
     """Evaluates the functions of a block.
 
-    ``add`` and ``subtract`` do in one pass over memory, where a kernel can, what
-    the sum or difference with a ``value`` does in two.
+    ``add`` and ``subtract`` equal a sum or difference with ``value``, in one
+    pass over memory where there is a kernel.
     """
 
     def value(self, function: str, stream: torch.Tensor) -> torch.Tensor:
@@ -95,7 +95,7 @@ class ValueEvaluator(Protocol):
         return stream - self.value(function, given)
 
 
-# Of the gradient of an increment, to that of the stream it was computed from.
+# Maps the gradient of an increment to that of the stream it depends on.
 Pullback = Callable[[torch.Tensor], torch.Tensor]
 
 

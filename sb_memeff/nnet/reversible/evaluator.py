@@ -317,6 +317,7 @@ class ReplayingEvaluator(Evaluator):
     ) -> tuple[torch.Tensor, Pullback]:
         """See ``VjpEvaluator.subtract_vjp``."""
         increment, pullback = self._increment_vjp(function, given)
+        # Overwrite the stream only if nothing else refers to its memory.
         alone = _use_count(stream) == _use_count(torch.empty(0))
         return self.format.subtract(stream, increment, alone), pullback
 
@@ -327,8 +328,8 @@ class ReplayingEvaluator(Evaluator):
         stream = stream.detach().requires_grad_()
         with torch.enable_grad():
             increment = self._increment(function, stream)
-        # The pullback needs the graph of the increment, not its storage; and
-        # the stream until it was called.
+        # The pullback needs the graph of the increment, not its storage. It
+        # releases the stream when it is called.
         held = [(_Graph.of(increment), stream)]
 
         def pullback(gradient: torch.Tensor) -> torch.Tensor:
@@ -454,10 +455,10 @@ class _Graph(NamedTuple):
 
 
 def _use_count(x: torch.Tensor) -> int:
-    """How many tensors and savers of tensors share the storage of one.
+    """Number of references to the storage of a tensor.
 
-    Among them may be what a hook of a function keeps of its input, and what
-    autograd has saved for another backward pass.
+    A hook may keep the input of a function, and autograd saves streams for
+    another backward pass.
     """
     return torch._C._storage_Use_Count(x.untyped_storage()._cdata)
 

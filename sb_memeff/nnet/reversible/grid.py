@@ -33,7 +33,7 @@ class StreamFormat:
     axis : int
         The dimension of a tensor that is split into two streams.
     summaries : Summaries, optional
-        Where kernels leave the summaries of the streams that they compute.
+        Kernels store the summaries of the streams that they write in it.
     """
 
     module_dtype: torch.dtype
@@ -56,7 +56,7 @@ class StreamFormat:
         x : torch.Tensor
             Any shape, floating point.
         summaries : Summaries, optional
-            Where a kernel leaves the summary of the result.
+            A kernel stores the summary of the result in it.
 
         Returns
         -------
@@ -88,7 +88,7 @@ class StreamFormat:
             A new tensor in the dtype of the streams.
         """
         if self.grid_bits is None or _needs_graph(stream, increment):
-            # Of the same name, so that the increment itself is freed.
+            # Rebinds the name, so that the increment is freed before the sum.
             increment = self.on_grid(increment)
             return stream + increment
         increment = self._widened(increment)

@@ -58,13 +58,13 @@ class StreamGuard(Observer):
     def forward_begins(
         self, names: list[str], streams: list[torch.Tensor]
     ) -> None:
-        """Summarises the streams before the first block."""
+        """Summarizes the streams before the first block."""
         self._names = names
         if names:
             self._see(names[0], 0, streams)
 
     def block_computed(self, name: str, streams: list[torch.Tensor]) -> None:
-        """Summarises the streams before the next block."""
+        """Summarizes the streams before the next block."""
         self._see(name, self._names.index(name) + 1, streams)
 
     def backward_begins(self) -> None:
@@ -123,7 +123,7 @@ class StreamGuard(Observer):
         report_mismatches(differ, message)
 
     def _see(self, name: str, index: int, streams: list[torch.Tensor]) -> None:
-        """Summarises the streams before a block, which another has computed."""
+        """Summarizes the streams that a block computed for the next one."""
         if self.grid_bits is not None:
             self._reached += [
                 (name, self.summaries.of(x).largest_magnitude) for x in streams

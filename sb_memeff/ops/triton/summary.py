@@ -17,12 +17,12 @@ BLOCK = 2048
 
 @triton.jit
 def add_to_summary(x, inside, summary_ptr):
-    """Takes the values of one program into account."""
+    """Adds the values of one program to a summary."""
     bits = tl.where(inside, x.to(tl.int32, bitcast=True), 0)
-    # Without the sign, the bits are in the order of the magnitudes.
+    # Without the sign, bits are in the order of magnitudes, and NaN is last.
     largest = tl.max(bits & 0x7FFFFFFF, 0)
     tl.atomic_max(summary_ptr, largest, sem="relaxed")
-    # It wraps around at the end only, since the interpreter refuses to before.
+    # In int64, because the interpreter raises an error where int32 overflows.
     total = tl.sum(bits.to(tl.int64), 0).to(tl.int32)
     tl.atomic_add(summary_ptr + 1, total, sem="relaxed")
 
@@ -43,7 +43,7 @@ def summarize(x: torch.Tensor, summary: torch.Tensor) -> None:
     x : torch.Tensor
         float32; its values are adjacent in memory.
     summary : torch.Tensor
-        [2], int32: the bits of the largest magnitude, and the checksum.
+        int32: the bits of the largest magnitude, the checksum.
     """
     if x.numel():
         grid = (triton.cdiv(x.numel(), BLOCK),)
