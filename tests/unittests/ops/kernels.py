@@ -7,6 +7,7 @@ Authors
 from tests.unittests.ops.grid_kernel import ROUND_TO_GRID
 from tests.unittests.ops.kernels_8bit import QUANTIZE, step_of
 from tests.unittests.ops.norm_relu_kernels import (
+    BATCH_STATISTICS,
     NORM_RELU,
     NORM_RELU_BACKWARD,
 )
@@ -26,6 +27,7 @@ KERNELS = {
     "join": JOIN,
     "add_input_gradients": ADD_INPUT_GRADIENTS,
     "round_to_grid": ROUND_TO_GRID,
+    "batch_statistics": BATCH_STATISTICS,
     "norm_relu": NORM_RELU,
     "norm_relu_backward": NORM_RELU_BACKWARD,
     "quantize": QUANTIZE,
