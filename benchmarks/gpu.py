@@ -278,6 +278,7 @@ def tests():
             "4",
             "tests/unittests/ops",
             "tests/unittests/nnet/transducer/test_sum_joint.py",
+            "tests/unittests/nnet/test_norm_relu_conv.py",
             seconds=90,
         ),
     )

@@ -11,7 +11,11 @@ from torch import nn
 
 from sb_memeff.nnet.padding import mask
 from sb_memeff.nnet.replay.kept import keep
-from sb_memeff.ops.norm_relu import norm_relu, norm_relu_backward
+from sb_memeff.ops.norm_relu import (
+    batch_statistics,
+    norm_relu,
+    norm_relu_backward,
+)
 from sb_memeff.utils.hooks import are_watched
 
 __all__ = ["norm_relu_conv"]
@@ -111,13 +115,12 @@ def _batch_statistics(
     running = norm.training and norm.track_running_stats
     if running and norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
-    mean, variance = torch.batch_norm_update_stats(
+    return batch_statistics(
         x,
         norm.running_mean if running else None,
         norm.running_var if running else None,
         cast(float, norm.momentum),
     )
-    return mean, variance
 
 
 def _laid_out_like(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

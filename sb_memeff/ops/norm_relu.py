@@ -11,7 +11,64 @@ import torch
 
 from sb_memeff.ops.dispatch import runs_fused
 
-__all__ = ["normalize", "norm_relu", "norm_relu_backward"]
+__all__ = [
+    "batch_statistics",
+    "normalize",
+    "norm_relu",
+    "norm_relu_backward",
+]
+
+
+def batch_statistics(
+    x: torch.Tensor,
+    running_mean: torch.Tensor | None,
+    running_variance: torch.Tensor | None,
+    momentum: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and variance of each channel; updates running ones in place.
+
+    Arguments
+    ---------
+    x : torch.Tensor
+        [N, C, T, F], more than one value for each channel.
+    running_mean : torch.Tensor or None
+        [C].
+    running_variance : torch.Tensor or None
+        [C]; it is updated with the unbiased variance, as in BatchNorm2d.
+    momentum : float
+        The weight of this batch.
+
+    Returns
+    -------
+    tuple of torch.Tensor
+        [C] each, float32 at least: mean and biased variance.
+
+    Example
+    -------
+    >>> x = torch.tensor([[[[1.0, 3.0]]]])
+    >>> running = torch.zeros(1), torch.ones(1)
+    >>> batch_statistics(x, *running, momentum=0.5)
+    (tensor([2.]), tensor([1.]))
+    >>> running
+    (tensor([1.]), tensor([1.5000]))
+    """
+    running = running_mean, running_variance
+    if _is_fused(x, *(r for r in running if r is not None)):
+        from sb_memeff.ops.triton import norm_relu as kernels
+
+        return kernels.batch_statistics(x, *running, momentum)
+    # Statistics have the dtype of the running ones; where there are none, that
+    # of x.
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    wide = [
+        x.new_zeros(x.shape[1], dtype=dtype) if r is None else r.to(dtype)
+        for r in running
+    ]
+    mean, variance = torch.batch_norm_update_stats(x, *wide, momentum)
+    for before, now in zip(running, wide, strict=True):
+        if before is not None and now is not before:
+            before.copy_(now)
+    return mean, variance
 
 
 def normalize(

@@ -192,12 +192,12 @@ class SpaceToDepth(Invertible):
         shape: tuple[int, ...],
     ) -> tuple[Pair, Pair]:
         """Up-samples the streams and their gradients."""
-        y1, y2 = y
-        d1, d2 = dy
-        return (
-            (self.upsample(y1, shape), self.upsample(y2, shape)),
-            (self.upsample(d1, shape), self.upsample(d2, shape)),
-        )
+        # Each is freed before the next one is made.
+        x1 = self.upsample(y.pop(0), shape)
+        x2 = self.upsample(y.pop(0), shape)
+        d1 = self.upsample(dy.pop(0), shape)
+        d2 = self.upsample(dy.pop(0), shape)
+        return (x1, x2), (d1, d2)
 
 
 def _is_exported() -> bool:

@@ -10,12 +10,14 @@ import triton.language as tl
 
 from sb_memeff.ops.triton.launch import launch
 
-__all__ = ["norm_relu", "norm_relu_backward"]
+__all__ = ["batch_statistics", "norm_relu", "norm_relu_backward"]
 
 # Values of a tile; channels that lie next to one another.
 TILE, CHANNELS = 1024, 32
 # Programs that add up a gradient of the channels.
 SPLITS = 256
+# Channels whose statistics a program puts together.
+COMBINED = 8
 
 
 @triton.jit
@@ -43,6 +45,108 @@ def _locate(
     offset += channel[None, :] * channel_stride
     has = (position < positions)[:, None] & (channel < channels)[None, :]
     return sample, start, position, channel, offset, has
+
+
+@triton.jit
+def _collect(
+    x_ptr,
+    partial_ptr,
+    samples,
+    positions,
+    channels,
+    bands,
+    sample_stride,
+    position_stride,
+    channel_stride,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """Count, mean and sum of squared deviations, by channel and program.
+
+    Tiles are added with the formula of Chan et al. (1983): no difference of
+    large sums.
+    """
+    count = 0.0
+    mean = tl.zeros((CHANNELS,), tl.float32)
+    squares = tl.zeros((CHANNELS,), tl.float32)
+    splits = tl.num_programs(0)
+    tiles = samples * tl.cdiv(positions, ROWS)
+    for step in range(tl.cdiv(tiles, splits)):
+        _, start, position, _, offset, has = _locate(
+            tl.program_id(0) + step * splits,
+            positions,
+            channels,
+            sample_stride,
+            position_stride,
+            channel_stride,
+            ROWS,
+            CHANNELS,
+        )
+        has = has & (tl.program_id(0) + step * splits < tiles)
+        x = tl.load(x_ptr + start + offset, mask=has, other=0.0)
+        x = x.to(tl.float32)
+        real = (position < positions) & (
+            tl.program_id(0) + step * splits < tiles
+        )
+        size = tl.sum(real.to(tl.float32), 0)
+        mean_here = tl.sum(x, 0) / tl.maximum(size, 1.0)
+        distance = tl.where(has, x - mean_here[None, :], 0.0)
+        total = count + size
+        share = size / tl.maximum(total, 1.0)
+        shift = mean_here - mean
+        squares += (
+            tl.sum(distance * distance, 0) + shift * shift * count * share
+        )
+        mean += shift * share
+        count = total
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    inside = channel < channels
+    out = partial_ptr + tl.program_id(0) * channels + channel
+    tl.store(out, mean, mask=inside)
+    tl.store(out + splits * channels, squares, mask=inside)
+    tl.store(out + 2 * splits * channels, mean * 0 + count, mask=inside)
+
+
+@triton.jit
+def _combine(
+    partial_ptr,
+    mean_ptr,
+    variance_ptr,
+    running_mean_ptr,
+    running_variance_ptr,
+    splits,
+    channels,
+    momentum,
+    HAS_RUNNING: tl.constexpr,
+    SPLITS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """Statistics of a batch from those of programs, in a fixed order."""
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    split = tl.arange(0, SPLITS)
+    inside = channel < channels
+    has = (split < splits)[:, None] & inside[None, :]
+    at = partial_ptr + split[:, None] * channels + channel[None, :]
+    plane = splits * channels
+    means = tl.load(at, mask=has, other=0.0)
+    squares = tl.load(at + plane, mask=has, other=0.0)
+    counts = tl.load(at + 2 * plane, mask=has, other=0.0)
+    count = tl.maximum(tl.sum(counts, 0), 1.0)
+    mean = tl.sum(means * counts, 0) / count
+    shift = tl.where(has, means - mean[None, :], 0.0)
+    squares = tl.sum(squares + counts * shift * shift, 0)
+    tl.store(mean_ptr + channel, mean, mask=inside)
+    tl.store(variance_ptr + channel, squares / count, mask=inside)
+    if HAS_RUNNING:
+        at = running_mean_ptr + channel
+        before = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        now = momentum * mean + (1 - momentum) * before
+        tl.store(at, now.to(at.dtype.element_ty), mask=inside)
+        at = running_variance_ptr + channel
+        before = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        unbiased = squares / (count - 1)
+        now = momentum * unbiased + (1 - momentum) * before
+        tl.store(at, now.to(at.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -300,6 +404,38 @@ def _tiling(
         {"ROWS": rows, "CHANNELS": width},
         (samples, positions, channels, bands, *strides),
     )
+
+
+def batch_statistics(
+    x: torch.Tensor,
+    running_mean: torch.Tensor | None,
+    running_variance: torch.Tensor | None,
+    momentum: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See ``sb_memeff.ops.norm_relu.batch_statistics``."""
+    (tiles, across), tile, sizes = _tiling(x)
+    splits, channels = min(SPLITS, tiles), x.shape[1]
+    partial = x.new_empty(3, splits, channels, dtype=torch.float32)
+    mean = x.new_empty(channels, dtype=torch.float32)
+    variance = torch.empty_like(mean)
+    launch(_collect, (splits, across), x, partial, *sizes, **tile)
+    launch(
+        _combine,
+        (triton.cdiv(channels, COMBINED),),
+        partial,
+        mean,
+        variance,
+        # Any pointers, since they are not read.
+        mean if running_mean is None else running_mean,
+        mean if running_variance is None else running_variance,
+        splits,
+        channels,
+        float(momentum),
+        HAS_RUNNING=running_mean is not None,
+        SPLITS=triton.next_power_of_2(splits),
+        CHANNELS=COMBINED,
+    )
+    return mean, variance
 
 
 def norm_relu(

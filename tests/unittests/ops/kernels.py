@@ -12,6 +12,7 @@ from tests.unittests.ops.grid_kernels import (
 )
 from tests.unittests.ops.kernels_8bit import QUANTIZE, step_of
 from tests.unittests.ops.norm_relu_kernels import (
+    BATCH_STATISTICS,
     NORM_RELU,
     NORM_RELU_BACKWARD,
 )
@@ -34,6 +35,7 @@ KERNELS = {
     "add_on_grid": ADD_ON_GRID,
     "subtract_on_grid": SUBTRACT_ON_GRID,
     "summarize": SUMMARIZE,
+    "batch_statistics": BATCH_STATISTICS,
     "norm_relu": NORM_RELU,
     "norm_relu_backward": NORM_RELU_BACKWARD,
     "quantize": QUANTIZE,

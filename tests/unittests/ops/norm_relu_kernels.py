@@ -52,6 +52,24 @@ def _backward(module):
     return call
 
 
+def _far_from_zero(g, dtype, samples, channels, frames, bands, last=False):
+    """x, where a sum of squares would lose the variance; running statistics."""
+    x = torch.randn(samples, channels, frames, bands, generator=g)
+    x = 300 * torch.randn(channels, 1, 1, generator=g) + x
+    if last:
+        x = x.to(memory_format=torch.channels_last)
+    return x.to(dtype), *torch.rand(2, channels, generator=g)
+
+
+def _statistics(module):
+    def call(x, mean, variance, tracked):
+        running = (mean.clone(), variance.clone()) if tracked else (None, None)
+        found = module.batch_statistics(x, *running, 0.3)
+        return [*found, *(running if tracked else ())]
+
+    return call
+
+
 SHAPES = [
     (1, 1, 1, 1),
     (2, 3, 5, 7),
@@ -69,4 +87,20 @@ NORM_RELU_BACKWARD = Kernel(
     SHAPES[1:],
     each(2e-6, 5e-4, 8e-3),
     [{"of_batch": False}, {"of_batch": True}],
+)
+BATCH_STATISTICS = Kernel(
+    _statistics(kernels),
+    _statistics(plain),
+    _far_from_zero,
+    [
+        (1, 1, 1, 2),
+        (2, 3, 5, 7),
+        (3, 40, 6, 9, True),
+        (2, 5, 31, 40),
+        (300, 3, 8, 4, True),
+        (300, 3, 7, 5),
+    ],
+    # Of half precision too: sums are float32. Means are 300 deviations.
+    each(1e-5, 1e-5, 1e-5),
+    [{"tracked": False}, {"tracked": True}],
 )

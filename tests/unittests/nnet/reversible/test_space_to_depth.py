@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from sb_memeff.memory.fake import fake_tensors
+from sb_memeff.memory.tracker import StorageTracker
 from sb_memeff.nnet.reversible.layout import split_streams
 from sb_memeff.nnet.reversible.space_to_depth import SpaceToDepth
 
@@ -47,7 +49,7 @@ def test_space_to_depth_gradient_is_its_inverse():
     (dx,) = torch.autograd.grad(y, x, dy)
     streams = split_streams(dy)
     shape = split_streams(x)[0].shape
-    _, ours = down.backward_streams(streams, streams, None, shape)
+    _, ours = down.backward_streams(list(streams), list(streams), None, shape)
     assert torch.equal(torch.cat(ours, 1), dx)
 
 
@@ -70,3 +72,14 @@ def test_an_exported_space_to_depth_takes_odd_and_even_sizes():
         x = torch.rand(1, 4, size, 6)
         for exported in (program.module(), traced):
             assert torch.equal(exported(x), down(x))
+
+
+def test_backward_holds_one_stream_twice_at_a_time():
+    """Both streams and both gradients, and one that is made."""
+    size = 4 * 2 * 8 * 40 * 40
+    with fake_tensors(), StorageTracker() as tracker:
+        streams = [torch.zeros(2, 32, 20, 20) for _ in range(4)]
+        y, dy = streams[:2], streams[2:]
+        del streams
+        SpaceToDepth(2).backward_streams(y, dy, None, (2, 8, 40, 40))
+    assert tracker.peak == 5 * size
