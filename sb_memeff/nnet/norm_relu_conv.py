@@ -113,13 +113,12 @@ def _batch_statistics(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and variance of a batch; running ones are brought up to date."""
     running = norm.training and norm.track_running_stats
-    if running and norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
     return batch_statistics(
         x,
         norm.running_mean if running else None,
         norm.running_var if running else None,
         cast(float, norm.momentum),
+        norm.num_batches_tracked if running else None,
     )
 
 

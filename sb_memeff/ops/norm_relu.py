@@ -24,6 +24,7 @@ def batch_statistics(
     running_mean: torch.Tensor | None,
     running_variance: torch.Tensor | None,
     momentum: float,
+    batches: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and variance of each channel; updates running ones in place.
 
@@ -37,6 +38,8 @@ def batch_statistics(
         [C]; it is updated with the unbiased variance, as in BatchNorm2d.
     momentum : float
         The weight of this batch.
+    batches : torch.Tensor, optional
+        The number of batches; 1 is added in place.
 
     Returns
     -------
@@ -56,16 +59,20 @@ def batch_statistics(
     if _is_fused(x, *(r for r in running if r is not None)):
         from sb_memeff.ops.triton import norm_relu as kernels
 
-        return kernels.batch_statistics(x, *running, momentum)
+        return kernels.batch_statistics(x, *running, momentum, batches)
+    if batches is not None:
+        batches.add_(1)
     # Statistics have the dtype of the running ones; where there are none, that
     # of x.
     dtype = torch.promote_types(x.dtype, torch.float32)
-    wide = [
+    wide_mean, wide_variance = (
         x.new_zeros(x.shape[1], dtype=dtype) if r is None else r.to(dtype)
         for r in running
-    ]
-    mean, variance = torch.batch_norm_update_stats(x, *wide, momentum)
-    for before, now in zip(running, wide, strict=True):
+    )
+    mean, variance = torch.batch_norm_update_stats(
+        x, wide_mean, wide_variance, momentum
+    )
+    for before, now in zip(running, (wide_mean, wide_variance), strict=True):
         if before is not None and now is not before:
             before.copy_(now)
     return mean, variance

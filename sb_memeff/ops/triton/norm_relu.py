@@ -114,10 +114,12 @@ def _combine(
     variance_ptr,
     running_mean_ptr,
     running_variance_ptr,
+    batches_ptr,
     splits,
     channels,
     momentum,
     HAS_RUNNING: tl.constexpr,
+    HAS_BATCHES: tl.constexpr,
     SPLITS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
@@ -137,6 +139,9 @@ def _combine(
     squares = tl.sum(squares + counts * shift * shift, 0)
     tl.store(mean_ptr + channel, mean, mask=inside)
     tl.store(variance_ptr + channel, squares / count, mask=inside)
+    if HAS_BATCHES:
+        if tl.program_id(0) == 0:
+            tl.store(batches_ptr, tl.load(batches_ptr) + 1)
     if HAS_RUNNING:
         at = running_mean_ptr + channel
         before = tl.load(at, mask=inside, other=0.0).to(tl.float32)
@@ -411,6 +416,7 @@ def batch_statistics(
     running_mean: torch.Tensor | None,
     running_variance: torch.Tensor | None,
     momentum: float,
+    batches: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See ``sb_memeff.ops.norm_relu.batch_statistics``."""
     (tiles, across), tile, sizes = _tiling(x)
@@ -428,10 +434,12 @@ def batch_statistics(
         # Any pointers, since they are not read.
         mean if running_mean is None else running_mean,
         mean if running_variance is None else running_variance,
+        mean if batches is None else batches,
         splits,
         channels,
         float(momentum),
         HAS_RUNNING=running_mean is not None,
+        HAS_BATCHES=batches is not None,
         SPLITS=triton.next_power_of_2(splits),
         CHANNELS=COMBINED,
     )

@@ -63,9 +63,12 @@ def _far_from_zero(g, dtype, samples, channels, frames, bands, last=False):
 
 def _statistics(module):
     def call(x, mean, variance, tracked):
-        running = (mean.clone(), variance.clone()) if tracked else (None, None)
-        found = module.batch_statistics(x, *running, 0.3)
-        return [*found, *(running if tracked else ())]
+        if not tracked:
+            return list(module.batch_statistics(x, None, None, 0.3))
+        running = mean.clone(), variance.clone()
+        batches = torch.tensor(6, device=x.device)
+        found = module.batch_statistics(x, *running, 0.3, batches)
+        return [*found, *running, batches]
 
     return call
 
