@@ -36,7 +36,7 @@ VALUES = {
 }
 
 
-@dataclass
+@dataclass(frozen=True)
 class Quantized8bit:
     """A tensor in 8 bits.
 

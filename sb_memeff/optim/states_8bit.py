@@ -228,13 +228,6 @@ class States8bit(torch.optim.Optimizer):
             for name, value in state.items()
         }
 
-    def _quantized(
-        self, params: list[torch.Tensor], name: str
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Codes and maxima of one state of several parameters."""
-        states = [self.state[p][name] for p in params]
-        return [x.codes for x in states], [x.absmax for x in states]
-
     def state_bytes(self) -> int:
         """Counts the bytes of all states; 0 before the first step.
 

@@ -157,11 +157,11 @@ def test_states_of_another_kind_with_the_same_settings():
     saved = through_a_file(optimizer.state_dict())
     for state in saved["state"].values():
         state["sum"] = state["exp_avg_sq"]
-    assert_refused(optimizer, saved, "holds the states.*'sum'.*of parameter 0")
+    assert_refused(optimizer, saved, "has the states.*'sum'.*of parameter 0")
     saved = through_a_file(optimizer.state_dict())
     for state in saved["state"].values():
         del state["exp_avg_sq"]
-    assert_refused(optimizer, saved, "holds the states.*of parameter 0, not")
+    assert_refused(optimizer, saved, "has the states.*of parameter 0, not")
     saved = through_a_file(optimizer.state_dict())
     for name in ("amsgrad", "foreach"):
         del saved["param_groups"][0][name]
