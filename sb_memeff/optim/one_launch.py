@@ -141,7 +141,7 @@ class OneLaunch:
             packed = [isinstance(x, Quantized8bit) for x in values]
             pairs = list(zip(values, packed))
             rows.append([x.codes if is_8bit else x for x, is_8bit in pairs])
-            rows.append([x.absmax if is_8bit else None for x, is_8bit in pairs])
+            rows.append([x.scales if is_8bit else None for x, is_8bit in pairs])
         self.table = Table(rows)
         self._tensors = [x for row in rows for x in row if x is not None]
         if self.steps is not None:

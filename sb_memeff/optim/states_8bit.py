@@ -194,12 +194,12 @@ class States8bit(torch.optim.Optimizer):
         return self._codebooks[key]
 
     def _packed(
-        self, name: str, value: torch.Tensor, maxima: torch.Tensor | None = None
+        self, name: str, value: torch.Tensor, scales: torch.Tensor | None = None
     ) -> Quantized8bit:
         codebook = self._codebook(name, value.device)
-        if maxima is not None:
-            packed = codebook.requantize(value, maxima)
-            # The maxima are stale if torch's class has trained in between.
+        if scales is not None:
+            packed = codebook.requantize(value, scales)
+            # The scales are stale if torch's class has trained in between.
             if torch.equal(codebook.dequantize(packed), value):
                 return packed
         return codebook.quantize(value)

@@ -171,7 +171,7 @@ def adam_8bit(
     Arguments
     ---------
     table : Table
-        Rows: parameters; first moments or their codes; maxima of the blocks of
+        Rows: parameters; first moments or their codes; scales of the blocks of
         codes, as in ``ops.blocks_8bit.Quantized8bit``; two such rows for the
         second moments and, with amsgrad, for the largest second moments.
         Parameters and moments are float32 and contiguous.

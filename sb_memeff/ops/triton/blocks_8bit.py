@@ -1,7 +1,7 @@
 """Quantized blocks of 256 values, for many tensors in one launch.
 
 In a table (``table``), a state has two rows of addresses: of its codes and of its
-blocks' maxima. If the second one is 0, the state is in float32.
+blocks' scales. If the second one is 0, the state is in float32.
 
 Authors
  * The sb_memeff authors 2026
@@ -33,13 +33,13 @@ def load_state(
     the state's two rows.
     """
     address = tl.load(states_ptr)
-    maxima_address = tl.load(states_ptr + tensors)
-    if maxima_address != 0:
+    scales_address = tl.load(states_ptr + tensors)
+    if scales_address != 0:
         codes = pointer_of(address, tl.uint8, ALIGNED)
         code = tl.load(codes + value, mask=has_value, other=0).to(tl.int32)
-        maxima = pointer_of(maxima_address, tl.float32, False)
-        largest = tl.load(maxima + block, mask=has_block, other=0.0)
-        x = tl.load(values_ptr + code) * largest[:, None]
+        scales = pointer_of(scales_address, tl.float32, False)
+        scale = tl.load(scales + block, mask=has_block, other=0.0)
+        x = tl.load(values_ptr + code) * scale[:, None]
     else:
         pointer = pointer_of(address, tl.float32, ALIGNED)
         x = tl.load(pointer + value, mask=has_value, other=0.0)
@@ -61,12 +61,12 @@ def store_state(
 ):
     """Stores values where ``load_state`` reads them."""
     address = tl.load(states_ptr)
-    maxima_address = tl.load(states_ptr + tensors)
-    if maxima_address != 0:
+    scales_address = tl.load(states_ptr + tensors)
+    if scales_address != 0:
         _store_quantized(
             x,
             pointer_of(address, tl.uint8, ALIGNED),
-            pointer_of(maxima_address, tl.float32, False),
+            pointer_of(scales_address, tl.float32, False),
             middles_ptr,
             block,
             value,
@@ -83,7 +83,7 @@ def store_state(
 def _store_quantized(
     x,
     codes,
-    maxima,
+    scales,
     middles_ptr,
     block,
     value,
@@ -91,15 +91,18 @@ def _store_quantized(
     has_value,
     SIGNED: tl.constexpr,
 ):
-    """Quantizes values; stores codes and maxima."""
-    size = tl.where(has_value, tl.abs(x), 0.0)
-    largest = tl.max(size, 1)
+    """Quantizes values; stores codes and scales."""
+    known = tl.where(has_value, x, 0.0)
+    extreme = tl.max(known, 1)
+    if SIGNED:
+        lowest = tl.min(known, 1)
+        extreme = tl.where(extreme >= -lowest, extreme, lowest)
     # tl.max ignores NaN, and no code represents it.
-    has_nan = tl.max((size != size).to(tl.int32), 1) > 0
-    largest = tl.where(has_nan, float("nan"), largest)
-    tl.store(maxima + block, largest, mask=has_block)
+    has_nan = tl.max((known != known).to(tl.int32), 1) > 0
+    extreme = tl.where(has_nan, float("nan"), extreme)
+    tl.store(scales + block, extreme, mask=has_block)
     # A block of zeros has no scale.
-    scale = tl.where(largest == 0, 1.0, largest)[:, None]
+    scale = tl.where(extreme == 0, 1.0, extreme)[:, None]
     # Rounded as on the CPU, so that codes are the same.
     scaled = tl.div_rn(x, tl.broadcast_to(scale, x.shape))
     # Binary search: the number of middles below the value.
@@ -164,6 +167,6 @@ def quantize(
         [N], uint8, and [N / 256, rounded up], float32.
     """
     codes = torch.empty_like(x, dtype=torch.uint8)
-    maxima = x.new_empty(triton.cdiv(x.numel(), 256))
-    Table([[x], [codes], [maxima]]).launch(_quantize, middles, SIGNED=signed)
-    return codes, maxima
+    scales = x.new_empty(triton.cdiv(x.numel(), 256))
+    Table([[x], [codes], [scales]]).launch(_quantize, middles, SIGNED=signed)
+    return codes, scales

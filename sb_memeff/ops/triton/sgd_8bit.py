@@ -99,7 +99,7 @@ def sgd_8bit(
     Arguments
     ---------
     table : Table
-        Rows: parameters; momenta or their codes; maxima of the blocks of codes,
+        Rows: parameters; momenta or their codes; scales of the blocks of codes,
         as in ``ops.blocks_8bit.Quantized8bit``. Parameters and momenta are
         float32 and contiguous.
     gradients : list of int

@@ -30,15 +30,15 @@ def _many_sizes(g, dtype, size):
     return (x.to(dtype),)
 
 
-def _comparable(codes, maxima):
+def _comparable(codes, scales):
     """Of what is not finite any code will do: its maximum is not either."""
-    finite = maxima.isfinite().repeat_interleave(BLOCK)[: len(codes)]
-    return [codes * finite, maxima]
+    finite = scales.isfinite().repeat_interleave(BLOCK)[: len(codes)]
+    return [codes * finite, scales]
 
 
 def _quantize_plain(x, signed):
     packed = Codebook(signed, x.device).quantize(x if signed else x.abs())
-    return _comparable(packed.codes, packed.absmax)
+    return _comparable(packed.codes, packed.scales)
 
 
 def _quantize_fused(x, signed):
@@ -62,7 +62,7 @@ SMALLEST = 200
 
 
 def _in_8bit(g, dtype, *sizes):
-    """Parameters, gradients, and codes and maxima of three moments."""
+    """Parameters, gradients, and codes and scales of three moments."""
     found = [
         [torch.randn(n, generator=g).to(dtype) for n in sizes] for _ in range(5)
     ]
@@ -72,7 +72,7 @@ def _in_8bit(g, dtype, *sizes):
         signed = number == 0
         codebook = Codebook(signed, torch.device("cpu"))
         states = [codebook.quantize(x if signed else x**2) for x in states]
-        packed += [x.codes for x in states], [x.absmax for x in states]
+        packed += [x.codes for x in states], [x.scales for x in states]
     return params, grads, *packed
 
 
@@ -103,21 +103,21 @@ def _resumed(kind, settings, params, grads, *packed):
 
 def _values(optimizer, name, packed):
     """In float64."""
-    values = torch.tensor(VALUES[optimizer.signed[name]]).to(packed.absmax)
-    scale = packed.absmax.double().repeat_interleave(BLOCK)
+    values = torch.tensor(VALUES[optimizer.signed[name]]).to(packed.scales)
+    scale = packed.scales.double().repeat_interleave(BLOCK)
     codes = packed.codes.long()
     return values[codes].double() * scale[: codes.numel()]
 
 
 def _rounded(states):
-    """What is compared of states: maxima of those in 8 bits."""
-    return [x.absmax if isinstance(x, Quantized8bit) else x for x in states]
+    """What is compared of states: scales of those in 8 bits."""
+    return [x.scales if isinstance(x, Quantized8bit) else x for x in states]
 
 
 def step_of(kind):
     """The kernel of an optimizer's step, of all parameters in one launch.
 
-    It returns parameters, states in 32 bits, and maxima of those in 8 bits:
+    It returns parameters, states in 32 bits, and scales of those in 8 bits:
     whether the codes are right, QUANTIZE and the tests of several steps say.
     """
 
@@ -148,7 +148,7 @@ def step_of(kind):
             theirs.state[p][n]
             if p.numel() < SMALLEST
             else torch.stack(
-                [x.abs().max() for x in theirs.state[p][n].split(BLOCK)]
+                [x[x.abs().argmax()] for x in theirs.state[p][n].split(BLOCK)]
             )
             for n in names
             for p in params

@@ -111,7 +111,7 @@ def test_as_the_plain_step(switch, kind, make):
     pairs = list(zip(states(fused), states(plain), strict=True))
     assert pairs
     for a, b in pairs:
-        torch.testing.assert_close(a.absmax, b.absmax, rtol=1e-4, atol=0)
+        torch.testing.assert_close(a.scales, b.scales, rtol=1e-4, atol=0)
         differ = (a.codes.int() - b.codes.int()).abs()
         assert differ.max() <= 1 and differ.sum() <= 0.005 * a.codes.numel()
 
@@ -145,8 +145,8 @@ def test_each_device_has_a_launch_of_its_own(switch):
     for p in params:
         p.grad = torch.zeros_like(p)
         codes = torch.zeros_like(p, dtype=torch.uint8)
-        maxima = torch.zeros(len(codes.view(-1)[::256]), device=p.device)
-        state = {"momentum_buffer": Quantized8bit(codes, maxima)}
+        scales = torch.zeros(len(codes.view(-1)[::256]), device=p.device)
+        state = {"momentum_buffer": Quantized8bit(codes, scales)}
         optimizer.state[p] = state
     launches, others = optimizer._planned(0, optimizer.param_groups[0], params)
     assert [[id(p) for p in one.params] for one in launches] == [
@@ -178,7 +178,7 @@ def test_what_is_not_finite_stays_in_its_block(switch, kind, bad):
             step(optimizer, number, of_block=value)
         found.append(
             [params[0].isfinite()]
-            + [state.absmax.isfinite() for state in states(optimizer)]
+            + [state.scales.isfinite() for state in states(optimizer)]
         )
         assert found[-1][0].sum() == 601 - 256
     for ours, theirs in zip(*found, strict=True):

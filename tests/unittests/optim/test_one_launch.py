@@ -82,7 +82,7 @@ def saved(optimizer):
             found.append(p.detach())
             for value in optimizer.state[p].values():
                 if isinstance(value, Quantized8bit):
-                    found += [value.codes, value.absmax]
+                    found += [value.codes, value.scales]
                 else:
                     found.append(value)
     return found
@@ -126,7 +126,7 @@ def replace_8bit_state(optimizer, params):
     for name, value in optimizer.state[params[0]].items():
         if isinstance(value, Quantized8bit):
             optimizer.state[params[0]][name] = Quantized8bit(
-                value.codes.clone(), 3 * value.absmax
+                value.codes.clone(), 3 * value.scales
             )
 
 
@@ -145,7 +145,7 @@ def move_state(optimizer, params):
     for p in params[:2]:
         for name in optimizer.signed.keys() & optimizer.state[p].keys():
             x = optimizer.state[p][name]
-            x = x.absmax if isinstance(x, Quantized8bit) else x
+            x = x.scales if isinstance(x, Quantized8bit) else x
             x.data = 3 * x.data
 
 
@@ -166,15 +166,9 @@ def move(optimizer, params):
         p.data = p.data + 1
 
 
-def reshape(optimizer, params):
-    """At the same addresses."""
+def transpose(optimizer, params):
+    """At the same address."""
     params[0].data = params[0].data.view(20, 16).T
-    params[2].data = params[2].data[:299]
-    for name, value in optimizer.state[params[2]].items():
-        if isinstance(value, Quantized8bit):
-            optimizer.state[params[2]][name] = Quantized8bit(
-                value.codes[:299], value.absmax
-            )
 
 
 def to_half(optimizer, params):
@@ -220,7 +214,7 @@ CHANGES = [
     count_steps_again,
     load,
     move,
-    reshape,
+    transpose,
     to_half,
     add_parameter,
     extend_a_group,
