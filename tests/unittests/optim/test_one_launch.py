@@ -153,7 +153,18 @@ def count_steps_again(optimizer, params):
     if "step" in optimizer.state[params[0]]:
         optimizer.state[params[0]]["step"] = torch.tensor(1.0)
         optimizer.state[params[1]]["step"].fill_(1.0)
+
+
+def move_counter(optimizer, params):
+    if "step" in optimizer.state[params[2]]:
         optimizer.state[params[2]]["step"].data = torch.tensor(1.0)
+
+
+def narrow_state(optimizer, params):
+    """At the same address."""
+    for name in optimizer.signed.keys() & optimizer.state[params[1]].keys():
+        x = optimizer.state[params[1]][name]
+        x.data = x.data.view(torch.bfloat16)[: x.numel()].fill_(0.5)
 
 
 def load(optimizer, params):
@@ -212,6 +223,8 @@ CHANGES = [
     replace_all_states,
     move_state,
     count_steps_again,
+    move_counter,
+    narrow_state,
     load,
     move,
     transpose,
@@ -300,7 +313,7 @@ def test_gradients_in_the_same_and_in_other_memory(kind):
 
 
 @each_kind
-def test_two_groups_have_a_launch_each(kind):
+def test_two_groups_have_a_launch_each(tables, kind):
     optimizer, params = build(kind, groups=2)
     fresh, _ = build(kind, groups=2)
     for some in (optimizer, fresh):
@@ -314,6 +327,8 @@ def test_two_groups_have_a_launch_each(kind):
         fresh._plans.clear()
         step(fresh, number)
     assert found == [len(SHAPES)] * 4
+    # Those of two groups; and of two groups in each step.
+    assert len(tables) == 2 + 2 * 3
     assert_same(optimizer, fresh)
     # Groups that change places take their tables along, or build others.
     for some in (optimizer, fresh):
