@@ -90,6 +90,8 @@ def maps():
             (unsigned / (2 - unsigned)) ** 2,
         ),
         "linear": (signed, unsigned**2),
+        "square": (signed * signed.abs(), unsigned**4),
+        "cube": (signed**3, unsigned**6),
     }
 
 
@@ -132,7 +134,7 @@ def formats():
     found = {
         "32 bits": Format(lambda x: x, lambda x: x, 4.0),
         "sb_memeff": Format(ours(True), ours(False), 1 + 4 / 256),
-        "sb_memeff 0.1": Format(
+        "sb_memeff, magnitudes": Format(
             in_blocks(tree[0], 256, largest_magnitude),
             in_blocks(tree[1], 256, largest_magnitude, smallest=1),
             1 + 4 / 256,
@@ -183,7 +185,7 @@ def displacements(form, sigma, steps=STEPS):
     g = torch.Generator().manual_seed(0)
     scale, mean = torch.randn(2, 256 * BLOCKS, generator=g)
     scale = (sigma * scale).exp()
-    # Some directions go on, most of a gradient is noise.
+    # Most of a gradient is noise.
     mean *= 0.1
     momentum, first, second, sgd, adam = torch.zeros(5, len(scale))
     for step in range(1, steps + 1):
