@@ -10,14 +10,16 @@ from state_formats import displacements, formats, staleness
 
 def test_formats_written_here_are_those_of_the_libraries():
     found = formats()
-    for name, other in (
-        ("sb_memeff", "dynamic tree, 256"),
-        ("bitsandbytes", "torchao 8-bit"),
+    torch.manual_seed(0)
+    x = torch.randn(4096) * torch.randn(4096).exp()
+    # bitsandbytes does not always find the nearest code.
+    for name, other, most in (
+        ("sb_memeff", "dynamic tree, 256", 0),
+        ("bitsandbytes", "torchao 8-bit", 0.01),
     ):
-        sgd, expected = (
-            displacements(found[n], sigma=1, steps=20)[0] for n in (name, other)
-        )
-        torch.testing.assert_close(sgd, expected, rtol=1e-5, atol=1e-5)
+        ours, theirs = (found[n].first(x) for n in (name, other))
+        differ = (ours - theirs).abs() > 1e-6 * theirs.abs()
+        assert differ.float().mean() <= most
     ways = [
         displacements(found[n], sigma=1, steps=20)[0]
         for n in ("32 bits", "sb_memeff", "sb_memeff, magnitudes")
