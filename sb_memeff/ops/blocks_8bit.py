@@ -1,12 +1,15 @@
 """Block-wise dynamic-tree quantization to 8 bits.
 
-A tensor is divided into blocks of 256 values. Each block stores its largest
-magnitude in float32. Each value stores an 8-bit code: the index of the nearest of
-256 numbers between -1 and 1 (or 0 and 1). These numbers are denser near 0, so a
-value keeps one to two digits over seven orders of magnitude.
+A tensor is divided into blocks of 256 values. Each block stores a scale in
+float32: its value of largest magnitude, with its sign. Each value stores an 8-bit
+code: the index of the nearest of 256 numbers between -1 and 1 (or 0 and 1), which
+the scale multiplies. These numbers are denser near 0, so a value keeps one to two
+digits over seven orders of magnitude.
 
 Source: Dettmers et al., 8-bit Optimizers via Block-wise Quantization
-(arXiv 2110.02861), sections 2.1 and 2.2; the 256 numbers are bitsandbytes'.
+(arXiv 2110.02861), sections 2.1 and 2.2; the 256 numbers are bitsandbytes'. There
+the scale is a magnitude. As the numbers include 1 but not -1, a negative momentum
+that is the largest of its block then shrinks by 0.7 % at each step.
 
 Authors
  * The sb_memeff authors 2026
@@ -36,7 +39,7 @@ VALUES = {
 }
 
 
-@dataclass
+@dataclass(frozen=True)
 class Quantized8bit:
     """A tensor in 8 bits.
 
@@ -44,22 +47,23 @@ class Quantized8bit:
     ---------
     codes : torch.Tensor
         Index of each value in the codebook, uint8, in the tensor's shape.
-    absmax : torch.Tensor
-        Largest magnitude of each block of 256 values (in the order of a
-        contiguous tensor), float32.
+    scales : torch.Tensor
+        Value of largest magnitude of each block of 256 values (in the order of
+        a contiguous tensor), float32. Checkpoints of bitsandbytes and of
+        earlier versions have its magnitude.
     """
 
     codes: torch.Tensor
-    absmax: torch.Tensor
+    scales: torch.Tensor
 
     @property
     def nbytes(self) -> int:
         """Number of bytes."""
-        return self.codes.nbytes + self.absmax.nbytes
+        return self.codes.nbytes + self.scales.nbytes
 
 
 class Codebook:
-    """The 256 numbers that represent values relative to their block's maximum.
+    """The 256 numbers that represent values relative to their block's scale.
 
     This class searches for the nearest number itself, because bitsandbytes'
     kernels do not always find it. With 0.50.2 about one in ten unsigned codes is
@@ -77,11 +81,11 @@ class Codebook:
     Example
     -------
     >>> codebook = Codebook(signed=True, device=torch.device("cpu"))
-    >>> packed = codebook.quantize(torch.tensor([-1.0, 0.0, 0.1, 4.0]))
-    >>> packed.codes.dtype, packed.absmax
-    (torch.uint8, tensor([4.]))
+    >>> packed = codebook.quantize(torch.tensor([1.0, 0.0, 0.1, -4.0]))
+    >>> packed.codes.dtype, packed.scales
+    (torch.uint8, tensor([-4.]))
     >>> codebook.dequantize(packed)
-    tensor([-0.9906,  0.0000,  0.1019,  4.0000])
+    tensor([ 0.9906, -0.0000,  0.1019, -4.0000])
     """
 
     def __init__(self, signed: bool, device: torch.device):
@@ -112,8 +116,8 @@ class Codebook:
         Returns
         -------
         Quantized8bit
-            Codes and maxima. In an unsigned codebook no value becomes 0: the
-            smallest is 3e-7 of its block's maximum.
+            Codes and scales. In an unsigned codebook no value becomes 0: the
+            smallest is 3e-7 of its block's scale.
 
         Raises
         ------
@@ -129,17 +133,17 @@ class Codebook:
         if flat.numel() and runs_fused(flat):
             from sb_memeff.ops.triton.blocks_8bit import quantize
 
-            codes, absmax = quantize(flat, self.middles, self.signed)
+            codes, scales = quantize(flat, self.middles, self.signed)
         else:
-            absmax = _block_maxima(flat)
-            codes = self._nearest(flat, absmax)
+            scales = _block_scales(flat)
+            codes = self._nearest(flat, scales)
             if not self.signed:
                 # Adam divides by the root of the second moment.
                 codes.clamp_(min=1)
-        return Quantized8bit(codes.view(x.shape), absmax)
+        return Quantized8bit(codes.view(x.shape), scales)
 
     def requantize(
-        self, x: torch.Tensor, absmax: torch.Tensor
+        self, x: torch.Tensor, scales: torch.Tensor
     ) -> Quantized8bit:
         """Recovers the codes of dequantized values.
 
@@ -147,9 +151,9 @@ class Codebook:
         ---------
         x : torch.Tensor
             Result of ``dequantize``.
-        absmax : torch.Tensor
-            The original maxima. (They cannot be recovered from the values,
-            because a block's negative maximum has no code.)
+        scales : torch.Tensor
+            The original scales. (Those of bitsandbytes and of earlier versions
+            cannot be recovered from the values if the extreme is negative.)
 
         Returns
         -------
@@ -158,8 +162,8 @@ class Codebook:
         """
         flat = x.detach().to(torch.float32).reshape(-1)
         # A copy, because the caller may change its tensor.
-        absmax = absmax.to(flat.device, torch.float32, copy=True)
-        return Quantized8bit(self._nearest(flat, absmax).view(x.shape), absmax)
+        scales = scales.to(flat.device, torch.float32, copy=True)
+        return Quantized8bit(self._nearest(flat, scales).view(x.shape), scales)
 
     def dequantize(self, packed: Quantized8bit) -> torch.Tensor:
         """Restores the values.
@@ -175,17 +179,17 @@ class Codebook:
             float32, contiguous, of the shape of the codes.
         """
         return torch.ops.bitsandbytes.dequantize_blockwise(
-            packed.codes, packed.absmax, self.values, BLOCK, torch.float32
+            packed.codes, packed.scales, self.values, BLOCK, torch.float32
         )
 
     def _nearest(
-        self, flat: torch.Tensor, absmax: torch.Tensor
+        self, flat: torch.Tensor, scales: torch.Tensor
     ) -> torch.Tensor:
         codes = torch.empty_like(flat, dtype=torch.uint8)
         for start in range(0, flat.numel(), SLICE):
             part = flat[start : start + SLICE]
             first = start // BLOCK
-            scale = absmax[first : first + -(-part.numel() // BLOCK)]
+            scale = scales[first : first + -(-part.numel() // BLOCK)]
             # A block of zeros has no scale.
             scale = torch.where(scale == 0, 1, scale).repeat_interleave(
                 BLOCK, output_size=scale.numel() * BLOCK
@@ -198,11 +202,15 @@ class Codebook:
         return codes
 
 
-def _block_maxima(flat: torch.Tensor) -> torch.Tensor:
-    if not flat.numel():
-        return flat
+def _block_scales(flat: torch.Tensor) -> torch.Tensor:
     whole = flat.numel() // BLOCK * BLOCK
-    maxima = flat[:whole].view(-1, BLOCK).abs().amax(1)
+    scales = _extremes(flat[:whole].view(-1, BLOCK))
     if whole < flat.numel():
-        maxima = torch.cat([maxima, flat[whole:].abs().amax().view(1)])
-    return maxima
+        scales = torch.cat([scales, _extremes(flat[whole:].view(1, -1))])
+    return scales
+
+
+def _extremes(blocks: torch.Tensor) -> torch.Tensor:
+    """Values of largest magnitude; NaN if there is one."""
+    lowest, highest = torch.aminmax(blocks, dim=1)
+    return torch.where(highest >= -lowest, highest, lowest)

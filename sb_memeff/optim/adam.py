@@ -4,11 +4,14 @@ Authors
  * The sb_memeff authors 2026
 """
 
+from typing import cast
+
 import torch
 from torch.optim.adam import adam
 
 from sb_memeff.optim.layout import Group, State, step_tensor
-from sb_memeff.optim.optimizer_8bit import Optimizer8bit, gradients
+from sb_memeff.optim.one_launch import OneLaunch
+from sb_memeff.optim.optimizer_8bit import Optimizer8bit
 
 __all__ = ["Adam8bit", "AdamW8bit"]
 
@@ -72,23 +75,20 @@ class _Adam8bit(Optimizer8bit):
             fused=group["fused"],
         )
 
-    def _update_fused(self, group: Group, params: list[torch.Tensor]) -> None:
+    def _update_fused(self, group: Group, one: OneLaunch) -> None:
         from sb_memeff.ops.triton.adam_8bit import adam_8bit
 
-        moments, codebooks = [], []
-        for name in self._names(group):
-            if name == "step":
-                continue
-            moments += self._quantized(params, name)
-            codebooks.append(self._codebook(name, params[0].device))
-        steps = [self.state[p]["step"] for p in params]
-        torch._foreach_add_(steps, 1)
+        signed, unsigned = (
+            self._codebook(name, one.table.device) for name in self.bitsandbytes
+        )
+        steps = cast(torch.Tensor, one.steps)
+        steps += 1
         adam_8bit(
-            params,
-            gradients(params),
-            moments,
-            torch.stack(steps),
-            *((x.values, x.middles) for x in codebooks[:2]),
+            one.table,
+            one.gradients(),
+            steps,
+            (signed.values, signed.middles),
+            (unsigned.values, unsigned.middles),
             lr=group["lr"],
             betas=group["betas"],
             eps=group["eps"],

@@ -38,7 +38,7 @@ class Checkpoints8bit(States8bit):
         """Returns the state in the format of torch's class of the same name.
 
         The states are tensors on the CPU, which torch's class can load. The
-        maxima of the blocks are included, so that this class restores its
+        scales of the blocks are included, so that this class restores its
         8-bit codes exactly. Further training does not change the result.
 
         Returns
@@ -68,10 +68,10 @@ class Checkpoints8bit(States8bit):
             if isinstance(value, Quantized8bit):
                 # On the CPU, because float32 takes four times the memory.
                 packed = Quantized8bit(
-                    value.codes.cpu(), value.absmax.to(cpu, copy=True)
+                    value.codes.cpu(), value.scales.to(cpu, copy=True)
                 )
                 value = self._codebook(name, cpu).dequantize(packed)
-                result[_maxima(name)] = packed.absmax
+                result[_scales(name)] = packed.scales
             elif isinstance(value, torch.Tensor):
                 value = value.to(cpu, copy=True)
             result[name] = value
@@ -172,7 +172,7 @@ class Checkpoints8bit(States8bit):
     ) -> State:
         names = list(saved)
         found = self._from_bitsandbytes(saved)
-        known = {*self.states, *map(_maxima, self.signed)}
+        known = {*self.states, *map(_scales, self.signed)}
         if found is None or not self.needed <= set(found) <= known:
             raise self._other_kind(
                 f"has the states {sorted(names)} of parameter {number}, not "
@@ -194,8 +194,8 @@ class Checkpoints8bit(States8bit):
                     )
                 value = laid_out_like(p, value.clone())
                 if self._in_8bit(group, p):
-                    maxima = found.get(_maxima(name))
-                    value = self._packed(name, value, maxima)
+                    scales = found.get(_scales(name))
+                    value = self._packed(name, value, scales)
             state[name] = value
         return state
 
@@ -214,16 +214,16 @@ class Checkpoints8bit(States8bit):
             result.clear()
         for number, name in enumerate(self.bitsandbytes, 1):
             value = saved.pop(f"state{number}", None)
-            maxima = saved.pop(f"absmax{number}", None)
+            scales = saved.pop(f"absmax{number}", None)
             values = saved.pop(f"qmap{number}", None)
             if value is None:
                 return None
             if value.dtype == torch.uint8:
                 codes = value.cpu().reshape(-1).to(torch.int32)
-                maxima = maxima.cpu()
+                scales = scales.cpu()
                 values = values.cpu().index_select(0, codes)
-                values *= maxima.repeat_interleave(BLOCK)[: len(values)]
-                result[_maxima(name)] = maxima
+                values *= scales.repeat_interleave(BLOCK)[: len(values)]
+                result[_scales(name)] = scales
                 value = values.reshape(value.shape)
             result[name] = value
         # None if a state is left, such as the norm of LARS and LAMB.
@@ -244,7 +244,8 @@ def _is_bitsandbytes(group: Group, states: dict[Any, State]) -> bool:
     return all(map(_has_bitsandbytes_states, of_group))
 
 
-def _maxima(name: str) -> str:
+def _scales(name: str) -> str:
+    # The key of earlier versions, whose scales were magnitudes.
     return f"{name}_absmax"
 
 

@@ -8,7 +8,8 @@ import torch
 from torch.optim.sgd import sgd
 
 from sb_memeff.optim.layout import Group, State
-from sb_memeff.optim.optimizer_8bit import Optimizer8bit, gradients
+from sb_memeff.optim.one_launch import OneLaunch
+from sb_memeff.optim.optimizer_8bit import Optimizer8bit
 
 __all__ = ["SGD8bit"]
 
@@ -93,14 +94,13 @@ class SGD8bit(Optimizer8bit, torch.optim.SGD):
             for state, momentum in zip(states, momenta):
                 state["momentum_buffer"] = momentum
 
-    def _update_fused(self, group: Group, params: list[torch.Tensor]) -> None:
+    def _update_fused(self, group: Group, one: OneLaunch) -> None:
         from sb_memeff.ops.triton.sgd_8bit import sgd_8bit
 
-        codebook = self._codebook("momentum_buffer", params[0].device)
+        codebook = self._codebook("momentum_buffer", one.table.device)
         sgd_8bit(
-            params,
-            gradients(params),
-            *self._quantized(params, "momentum_buffer"),
+            one.table,
+            one.gradients(),
             codebook.values,
             codebook.middles,
             lr=group["lr"],

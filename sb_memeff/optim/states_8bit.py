@@ -194,12 +194,12 @@ class States8bit(torch.optim.Optimizer):
         return self._codebooks[key]
 
     def _packed(
-        self, name: str, value: torch.Tensor, maxima: torch.Tensor | None = None
+        self, name: str, value: torch.Tensor, scales: torch.Tensor | None = None
     ) -> Quantized8bit:
         codebook = self._codebook(name, value.device)
-        if maxima is not None:
-            packed = codebook.requantize(value, maxima)
-            # The maxima are stale if torch's class has trained in between.
+        if scales is not None:
+            packed = codebook.requantize(value, scales)
+            # The scales are stale if torch's class has trained in between.
             if torch.equal(codebook.dequantize(packed), value):
                 return packed
         return codebook.quantize(value)
@@ -227,13 +227,6 @@ class States8bit(torch.optim.Optimizer):
             name: self._packed(name, value) if name in self.signed else value
             for name, value in state.items()
         }
-
-    def _quantized(
-        self, params: list[torch.Tensor], name: str
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Codes and maxima of one state of several parameters."""
-        states = [self.state[p][name] for p in params]
-        return [x.codes for x in states], [x.absmax for x in states]
 
     def state_bytes(self) -> int:
         """Counts the bytes of all states; 0 before the first step.

@@ -10,14 +10,13 @@ import torch
 import triton
 import triton.language as tl
 
-from sb_memeff.ops.triton.blocks_8bit import (
+from sb_memeff.ops.triton.blocks_8bit import load_state, store_state
+from sb_memeff.ops.triton.table import (
+    Table,
     inside,
-    launch_on_blocks,
-    load_quantized,
     locate,
     pointer_of,
-    state_of,
-    store_quantized,
+    upload,
 )
 
 __all__ = ["adam_8bit"]
@@ -28,17 +27,18 @@ def _adam(
     table_ptr,
     tensor_of_ptr,
     tensors,
+    gradients_ptr,
     corrections_ptr,
     signed_values_ptr,
     signed_middles_ptr,
     values_ptr,
     middles_ptr,
-    lr,
     rate1,
     beta2,
     rate2,
     eps,
     weight_decay,
+    kept,
     DECAYS: tl.constexpr,
     DECOUPLED: tl.constexpr,
     AMSGRAD: tl.constexpr,
@@ -50,78 +50,110 @@ def _adam(
         table_ptr, tensor_of_ptr, tensors, BLOCKS
     )
     has_value = inside(value, size, ALIGNED)
-    weights = pointer_of(table_ptr, tensors, tensor, 0, tl.float32, ALIGNED)
-    gradients = pointer_of(table_ptr, tensors, tensor, 1, tl.float32, ALIGNED)
+    row_ptr = table_ptr + 2 * tensors + tensor
+    weights = pointer_of(tl.load(row_ptr), tl.float32, ALIGNED)
+    gradients = pointer_of(tl.load(gradients_ptr + tensor), tl.float32, ALIGNED)
     weight = tl.load(weights + value, mask=has_value, other=0.0)
     gradient = tl.load(gradients + value, mask=has_value, other=0.0)
+    # Rounded where torch's kernels round.
     if MAXIMIZE:
         gradient = -gradient
     if DECAYS:  # 0 times an infinite weight would be NaN
         if DECOUPLED:
-            weight *= 1 - lr * weight_decay
+            weight *= kept
         else:
-            gradient += weight_decay * weight
+            gradient = tl.fma(weight, weight_decay, gradient)
 
-    codes, maxima = state_of(table_ptr, tensors, tensor, 2, ALIGNED)
-    mean = load_quantized(
-        codes, maxima, signed_values_ptr, block, value, has_block, has_value
+    state_ptr = row_ptr + tensors
+    mean = load_state(
+        state_ptr,
+        tensors,
+        signed_values_ptr,
+        block,
+        value,
+        has_block,
+        has_value,
+        ALIGNED,
     )
-    mean += rate1 * (gradient - mean)
-    store_quantized(
+    # torch.lerp
+    difference = gradient - mean
+    if rate1 < 0.5:
+        mean = tl.fma(difference, rate1, mean)
+    else:
+        mean = tl.fma(difference, rate1 - 1, gradient)
+    store_state(
         mean,
-        codes,
-        maxima,
+        state_ptr,
+        tensors,
         signed_middles_ptr,
         block,
         value,
         has_block,
         has_value,
         True,
+        ALIGNED,
     )
-    codes, maxima = state_of(table_ptr, tensors, tensor, 4, ALIGNED)
-    square = load_quantized(
-        codes, maxima, values_ptr, block, value, has_block, has_value
+    state_ptr += 2 * tensors
+    square = load_state(
+        state_ptr,
+        tensors,
+        values_ptr,
+        block,
+        value,
+        has_block,
+        has_value,
+        ALIGNED,
     )
-    square = beta2 * square + rate2 * gradient * gradient
-    store_quantized(
+    square = tl.fma(gradient * gradient, rate2, square * beta2)
+    store_state(
         square,
-        codes,
-        maxima,
+        state_ptr,
+        tensors,
         middles_ptr,
         block,
         value,
         has_block,
         has_value,
         False,
+        ALIGNED,
     )
     if AMSGRAD:
-        codes, maxima = state_of(table_ptr, tensors, tensor, 6, ALIGNED)
-        highest = load_quantized(
-            codes, maxima, values_ptr, block, value, has_block, has_value
+        state_ptr += 2 * tensors
+        highest = load_state(
+            state_ptr,
+            tensors,
+            values_ptr,
+            block,
+            value,
+            has_block,
+            has_value,
+            ALIGNED,
         )
         # tl.maximum would drop NaN.
         square = tl.where(highest > square, highest, square)
-        store_quantized(
+        store_state(
             square,
-            codes,
-            maxima,
+            state_ptr,
+            tensors,
             middles_ptr,
             block,
             value,
             has_block,
             has_value,
             False,
+            ALIGNED,
         )
-    step_size = tl.load(corrections_ptr + tensor)
-    root_correction = tl.load(corrections_ptr + tensors + tensor)
-    root = tl.sqrt(square) / root_correction + eps
-    tl.store(weights + value, weight - step_size * mean / root, mask=has_value)
+    step_size = tl.load(corrections_ptr + 2 * tensor)
+    root_correction = tl.load(corrections_ptr + 2 * tensor + 1)
+    root_correction = tl.broadcast_to(root_correction, square.shape)
+    root = tl.div_rn(tl.sqrt_rn(square), root_correction) + eps
+    weight = tl.fma(tl.div_rn(mean, root), -step_size, weight)
+    tl.store(weights + value, weight, mask=has_value)
 
 
 def adam_8bit(
-    params: list[torch.Tensor],
-    grads: list[torch.Tensor],
-    moments: list[list[torch.Tensor]],
+    table: Table,
+    gradients: list[int],
     steps: torch.Tensor,
     signed: tuple[torch.Tensor, torch.Tensor],
     unsigned: tuple[torch.Tensor, torch.Tensor],
@@ -134,16 +166,17 @@ def adam_8bit(
     amsgrad: bool,
     maximize: bool,
 ) -> None:
-    """Updates parameters and the codes and maxima of their moments in place.
+    """Updates parameters and their moments in place.
 
     Arguments
     ---------
-    params, grads : list of torch.Tensor
-        float32, contiguous, on one device.
-    moments : list of list of torch.Tensor
-        Codes and maxima of the first moments, the second moments and, with
-        amsgrad, the largest second moments, as in
-        ``ops.blocks_8bit.Quantized8bit``.
+    table : Table
+        Rows: parameters; first moments or their codes; scales of the blocks of
+        codes, as in ``ops.blocks_8bit.Quantized8bit``; two such rows for the
+        second moments and, with amsgrad, for the largest second moments.
+        Parameters and moments are float32 and contiguous.
+    gradients : list of int
+        Addresses of the gradients, which are like the parameters.
     steps : torch.Tensor
         The number of each parameter's step, starting at 1, on the CPU or on
         the parameters' device. Neither makes the host wait.
@@ -157,22 +190,29 @@ def adam_8bit(
     beta1, beta2 = betas
     steps = steps.double()
     corrections = torch.stack(
-        [lr / (1 - beta1**steps), (1 - beta2**steps).sqrt()]
+        [lr / (1 - beta1**steps), (1 - beta2**steps).sqrt()], 1
     ).float()
-    if params[0].is_cuda and not corrections.is_cuda:
-        corrections = corrections.pin_memory()
-    launch_on_blocks(
+    if corrections.device == table.device:
+        (addresses,) = upload([gradients], table.device)
+    else:
+        # Both in one copy.
+        addresses, corrections = upload(
+            [gradients, corrections.view(torch.int64).view(-1)], table.device
+        )
+        corrections = corrections.view(torch.float32)
+    table.launch(
         _adam,
-        [params, grads, *moments],
-        corrections.to(params[0].device, non_blocking=True),
+        addresses,
+        corrections,
         *signed,
         *unsigned,
-        float(lr),
         1.0 - beta1,
         float(beta2),
         1.0 - beta2,
         float(eps),
         float(weight_decay),
+        1.0 - lr * weight_decay,
+        others=gradients,
         DECAYS=weight_decay != 0,
         DECOUPLED=decoupled_weight_decay,
         AMSGRAD=amsgrad,

@@ -1,101 +1,89 @@
 """Quantized blocks of 256 values, for many tensors in one launch.
 
-A table in the GPU's memory contains the addresses of all tensors. Each program
-reads the address of its tensor and processes a few blocks of it.
+In a table (``table``), a state has two rows of addresses: of its codes and of its
+blocks' scales. If the second one is 0, the state is in float32.
 
 Authors
  * The sb_memeff authors 2026
 """
 
-import functools
-import itertools
-
 import torch
 import triton
 import triton.language as tl
 
-from sb_memeff.ops.dispatch import has_values
-from sb_memeff.ops.triton.launch import address, launch
+from sb_memeff.ops.triton.table import Table, inside, locate, pointer_of
 
-__all__ = [
-    "inside",
-    "launch_on_blocks",
-    "load_quantized",
-    "locate",
-    "pointer_of",
-    "quantize",
-    "state_of",
-    "store_quantized",
-]
-
-# Blocks of a program; more would need too many registers.
-BLOCKS = 2
-# If addresses and sizes are multiples of this, loads and stores are vectorized.
-ALIGNMENT = 16
+__all__ = ["load_state", "quantize", "store_state"]
 
 
 @triton.jit
-def locate(table_ptr, tensor_of_ptr, tensors, BLOCKS: tl.constexpr):
-    """Tensor, block and value indices of a program, and a mask of blocks."""
-    program = tl.program_id(0)
-    tensor = tl.load(tensor_of_ptr + program)
-    size = tl.load(table_ptr + tensor)
-    first = (program - tl.load(table_ptr + tensors + tensor)) * BLOCKS
-    block = first + tl.arange(0, BLOCKS)
-    value = block[:, None] * 256 + tl.arange(0, 256)[None, :]
-    return tensor, block, value, block * 256 < size, size
-
-
-@triton.jit
-def inside(value, size, ALIGNED: tl.constexpr):
-    """Mask of the values inside a tensor."""
-    if ALIGNED:
-        size = tl.multiple_of(size, 16)
-    return value < size
-
-
-@triton.jit
-def pointer_of(
-    table_ptr,
+def load_state(
+    states_ptr,
     tensors,
-    tensor,
-    ROW: tl.constexpr,
-    TYPE: tl.constexpr,
+    values_ptr,
+    block,
+    value,
+    has_block,
+    has_value,
     ALIGNED: tl.constexpr,
 ):
-    """Pointer to a tensor, from a row of addresses."""
-    address = tl.load(table_ptr + (2 + ROW) * tensors + tensor)
-    pointer = address.to(tl.pointer_type(TYPE))
-    if ALIGNED:
-        pointer = tl.multiple_of(pointer, 16)
-    return pointer
+    """Loads values of a state, in 8 bits or in float32.
+
+    ``states_ptr`` points to the address of the program's tensor in the first of
+    the state's two rows.
+    """
+    address = tl.load(states_ptr)
+    scales_address = tl.load(states_ptr + tensors)
+    if scales_address != 0:
+        codes = pointer_of(address, tl.uint8, ALIGNED)
+        code = tl.load(codes + value, mask=has_value, other=0).to(tl.int32)
+        scales = pointer_of(scales_address, tl.float32, False)
+        scale = tl.load(scales + block, mask=has_block, other=0.0)
+        x = tl.load(values_ptr + code) * scale[:, None]
+    else:
+        pointer = pointer_of(address, tl.float32, ALIGNED)
+        x = tl.load(pointer + value, mask=has_value, other=0.0)
+    return x
 
 
 @triton.jit
-def state_of(
-    table_ptr, tensors, tensor, ROW: tl.constexpr, ALIGNED: tl.constexpr
+def store_state(
+    x,
+    states_ptr,
+    tensors,
+    middles_ptr,
+    block,
+    value,
+    has_block,
+    has_value,
+    SIGNED: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
-    """Pointers to codes and maxima, from a row of addresses and the next."""
-    codes = pointer_of(table_ptr, tensors, tensor, ROW, tl.uint8, ALIGNED)
-    maxima = pointer_of(table_ptr, tensors, tensor, ROW + 1, tl.float32, False)
-    return codes, maxima
+    """Stores values where ``load_state`` reads them."""
+    address = tl.load(states_ptr)
+    scales_address = tl.load(states_ptr + tensors)
+    if scales_address != 0:
+        _store_quantized(
+            x,
+            pointer_of(address, tl.uint8, ALIGNED),
+            pointer_of(scales_address, tl.float32, False),
+            middles_ptr,
+            block,
+            value,
+            has_block,
+            has_value,
+            SIGNED,
+        )
+    else:
+        pointer = pointer_of(address, tl.float32, ALIGNED)
+        tl.store(pointer + value, x, mask=has_value)
 
 
 @triton.jit
-def load_quantized(
-    codes, maxima, values_ptr, block, value, has_block, has_value
-):
-    """Dequantizes values."""
-    code = tl.load(codes + value, mask=has_value, other=0).to(tl.int32)
-    largest = tl.load(maxima + block, mask=has_block, other=0.0)
-    return tl.load(values_ptr + code) * largest[:, None]
-
-
-@triton.jit
-def store_quantized(
+def _store_quantized(
     x,
     codes,
-    maxima,
+    scales,
     middles_ptr,
     block,
     value,
@@ -103,15 +91,18 @@ def store_quantized(
     has_value,
     SIGNED: tl.constexpr,
 ):
-    """Quantizes values; stores codes and maxima."""
-    size = tl.where(has_value, tl.abs(x), 0.0)
-    largest = tl.max(size, 1)
+    """Quantizes values; stores codes and scales."""
+    known = tl.where(has_value, x, 0.0)
+    extreme = tl.max(known, 1)
+    if SIGNED:
+        lowest = tl.min(known, 1)
+        extreme = tl.where(extreme >= -lowest, extreme, lowest)
     # tl.max ignores NaN, and no code represents it.
-    has_nan = tl.max((size != size).to(tl.int32), 1) > 0
-    largest = tl.where(has_nan, float("nan"), largest)
-    tl.store(maxima + block, largest, mask=has_block)
+    has_nan = tl.max((known != known).to(tl.int32), 1) > 0
+    extreme = tl.where(has_nan, float("nan"), extreme)
+    tl.store(scales + block, extreme, mask=has_block)
     # A block of zeros has no scale.
-    scale = tl.where(largest == 0, 1.0, largest)[:, None]
+    scale = tl.where(extreme == 0, 1.0, extreme)[:, None]
     # Rounded as on the CPU, so that codes are the same.
     scaled = tl.div_rn(x, tl.broadcast_to(scale, x.shape))
     # Binary search: the number of middles below the value.
@@ -141,12 +132,12 @@ def _quantize(
         table_ptr, tensor_of_ptr, tensors, BLOCKS
     )
     has_value = inside(value, size, ALIGNED)
-    x = pointer_of(table_ptr, tensors, tensor, 0, tl.float32, ALIGNED)
-    codes, maxima = state_of(table_ptr, tensors, tensor, 1, ALIGNED)
-    store_quantized(
+    row_ptr = table_ptr + 2 * tensors + tensor
+    x = pointer_of(tl.load(row_ptr), tl.float32, ALIGNED)
+    _store_quantized(
         tl.load(x + value, mask=has_value, other=0.0),
-        codes,
-        maxima,
+        pointer_of(tl.load(row_ptr + tensors), tl.uint8, ALIGNED),
+        pointer_of(tl.load(row_ptr + 2 * tensors), tl.float32, False),
         middles_ptr,
         block,
         value,
@@ -176,68 +167,6 @@ def quantize(
         [N], uint8, and [N / 256, rounded up], float32.
     """
     codes = torch.empty_like(x, dtype=torch.uint8)
-    maxima = x.new_empty(triton.cdiv(x.numel(), 256))
-    launch_on_blocks(
-        _quantize, [[x], [codes], [maxima]], middles, SIGNED=signed
-    )
-    return codes, maxima
-
-
-def launch_on_blocks(
-    kernel: triton.JITFunction,
-    tensors: list[list[torch.Tensor]],
-    *arguments: torch.Tensor | float,
-    **constants: bool,
-) -> None:
-    """Runs a kernel on the blocks of many tensors of one device.
-
-    Arguments
-    ---------
-    kernel : triton.JITFunction
-        Takes the table, the tensor index of each program, the number of
-        tensors, and the arguments.
-    tensors : list of list of torch.Tensor
-        The tensors of each row of addresses. The first row determines the
-        sizes.
-    *arguments : torch.Tensor or float
-        Further arguments of the kernel.
-    **constants : bool
-        Its constexpr arguments.
-    """
-    first = tensors[0][0]
-    sizes = [x.numel() for x in tensors[0]]
-    programs = tuple(triton.cdiv(size, BLOCKS * 256) for size in sizes)
-    *first_programs, total = itertools.accumulate(programs, initial=0)
-    if has_values(first):
-        tensor_of = _tensor_of(programs, first.device)
-    else:
-        # Not to be kept.
-        tensor_of = first.new_empty(total, dtype=torch.int32)
-    rows = [sizes, first_programs]
-    rows += [[address(x) for x in row] for row in tensors]
-    aligned = not any(
-        number % ALIGNMENT for row in rows[:1] + rows[2:] for number in row
-    )
-    table = torch.tensor(rows, dtype=torch.int64)
-    if first.device.type == "cuda":
-        # The host does not wait for a copy from pinned memory.
-        table = table.pin_memory()
-    table = table.to(first.device, non_blocking=True)
-    launch(
-        kernel,
-        (total,),
-        table,
-        tensor_of,
-        len(sizes),
-        *arguments,
-        ALIGNED=aligned,
-        BLOCKS=BLOCKS,
-        **constants,
-    )
-
-
-@functools.lru_cache(maxsize=8)
-def _tensor_of(programs: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """The number of each program's tensor, from the programs of each."""
-    numbers = torch.arange(len(programs), dtype=torch.int32)
-    return numbers.repeat_interleave(torch.tensor(programs)).to(device)
+    scales = x.new_empty(triton.cdiv(x.numel(), 256))
+    Table([[x], [codes], [scales]]).launch(_quantize, middles, SIGNED=signed)
+    return codes, scales

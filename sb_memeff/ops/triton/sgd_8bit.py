@@ -10,14 +10,13 @@ import torch
 import triton
 import triton.language as tl
 
-from sb_memeff.ops.triton.blocks_8bit import (
+from sb_memeff.ops.triton.blocks_8bit import load_state, store_state
+from sb_memeff.ops.triton.table import (
+    Table,
     inside,
-    launch_on_blocks,
-    load_quantized,
     locate,
     pointer_of,
-    state_of,
-    store_quantized,
+    upload,
 )
 
 __all__ = ["sgd_8bit"]
@@ -28,6 +27,7 @@ def _sgd(
     table_ptr,
     tensor_of_ptr,
     tensors,
+    gradients_ptr,
     values_ptr,
     middles_ptr,
     lr,
@@ -44,39 +44,46 @@ def _sgd(
         table_ptr, tensor_of_ptr, tensors, BLOCKS
     )
     has_value = inside(value, size, ALIGNED)
-    weights = pointer_of(table_ptr, tensors, tensor, 0, tl.float32, ALIGNED)
-    gradients = pointer_of(table_ptr, tensors, tensor, 1, tl.float32, ALIGNED)
-    codes, maxima = state_of(table_ptr, tensors, tensor, 2, ALIGNED)
+    row_ptr = table_ptr + 2 * tensors + tensor
+    weights = pointer_of(tl.load(row_ptr), tl.float32, ALIGNED)
+    gradients = pointer_of(tl.load(gradients_ptr + tensor), tl.float32, ALIGNED)
     weight = tl.load(weights + value, mask=has_value, other=0.0)
     gradient = tl.load(gradients + value, mask=has_value, other=0.0)
-    buffer = load_quantized(
-        codes, maxima, values_ptr, block, value, has_block, has_value
+    buffer = load_state(
+        row_ptr + tensors,
+        tensors,
+        values_ptr,
+        block,
+        value,
+        has_block,
+        has_value,
+        ALIGNED,
     )
+    # Rounded where torch's kernels round.
     if MAXIMIZE:
         gradient = -gradient
     if DECAYS:  # 0 times an infinite weight would be NaN
-        gradient += weight_decay * weight
-    buffer = momentum * buffer + undamped * gradient
-    update = gradient + momentum * buffer if NESTEROV else buffer
-    tl.store(weights + value, weight - lr * update, mask=has_value)
-    store_quantized(
+        gradient = tl.fma(weight, weight_decay, gradient)
+    buffer = tl.fma(gradient, undamped, buffer * momentum)
+    update = tl.fma(buffer, momentum, gradient) if NESTEROV else buffer
+    tl.store(weights + value, tl.fma(update, -lr, weight), mask=has_value)
+    store_state(
         buffer,
-        codes,
-        maxima,
+        row_ptr + tensors,
+        tensors,
         middles_ptr,
         block,
         value,
         has_block,
         has_value,
         True,
+        ALIGNED,
     )
 
 
 def sgd_8bit(
-    params: list[torch.Tensor],
-    grads: list[torch.Tensor],
-    codes: list[torch.Tensor],
-    maxima: list[torch.Tensor],
+    table: Table,
+    gradients: list[int],
     values: torch.Tensor,
     middles: torch.Tensor,
     *,
@@ -87,14 +94,16 @@ def sgd_8bit(
     nesterov: bool,
     maximize: bool,
 ) -> None:
-    """Updates parameters and the codes and maxima of their momenta in place.
+    """Updates parameters and their momenta in place.
 
     Arguments
     ---------
-    params, grads : list of torch.Tensor
-        float32, contiguous, on one device.
-    codes, maxima : list of torch.Tensor
-        The momenta, as in ``ops.blocks_8bit.Quantized8bit``.
+    table : Table
+        Rows: parameters; momenta or their codes; scales of the blocks of codes,
+        as in ``ops.blocks_8bit.Quantized8bit``. Parameters and momenta are
+        float32 and contiguous.
+    gradients : list of int
+        Addresses of the gradients, which are like the parameters.
     values, middles : torch.Tensor
         Those of a signed ``ops.blocks_8bit.Codebook``.
     lr, momentum, dampening, weight_decay : float
@@ -102,15 +111,17 @@ def sgd_8bit(
     nesterov, maximize : bool
         See torch.optim.SGD.
     """
-    launch_on_blocks(
+    (addresses,) = upload([gradients], table.device)
+    table.launch(
         _sgd,
-        [params, grads, codes, maxima],
+        addresses,
         values,
         middles,
         float(lr),
         float(momentum),
         1.0 - dampening,
         float(weight_decay),
+        others=gradients,
         DECAYS=weight_decay != 0,
         MAXIMIZE=maximize,
         NESTEROV=nesterov,

@@ -9,6 +9,7 @@ from torch import nn
 
 from sb_memeff.ops.blocks_8bit import BLOCK, VALUES, Codebook, Quantized8bit
 from sb_memeff.ops.triton import blocks_8bit
+from sb_memeff.optim.one_launch import OneLaunch
 from tests.unittests.ops.kernel import DEVICE, Kernel, fp32
 from tests.unittests.optim.optimizers import OPTIMIZERS
 
@@ -29,15 +30,15 @@ def _many_sizes(g, dtype, size):
     return (x.to(dtype),)
 
 
-def _comparable(codes, maxima):
+def _comparable(codes, scales):
     """Of what is not finite any code will do: its maximum is not either."""
-    finite = maxima.isfinite().repeat_interleave(BLOCK)[: len(codes)]
-    return [codes * finite, maxima]
+    finite = scales.isfinite().repeat_interleave(BLOCK)[: len(codes)]
+    return [codes * finite, scales]
 
 
 def _quantize_plain(x, signed):
     packed = Codebook(signed, x.device).quantize(x if signed else x.abs())
-    return _comparable(packed.codes, packed.absmax)
+    return _comparable(packed.codes, packed.scales)
 
 
 def _quantize_fused(x, signed):
@@ -56,8 +57,12 @@ QUANTIZE = Kernel(
 )
 
 
+# Smaller parameters have states in 32 bits.
+SMALLEST = 200
+
+
 def _in_8bit(g, dtype, *sizes):
-    """Parameters, gradients, and codes and maxima of three moments."""
+    """Parameters, gradients, and codes and scales of three moments."""
     found = [
         [torch.randn(n, generator=g).to(dtype) for n in sizes] for _ in range(5)
     ]
@@ -67,7 +72,7 @@ def _in_8bit(g, dtype, *sizes):
         signed = number == 0
         codebook = Codebook(signed, torch.device("cpu"))
         states = [codebook.quantize(x if signed else x**2) for x in states]
-        packed += [x.codes for x in states], [x.absmax for x in states]
+        packed += [x.codes for x in states], [x.scales for x in states]
     return params, grads, *packed
 
 
@@ -80,7 +85,7 @@ def _moments(optimizer):
 def _resumed(kind, settings, params, grads, *packed):
     """Our optimizer, which has done a step and has these states."""
     params = [nn.Parameter(p.clone()) for p in params]
-    optimizer = kind.ours(params, min_8bit_size=0, **settings)
+    optimizer = kind.ours(params, min_8bit_size=SMALLEST, **settings)
     for number, p in enumerate(params):
         p.grad = grads[number]
         state = optimizer.state[p]
@@ -89,47 +94,66 @@ def _resumed(kind, settings, params, grads, *packed):
             state["step"] = torch.ones((), device=where)
         pairs = zip(packed[::2], packed[1::2])
         for name, pair in zip(_moments(optimizer), pairs):
-            state[name] = Quantized8bit(*(x[number].clone() for x in pair))
+            value = Quantized8bit(*(x[number].clone() for x in pair))
+            if p.numel() < SMALLEST:
+                value = _values(optimizer, name, value).to(p)
+            state[name] = value
     return optimizer, params
+
+
+def _values(optimizer, name, packed):
+    """In float64."""
+    values = torch.tensor(VALUES[optimizer.signed[name]]).to(packed.scales)
+    scale = packed.scales.double().repeat_interleave(BLOCK)
+    codes = packed.codes.long()
+    return values[codes].double() * scale[: codes.numel()]
+
+
+def _rounded(states):
+    """What is compared of states: scales of those in 8 bits."""
+    return [x.scales if isinstance(x, Quantized8bit) else x for x in states]
 
 
 def step_of(kind):
     """The kernel of an optimizer's step, of all parameters in one launch.
 
-    It returns parameters and maxima: whether the codes are right, QUANTIZE
-    and the tests of several steps say.
+    It returns parameters, states in 32 bits, and scales of those in 8 bits:
+    whether the codes are right, QUANTIZE and the tests of several steps say.
     """
 
     def fused(*inputs, **settings):
         optimizer, params = _resumed(kind, settings, *inputs)
-        optimizer._update_fused(optimizer.param_groups[0], params)
-        states = [optimizer.state[p] for p in params]
-        maxima = [s[n].absmax for n in _moments(optimizer) for s in states]
-        return [*(p.detach() for p in params), *maxima]
+        names = _moments(optimizer)
+        one = OneLaunch(params, optimizer.state, names)
+        optimizer._update_fused(optimizer.param_groups[0], one)
+        states = [optimizer.state[p][n] for n in names for p in params]
+        return [*(p.detach() for p in params), *_rounded(states)]
 
     def plain(*inputs, **settings):
         """torch's step from the same states."""
         optimizer, params = _resumed(kind, settings, *inputs)
         theirs = kind.torchs(params, **{**settings, "fused": None})
-        moments = _moments(optimizer)
+        names = _moments(optimizer)
         for p in params:
             state = theirs.state[p]
             if "step" in optimizer.state[p]:
                 state["step"] = torch.ones(())
-            for name in moments:
-                packed = optimizer.state[p][name]
-                values = torch.tensor(VALUES[optimizer.signed[name]]).to(p)
-                scale = packed.absmax.repeat_interleave(BLOCK)[: p.numel()]
-                state[name] = values[packed.codes.long()] * scale
+            for name in names:
+                value = optimizer.state[p][name]
+                if isinstance(value, Quantized8bit):
+                    value = _values(optimizer, name, value)
+                state[name] = value.to(p)
         theirs.step()
-        maxima = [
-            torch.stack(
-                [x.abs().max() for x in theirs.state[p][n].split(BLOCK)]
+        states = [
+            theirs.state[p][n]
+            if p.numel() < SMALLEST
+            else torch.stack(
+                [x[x.abs().argmax()] for x in theirs.state[p][n].split(BLOCK)]
             )
-            for n in moments
+            for n in names
             for p in params
         ]
-        return [*(p.detach() for p in params), *maxima]
+        return [*(p.detach() for p in params), *states]
 
     def dispatched(*inputs, **settings):
         optimizer, _ = _resumed(kind, settings, *inputs)
@@ -139,8 +163,9 @@ def step_of(kind):
         fused,
         plain,
         _in_8bit,
-        # Whole blocks, whose addresses are aligned, and parts of blocks.
-        [(512, 256), (301, 7, 256)],
+        # Whole blocks, whose addresses are aligned, and parts of blocks; and
+        # one with states in 32 bits.
+        [(512, 256, 128), (301, 7, 256)],
         fp32(2e-6),
         [k.options for k in OPTIMIZERS.values() if k.ours is kind.ours],
         dispatched,

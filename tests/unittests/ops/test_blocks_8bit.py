@@ -21,11 +21,16 @@ def sample(signed, size=100 * BLOCK):
     return x * torch.randn(size).sign() if signed else x
 
 
+def extreme(block):
+    """The value of largest magnitude."""
+    return block[block.abs().argmax()]
+
+
 def reference(codebook, x):
     """The nearest code of each value, by trying all of them."""
     codes = []
     for block in x.split(BLOCK):
-        scaled = block / block.abs().max()
+        scaled = block / extreme(block)
         distance = (scaled[:, None] - codebook.values).abs()
         codes.append(distance.argmin(1))
     return torch.cat(codes)
@@ -42,8 +47,8 @@ def test_nearest_code(signed, size):
     if not signed:
         expected.clamp_(min=1)
     assert torch.equal(packed.codes.long(), expected)
-    maxima = torch.stack([block.abs().max() for block in x.split(BLOCK)])
-    assert torch.equal(packed.absmax, maxima)
+    scales = torch.stack([extreme(block) for block in x.split(BLOCK)])
+    assert torch.equal(packed.scales, scales)
 
 
 def test_the_largest_value_of_a_block_may_be_negative():
@@ -52,9 +57,29 @@ def test_the_largest_value_of_a_block_may_be_negative():
     x = torch.full((BLOCK + 2,), 0.1)
     x[3], x[-1] = -4.0, -2.0
     packed = codebook.quantize(x)
-    assert packed.absmax.tolist() == [4.0, 2.0]
+    assert packed.scales.tolist() == [-4.0, -2.0]
     restored = codebook.dequantize(packed)
     torch.testing.assert_close(restored, x, rtol=0.05, atol=0)
+    assert restored[3] == -4.0 and restored[-1] == -2.0
+
+
+def test_a_negative_momentum_does_not_shrink():
+    """It is 10 times a constant gradient in the end."""
+    codebook = Codebook(True, CPU)
+    momentum = gradient = torch.tensor([-1.0, 0.1])
+    for _ in range(200):
+        momentum = 0.9 * momentum + gradient
+        momentum = codebook.dequantize(codebook.quantize(momentum))
+    assert momentum[0].item() == pytest.approx(-10, rel=1e-5)
+    # bitsandbytes' does.
+    momentum = gradient
+    for _ in range(200):
+        momentum = 0.9 * momentum + gradient
+        packed = torch.ops.bitsandbytes.quantize_blockwise(
+            momentum, codebook.values, BLOCK
+        )
+        momentum = codebook.dequantize(Quantized8bit(*packed))
+    assert momentum[0] > -9.5
 
 
 @pytest.mark.parametrize("signed", [True, False])
@@ -62,7 +87,7 @@ def test_error_is_at_most_half_a_gap(signed):
     codebook = Codebook(signed, CPU)
     x = sample(signed)
     packed = codebook.quantize(x)
-    scale = packed.absmax.repeat_interleave(BLOCK)
+    scale = packed.scales.repeat_interleave(BLOCK)
     error = (codebook.dequantize(packed) - x).abs() / scale
     values = codebook.values
     above = torch.searchsorted(values, x / scale).clamp(1, 255)
@@ -105,13 +130,28 @@ def test_zeros_stay_zeros(signed):
 def test_requantize_recovers_the_codes(signed):
     codebook = Codebook(signed, CPU)
     packed = codebook.quantize(-sample(True) if signed else sample(False))
-    again = codebook.requantize(codebook.dequantize(packed), packed.absmax)
-    assert torch.equal(again.codes, packed.codes)
-    assert torch.equal(again.absmax, packed.absmax)
-    if signed:
-        # The maxima are needed: a negative one is not among the values.
-        fresh = codebook.quantize(codebook.dequantize(packed))
-        assert not torch.equal(fresh.absmax, packed.absmax)
+    values = codebook.dequantize(packed)
+    for again in (
+        codebook.requantize(values, packed.scales),
+        # The extreme is exact, so that nothing is lost without the scales.
+        codebook.quantize(values),
+    ):
+        assert torch.equal(again.codes, packed.codes)
+        assert torch.equal(again.scales, packed.scales)
+
+
+def test_requantize_recovers_scales_that_are_magnitudes():
+    """As earlier versions and bitsandbytes save them."""
+    codebook = Codebook(True, CPU)
+    x = -sample(True)
+    scales = torch.stack([block.abs().max() for block in x.split(BLOCK)])
+    old = codebook.requantize(x, scales)
+    values = codebook.dequantize(old)
+    again = codebook.requantize(values, scales)
+    assert torch.equal(again.codes, old.codes)
+    assert torch.equal(again.scales, scales)
+    # They are needed: a negative one is not among the values.
+    assert not torch.equal(codebook.quantize(values).scales.abs(), scales)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -158,7 +198,7 @@ def test_cuda_finds_the_same_codes(signed):
     there = Codebook(signed, torch.device("cuda")).quantize(x.cuda())
     assert isinstance(there, Quantized8bit)
     assert torch.equal(here.codes, there.codes.cpu())
-    assert torch.equal(here.absmax, there.absmax.cpu())
+    assert torch.equal(here.scales, there.scales.cpu())
 
 
 @pytest.mark.gpu

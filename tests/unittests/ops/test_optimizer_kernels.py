@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from sb_memeff.ops.blocks_8bit import Quantized8bit
-from sb_memeff.ops.triton import blocks_8bit
-from sb_memeff.optim import AdamW8bit, SGD8bit, optimizer_8bit
+from sb_memeff.ops.triton.launch import watch_launches
+from sb_memeff.optim import AdamW8bit, SGD8bit, one_launch
 from tests.unittests.ops.kernel import DEVICE
 from tests.unittests.optim.optimizers import (
     CLASSES,
@@ -26,9 +26,7 @@ def switch(monkeypatch):
     """A function that chooses the form of the steps that follow."""
 
     def choose(fused):
-        monkeypatch.setattr(
-            optimizer_8bit, "runs_fused", lambda *tensors: fused
-        )
+        monkeypatch.setattr(one_launch, "runs_fused", lambda *tensors: fused)
 
     return choose
 
@@ -62,6 +60,19 @@ def step(optimizer, seed, of_block=None):
             if of_block is not None and p.numel() >= 512:
                 p.grad.view(-1)[256:512] = of_block
     optimizer.step()
+
+
+def launched(function):
+    """The number of tensors of each launch of an optimizer's kernel."""
+    found = []
+
+    def watch(name, arguments):
+        if name in ("_sgd", "_adam"):
+            found.append(arguments["tensors"])
+
+    with watch_launches(watch):
+        function()
+    return found
 
 
 def states(optimizer):
@@ -100,7 +111,7 @@ def test_as_the_plain_step(switch, kind, make):
     pairs = list(zip(states(fused), states(plain), strict=True))
     assert pairs
     for a, b in pairs:
-        torch.testing.assert_close(a.absmax, b.absmax, rtol=1e-4, atol=0)
+        torch.testing.assert_close(a.scales, b.scales, rtol=1e-4, atol=0)
         differ = (a.codes.int() - b.codes.int()).abs()
         assert differ.max() <= 1 and differ.sum() <= 0.005 * a.codes.numel()
 
@@ -134,15 +145,18 @@ def test_each_device_has_a_launch_of_its_own(switch):
     for p in params:
         p.grad = torch.zeros_like(p)
         codes = torch.zeros_like(p, dtype=torch.uint8)
-        maxima = torch.zeros(len(codes.view(-1)[::256]), device=p.device)
-        state = {"momentum_buffer": Quantized8bit(codes, maxima)}
+        scales = torch.zeros(len(codes.view(-1)[::256]), device=p.device)
+        state = {"momentum_buffer": Quantized8bit(codes, scales)}
         optimizer.state[p] = state
-    fused, *others = optimizer._split(optimizer.param_groups[0], params)
-    assert [[id(p) for p in some] for some in fused] == [
+    launches, others = optimizer._planned(0, optimizer.param_groups[0], params)
+    assert [[id(p) for p in one.params] for one in launches] == [
         [id(p) for p in here],
         [id(there)],
     ]
-    assert others == [[], []]
+    assert others == []
+    # The next step uses the same ones.
+    again, _ = optimizer._planned(0, optimizer.param_groups[0], params)
+    assert again is launches
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's
@@ -164,7 +178,7 @@ def test_what_is_not_finite_stays_in_its_block(switch, kind, bad):
             step(optimizer, number, of_block=value)
         found.append(
             [params[0].isfinite()]
-            + [state.absmax.isfinite() for state in states(optimizer)]
+            + [state.scales.isfinite() for state in states(optimizer)]
         )
         assert found[-1][0].sum() == 601 - 256
     for ours, theirs in zip(*found, strict=True):
@@ -172,54 +186,34 @@ def test_what_is_not_finite_stays_in_its_block(switch, kind, bad):
 
 
 @each_class
-def test_one_launch_for_all_parameters(monkeypatch, switch, kind):
-    calls = []
-
-    def launch(kernel, tensors, *arguments, **constants):
-        calls.append(len(tensors[0]))
-        return blocks_8bit.launch_on_blocks(
-            kernel, tensors, *arguments, **constants
-        )
-
-    for module in ("sgd_8bit", "adam_8bit"):
-        monkeypatch.setattr(
-            f"sb_memeff.ops.triton.{module}.launch_on_blocks", launch
-        )
+def test_one_launch_for_all_parameters(switch, kind):
+    """Those with states in 32 bits included."""
     switch(True)
     optimizer = made(kind, parameters())
-    step(optimizer, 0)
     # The first step makes the states.
-    assert not calls
-    step(optimizer, 1)
-    assert calls == [4]
+    assert launched(lambda: step(optimizer, 0)) == []
+    assert launched(lambda: step(optimizer, 1)) == [len(SHAPES)]
 
 
 @each_class
-def test_what_the_kernel_cannot_do_is_plain(monkeypatch, switch, kind):
-    def launch(*arguments, **constants):
-        raise AssertionError("launched")
-
-    for module in ("sgd_8bit", "adam_8bit"):
-        monkeypatch.setattr(
-            f"sb_memeff.ops.triton.{module}.launch_on_blocks", launch
-        )
+def test_what_the_kernel_cannot_do_is_plain(switch, kind):
     switch(True)
     weight = torch.randn(80, 64, device=DEVICE)
-    half = torch.nn.Parameter(weight.bfloat16())
-    transposed = torch.nn.Parameter(weight.T)
-    kept = torch.nn.Parameter(weight.clone())
-    kept.optim_bits = 32
-    optimizer = made(kind, [half, transposed, kept])
+    params = [
+        torch.nn.Parameter(x)
+        for x in (weight.bfloat16(), weight.T, weight.double())
+    ]
+    optimizer = made(kind, params)
     for _ in range(2):
-        for p in (half, transposed, kept):
+        for p in params:
             p.grad = torch.ones_like(p)
-        optimizer.step()
+        assert launched(optimizer.step) == []
     # A gradient's own strides are another matter.
     p = torch.nn.Parameter(weight.clone())
     optimizer = made(kind, [p])
     for _ in range(2):
         p.grad = torch.ones(64, 80, device=DEVICE).T
-        optimizer.step()
+        assert launched(optimizer.step) == []
 
 
 @each_class
@@ -300,22 +294,10 @@ def test_a_parameter_that_is_listed_twice(switch):
     assert found[0].isfinite().all()
 
 
-def test_a_double_leaves_the_others_their_launch(monkeypatch, switch):
-    calls = []
-
-    def launch(kernel, tensors, *arguments, **constants):
-        calls.append(len(tensors[0]))
-        return blocks_8bit.launch_on_blocks(
-            kernel, tensors, *arguments, **constants
-        )
-
-    monkeypatch.setattr(
-        "sb_memeff.ops.triton.sgd_8bit.launch_on_blocks", launch
-    )
+def test_a_double_leaves_the_others_their_launch(switch):
     switch(True)
     params = parameters([(64, 80), (8, 80)])
     params.append(torch.nn.Parameter(params[0].detach().double()))
     optimizer = made(CLASSES[SGD8bit], params)
-    for number in range(2):
-        step(optimizer, number)
-    assert calls == [2]
+    step(optimizer, 0)
+    assert launched(lambda: step(optimizer, 1)) == [2]

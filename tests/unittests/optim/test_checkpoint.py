@@ -30,7 +30,7 @@ from tests.unittests.optim.optimizers import (
 
 
 @each_class
-def test_maxima_that_torch_carried_along_are_not_believed(kind):
+def test_scales_that_torch_carried_along_are_not_believed(kind):
     net, optimizer = trained(kind.ours)
     theirs = kind.make_torchs(net.parameters())
     theirs.load_state_dict(optimizer.state_dict())
@@ -44,9 +44,42 @@ def test_maxima_that_torch_carried_along_are_not_believed(kind):
             if isinstance(state[name], Quantized8bit):
                 assert f"{name}_absmax" in theirs.state[p]
                 exact = theirs.state[p][name]
-                assert state[name].absmax.max() == exact.abs().max()
+                assert state[name].scales.abs().max() == exact.abs().max()
                 compared += 1
     assert compared
+
+
+@each_class
+def test_checkpoints_whose_scales_are_magnitudes(kind):
+    """Earlier versions wrote them. They load as they are."""
+    net, optimizer = trained(kind.ours)
+    negative = 0
+    for p, state in optimizer.state.items():
+        for name, signed in optimizer.signed.items():
+            value = state.get(name)
+            if isinstance(value, Quantized8bit) and signed:
+                codebook = optimizer._codebook(name, p.device)
+                exact = codebook.dequantize(value)
+                state[name] = codebook.requantize(exact, value.scales.abs())
+                negative += (value.scales < 0).sum()
+    assert negative
+    resumed = kind.make(net.parameters())
+    resumed.load_state_dict(through_a_file(optimizer.state_dict()))
+    for p, state in optimizer.state.items():
+        for name in optimizer.signed.keys() & state.keys():
+            value, again = state[name], resumed.state[p][name]
+            if isinstance(value, Quantized8bit):
+                assert torch.equal(again.codes, value.codes)
+                assert torch.equal(again.scales, value.scales)
+    assert_same_saved(resumed.state_dict(), optimizer.state_dict())
+    # The next step changes to extremes with a sign.
+    train(net, resumed, 1)
+    assert any(
+        (value.scales < 0).any()
+        for state in resumed.state.values()
+        for value in state.values()
+        if isinstance(value, Quantized8bit)
+    )
 
 
 def test_settings_of_the_checkpoint_win_and_are_named(caplog):
@@ -157,11 +190,11 @@ def test_states_of_another_kind_with_the_same_settings():
     saved = through_a_file(optimizer.state_dict())
     for state in saved["state"].values():
         state["sum"] = state["exp_avg_sq"]
-    assert_refused(optimizer, saved, "holds the states.*'sum'.*of parameter 0")
+    assert_refused(optimizer, saved, "has the states.*'sum'.*of parameter 0")
     saved = through_a_file(optimizer.state_dict())
     for state in saved["state"].values():
         del state["exp_avg_sq"]
-    assert_refused(optimizer, saved, "holds the states.*of parameter 0, not")
+    assert_refused(optimizer, saved, "has the states.*of parameter 0, not")
     saved = through_a_file(optimizer.state_dict())
     for name in ("amsgrad", "foreach"):
         del saved["param_groups"][0][name]
@@ -202,7 +235,7 @@ def test_what_torch_loads_from_itself(cls, changed):
 
 
 def test_states_that_are_not_used_do_not_wear_off():
-    """Packing what was unpacked makes a negative extreme smaller."""
+    """They are not packed again."""
     net, optimizer = trained(SGD8bit, nesterov=False)
     before = optimizer.state_dict()["state"]
     optimizer.param_groups[0]["momentum"] = 0.0

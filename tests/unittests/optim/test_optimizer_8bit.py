@@ -24,7 +24,7 @@ def test_a_step_holds_few_unpacked_states_at_a_time(kind, monkeypatch):
             p.grad = torch.ones_like(p)
         optimizer.step()
         known = [*weights, *(p.grad for p in weights)]
-        with StorageTracker(but=known) as tracker:
+        with StorageTracker(exclude=known) as tracker:
             optimizer.step()
         peaks.append(tracker.peak)
     moments = optimizer.state[weights[0]].keys() & optimizer.signed.keys()

@@ -100,7 +100,7 @@ def test_one_step_is_torchs(kind):
 def check_bound(packed, exact, signed):
     """Each value within half a gap of the codes (a whole one next to 0)."""
     values = torch.tensor(VALUES[signed])
-    scale = packed.absmax.repeat_interleave(BLOCK)[: exact.numel()]
+    scale = packed.scales.repeat_interleave(BLOCK)[: exact.numel()]
     scaled = exact.flatten() / scale
     stored = values[packed.codes.flatten().long()]
     above = torch.searchsorted(values, scaled).clamp(1, 255)
@@ -133,7 +133,7 @@ def test_state_dict_resumes_exactly(kind):
             assert type(a) is type(b)
             if isinstance(a, Quantized8bit):
                 assert torch.equal(a.codes, b.codes)
-                assert torch.equal(a.absmax, b.absmax)
+                assert torch.equal(a.scales, b.scales)
     train(net, optimizer, 5, first=5)
     train(other, resumed, 5, first=5)
     assert_same_weights(net, other)
