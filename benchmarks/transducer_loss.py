@@ -115,7 +115,7 @@ class Batch:
         def step():
             return torch.autograd.grad(self.loss(kind, **options), self.inputs)
 
-        with StorageTracker(but=[*self.inputs, self.targets]) as tracker:
+        with StorageTracker(exclude=[*self.inputs, self.targets]) as tracker:
             gradients = step()
         extra = tracker.peak - sum(g.nbytes for g in gradients)
         if exact is None:

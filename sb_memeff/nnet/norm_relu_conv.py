@@ -11,6 +11,7 @@ from torch import nn
 
 from sb_memeff.nnet.padding import mask
 from sb_memeff.nnet.replay.kept import keep
+from sb_memeff.ops.dispatch import runs_fused
 from sb_memeff.ops.norm_relu import (
     batch_statistics,
     norm_relu,
@@ -215,23 +216,25 @@ class _NormReLUConv(torch.autograd.Function):
                     wanted,
                 )
 
-        # One after the other: the activation is freed before its gradient is
-        # there.
-        for_weight = for_bias = None
-        if needs_weight or needs_bias:
+        y = norm_relu(*norm, dtype)
+        if x.is_cuda or runs_fused(x):
+            # One after the other: the activation is freed before its gradient
+            # is there, for which only the shape of the input matters. (The CPU
+            # would make an input of that shape.)
             _, for_weight, for_bias = conv_backward(
-                norm_relu(*norm, dtype),
-                narrow,
-                [False, needs_weight, needs_bias],
+                y, narrow, [False, needs_weight, needs_bias]
             )
+            y = y.new_empty(()).expand(x.shape)
+            for_y, _, _ = conv_backward(
+                y, _laid_out_like(narrow, x), [needs_norm, False, False]
+            )
+        else:
+            for_y, for_weight, for_bias = conv_backward(
+                y, narrow, [needs_norm, needs_weight, needs_bias]
+            )
+        del y
         found: tuple[torch.Tensor | None, ...] = None, None, None
         if needs_norm:
-            # Only the shape of the input matters.
-            like = torch.empty((), dtype=dtype, device=x.device).expand(x.shape)
-            for_y, _, _ = conv_backward(
-                like, _laid_out_like(narrow, x), [True, False, False]
-            )
-            del gradient
             found = norm_relu_backward(for_y, *norm, of_batch)
         return (
             *found,
