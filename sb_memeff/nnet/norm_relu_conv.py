@@ -4,6 +4,9 @@ Authors
  * The sb_memeff authors 2026
 """
 
+import contextlib
+from collections.abc import Generator
+from contextvars import ContextVar
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -19,7 +22,39 @@ from sb_memeff.ops.norm_relu import (
 )
 from sb_memeff.utils.hooks import are_watched
 
-__all__ = ["norm_relu_conv"]
+__all__ = ["norm_relu_conv", "one_by_one"]
+
+
+KINDS = nn.BatchNorm2d, nn.ReLU, nn.Conv2d
+# Saved on import, to detect replaced methods.
+FORWARDS = tuple(kind.forward for kind in KINDS)
+
+_one_by_one: ContextVar[bool] = ContextVar("one_by_one", default=False)
+
+
+@contextlib.contextmanager
+def one_by_one() -> Generator[None, None, None]:
+    """Inside, the modules are called one by one, as plain autograd has them.
+
+    Yields
+    ------
+    None
+
+    Example
+    -------
+    >>> layers = nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 5, 1)
+    >>> x = torch.rand(2, 3, 6, 7, requires_grad=True)
+    >>> with one_by_one():
+    ...     y = norm_relu_conv(x, *layers).square().sum()
+    >>> (dx,) = torch.autograd.grad(y, x, create_graph=True)
+    >>> dx.requires_grad
+    True
+    """
+    token = _one_by_one.set(True)
+    try:
+        yield
+    finally:
+        _one_by_one.reset(token)
 
 
 def norm_relu_conv(
@@ -33,7 +68,8 @@ def norm_relu_conv(
 
     Of BatchNorm2d, ReLU and Conv2d nothing is kept for backward but x and a
     mean and variance for each channel: the activation is computed again from
-    them. Other modules, and these ones with hooks, are called one by one.
+    them. (Under autocast the converted weight is kept too.) Other modules, and
+    these ones with hooks, are called one by one.
 
     Arguments
     ---------
@@ -63,13 +99,13 @@ def norm_relu_conv(
         type(norm) is not nn.BatchNorm2d
         or type(conv) is not nn.Conv2d
         or type(activation) is not nn.ReLU
-        or not _is_fused(x, norm, conv)
-        or are_watched((norm, activation, conv))
+        # A replay takes the path of forward, whatever hooks there are then.
+        or not keep(norm, lambda: _is_one_node(x, norm, activation, conv))
     ):
         return conv(activation(mask(norm(x), padding)))
     of_batch = norm.training or norm.running_mean is None
     if of_batch:
-        mean, variance = keep(lambda: _batch_statistics(x.detach(), norm))
+        mean, variance = keep(norm, lambda: _batch_statistics(x.detach(), norm))
     else:
         mean, variance = norm.running_mean, norm.running_var
     kind = x.device.type
@@ -90,9 +126,26 @@ def norm_relu_conv(
     )
 
 
-def _is_fused(x: torch.Tensor, norm: nn.BatchNorm2d, conv: nn.Conv2d) -> bool:
+def _is_one_node(
+    x: torch.Tensor, norm: nn.BatchNorm2d, activation: nn.ReLU, conv: nn.Conv2d
+) -> bool:
+    dtypes = (
+        {x.dtype, norm.weight.dtype, conv.weight.dtype}
+        if norm.affine
+        else set()
+    )
+    autocast = torch.is_autocast_enabled(x.device.type)
     return (
-        norm.affine
+        _one_by_one.get() is False
+        and (len(dtypes) == 1 or (autocast and torch.float64 not in dtypes))
+        and norm.eps > 0
+        and (norm.running_mean is None) == (norm.running_var is None)
+        and FORWARDS == tuple(kind.forward for kind in KINDS)
+        and not are_watched((norm, activation, conv))
+        # Transforms of functions, and forward-mode derivatives.
+        and not torch._C._are_functorch_transforms_active()
+        and torch.autograd.forward_ad._current_level < 0
+        and norm.affine
         # The host would have to read the number of batches.
         and norm.momentum is not None
         and conv.padding_mode == "zeros"
@@ -184,11 +237,18 @@ class _NormReLUConv(torch.autograd.Function):
             return nn.functional.conv2d(y, narrow, bias, *settings.of_conv)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     # pyrefly: ignore[bad-override]
     def backward(
         ctx: Any, gradient: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
+        # once_differentiable would let some gradients of gradients be missing.
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "Double backward (create_graph=True) is not supported through "
+                "batch norm, ReLU and convolution as one node. Set "
+                "save_memory=False and call the network inside "
+                "sb_memeff.nnet.norm_relu_conv.one_by_one()."
+            )
         x, norm_weight, norm_bias, mean, variance, narrow, padding = (
             ctx.saved_tensors
         )

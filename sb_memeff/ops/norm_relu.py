@@ -115,6 +115,8 @@ def normalize(
     >>> normalize(x, ones, 0 * ones, 2 * ones, ones, 0.0)
     tensor([[[-1.,  1.]]])
     """
+    # The CPU takes weights in half precision only with such statistics.
+    weight, bias = weight.to(mean.dtype), bias.to(mean.dtype)
     return torch.native_batch_norm(
         x, weight, bias, mean, variance, False, 0.0, eps
     )[0]
@@ -236,10 +238,10 @@ def norm_relu_backward(
         gradient, z, 0, grad_input=gradient
     )
     del z
-    return torch.ops.aten.native_batch_norm_backward(
+    dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
         gradient,
         x,
-        weight,
+        weight.to(mean.dtype),
         mean,
         variance,
         mean,
@@ -248,6 +250,7 @@ def norm_relu_backward(
         eps,
         [True, True, True],
     )
+    return dx, dweight.to(weight.dtype), dbias.to(bias.dtype)
 
 
 def _is_fused(x: torch.Tensor, *others: torch.Tensor) -> bool:

@@ -9,25 +9,32 @@ from collections.abc import Callable, Generator
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
-__all__ = ["keep", "keeping", "replaying"]
+__all__ = ["Kept", "keep", "keeping", "replaying"]
 
 T = TypeVar("T")
+# Owner to its results, in the order of its calls.
+Kept = dict[object, list[Any]]
 
-# Of the innermost call that is recorded or replayed: takes a function, and
-# returns its result or that of forward.
-_current: ContextVar[Callable[[Callable[[], Any]], Any] | None] = ContextVar(
-    "kept", default=None
+# Of the innermost call that is recorded or replayed: takes an owner and a
+# function, and returns the function's result or that of forward.
+_current: ContextVar[Callable[[object, Callable[[], Any]], Any] | None] = (
+    ContextVar("kept", default=None)
 )
 
 
-def keep(compute: Callable[[], T]) -> T:
+def keep(owner: object, compute: Callable[[], T]) -> T:
     """A result that is computed in forward only.
 
     For what is small and takes long, such as the statistics of a batch: a
-    replay computes all else again. Outside of recorded calls it is computed.
+    replay computes all else again. Outside of recorded calls, and where forward
+    kept nothing, it is computed.
 
     Arguments
     ---------
+    owner : object
+        The module whose result it is. Each has results of its own: a replay may
+        call other modules than forward, for example inside a nested
+        recomputation, which keeps its own.
     compute : callable
         Takes nothing. Its result must not need gradients.
 
@@ -38,25 +45,25 @@ def keep(compute: Callable[[], T]) -> T:
 
     Example
     -------
-    >>> results = []
+    >>> results = {}
     >>> with keeping(results):
-    ...     keep(lambda: 1)
+    ...     keep("norm", lambda: 1)
     1
     >>> with replaying(results):
-    ...     keep(lambda: 2)
-    1
+    ...     keep("norm", lambda: 2), keep("another", lambda: 3)
+    (1, 3)
     """
     current = _current.get()
-    return compute() if current is None else current(compute)
+    return compute() if current is None else current(owner, compute)
 
 
 @contextlib.contextmanager
-def keeping(results: list[Any]) -> Generator[None, None, None]:
-    """Inside, what is kept is put into a list.
+def keeping(results: Kept) -> Generator[None, None, None]:
+    """Inside, what is kept is put into a dict.
 
     Arguments
     ---------
-    results : list
+    results : dict
         Takes the results.
 
     Yields
@@ -64,9 +71,10 @@ def keeping(results: list[Any]) -> Generator[None, None, None]:
     None
     """
 
-    def first(compute: Callable[[], Any]) -> Any:
-        results.append(compute())
-        return results[-1]
+    def first(owner: object, compute: Callable[[], Any]) -> Any:
+        result = compute()
+        results.setdefault(owner, []).append(result)
+        return result
 
     token = _current.set(first)
     try:
@@ -76,23 +84,24 @@ def keeping(results: list[Any]) -> Generator[None, None, None]:
 
 
 @contextlib.contextmanager
-def replaying(results: list[Any]) -> Generator[None, None, None]:
-    """Inside, what was kept is taken from a list, in order.
+def replaying(results: Kept) -> Generator[None, None, None]:
+    """Inside, what was kept is taken from a dict, in the order of each owner.
 
     Arguments
     ---------
-    results : list
+    results : dict
         As ``keeping`` filled it.
 
     Yields
     ------
     None
     """
-    remaining = iter(results)
+    remaining = {owner: iter(values) for owner, values in results.items()}
 
-    def again(compute: Callable[[], Any]) -> Any:
-        # A replay that calls more than forward is found out by its results.
-        return next(remaining, None) or compute()
+    def again(owner: object, compute: Callable[[], Any]) -> Any:
+        for result in remaining.get(owner, ()):
+            return result
+        return compute()
 
     token = _current.set(again)
     try:

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from sb_memeff.nnet.replay.backends import BackendFlags
-from sb_memeff.nnet.replay.kept import keeping, replaying
+from sb_memeff.nnet.replay.kept import Kept, keeping, replaying
 from sb_memeff.nnet.replay.module_state import (
     Changes,
     ModuleState,
@@ -59,13 +59,13 @@ class Recording:
         the call used; None if it drew no random numbers.
     changes : Changes
         Buffers and attributes of modules that the call changed.
-    kept : list
+    kept : dict
         What the call has given to ``keep``.
     """
 
     random_states: list[tuple[Source, Any]] | None = None
     changes: Changes = field(default_factory=Changes)
-    kept: list[Any] = field(default_factory=list)
+    kept: Kept = field(default_factory=dict)
 
 
 class Recorder:

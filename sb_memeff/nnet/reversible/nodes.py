@@ -467,7 +467,9 @@ class _OutputNode(torch.autograd.Function):
             ctx.tap_sum.gradient = None
         saved = ctx.saved_tensors
         extra_tensors = saved[: ctx.num_extra_tensors]
-        outputs = saved[ctx.num_extra_tensors :]
+        # Of their own: the graph may hold the saved ones for another backward
+        # pass, and blocks overwrite a stream that nobody else holds.
+        outputs = [x.detach() for x in saved[ctx.num_extra_tensors :]]
         streams = list(
             outputs if len(outputs) == 2 else state.format.split(*outputs)
         )

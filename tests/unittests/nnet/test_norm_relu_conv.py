@@ -7,11 +7,17 @@ import pytest
 import torch
 from torch import nn
 
+from sb_memeff.lobes.reversible_blocks import ResidualBody
 from sb_memeff.memory.fake import fake_tensors
 from sb_memeff.memory.tracker import StorageTracker
-from sb_memeff.nnet.norm_relu_conv import norm_relu_conv
+from sb_memeff.nnet.norm_relu_conv import (
+    norm_relu_conv,
+    one_by_one as one_node_off,
+)
 from sb_memeff.nnet.padding import mask
+from sb_memeff.nnet.recompute import recompute_blocks
 from sb_memeff.nnet.recompute.segment import Segment
+from sb_memeff.nnet.reversible import AdditiveCoupling, ReversibleSequence
 from sb_memeff.ops import norm_relu
 from sb_memeff.ops.dispatch import fused_on_fake_tensors
 from tests.unittests.ops.kernel import DEVICE, error
@@ -262,3 +268,102 @@ def test_memory(fused):
         y.sum().backward()
     # The output and, in backward, as many as are allowed.
     assert tracker.peak - start < (2.1 if fused else 3.1) * size
+
+
+def recompute_first(net):
+    """One of two layers is recomputed by itself."""
+    recompute_blocks(net, "blocks.*.f.layers.0")
+
+
+def hook_of_forward(net):
+    """A hook that removes itself in forward."""
+    norm = net.blocks[1].f.layers[0].norm
+
+    def hook(*args):
+        handle.remove()
+
+    handle = norm.register_forward_hook(hook)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize(
+    "change", [recompute_first, hook_of_forward, "hook before backward"]
+)
+def test_a_replay_takes_each_layers_own_statistics(change, exact):
+    found = []
+    for save_memory in (True, False):
+        torch.manual_seed(0)
+        net = ReversibleSequence(
+            [
+                AdditiveCoupling(
+                    *(ResidualBody("basic", 4, 4, 4) for _ in "fg")
+                )
+                for _ in range(2)
+            ],
+            exact=exact,
+        ).double()
+        for p in net.parameters():
+            nn.init.normal_(p)
+        net.save_memory = save_memory
+        if save_memory and callable(change):
+            change(net)
+        x = torch.randn(2, 8, 6, 5).double().requires_grad_()
+        y = net(x)
+        if save_memory and not callable(change):
+            norm = net.blocks[1].f.layers[0].norm
+            norm.register_forward_hook(lambda *args: None)
+        y.square().sum().backward()
+        found.append([x.grad, *(p.grad for p in net.parameters())])
+    for a, b in zip(*found, strict=True):
+        assert error(a, b) < 1e-6
+
+
+def test_double_backward_is_refused_or_right():
+    net = layers().double().eval()
+    x = batch(dtype=torch.float64).requires_grad_()
+    for loss in (lambda y: y.sum(), lambda y: y.square().sum()):
+        with pytest.raises(RuntimeError, match=r"create_graph.*one_by_one"):
+            torch.autograd.grad(
+                loss(norm_relu_conv(x, *net)), x, create_graph=True
+            )
+        with one_node_off():
+            y = loss(norm_relu_conv(x, *net))
+        (dx,) = torch.autograd.grad(y, x, create_graph=True)
+        (exact,) = torch.autograd.grad(
+            loss(one_by_one(x, *net)), x, create_graph=True
+        )
+        assert torch.equal(dx, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_network_in_half_precision(dtype, training):
+    net = layers(bias=True).train(training)
+    exact = results(
+        one_by_one, copy.deepcopy(net).double(), batch(dtype=dtype).double()
+    )
+    found = results(norm_relu_conv, net.to(dtype), batch(dtype=dtype))
+    for a, right in zip(found, exact, strict=True):
+        assert error(a, right) < 20 * torch.finfo(dtype).eps
+
+
+def test_dtypes_that_do_not_fit_are_refused_as_by_the_modules():
+    with pytest.raises(RuntimeError):
+        norm_relu_conv(batch(dtype=torch.float16), *layers())
+    net = layers()
+    net[2].double()
+    with pytest.raises(RuntimeError):
+        norm_relu_conv(batch(), *net)
+
+
+def test_a_forward_that_is_replaced_in_the_class(monkeypatch):
+    calls = []
+    forward = nn.Conv2d.forward
+
+    def replaced(module, x):
+        calls.append(module)
+        return forward(module, x)
+
+    monkeypatch.setattr(nn.Conv2d, "forward", replaced)
+    norm_relu_conv(batch(), *layers())
+    assert len(calls) == 1

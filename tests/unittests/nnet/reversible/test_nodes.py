@@ -218,3 +218,27 @@ def test_parameter_gradients_are_ready_while_the_chain_is_walked_back():
     assert order == [
         (what, i) for i in (3, 2, 1, 0) for what in ("replay", "ready")
     ]
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_twice_through_one_graph(dtype, exact):
+    """The graph holds the streams themselves, which backward may not change."""
+    found = []
+    for save_memory in (True, False):
+        torch.manual_seed(0)
+        net = ReversibleSequence(
+            [
+                AdditiveCoupling(nn.Linear(4, 4), nn.Linear(4, 4))
+                for _ in range(3)
+            ],
+            exact=exact,
+            save_memory=save_memory,
+        ).to(dtype)
+        x = torch.randn(5, 8).to(dtype).requires_grad_()
+        y = net(x)
+        y[:, :4].float().sum().backward(retain_graph=True)
+        y[:, 4:].float().sum().backward()
+        found.append([x.grad, *(p.grad for p in net.parameters())])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
