@@ -244,6 +244,12 @@ class RecordingEvaluator(Evaluator):
     def _call(
         self, function: str, module: nn.Module, module_input: ModuleInput
     ) -> torch.Tensor:
+        if function in self.recordings:
+            raise RuntimeError(
+                f"{self._full_name(function)} is evaluated twice in one block. "
+                f"Backward could not tell the two calls apart: register the "
+                f"module under a second name for the second call."
+            )
         with self.recorder.recording(module) as recording:
             result = super()._call(function, module, module_input)
         self.recordings[function] = recording

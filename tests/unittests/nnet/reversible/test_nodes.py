@@ -13,6 +13,7 @@ from sb_memeff.nnet.reversible import (
     ReversibleSequence,
     SpaceToDepth,
 )
+from sb_memeff.nnet.reversible.coupling import Invertible
 from sb_memeff.nnet.reversible.nodes import ChainState
 from sb_memeff.nnet.reversible.observer import Observer
 from tests.unittests.nnet.reversible.chains import (
@@ -242,3 +243,44 @@ def test_half_precision_twice_through_one_graph(dtype, exact):
         found.append([x.grad, *(p.grad for p in net.parameters())])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
+
+
+class Twice(Invertible):
+    """y1 = x1 + f(x2) + h(x2), where h may be f under another name."""
+
+    def __init__(self, f, names):
+        super().__init__()
+        self.f = self.h = f
+        self.names = names
+
+    def forward_streams(self, x1, x2, evaluator):
+        for name in self.names:
+            x1 = x1 + evaluator.value(name, x2)
+        return x1, x2
+
+    def backward_streams(self, y, dy, evaluator, shape):
+        (y1, y2), (d1, d2) = y, dy
+        for name in reversed(self.names):
+            increment, pullback = evaluator.vjp(name, y2)
+            y1, d2 = y1 - increment, d2 + pullback(d1)
+        return (y1, y2), (d1, d2)
+
+
+def test_a_function_that_is_evaluated_twice():
+    """Dropout would have the mask of the other call."""
+    f = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))
+    x = torch.randn(5, 8, requires_grad=True)
+    with pytest.raises(
+        RuntimeError, match=r"\.f is evaluated twice.*second name"
+    ):
+        ReversibleSequence([Twice(f, "ff")])(x)
+    found = []
+    for save_memory in (True, False):
+        torch.manual_seed(0)
+        net = ReversibleSequence([Twice(f, "fh")], save_memory=save_memory)
+        f.zero_grad()
+        x.grad = None
+        net(x).square().sum().backward()
+        found.append([x.grad, f[0].weight.grad])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
