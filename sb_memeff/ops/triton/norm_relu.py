@@ -23,6 +23,7 @@ COMBINED = 8
 @triton.jit
 def _locate(
     tile,
+    samples,
     positions,
     channels,
     sample_stride,
@@ -33,8 +34,9 @@ def _locate(
 ):
     """Where a tile of positions (t, f) by channels is; a sample has several.
 
-    Returns the sample, where it begins, its positions, channels and offsets,
-    and which of them exist.
+    Returns the sample, where it begins, positions and which of them exist,
+    channels, offsets and which of these exist. Tiles beyond the last one, which
+    the last round of a program may have, do not.
     """
     tiles = tl.cdiv(positions, ROWS)
     sample = tile // tiles
@@ -43,8 +45,9 @@ def _locate(
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     offset = position[:, None] * position_stride
     offset += channel[None, :] * channel_stride
-    has = (position < positions)[:, None] & (channel < channels)[None, :]
-    return sample, start, position, channel, offset, has
+    real = (position < positions) & (sample < samples)
+    has = real[:, None] & (channel < channels)[None, :]
+    return sample, start, position, real, channel, offset, has
 
 
 @triton.jit
@@ -70,10 +73,10 @@ def _collect(
     mean = tl.zeros((CHANNELS,), tl.float32)
     squares = tl.zeros((CHANNELS,), tl.float32)
     splits = tl.num_programs(0)
-    tiles = samples * tl.cdiv(positions, ROWS)
-    for step in range(tl.cdiv(tiles, splits)):
-        _, start, position, _, offset, has = _locate(
+    for step in range(tl.cdiv(samples * tl.cdiv(positions, ROWS), splits)):
+        _, start, _, real, _, offset, has = _locate(
             tl.program_id(0) + step * splits,
+            samples,
             positions,
             channels,
             sample_stride,
@@ -82,12 +85,8 @@ def _collect(
             ROWS,
             CHANNELS,
         )
-        has = has & (tl.program_id(0) + step * splits < tiles)
         x = tl.load(x_ptr + start + offset, mask=has, other=0.0)
         x = x.to(tl.float32)
-        real = (position < positions) & (
-            tl.program_id(0) + step * splits < tiles
-        )
         size = tl.sum(real.to(tl.float32), 0)
         mean_here = tl.sum(x, 0) / tl.maximum(size, 1.0)
         distance = tl.where(has, x - mean_here[None, :], 0.0)
@@ -163,6 +162,7 @@ def _normalized(
     sample,
     start,
     position,
+    real,
     channel,
     offset,
     has,
@@ -172,23 +172,23 @@ def _normalized(
     eps,
     HAS_PADDING: tl.constexpr,
 ):
-    """(x - mean) / deviation, 1 / deviation, and where frames are real."""
+    """(x - mean) / deviation, 1 / deviation, and which frames count."""
     inside = channel < channels
     mean = tl.load(mean_ptr + channel, mask=inside, other=0.0).to(tl.float32)
     variance = tl.load(variance_ptr + channel, mask=inside, other=1.0)
     scale = 1 / tl.sqrt(variance.to(tl.float32) + eps)
     x = tl.load(x_ptr + start + offset, mask=has, other=0.0).to(tl.float32)
     normalized = (x - mean[None, :]) * scale[None, :]
-    real = has
+    counts = has
     if HAS_PADDING:
         # [N, 1, T, 1] is contiguous: one value for the bands of a frame.
         padded = tl.load(
             padding_ptr + sample * (positions // bands) + position // bands,
-            mask=position < positions,
+            mask=real,
             other=0,
         )
-        real = has & (padded == 0)[:, None]
-    return normalized, scale, real
+        counts = has & (padded == 0)[:, None]
+    return normalized, scale, counts
 
 
 @triton.jit
@@ -221,8 +221,9 @@ def _norm_relu(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    sample, start, position, channel, offset, has = _locate(
+    sample, start, position, real, channel, offset, has = _locate(
         tl.program_id(0),
+        samples,
         positions,
         channels,
         sample_stride,
@@ -231,7 +232,7 @@ def _norm_relu(
         ROWS,
         CHANNELS,
     )
-    normalized, _, real = _normalized(
+    normalized, _, counts = _normalized(
         x_ptr,
         mean_ptr,
         variance_ptr,
@@ -239,6 +240,7 @@ def _norm_relu(
         sample,
         start,
         position,
+        real,
         channel,
         offset,
         has,
@@ -250,7 +252,7 @@ def _norm_relu(
     )
     z, _ = _affine(normalized, weight_ptr, bias_ptr, channel, channels)
     # Not maximum: NaN must come out.
-    y = tl.where(real & ~(z <= 0), z, 0.0)
+    y = tl.where(counts & ~(z <= 0), z, 0.0)
     tl.store(y_ptr + start + offset, y.to(y_ptr.dtype.element_ty), mask=has)
 
 
@@ -281,8 +283,9 @@ def _sum_gradients(
     weighted = tl.zeros((ROWS, CHANNELS), tl.float32)
     splits = tl.num_programs(0)
     for step in range(tl.cdiv(samples * tl.cdiv(positions, ROWS), splits)):
-        sample, start, position, channel, offset, has = _locate(
+        sample, start, position, real, channel, offset, has = _locate(
             tl.program_id(0) + step * splits,
+            samples,
             positions,
             channels,
             sample_stride,
@@ -291,7 +294,7 @@ def _sum_gradients(
             ROWS,
             CHANNELS,
         )
-        normalized, _, real = _normalized(
+        normalized, _, counts = _normalized(
             x_ptr,
             mean_ptr,
             variance_ptr,
@@ -299,6 +302,7 @@ def _sum_gradients(
             sample,
             start,
             position,
+            real,
             channel,
             offset,
             has,
@@ -310,7 +314,7 @@ def _sum_gradients(
         )
         z, _ = _affine(normalized, weight_ptr, bias_ptr, channel, channels)
         dy = tl.load(gradient_ptr + start + offset, mask=has, other=0.0)
-        dz = tl.where(real & ~(z <= 0), dy.to(tl.float32), 0.0)
+        dz = tl.where(counts & ~(z <= 0), dy.to(tl.float32), 0.0)
         total += dz
         weighted += tl.where(has, dz * normalized, 0.0)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
@@ -346,8 +350,9 @@ def _norm_relu_backward(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    sample, start, position, channel, offset, has = _locate(
+    sample, start, position, real, channel, offset, has = _locate(
         tl.program_id(0),
+        samples,
         positions,
         channels,
         sample_stride,
@@ -356,7 +361,7 @@ def _norm_relu_backward(
         ROWS,
         CHANNELS,
     )
-    normalized, scale, real = _normalized(
+    normalized, scale, counts = _normalized(
         x_ptr,
         mean_ptr,
         variance_ptr,
@@ -364,6 +369,7 @@ def _norm_relu_backward(
         sample,
         start,
         position,
+        real,
         channel,
         offset,
         has,
@@ -375,7 +381,7 @@ def _norm_relu_backward(
     )
     z, weight = _affine(normalized, weight_ptr, bias_ptr, channel, channels)
     dy = tl.load(gradient_ptr + start + offset, mask=has, other=0.0)
-    dz = tl.where(real & ~(z <= 0), dy.to(tl.float32), 0.0)
+    dz = tl.where(counts & ~(z <= 0), dy.to(tl.float32), 0.0)
     inside = channel < channels
     total = tl.load(sums_ptr + channel, mask=inside, other=0.0)
     weighted = tl.load(sums_ptr + channels + channel, mask=inside, other=0.0)
@@ -467,7 +473,7 @@ def norm_relu(
         bias,
         mean,
         variance,
-        # A pointer that is not read may be any.
+        # Any pointer, since it is not read.
         mean if padding is None else padding.contiguous(),
         y,
         *sizes,

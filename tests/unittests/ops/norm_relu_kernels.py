@@ -79,6 +79,9 @@ SHAPES = [
     (3, 40, 6, 9, True),
     (2, 5, 31, 20, False, True),
     (2, 33, 13, 20, True, True),
+    # More tiles than programs add up.
+    (300, 2, 3, 4),
+    (300, 3, 2, 3, True, True),
 ]
 NORM_RELU = Kernel(
     _forward(kernels), _forward(plain), _norm, SHAPES, each(1e-6, 5e-4, 8e-3)
