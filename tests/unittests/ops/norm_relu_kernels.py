@@ -4,6 +4,8 @@ Authors
  * The sb_memeff authors 2026
 """
 
+from unittest import mock
+
 import torch
 
 from sb_memeff.ops import norm_relu as plain
@@ -39,15 +41,23 @@ def _forward(module):
     return call
 
 
+def _programs(count):
+    """So few programs share the tiles of an input that each has several."""
+    return mock.patch.object(kernels, "SPLITS", count)
+
+
 def _backward(module):
-    def call(gradient, *inputs, of_batch):
+    def call(gradient, *inputs, of_batch, programs=kernels.SPLITS):
         *inputs, padding = inputs
         padding = padding if padding.any() else None
         # It may be overwritten.
         gradient = gradient.clone()
-        return list(
-            module.norm_relu_backward(gradient, *inputs, EPS, padding, of_batch)
-        )
+        with _programs(programs):
+            return list(
+                module.norm_relu_backward(
+                    gradient, *inputs, EPS, padding, of_batch
+                )
+            )
 
     return call
 
@@ -62,9 +72,10 @@ def _far_from_zero(g, dtype, samples, channels, frames, bands, last=False):
 
 
 def _statistics(module):
-    def call(x, mean, variance, tracked):
+    def call(x, mean, variance, tracked, programs=kernels.SPLITS):
         if not tracked:
-            return list(module.batch_statistics(x, None, None, 0.3))
+            with _programs(programs):
+                return list(module.batch_statistics(x, None, None, 0.3))
         running = mean.clone(), variance.clone()
         batches = torch.tensor(6, device=x.device)
         found = module.batch_statistics(x, *running, 0.3, batches)
@@ -79,9 +90,9 @@ SHAPES = [
     (3, 40, 6, 9, True),
     (2, 5, 31, 20, False, True),
     (2, 33, 13, 20, True, True),
-    # More tiles than programs add up.
-    (300, 2, 3, 4),
-    (300, 3, 2, 3, True, True),
+    # More tiles than three programs take in two rounds.
+    (7, 2, 3, 4),
+    (7, 3, 2, 3, True, True),
 ]
 NORM_RELU = Kernel(
     _forward(kernels), _forward(plain), _norm, SHAPES, each(1e-6, 5e-4, 8e-3)
@@ -92,7 +103,11 @@ NORM_RELU_BACKWARD = Kernel(
     _with_gradient,
     SHAPES[1:],
     each(2e-6, 5e-4, 8e-3),
-    [{"of_batch": False}, {"of_batch": True}],
+    [
+        {"of_batch": False, "programs": 3},
+        {"of_batch": True, "programs": 3},
+        {"of_batch": True},
+    ],
 )
 BATCH_STATISTICS = Kernel(
     _statistics(kernels),
@@ -103,10 +118,12 @@ BATCH_STATISTICS = Kernel(
         (2, 3, 5, 7),
         (3, 40, 6, 9, True),
         (2, 5, 31, 40),
-        (300, 3, 8, 4, True),
-        (300, 3, 7, 5),
+        (7, 3, 8, 4, True),
+        (7, 3, 7, 5),
+        # As many programs as there may be are compiled ahead.
+        (129, 1, 1, 2),
     ],
     # Of half precision too: sums are float32. Means are 300 deviations.
     each(1e-5, 1e-5, 1e-5),
-    [{"tracked": False}, {"tracked": True}],
+    [{"tracked": False, "programs": 3}, {"tracked": True}],
 )
