@@ -214,8 +214,8 @@ def speaker_networks(shape):
     return rows
 
 
-def joint_step(samples, frames, targets, features, vocabulary):
-    """Cost of the joint loss under bfloat16, one run of samples."""
+def joint_step(frames, targets, features, vocabulary):
+    """Cost of the joint loss under bfloat16 of one sample."""
     from speechbrain.nnet.transducer.transducer_joint import Transducer_joint
 
     with fake_tensors(), fused_on_fake_tensors():
@@ -226,10 +226,10 @@ def joint_step(samples, frames, targets, features, vocabulary):
             occupancy_floor=0.0,
         )
         options = {"dtype": torch.bfloat16, "requires_grad": True}
-        enc = torch.zeros(samples, frames, features, **options)
-        pred = torch.zeros(samples, targets + 1, features, **options)
-        symbols = torch.ones(samples, targets, dtype=torch.int64)
-        ones = torch.ones(samples)
+        enc = torch.zeros(1, frames, features, **options)
+        pred = torch.zeros(1, targets + 1, features, **options)
+        symbols = torch.ones(1, targets, dtype=torch.int64)
+        ones = torch.ones(1)
         with Cost() as cost:
             with torch.autocast("cpu", torch.bfloat16):
                 value = loss(enc, pred, symbols, ones, ones)
@@ -248,7 +248,7 @@ def joint(samples, frames, targets, features=640, vocabulary=1000):
     runs = math.ceil(samples / in_run)
     tile = joint_loss._rows_of_tile(torch.empty(0, device="meta"), vocabulary)
     one, two = (
-        joint_step(1, n * tile // (targets + 1), targets, features, vocabulary)
+        joint_step(n * tile // (targets + 1), targets, features, vocabulary)
         for n in (1, 2)
     )
     tiles = in_run * cells / tile

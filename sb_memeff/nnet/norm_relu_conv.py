@@ -14,7 +14,7 @@ from torch import nn
 
 from sb_memeff.nnet.padding import mask
 from sb_memeff.nnet.replay.kept import keep
-from sb_memeff.ops.dispatch import runs_fused
+from sb_memeff.ops.dispatch import is_on_gpu
 from sb_memeff.ops.norm_relu import (
     batch_statistics,
     norm_relu,
@@ -129,15 +129,13 @@ def norm_relu_conv(
 def _is_one_node(
     x: torch.Tensor, norm: nn.BatchNorm2d, activation: nn.ReLU, conv: nn.Conv2d
 ) -> bool:
-    dtypes = (
-        {x.dtype, norm.weight.dtype, conv.weight.dtype}
-        if norm.affine
-        else set()
-    )
+    # Without momentum the host would have to read the number of batches.
+    if not norm.affine or norm.momentum is None or _one_by_one.get():
+        return False
+    dtypes = {x.dtype, norm.weight.dtype, conv.weight.dtype}
     autocast = torch.is_autocast_enabled(x.device.type)
     return (
-        _one_by_one.get() is False
-        and (len(dtypes) == 1 or (autocast and torch.float64 not in dtypes))
+        (len(dtypes) == 1 or (autocast and torch.float64 not in dtypes))
         and norm.eps > 0
         and (norm.running_mean is None) == (norm.running_var is None)
         and FORWARDS == tuple(kind.forward for kind in KINDS)
@@ -145,9 +143,6 @@ def _is_one_node(
         # Transforms of functions, and forward-mode derivatives.
         and not torch._C._are_functorch_transforms_active()
         and torch.autograd.forward_ad._current_level < 0
-        and norm.affine
-        # The host would have to read the number of batches.
-        and norm.momentum is not None
         and conv.padding_mode == "zeros"
         and not isinstance(conv.padding, str)
         # What is wrong is said by the modules.
@@ -277,7 +272,7 @@ class _NormReLUConv(torch.autograd.Function):
                 )
 
         y = norm_relu(*norm, dtype)
-        if x.is_cuda or runs_fused(x):
+        if is_on_gpu(x):
             # One after the other: the activation is freed before its gradient
             # is there, for which only the shape of the input matters. (The CPU
             # would make an input of that shape.)

@@ -14,7 +14,12 @@ import torch
 from speechbrain.utils.logger import get_logger
 from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["fused_on_fake_tensors", "has_values", "runs_fused"]
+__all__ = [
+    "fused_on_fake_tensors",
+    "has_values",
+    "is_on_gpu",
+    "runs_fused",
+]
 
 logger = get_logger(__name__)
 
@@ -47,15 +52,36 @@ def runs_fused(*tensors: torch.Tensor) -> bool:
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     return all(
-        x.dtype in DTYPES and _is_on_gpu(x) for x in tensors
+        # Other subclasses may have no memory that a kernel could read.
+        type(x) in (torch.Tensor, torch.nn.Parameter, FakeTensor)
+        and x.dtype in DTYPES
+        and is_on_gpu(x)
+        for x in tensors
     ) and _available(os.environ.get(SWITCH, "1"))
 
 
-def _is_on_gpu(x: torch.Tensor) -> bool:
+def is_on_gpu(x: torch.Tensor) -> bool:
+    """Checks that a tensor is on a CUDA device, or counts as if it were.
+
+    Arguments
+    ---------
+    x : torch.Tensor
+        The tensor.
+
+    Returns
+    -------
+    bool
+        For a fake tensor, whether the code is inside
+        ``fused_on_fake_tensors``.
+
+    Example
+    -------
+    >>> is_on_gpu(torch.zeros(3))
+    False
+    """
     if isinstance(x, FakeTensor):
         return _fake_tensors_are_on_gpu
-    # Other subclasses may have no memory that a kernel could read.
-    return type(x) in (torch.Tensor, torch.nn.Parameter) and x.is_cuda
+    return x.is_cuda
 
 
 _fake_tensors_are_on_gpu = False

@@ -73,7 +73,7 @@ def cells_inside(
     target_lengths: torch.Tensor,
     rows: int,
     columns: int,
-    size: int,
+    lengths: tuple[list[int], list[int]],
 ) -> torch.Tensor:
     """Finds the cells inside the lattices of a padded batch.
 
@@ -87,8 +87,8 @@ def cells_inside(
         T.
     columns : int
         U+1.
-    size : int
-        N, how many they are: the host need not wait for it.
+    lengths : tuple of list of int
+        Both lengths on the host.
 
     Returns
     -------
@@ -97,7 +97,8 @@ def cells_inside(
 
     Example
     -------
-    >>> cells_inside(torch.tensor([1, 2]), torch.tensor([1, 0]), 2, 2, 4)
+    >>> lengths = [1, 2], [1, 0]
+    >>> cells_inside(*map(torch.tensor, lengths), 2, 2, lengths)
     tensor([0, 1, 4, 6])
     """
     t = torch.arange(rows, device=logit_lengths.device)[:, None]
@@ -105,6 +106,8 @@ def cells_inside(
     inside = (t < logit_lengths[:, None, None]) & (
         u <= target_lengths[:, None, None]
     )
+    # The host knows how many there are, and need not wait for the device.
+    size = sum(t * (u + 1) for t, u in zip(*lengths, strict=True))
     return inside.flatten().nonzero_static(size=size).squeeze(1)
 
 
@@ -147,8 +150,8 @@ class Tile:
     sample : torch.Tensor
         [N], number of the sample in the whole batch.
     enc_row : torch.Tensor
-        [N], the cell's row of the encoder's output of their run of samples,
-        taken as [B T, H].
+        [N], row of the encoder's output of the group of samples, viewed as
+        [B T, H].
     pred_row : torch.Tensor
         [N], row of the prediction network's, viewed as [B (U+1), H].
     target : torch.Tensor
@@ -256,7 +259,7 @@ class Cells:
             self.target_lengths,
             self.rows,
             self.columns,
-            sum(t * (u + 1) for t, u in zip(*self.lengths, strict=True)),
+            self.lengths,
         )
 
     def groups(self, size: int) -> "Iterator[Cells]":
@@ -357,7 +360,7 @@ class Cells:
         return self.logits(*self.inputs(tile))
 
     def scores(self, tile: Tile, logits: torch.Tensor) -> torch.Tensor:
-        """Computes scores of cells; see rows.row_scores."""
+        """Computes scores of cells; see logit_rows.row_scores."""
         if self.check_vocabulary is not None:
             self.check_vocabulary(logits.shape[1])
         return row_scores(logits, tile.target, self.blank_index)
@@ -420,20 +423,20 @@ class Gradients:
         self.deviation = enc.new_zeros(1, dtype=torch.float32)
 
     @contextlib.contextmanager
-    def run(self, samples: range) -> Generator[None, None, None]:
-        """Inside, ``add`` is given cells of these samples alone.
+    def group(self, samples: range) -> Generator[None, None, None]:
+        """Within the context, ``add`` takes cells of these samples only.
 
         Arguments
         ---------
         samples : range
-            Each sample is in one run.
+            A group of samples. Each sample is in one group.
 
         Yields
         ------
         None
         """
         enc, pred = self.of_inputs
-        with enc.run(samples), pred.run(samples):
+        with enc.group(samples), pred.group(samples):
             yield
 
     def compute_logits(
@@ -532,7 +535,7 @@ class Gradients:
         upstream: torch.Tensor | None,
         overwrite: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Computes the gradient of cells' logits; see rows.row_gradient.
+        """Computes the gradient of cells' logits; see logit_rows.row_gradient.
 
         Arguments
         ---------

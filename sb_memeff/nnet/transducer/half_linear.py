@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from sb_memeff.ops.dispatch import runs_fused
+from sb_memeff.ops.dispatch import is_on_gpu
 
 __all__ = ["HALF", "Float32WeightGradients", "wide_product"]
 
@@ -185,7 +185,6 @@ def wide_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     >>> wide_product(ones, 3e4 * ones.t())[0]
     tensor([90000., 90000.])
     """
-    # Or a fake tensor that is taken for one on a GPU.
-    if (a.is_cuda or runs_fused(a, b)) and HAS_WIDE_MM:
+    if is_on_gpu(a) and HAS_WIDE_MM:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()

@@ -1,4 +1,4 @@
-"""The gradient of encoder or predictor, in float32 for a few samples at a time.
+"""The gradient of encoder or predictor, in float32 for one group of samples.
 
 Authors
  * The sb_memeff authors 2026
@@ -16,13 +16,13 @@ __all__ = ["InputGradient"]
 
 
 class InputGradient:
-    """A gradient that is added up run by run of samples.
+    """Accumulates a gradient in float32, one group of samples at a time.
 
-    Sums are float32. Of a half-precision input those of one run alone are held
-    in float32: those of all samples would take three times the input's memory.
-    A run that is complete is rounded to the input's dtype. In float16, where
-    the scale of the loss is not known yet, each sample is scaled by a power of
-    two so that its largest magnitude lies between 8 and 16.
+    For a half-precision input only the sums of the current group are float32;
+    float32 sums of all samples would take three times the input's memory. A
+    complete group is rounded to the input's dtype. In float16, where the loss
+    scale is not known yet, each sample is scaled by a power of two that puts its
+    largest magnitude between 8 and 16.
 
     Arguments
     ---------
@@ -32,13 +32,13 @@ class InputGradient:
     Attributes
     ----------
     sum : torch.Tensor
-        Inside ``run``: contiguous, float32 (float64 of float64), of the
-        samples of the run.
+        Within ``group``: the sums of the group's samples, contiguous, float32
+        (float64 for a float64 input).
 
     Example
     -------
     >>> gradient = InputGradient(torch.zeros(2, 1, 3).half())
-    >>> with gradient.run(range(1, 2)):
+    >>> with gradient.group(range(1, 2)):
     ...     gradient.sum += 1e-6
     >>> gradient.total(torch.tensor(2.0**16))[1]
     tensor([[0.0656, 0.0656, 0.0656]], dtype=torch.float16)
@@ -54,13 +54,13 @@ class InputGradient:
         self.sum: torch.Tensor
 
     @contextlib.contextmanager
-    def run(self, samples: range) -> Generator[None, None, None]:
-        """Adds up the gradients of some samples inside; each sample once.
+    def group(self, samples: range) -> Generator[None, None, None]:
+        """Provides ``sum`` for a group of samples within the context.
 
         Arguments
         ---------
         samples : range
-            Which.
+            The group. Each sample is in one group.
 
         Yields
         ------

@@ -336,7 +336,7 @@ class _Loss(torch.autograd.Function):
                 lattice_pass = make_pass(group, recorder)
                 nll.append(lattice_pass.forward(gradients))
                 if gradients is not None:
-                    with gradients.run(group.samples):
+                    with gradients.group(group.samples):
                         lattice_pass.backward(gradients)
                     finite += lattice_pass.finite
                 if needs_gradient:
@@ -366,7 +366,7 @@ class _Loss(torch.autograd.Function):
             )
             gradients = Gradients(enc, pred, dict(zip(ctx.names, weights)))
             for lattice_pass in _weighted(ctx.passes, upstream):
-                with gradients.run(lattice_pass.cells.samples):
+                with gradients.group(lattice_pass.cells.samples):
                     lattice_pass.backward(gradients, upstream)
         return *[None] * 6, *gradients.totals(scale)
 

@@ -114,7 +114,7 @@ def transducer_loss(
         targets,
         logit_lengths,
         target_lengths,
-        sum(t * (u + 1) for t, u in zip(*lengths, strict=True)),
+        lengths,
         blank_index,
         fastemit_lambda,
         clamp,
@@ -159,14 +159,16 @@ class _TransducerLoss(torch.autograd.Function):
         targets: torch.Tensor,
         logit_lengths: torch.Tensor,
         target_lengths: torch.Tensor,
-        size: int,
+        lengths: tuple[list[int], list[int]],
         blank_index: int,
         fastemit_lambda: float,
         clamp: float | None,
         overwrite_logits: bool,
     ) -> torch.Tensor:
         batch, rows, columns, vocabulary = logits.shape
-        cells = cells_inside(logit_lengths, target_lengths, rows, columns, size)
+        cells = cells_inside(
+            logit_lengths, target_lengths, rows, columns, lengths
+        )
         symbols = next_targets(targets, target_lengths)
         planes = logits.new_zeros(
             3, batch * rows * columns, dtype=wide_dtype(logits.dtype)

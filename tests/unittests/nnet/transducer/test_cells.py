@@ -37,7 +37,7 @@ def cells(dtype=torch.float32):
 
 
 def located_in(group):
-    """Sample, rows in the batch, and target of the cells of a run of samples."""
+    """Sample, rows in the batch, and target of the cells of a group."""
     tile = group.tile(group.indices())
     enc_row = tile.enc_row + group.samples.start * group.rows
     pred_row = tile.pred_row + group.samples.start * group.columns
@@ -70,7 +70,7 @@ def gradients(dtype, posterior):
     computed = sums.compute_logits(some, tile)
     lse, *_ = some.scores(tile, computed[0].detach())
     blank = torch.full_like(lse, posterior)
-    with sums.run(some.samples):
+    with sums.group(some.samples):
         sums.add(computed, lse, blank, 0 * blank)
         found = [x.sum.double() for x in sums.of_inputs]
     return found + [total.double() for total in sums.weight_sums.values()]
@@ -102,7 +102,7 @@ def test_float16_weight_gradients_do_not_overflow():
     tile = some.tile(some.indices())
     computed = sums.compute_logits(some, tile)
     lse, *_ = some.scores(tile, computed[0].detach())
-    with sums.run(some.samples):
+    with sums.group(some.samples):
         sums.add(computed, lse, torch.ones(3000), torch.zeros(3000))
     weight, bias = sums.weight_sums.values()
     expected = 3000 * torch.tensor([-2 / 3, 1 / 3, 1 / 3])

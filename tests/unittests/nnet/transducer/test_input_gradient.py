@@ -16,7 +16,7 @@ def summed(dtype, parts, scale=None, runs=RUNS):
     """The total of parts [n, B, T, H], added up run by run."""
     gradient = InputGradient(torch.zeros(B, T, H, dtype=dtype))
     for samples in runs:
-        with gradient.run(samples):
+        with gradient.group(samples):
             for part in parts:
                 gradient.sum += part[samples.start : samples.stop]
     return gradient.total(scale)
@@ -82,7 +82,7 @@ def test_memory_is_that_of_the_input_and_of_a_run(dtype):
         before = tracker.alive
         gradient = InputGradient(x)
         for n in range(samples):
-            with gradient.run(range(n, n + 1)):
+            with gradient.group(range(n, n + 1)):
                 pass
         gradient.total(torch.tensor(2.0))
     assert tracker.peak - before < 2 * samples * values + 10 * values
