@@ -89,9 +89,9 @@ _fake_tensors_are_on_gpu = False
 
 @contextlib.contextmanager
 def fused_on_fake_tensors() -> Generator[None, None, None]:
-    """Inside, fake tensors take the kernels' path, as on a GPU.
+    """Sends fake tensors down the kernels' path within the context.
 
-    No kernel runs on them: memory and launches can be counted.
+    No kernel runs on them, so memory and launches can be counted without a GPU.
 
     Yields
     ------

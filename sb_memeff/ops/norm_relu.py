@@ -62,8 +62,7 @@ def batch_statistics(
         return kernels.batch_statistics(x, *running, momentum, batches)
     if batches is not None:
         batches.add_(1)
-    # Statistics have the dtype of the running ones; where there are none, that
-    # of x.
+    # torch returns statistics in the dtype of the running ones, or else of x.
     dtype = torch.promote_types(x.dtype, torch.float32)
     wide_mean, wide_variance = (
         x.new_zeros(x.shape[1], dtype=dtype) if r is None else r.to(dtype)
@@ -86,7 +85,7 @@ def normalize(
     variance: torch.Tensor,
     eps: float,
 ) -> torch.Tensor:
-    """z, in the dtype and layout of x.
+    """Computes z in the dtype and layout of x.
 
     Arguments
     ---------
@@ -132,7 +131,7 @@ def norm_relu(
     padding: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """y, in another dtype.
+    """Computes y in another dtype.
 
     Arguments
     ---------
@@ -188,7 +187,7 @@ def norm_relu_backward(
     padding: torch.Tensor | None,
     of_batch: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of x, weight and bias from that of y.
+    """Computes the gradients of x, weight and bias from that of y.
 
     Arguments
     ---------

@@ -1,4 +1,4 @@
-"""Hooks of modules: whether modules may be computed together.
+"""Checks whether hooks require that modules are called one by one.
 
 Authors
  * The sb_memeff authors 2026
@@ -16,9 +16,9 @@ _observers: set[int] = set()
 
 
 def only_observes(handle: RemovableHandle) -> RemovableHandle:
-    """Declares that a hook for all modules may miss some calls.
+    """Declares that a global hook may miss calls of modules.
 
-    Modules that can be computed together still are.
+    Modules are then still computed together where possible.
 
     Arguments
     ---------

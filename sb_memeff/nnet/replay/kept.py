@@ -1,4 +1,4 @@
-"""Small results of forward that a replay takes over instead of computing them.
+"""Small results of forward that a replay reuses.
 
 Authors
  * The sb_memeff authors 2026
@@ -23,25 +23,25 @@ _current: ContextVar[Callable[[object, Callable[[], Any]], Any] | None] = (
 
 
 def keep(owner: object, compute: Callable[[], T]) -> T:
-    """A result that is computed in forward only.
+    """Computes a result in forward, and reuses it in a replay.
 
-    For what is small and takes long, such as the statistics of a batch: a
-    replay computes all else again. Outside of recorded calls, and where forward
-    kept nothing, it is computed.
+    Use it for results that are small but slow to compute, such as batch
+    statistics. Outside of recorded calls, and where forward kept nothing, the
+    result is computed.
 
     Arguments
     ---------
     owner : object
-        The module whose result it is. Each has results of its own: a replay may
-        call other modules than forward, for example inside a nested
-        recomputation, which keeps its own.
+        The module that needs the result. Results are kept by owner, because a
+        replay may skip modules, for example those of a nested recomputation,
+        which keeps its own results.
     compute : callable
         Takes nothing. Its result must not need gradients.
 
     Returns
     -------
     object
-        Its result; in a replay, the one that it had in forward.
+        The result; in a replay, that of forward.
 
     Example
     -------
@@ -59,7 +59,7 @@ def keep(owner: object, compute: Callable[[], T]) -> T:
 
 @contextlib.contextmanager
 def keeping(results: Kept) -> Generator[None, None, None]:
-    """Inside, what is kept is put into a dict.
+    """Collects kept results within the context.
 
     Arguments
     ---------
@@ -85,7 +85,7 @@ def keeping(results: Kept) -> Generator[None, None, None]:
 
 @contextlib.contextmanager
 def replaying(results: Kept) -> Generator[None, None, None]:
-    """Inside, what was kept is taken from a dict, in the order of each owner.
+    """Reuses kept results within the context, in each owner's order.
 
     Arguments
     ---------

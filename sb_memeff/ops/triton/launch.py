@@ -1,4 +1,4 @@
-"""Launches kernels: on the right GPU, watched, and on fake tensors not at all.
+"""Launches kernels on the GPU of their tensors, and counts them for watchers.
 
 Authors
  * The sb_memeff authors 2026
