@@ -1,4 +1,4 @@
-"""Batch norm, ReLU and convolution as one: the activation is not stored.
+"""Batch norm, ReLU and convolution as one node, without the activation.
 
 Authors
  * The sb_memeff authors 2026
@@ -34,7 +34,7 @@ _one_by_one: ContextVar[bool] = ContextVar("one_by_one", default=False)
 
 @contextlib.contextmanager
 def one_by_one() -> Generator[None, None, None]:
-    """Inside, the modules are called one by one, as plain autograd has them.
+    """Calls the modules one by one within the context, by plain autograd.
 
     Yields
     ------
@@ -64,12 +64,12 @@ def norm_relu_conv(
     conv: nn.Module,
     padding: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """conv(activation(norm(x))), with padded frames as zero in between.
+    """Computes conv(activation(norm(x))), with padded frames set to zero.
 
-    Of BatchNorm2d, ReLU and Conv2d nothing is kept for backward but x and a
-    mean and variance for each channel: the activation is computed again from
-    them. (Under autocast the converted weight is kept too.) Other modules, and
-    these ones with hooks, are called one by one.
+    For BatchNorm2d, ReLU and Conv2d, only x and the mean and variance of each
+    channel are kept for backward, which recomputes the activation. Under
+    autocast the converted weight is kept too. Other modules, and modules with
+    hooks, are called one by one.
 
     Arguments
     ---------
@@ -78,7 +78,7 @@ def norm_relu_conv(
     norm : torch.nn.Module
         The batch norm.
     activation : torch.nn.Module
-        The activation; it leaves zero zero.
+        The activation; it must map zero to zero.
     conv : torch.nn.Module
         The convolution.
     padding : torch.Tensor, optional
@@ -87,7 +87,7 @@ def norm_relu_conv(
     Returns
     -------
     torch.Tensor
-        What the convolution returns.
+        Output of the convolution.
 
     Example
     -------
@@ -99,15 +99,17 @@ def norm_relu_conv(
         type(norm) is not nn.BatchNorm2d
         or type(conv) is not nn.Conv2d
         or type(activation) is not nn.ReLU
-        # A replay takes the path of forward, whatever hooks there are then.
+        # A replay takes the path of forward, even if hooks have changed.
         or not keep(norm, lambda: _is_one_node(x, norm, activation, conv))
     ):
         return conv(activation(mask(norm(x), padding)))
-    of_batch = norm.training or norm.running_mean is None
+    mean, variance = norm.running_mean, norm.running_var
+    of_batch = norm.training or mean is None or variance is None
     if of_batch:
         mean, variance = keep(norm, lambda: _batch_statistics(x.detach(), norm))
-    else:
-        mean, variance = norm.running_mean, norm.running_var
+    elif torch.is_grad_enabled():
+        # Neither torch nor a kernel tells autograd of their updates.
+        mean, variance = mean.clone(), variance.clone()
     kind = x.device.type
     dtype = x.dtype
     if torch.is_autocast_enabled(kind) and dtype != torch.float64:
@@ -145,7 +147,7 @@ def _is_one_node(
         and torch.autograd.forward_ad._current_level < 0
         and conv.padding_mode == "zeros"
         and not isinstance(conv.padding, str)
-        # What is wrong is said by the modules.
+        # The modules report invalid inputs.
         and x.dim() == 4
         and x.shape[1] == norm.num_features == conv.in_channels
         and x.numel() > x.shape[1]
@@ -160,7 +162,7 @@ def _is_one_node(
 def _batch_statistics(
     x: torch.Tensor, norm: nn.BatchNorm2d
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and variance of a batch; running ones are brought up to date."""
+    """Mean and variance of a batch; updates the running statistics."""
     running = norm.training and norm.track_running_stats
     return batch_statistics(
         x,
@@ -172,20 +174,20 @@ def _batch_statistics(
 
 
 def _laid_out_like(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """A weight in the memory format of the input.
+    """Returns a weight in the memory format of the input.
 
-    Where the input itself is missing, the weight decides that of the gradient.
+    Without the input's values, cuDNN takes the gradient's format from it.
     """
     if x.is_contiguous():
         return weight
     _, channels, rows, columns = weight.shape
-    # Also for a kernel of 1 x 1, which torch takes for either format.
+    # Explicit strides, since a 1 x 1 kernel matches both formats.
     strides = channels * rows * columns, 1, columns * channels, channels
     return weight.new_empty_strided(weight.shape, strides).copy_(weight)
 
 
 class _Settings(NamedTuple):
-    """Of a batch norm and a convolution."""
+    """Settings of a batch norm and a convolution."""
 
     eps: float
     of_batch: bool
@@ -236,7 +238,7 @@ class _NormReLUConv(torch.autograd.Function):
     def backward(
         ctx: Any, gradient: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
-        # once_differentiable would let some gradients of gradients be missing.
+        # once_differentiable would silently drop some second derivatives.
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "Double backward (create_graph=True) is not supported through "

@@ -367,3 +367,20 @@ def test_a_forward_that_is_replaced_in_the_class(monkeypatch):
     monkeypatch.setattr(nn.Conv2d, "forward", replaced)
     norm_relu_conv(batch(), *layers())
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_running_statistics_that_change_before_backward(monkeypatch, fused):
+    """A training step in between does not change the gradients of eval mode."""
+    monkeypatch.setattr(norm_relu, "runs_fused", lambda *tensors: fused)
+    found = []
+    for trains in (True, False):
+        net = layers().to(DEVICE).eval()
+        x = batch().to(DEVICE).requires_grad_()
+        y = norm_relu_conv(x, *net)
+        if trains:
+            norm_relu_conv(batch().to(DEVICE), *net.train())
+        y.square().sum().backward()
+        found.append([x.grad, *(p.grad for p in net.parameters())])
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
