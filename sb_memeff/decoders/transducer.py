@@ -54,7 +54,6 @@ class TransducerBeamSearcher(transducer.TransducerBeamSearcher):
     ...     blank_id=0,
     ...     beam_size=2,
     ... )
-    >>> _ = torch.manual_seed(0)
     >>> hyps, *_ = searcher(torch.rand(2, 6, 8), torch.tensor([1.0, 0.5]))
     >>> len(hyps)
     2

@@ -5,6 +5,7 @@ import functools
 from unittest import mock
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 READS = (
     "tolist",
@@ -22,7 +23,6 @@ READS = (
     "__index__",
     "__contains__",
 )
-INDEXES = ("__getitem__", "__setitem__")
 FUNCTIONS = ("nonzero", "masked_select", "unique", "equal", "allclose")
 
 
@@ -38,8 +38,9 @@ class HostWaits(contextlib.ExitStack):
     def __enter__(self):
         super().__enter__()
         self.count = 0
+        self.enter_context(_Masks(self))
         for owner, names in (
-            (torch.Tensor, READS + INDEXES + ("repeat_interleave",)),
+            (torch.Tensor, READS + ("repeat_interleave",)),
             (torch, FUNCTIONS + ("repeat_interleave",)),
         ):
             for name in names:
@@ -56,13 +57,30 @@ class HostWaits(contextlib.ExitStack):
         return call
 
 
+class _Masks(TorchDispatchMode):
+    """Counts masks among indices.
+
+    Tensor.__getitem__ cannot be replaced for a while: Python then regards tensors
+    as sequences for ever, and torch.Tensor([a scalar tensor]) raises a TypeError.
+    """
+
+    def __init__(self, waits):
+        super().__init__()
+        self.waits = waits
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op.overloadpacket in (
+            torch.ops.aten.index,
+            torch.ops.aten.index_put_,
+        ):
+            self.waits.count += any(
+                x is not None and x.dtype == torch.bool for x in args[1]
+            )
+        return op(*args, **(kwargs or {}))
+
+
 def _waits(name, args, kwargs):
     if name == "repeat_interleave":
         return "output_size" not in kwargs
-    if name in INDEXES:
-        parts = args[1] if isinstance(args[1], tuple) else args[1:2]
-        return any(
-            isinstance(x, torch.Tensor) and x.dtype == torch.bool for x in parts
-        )
     # States of generators are on the CPU.
     return args[0].dtype != torch.uint8
