@@ -31,7 +31,7 @@ __all__ = ["BLOCK", "Codebook", "Quantized8bit"]
 
 BLOCK = 256
 # Number of values quantized at a time on the CPU, so that they stay in its cache.
-SLICE = 1 << 16
+SLICE = 1 << 17
 # Keys: signed or not. As numbers, so that a codebook can have fake tensors.
 VALUES = {
     signed: bnb.create_dynamic_map(signed=signed).tolist()
@@ -60,6 +60,52 @@ class Quantized8bit:
     def nbytes(self) -> int:
         """Number of bytes."""
         return self.codes.nbytes + self.scales.nbytes
+
+    @classmethod
+    def empty_like(cls, x: torch.Tensor) -> "Quantized8bit":
+        """Allocates codes and scales.
+
+        Arguments
+        ---------
+        x : torch.Tensor
+            Determines shape and device.
+
+        Returns
+        -------
+        Quantized8bit
+            Not initialised.
+
+        Raises
+        ------
+        ValueError
+            If there are at least 2^31 values.
+        """
+        if x.numel() >= 1 << 31:
+            raise ValueError(
+                f"A tensor of {x.numel()} values cannot be quantized: the "
+                "limit is 2^31. Keep its states in 32 bits."
+            )
+        codes = x.new_empty(x.shape, dtype=torch.uint8)
+        blocks = -(-x.numel() // BLOCK)
+        return cls(codes, x.new_empty(blocks, dtype=torch.float32))
+
+    def part(self, start: int, stop: int) -> "Quantized8bit":
+        """Returns some of the values, in the same memory.
+
+        Arguments
+        ---------
+        start, stop : int
+            Range of the values. Start is a multiple of the block size.
+
+        Returns
+        -------
+        Quantized8bit
+            Of shape [stop - start].
+        """
+        return Quantized8bit(
+            self.codes.view(-1)[start:stop],
+            self.scales[start // BLOCK : -(-stop // BLOCK)],
+        )
 
 
 class Codebook:
@@ -124,23 +170,32 @@ class Codebook:
         ValueError
             If there are at least 2^31 values.
         """
-        if x.numel() >= 1 << 31:
-            raise ValueError(
-                f"A tensor of {x.numel()} values cannot be quantized: the "
-                "limit is 2^31. Keep its states in 32 bits."
-            )
+        packed = Quantized8bit.empty_like(x)
+        self.quantize_into(packed, x)
+        return packed
+
+    def quantize_into(self, packed: Quantized8bit, x: torch.Tensor) -> None:
+        """Replaces codes and scales by those of other values.
+
+        Arguments
+        ---------
+        packed : Quantized8bit
+            Is written to; its tensors are contiguous.
+        x : torch.Tensor
+            The values; see ``quantize``. As many as there are codes.
+        """
         flat = x.detach().to(torch.float32).reshape(-1)
+        codes = packed.codes.view(-1)
         if flat.numel() and runs_fused(flat):
             from sb_memeff.ops.triton.blocks_8bit import quantize
 
-            codes, scales = quantize(flat, self.middles, self.signed)
-        else:
-            scales = _block_scales(flat)
-            codes = self._nearest(flat, scales)
-            if not self.signed:
-                # Adam divides by the root of the second moment.
-                codes.clamp_(min=1)
-        return Quantized8bit(codes.view(x.shape), scales)
+            quantize(flat, codes, packed.scales, self.middles, self.signed)
+            return
+        _block_scales(flat, packed.scales)
+        self._nearest(flat, packed.scales, codes)
+        if not self.signed:
+            # Adam divides by the root of the second moment.
+            codes.clamp_(min=1)
 
     def requantize(
         self, x: torch.Tensor, scales: torch.Tensor
@@ -163,7 +218,9 @@ class Codebook:
         flat = x.detach().to(torch.float32).reshape(-1)
         # A copy, because the caller may change its tensor.
         scales = scales.to(flat.device, torch.float32, copy=True)
-        return Quantized8bit(self._nearest(flat, scales).view(x.shape), scales)
+        codes = torch.empty_like(flat, dtype=torch.uint8)
+        self._nearest(flat, scales, codes)
+        return Quantized8bit(codes.view(x.shape), scales)
 
     def dequantize(self, packed: Quantized8bit) -> torch.Tensor:
         """Restores the values.
@@ -183,34 +240,44 @@ class Codebook:
         )
 
     def _nearest(
-        self, flat: torch.Tensor, scales: torch.Tensor
-    ) -> torch.Tensor:
-        codes = torch.empty_like(flat, dtype=torch.uint8)
+        self, flat: torch.Tensor, scales: torch.Tensor, codes: torch.Tensor
+    ) -> None:
         for start in range(0, flat.numel(), SLICE):
             part = flat[start : start + SLICE]
+            found = codes[start : start + SLICE]
             first = start // BLOCK
             scale = scales[first : first + -(-part.numel() // BLOCK)]
             # A block of zeros has no scale.
-            scale = torch.where(scale == 0, 1, scale).repeat_interleave(
-                BLOCK, output_size=scale.numel() * BLOCK
-            )
-            part = part / scale[: part.numel()]
-            high_bits = part.view(torch.int32) >> 16
-            code = self._lower.index_select(0, high_bits + (1 << 15))
-            middle = self.middles.index_select(0, code.to(torch.int32))
-            codes[start : start + SLICE] = code.add_(part > middle)
-        return codes
+            scale = torch.where(scale == 0, 1, scale)
+            scaled = torch.empty_like(part)
+            blocks = _in_blocks(part)
+            for block, of_block, out in zip(
+                blocks, scale.split([*map(len, blocks)]), _in_blocks(scaled)
+            ):
+                torch.div(block, of_block[:, None], out=out)
+            high_bits = (scaled.view(torch.int32) >> 16).add_(1 << 15)
+            lower = self._lower.index_select(0, high_bits)
+            middle = self.middles.index_select(0, lower.to(torch.int32))
+            torch.add(lower, (scaled > middle).view(torch.uint8), out=found)
 
 
-def _block_scales(flat: torch.Tensor) -> torch.Tensor:
+def _in_blocks(flat: torch.Tensor) -> list[torch.Tensor]:
+    """[blocks, 256]; and [1, values] if a shorter block is left."""
     whole = flat.numel() // BLOCK * BLOCK
-    scales = _extremes(flat[:whole].view(-1, BLOCK))
+    parts = [flat[:whole].view(-1, BLOCK)]
     if whole < flat.numel():
-        scales = torch.cat([scales, _extremes(flat[whole:].view(1, -1))])
-    return scales
+        parts.append(flat[whole:].view(1, -1))
+    return parts
 
 
-def _extremes(blocks: torch.Tensor) -> torch.Tensor:
+def _block_scales(flat: torch.Tensor, scales: torch.Tensor) -> None:
+    blocks = _in_blocks(flat)
+    for block, found in zip(blocks, scales.split([*map(len, blocks)])):
+        _extremes(block, found)
+
+
+def _extremes(blocks: torch.Tensor, scales: torch.Tensor) -> None:
     """Values of largest magnitude; NaN if there is one."""
-    lowest, highest = torch.aminmax(blocks, dim=1)
-    return torch.where(highest >= -lowest, highest, lowest)
+    # torch.aminmax along a dimension is not vectorized.
+    lowest, highest = blocks.amin(1), blocks.amax(1)
+    torch.where(highest >= -lowest, highest, lowest, out=scales)

@@ -4,7 +4,7 @@ Authors
  * The sb_memeff authors 2026
 """
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch.optim.adam import adam
@@ -75,6 +75,19 @@ class _Adam8bit(Optimizer8bit):
             fused=group["fused"],
         )
 
+    def _add_residual(
+        self,
+        group: Group,
+        weight: torch.Tensor,
+        state: State,
+        residual: torch.Tensor,
+    ) -> None:
+        amsgrad, beta2 = group["amsgrad"], group["betas"][1]
+        square = state["max_exp_avg_sq" if amsgrad else "exp_avg_sq"]
+        root = (square / (1 - beta2 ** state["step"])).sqrt_()
+        residual.mul_(_residual_rate(group)).div_(root.add_(group["eps"]))
+        weight.sub_(residual)
+
     def _update_fused(self, group: Group, one: OneLaunch) -> None:
         from sb_memeff.ops.triton.adam_8bit import adam_8bit
 
@@ -90,6 +103,7 @@ class _Adam8bit(Optimizer8bit):
             (signed.values, signed.middles),
             (unsigned.values, unsigned.middles),
             lr=group["lr"],
+            residual_rate=_residual_rate(group),
             betas=group["betas"],
             eps=group["eps"],
             weight_decay=group["weight_decay"],
@@ -97,6 +111,12 @@ class _Adam8bit(Optimizer8bit):
             amsgrad=group["amsgrad"],
             maximize=group["maximize"],
         )
+
+
+def _residual_rate(group: Group) -> Any:
+    """The sum of the learning rates of a first moment until it has decayed."""
+    beta1 = group["betas"][0]
+    return group["lr"] * beta1 / (1 - beta1)
 
 
 class Adam8bit(_Adam8bit, torch.optim.Adam):

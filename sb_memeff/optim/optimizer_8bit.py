@@ -4,13 +4,14 @@ Authors
  * The sb_memeff authors 2026
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch.utils._pytree import tree_leaves
 
+from sb_memeff.ops.blocks_8bit import Quantized8bit
 from sb_memeff.ops.dispatch import has_values
 from sb_memeff.optim.checkpoint import Checkpoints8bit
 from sb_memeff.optim.layout import Group, State, dense, laid_out_like
@@ -19,8 +20,9 @@ from sb_memeff.optim.one_launch import OneLaunch, fits, same_objects
 __all__ = ["Optimizer8bit"]
 
 # Number of values whose states are in float32 at the same time, unless a single
-# parameter has more.
+# parameter that is not contiguous has more. On a CPU they stay in its cache.
 CHUNK = 1 << 22
+CPU_CHUNK = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,35 @@ class _Plan:
     key: list[Any]
     launches: list[OneLaunch]
     others: list[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A range of a parameter's values.
+
+    The parameter, its gradient and 8-bit states are contiguous, or the range is
+    the whole parameter.
+    """
+
+    p: torch.Tensor
+    start: int
+    stop: int
+    # States of the whole parameter before and after the step.
+    old: State
+    new: State
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the range has all values."""
+        return self.stop - self.start == self.p.numel()
+
+    def of(self, x: Any) -> Any:
+        """The range of a tensor or state of the parameter's shape; None of None."""
+        if self.is_whole or x is None:
+            return x
+        if isinstance(x, Quantized8bit):
+            return x.part(self.start, self.stop)
+        return x.reshape(-1)[self.start : self.stop]
 
 
 class Optimizer8bit(Checkpoints8bit):
@@ -95,9 +126,8 @@ class Optimizer8bit(Checkpoints8bit):
                 # autograd does not see Triton's writes.
                 torch.autograd.graph.increment_version(one.params)
             direct, others = self._split(group, others)
-            for chunk in _chunks(direct):
-                self._step_direct(group, chunk)
-            for chunk in _chunks(others):
+            self._step_direct(group, direct)
+            for chunk in _chunks(self._parts(group, others)):
                 self._step_unpacked(group, chunk)
         return loss
 
@@ -187,22 +217,76 @@ class Optimizer8bit(Checkpoints8bit):
             if state:
                 self.state[p] = state
 
-    def _step_unpacked(self, group: Group, params: list[torch.Tensor]) -> None:
-        weights = [dense(p) for p in params]
-        pairs = list(zip(params, weights))
+    def _parts(
+        self, group: Group, params: list[torch.Tensor]
+    ) -> Iterator[_Part]:
+        for p in params:
+            state, new = self.state.get(p, {}), {}
+            size = p.numel()
+            if self._in_8bit(group, p):
+                for name in self._names(group):
+                    if name in self.signed:
+                        new[name] = _reusable(p, state.get(name))
+                if p.is_contiguous() and cast(Any, p.grad).is_contiguous():
+                    size = _chunk_size(p)
+            starts = range(0, max(1, p.numel()), max(1, size))
+            for start in starts:
+                stop = min(start + size, p.numel())
+                yield _Part(p, start, stop, state, new)
+
+    def _step_unpacked(self, group: Group, parts: list[_Part]) -> None:
+        views = [part.of(part.p) for part in parts]
+        weights = [dense(x) for x in views]
         grads = [
-            laid_out_like(weight, cast(torch.Tensor, p.grad))
-            for p, weight in pairs
+            laid_out_like(weight, part.of(part.p.grad))
+            for part, weight in zip(parts, weights)
         ]
-        states = [self._unpack(group, p, weight) for p, weight in pairs]
+        states = [
+            self._unpack(group, part, weight)
+            for part, weight in zip(parts, weights)
+        ]
         self._update(group, weights, grads, states)
-        for (p, weight), state in zip(pairs, states):
-            if weight is not p:
-                p.copy_(weight)
-            # States that these settings do not use are kept.
-            state = {**self.state.get(p, {}), **self._pack(group, p, state)}
-            if state:
-                self.state[p] = state
+        for part, view, weight, state in zip(parts, views, weights, states):
+            self._pack(group, part, weight, state)
+            if weight is not view:
+                view.copy_(weight)
+            if part.stop == part.p.numel() and part.new:
+                names = [x for x in self._names(group) if x in part.new]
+                # States that these settings do not use are kept.
+                self.state[part.p] = {
+                    **part.old,
+                    **{name: part.new[name] for name in names},
+                }
+
+    def _unpack(self, group: Group, part: _Part, weight: torch.Tensor) -> State:
+        state = {}
+        for name in self._names(group):
+            value = part.old.get(name)
+            if name == "step" and value is not None:
+                # torch counts one step for each part.
+                state[name] = value if part.is_whole else value.clone()
+            elif value is not None:
+                value = part.of(value)
+                if isinstance(value, Quantized8bit):
+                    codebook = self._codebook(name, value.codes.device)
+                    value = codebook.dequantize(value)
+                # The parameter's layout may have changed.
+                state[name] = laid_out_like(weight, value)
+        return state
+
+    def _pack(
+        self, group: Group, part: _Part, weight: torch.Tensor, state: State
+    ) -> None:
+        for name, value in state.items():
+            packed = part.of(part.new.get(name))
+            if not isinstance(packed, Quantized8bit):
+                part.new[name] = value
+                continue
+            codebook = self._codebook(name, value.device)
+            codebook.quantize_into(packed, value)
+            if name == self.bitsandbytes[0]:
+                stored = codebook.dequantize(packed).view(value.shape)
+                self._add_residual(group, weight, state, value - stored)
 
     def _update(
         self,
@@ -212,6 +296,22 @@ class Optimizer8bit(Checkpoints8bit):
         states: list[State],
     ) -> None:
         """Updates parameters and their unpacked states in place."""
+        raise NotImplementedError
+
+    def _add_residual(
+        self,
+        group: Group,
+        weight: torch.Tensor,
+        state: State,
+        residual: torch.Tensor,
+    ) -> None:
+        """Adds to a parameter what rounding its first moment takes from it.
+
+        In further steps the residual would have decayed, and moved the parameter
+        each time. All of this is done at once. Rounding errors then do not add
+        up: at any time the parameter differs from that of torch's class by what
+        the last one amounts to.
+        """
         raise NotImplementedError
 
     def _update_fused(self, group: Group, one: OneLaunch) -> None:
@@ -226,13 +326,27 @@ def _share_memory(params: list[torch.Tensor]) -> bool:
     ) < len(params)
 
 
-def _chunks(params: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+def _reusable(p: torch.Tensor, value: Any) -> Quantized8bit:
+    """The state's memory if it fits, or new memory."""
+    if isinstance(value, Quantized8bit) and (
+        (value.codes.shape, value.codes.device) == (p.shape, p.device)
+    ):
+        return value
+    return Quantized8bit.empty_like(p)
+
+
+def _chunk_size(p: torch.Tensor) -> int:
+    return CPU_CHUNK if p.device.type == "cpu" else CHUNK
+
+
+def _chunks(parts: Iterable[_Part]) -> Iterator[list[_Part]]:
     chunk, values = [], 0
-    for p in params:
-        if chunk and values + p.numel() > CHUNK:
+    for part in parts:
+        size = part.stop - part.start
+        if chunk and values + size > _chunk_size(part.p):
             yield chunk
             chunk, values = [], 0
-        chunk.append(p)
-        values += p.numel()
+        chunk.append(part)
+        values += size
     if chunk:
         yield chunk

@@ -4,6 +4,8 @@ Authors
  * The sb_memeff authors 2026
 """
 
+from typing import Any
+
 import torch
 from torch.optim.sgd import sgd
 
@@ -94,6 +96,15 @@ class SGD8bit(Optimizer8bit, torch.optim.SGD):
             for state, momentum in zip(states, momenta):
                 state["momentum_buffer"] = momentum
 
+    def _add_residual(
+        self,
+        group: Group,
+        weight: torch.Tensor,
+        state: State,
+        residual: torch.Tensor,
+    ) -> None:
+        weight.sub_(residual.mul_(_residual_rate(group)))
+
     def _update_fused(self, group: Group, one: OneLaunch) -> None:
         from sb_memeff.ops.triton.sgd_8bit import sgd_8bit
 
@@ -104,9 +115,20 @@ class SGD8bit(Optimizer8bit, torch.optim.SGD):
             codebook.values,
             codebook.middles,
             lr=group["lr"],
+            residual_rate=_residual_rate(group),
             momentum=group["momentum"],
             dampening=group["dampening"],
             weight_decay=group["weight_decay"],
             nesterov=group["nesterov"],
             maximize=group["maximize"],
         )
+
+
+def _residual_rate(group: Group) -> Any:
+    """How far the parameter would go with a momentum of 1 until it is 0."""
+    momentum = group["momentum"]
+    if momentum >= 1:
+        # It would never be.
+        return 0.0
+    steps = momentum / (1 - momentum)
+    return group["lr"] * steps * (momentum if group["nesterov"] else 1)

@@ -12,7 +12,7 @@ from torch.optim.optimizer import ParamsT
 from torch.utils._pytree import tree_leaves
 
 from sb_memeff.ops.blocks_8bit import Codebook, Quantized8bit
-from sb_memeff.optim.layout import Group, State, laid_out_like
+from sb_memeff.optim.layout import Group
 
 __all__ = ["States8bit", "keep_32bit_states", "state_bytes"]
 
@@ -110,7 +110,7 @@ class States8bit(torch.optim.Optimizer):
     states: tuple[str, ...] = ()
     needed: frozenset[str] = frozenset()
     signed: dict[str, bool] = {}
-    # bitsandbytes' state1 and state2.
+    # bitsandbytes' state1 and state2; the first one is what moves the parameter.
     bitsandbytes: tuple[str, ...] = ()
     # Settings that a checkpoint must have. (torch adds those that its older
     # versions did not have.)
@@ -203,30 +203,6 @@ class States8bit(torch.optim.Optimizer):
             if torch.equal(codebook.dequantize(packed), value):
                 return packed
         return codebook.quantize(value)
-
-    def _unpack(
-        self, group: Group, p: torch.Tensor, weight: torch.Tensor
-    ) -> State:
-        state = {}
-        for name in self._names(group):
-            value = self.state.get(p, {}).get(name)
-            if isinstance(value, Quantized8bit):
-                codebook = self._codebook(name, value.codes.device)
-                value = codebook.dequantize(value)
-            if value is not None:
-                # The parameter's layout may have changed.
-                state[name] = (
-                    value if name == "step" else laid_out_like(weight, value)
-                )
-        return state
-
-    def _pack(self, group: Group, p: torch.Tensor, state: State) -> State:
-        if not self._in_8bit(group, p):
-            return state
-        return {
-            name: self._packed(name, value) if name in self.signed else value
-            for name, value in state.items()
-        }
 
     def state_bytes(self) -> int:
         """Counts the bytes of all states; 0 before the first step.

@@ -39,6 +39,7 @@ def _adam(
     eps,
     weight_decay,
     kept,
+    residual_rate,
     DECAYS: tl.constexpr,
     DECOUPLED: tl.constexpr,
     AMSGRAD: tl.constexpr,
@@ -81,10 +82,11 @@ def _adam(
         mean = tl.fma(difference, rate1, mean)
     else:
         mean = tl.fma(difference, rate1 - 1, gradient)
-    store_state(
+    residual = store_state(
         mean,
         state_ptr,
         tensors,
+        signed_values_ptr,
         signed_middles_ptr,
         block,
         value,
@@ -109,6 +111,7 @@ def _adam(
         square,
         state_ptr,
         tensors,
+        values_ptr,
         middles_ptr,
         block,
         value,
@@ -135,6 +138,7 @@ def _adam(
             square,
             state_ptr,
             tensors,
+            values_ptr,
             middles_ptr,
             block,
             value,
@@ -148,6 +152,7 @@ def _adam(
     root_correction = tl.broadcast_to(root_correction, square.shape)
     root = tl.div_rn(tl.sqrt_rn(square), root_correction) + eps
     weight = tl.fma(tl.div_rn(mean, root), -step_size, weight)
+    weight = tl.fma(tl.div_rn(residual, root), -residual_rate, weight)
     tl.store(weights + value, weight, mask=has_value)
 
 
@@ -159,6 +164,7 @@ def adam_8bit(
     unsigned: tuple[torch.Tensor, torch.Tensor],
     *,
     lr: float,
+    residual_rate: float,
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
@@ -184,6 +190,9 @@ def adam_8bit(
         Values and middles of an ``ops.blocks_8bit.Codebook``.
     lr, betas, eps, weight_decay : float
         See torch.optim.Adam.
+    residual_rate : float
+        Factor of what rounding takes from the first moments, which is applied
+        to the parameters like a first moment.
     decoupled_weight_decay, amsgrad, maximize : bool
         See torch.optim.Adam.
     """
@@ -212,6 +221,7 @@ def adam_8bit(
         float(eps),
         float(weight_decay),
         1.0 - lr * weight_decay,
+        float(residual_rate),
         others=gradients,
         DECAYS=weight_decay != 0,
         DECOUPLED=decoupled_weight_decay,

@@ -51,6 +51,7 @@ def store_state(
     x,
     states_ptr,
     tensors,
+    values_ptr,
     middles_ptr,
     block,
     value,
@@ -59,11 +60,11 @@ def store_state(
     SIGNED: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """Stores values where ``load_state`` reads them."""
+    """Stores values where ``load_state`` reads them; returns what rounding took."""
     address = tl.load(states_ptr)
     scales_address = tl.load(states_ptr + tensors)
     if scales_address != 0:
-        _store_quantized(
+        code, scale = _store_quantized(
             x,
             pointer_of(address, tl.uint8, ALIGNED),
             pointer_of(scales_address, tl.float32, False),
@@ -74,9 +75,12 @@ def store_state(
             has_value,
             SIGNED,
         )
+        residual = x - tl.load(values_ptr + code) * scale[:, None]
     else:
         pointer = pointer_of(address, tl.float32, ALIGNED)
         tl.store(pointer + value, x, mask=has_value)
+        residual = tl.zeros(x.shape, x.dtype)
+    return residual
 
 
 @triton.jit
@@ -91,7 +95,7 @@ def _store_quantized(
     has_value,
     SIGNED: tl.constexpr,
 ):
-    """Quantizes values; stores codes and scales."""
+    """Quantizes values; stores and returns codes and scales."""
     known = tl.where(has_value, x, 0.0)
     extreme = tl.max(known, 1)
     if SIGNED:
@@ -116,6 +120,7 @@ def _store_quantized(
         # Adam divides by the root of the second moment.
         code = tl.maximum(code, 1)
     tl.store(codes + value, code.to(tl.uint8), mask=has_value)
+    return code, extreme
 
 
 @triton.jit
@@ -148,25 +153,25 @@ def _quantize(
 
 
 def quantize(
-    x: torch.Tensor, middles: torch.Tensor, signed: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    middles: torch.Tensor,
+    signed: bool,
+) -> None:
     """Quantizes a tensor; see ``sb_memeff.ops.blocks_8bit.Codebook``.
 
     Arguments
     ---------
     x : torch.Tensor
         [N], float32, contiguous, not empty.
+    codes : torch.Tensor
+        [N], uint8, contiguous; is written to.
+    scales : torch.Tensor
+        [N / 256, rounded up], float32, contiguous; is written to.
     middles : torch.Tensor
         The codebook's middles.
     signed : bool
         Whether the codebook is signed.
-
-    Returns
-    -------
-    tuple of torch.Tensor
-        [N], uint8, and [N / 256, rounded up], float32.
     """
-    codes = torch.empty_like(x, dtype=torch.uint8)
-    scales = x.new_empty(triton.cdiv(x.numel(), 256))
     Table([[x], [codes], [scales]]).launch(_quantize, middles, SIGNED=signed)
-    return codes, scales

@@ -31,6 +31,7 @@ def _sgd(
     values_ptr,
     middles_ptr,
     lr,
+    residual_rate,
     momentum,
     undamped,
     weight_decay,
@@ -66,11 +67,12 @@ def _sgd(
         gradient = tl.fma(weight, weight_decay, gradient)
     buffer = tl.fma(gradient, undamped, buffer * momentum)
     update = tl.fma(buffer, momentum, gradient) if NESTEROV else buffer
-    tl.store(weights + value, tl.fma(update, -lr, weight), mask=has_value)
-    store_state(
+    weight = tl.fma(update, -lr, weight)
+    residual = store_state(
         buffer,
         row_ptr + tensors,
         tensors,
+        values_ptr,
         middles_ptr,
         block,
         value,
@@ -79,6 +81,8 @@ def _sgd(
         True,
         ALIGNED,
     )
+    weight = tl.fma(residual, -residual_rate, weight)
+    tl.store(weights + value, weight, mask=has_value)
 
 
 def sgd_8bit(
@@ -88,6 +92,7 @@ def sgd_8bit(
     middles: torch.Tensor,
     *,
     lr: float,
+    residual_rate: float,
     momentum: float,
     dampening: float,
     weight_decay: float,
@@ -108,6 +113,9 @@ def sgd_8bit(
         Those of a signed ``ops.blocks_8bit.Codebook``.
     lr, momentum, dampening, weight_decay : float
         See torch.optim.SGD.
+    residual_rate : float
+        Factor of what rounding takes from the momenta, which is subtracted from
+        the parameters.
     nesterov, maximize : bool
         See torch.optim.SGD.
     """
@@ -118,6 +126,7 @@ def sgd_8bit(
         values,
         middles,
         float(lr),
+        float(residual_rate),
         float(momentum),
         1.0 - dampening,
         float(weight_decay),

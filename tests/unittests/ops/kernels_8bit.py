@@ -11,7 +11,10 @@ from sb_memeff.ops.blocks_8bit import BLOCK, VALUES, Codebook, Quantized8bit
 from sb_memeff.ops.triton import blocks_8bit
 from sb_memeff.optim.one_launch import OneLaunch
 from tests.unittests.ops.kernel import DEVICE, Kernel, fp32
-from tests.unittests.optim.optimizers import OPTIMIZERS
+from tests.unittests.optim.optimizers import (
+    OPTIMIZERS,
+    moved_by_rounding,
+)
 
 
 def _many_sizes(g, dtype, size):
@@ -43,8 +46,10 @@ def _quantize_plain(x, signed):
 
 def _quantize_fused(x, signed):
     middles = Codebook(signed, x.device).middles
-    x = x if signed else x.abs()
-    return _comparable(*blocks_8bit.quantize(x, middles, signed))
+    packed = Quantized8bit.empty_like(x)
+    pair = packed.codes, packed.scales
+    blocks_8bit.quantize(x if signed else x.abs(), *pair, middles, signed)
+    return _comparable(*pair)
 
 
 QUANTIZE = Kernel(
@@ -153,7 +158,16 @@ def step_of(kind):
             for n in names
             for p in params
         ]
-        return [*(p.detach() for p in params), *states]
+        first = optimizer.bitsandbytes[0]
+        codebook = optimizer._codebook(first, params[0].device)
+        for p in params:
+            if p.numel() >= SMALLEST:
+                packed = codebook.quantize(theirs.state[p][first])
+                optimizer.state[p][first] = packed
+        moved = [
+            moved_by_rounding(optimizer, p, theirs, p).to(p) for p in params
+        ]
+        return [*moved, *states]
 
     def dispatched(*inputs, **settings):
         optimizer, _ = _resumed(kind, settings, *inputs)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
+from sb_memeff.ops.blocks_8bit import Quantized8bit
 from sb_memeff.optim import Adam8bit, AdamW8bit, SGD8bit
 
 
@@ -146,6 +147,33 @@ def distance(net, other, start):
         for n in (net, other, start)
     )
     return ((a - b).norm() / (b - c).norm()).item()
+
+
+def moved_by_rounding(optimizer, p, theirs, q):
+    """Where a parameter of ours is, if another of torch's took the same steps.
+
+    What rounding took from the first moment has moved ours already, as far as the
+    first moment would have moved it in all further steps. For Adam this holds
+    after the first step that the two do differently.
+    """
+    name = optimizer.bitsandbytes[0]
+    stored = optimizer.state[p][name]
+    exact = q.detach().double()
+    if not isinstance(stored, Quantized8bit):
+        return exact
+    stored = optimizer._codebook(name, p.device).dequantize(stored)
+    state, (group,) = theirs.state[q], theirs.param_groups
+    residual = state[name].double() - stored
+    rate, decay = group["lr"], group.get("momentum")
+    if decay is None:
+        decay, beta2 = group["betas"]
+        square = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
+        root = (square.double() / (1 - beta2 ** state["step"].item())).sqrt()
+        rate = rate / (root + group["eps"])
+    for _ in range(300):
+        residual = decay * residual
+        exact -= rate * residual * (decay if group.get("nesterov") else 1)
+    return exact
 
 
 def distances_to_torchs(ours, bnb, options):

@@ -14,11 +14,11 @@ from tests.unittests.optim.optimizers import each_class
 
 @each_class
 def test_a_step_holds_few_unpacked_states_at_a_time(kind, monkeypatch):
-    """Of one parameter, if a chunk holds no more; not those of all."""
+    """Of a chunk's values; not those of all."""
     peaks = []
     weights = [nn.Parameter(torch.randn(64, 1024)) for _ in range(8)]
     for values in (1 << 16, 1 << 30):
-        monkeypatch.setattr(optimizer_8bit, "CHUNK", values)
+        monkeypatch.setattr(optimizer_8bit, "CPU_CHUNK", values)
         optimizer = kind.make(weights, foreach=False)
         for p in weights:
             p.grad = torch.ones_like(p)

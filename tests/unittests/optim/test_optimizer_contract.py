@@ -25,6 +25,7 @@ from tests.unittests.optim.optimizers import (
     each_class,
     each_setting,
     loss,
+    moved_by_rounding,
     network,
     through_a_file,
     train,
@@ -41,10 +42,35 @@ def test_trajectory_of_a_network(kind):
     theirs = kind.make_torchs(other.parameters())
     found, expected = train(net, optimizer, 40), train(other, theirs, 40)
     assert expected[-1] < 0.5 * expected[0]
-    assert distance(net, other, start) < 0.06
+    assert distance(net, other, start) < 0.02
     assert found[-1] == pytest.approx(expected[-1], rel=0.05, abs=2e-3)
     assert state_bytes(optimizer) < 0.3 * state_bytes(theirs)
     assert optimizer.state_bytes() == state_bytes(optimizer)
+
+
+@each_setting
+def test_rounding_errors_do_not_add_up(kind):
+    """Without further gradients it ends where torch's does."""
+    generator = torch.Generator().manual_seed(0)
+    gradients = 0.1 + torch.randn(200, 4096, generator=generator)
+    if "betas" in inspect.signature(kind.torchs).parameters:
+        # All squares are equal: no second moment is rounded.
+        gradients = gradients.sign()
+    else:
+        # Of other orders of magnitude than the largest of their block.
+        gradients *= (2 * torch.randn(4096, generator=generator)).exp()
+    ends = []
+    for make in (kind.make, kind.make_torchs):
+        weight = nn.Parameter(torch.zeros(4096))
+        optimizer = make([weight], weight_decay=0)
+        for gradient in (*gradients, *torch.zeros(100, 4096)):
+            weight.grad = gradient.clone()
+            optimizer.step()
+        ends.append(weight.detach())
+    ours, theirs = ends
+    error = (ours - theirs).norm() / theirs.norm()
+    # Adam's correction of the bias changes in further steps.
+    assert error < (2e-6 if "momentum" in kind.options else 1.2e-3)
 
 
 @each_class
@@ -75,7 +101,10 @@ def test_trajectory_of_a_convex_task(kind):
 
 @each_setting
 def test_one_step_is_torchs(kind):
-    """From the same states: the same weights; states rounded, no more."""
+    """From the same states: the same weights; states rounded, no more.
+
+    What rounding takes from the first moment moves the weights at once.
+    """
     net = network()
     optimizer = kind.make(net.parameters())
     train(net, optimizer, 5)
@@ -84,8 +113,11 @@ def test_one_step_is_torchs(kind):
     theirs.load_state_dict(through_a_file(optimizer.state_dict()))
     train(net, optimizer, 1)
     train(other, theirs, 1)
-    assert_same_weights(net, other)
     for p, q in zip(net.parameters(), other.parameters()):
+        if p.numel() < 4096:
+            assert torch.equal(p, q)
+        expected = moved_by_rounding(optimizer, p, theirs, q)
+        torch.testing.assert_close(p.double(), expected, rtol=1e-5, atol=1e-6)
         packed = optimizer.state[p]
         for name, exact in theirs.state[q].items():
             if name not in optimizer.signed:
@@ -363,7 +395,10 @@ def test_other_precisions(kind, dtype):
     # Theirs are float64.
     assert optimizer.state_bytes() < 0.26 * state_bytes(theirs) / 2 + 8
     tolerance = 0.02 if dtype == torch.bfloat16 else 0.005
-    assert torch.allclose(weight.double(), exact, atol=tolerance, rtol=0.02)
+    expected = moved_by_rounding(optimizer, weight, theirs, exact)
+    torch.testing.assert_close(
+        weight.double(), expected, atol=tolerance, rtol=0.02
+    )
     kind.make([weight]).load_state_dict(optimizer.state_dict())
 
 
@@ -409,8 +444,12 @@ def test_precision_that_changes_between_two_steps(kind, fused, shape):
         optimizer.step()
         theirs.step()
         assert weight.dtype == dtype
-        eps = 8 * torch.finfo(dtype).eps
-        torch.testing.assert_close(weight.double(), exact, rtol=eps, atol=eps)
+        expected = moved_by_rounding(optimizer, weight, theirs, exact)
+        # The residual is float32.
+        eps = 8 * torch.finfo(torch.float32 if shape == (64, 80) else dtype).eps
+        torch.testing.assert_close(
+            weight.double(), expected, rtol=eps, atol=eps
+        )
 
 
 @each_class
