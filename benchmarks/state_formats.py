@@ -1,16 +1,18 @@
 """Errors that 8-bit formats of optimizer states make in training, simulated.
 
-Each step adds a gradient to the states and rounds them to the format. Values of a
-block have gradients of equal scales, or of scales drawn from a log-normal
-distribution. The table gives the error of the way that the parameters have gone,
-relative to the way with states in 32 bits:
+Each step adds a gradient to the states and rounds them to the format. The table gives
+the error of the way that the parameters have gone, relative to the way with states in
+32 bits, for momentum 0.9 and for Adam:
 
-* after 400 steps, for momentum 0.9 and for Adam;
-* after 40 steps without gradient, for momenta of about 0.005 of their block's largest.
+* gradients of a block have equal scales (0), or scales drawn from a log-normal
+  distribution whose logarithm has a standard deviation of 1 or 2; 400 steps;
+* drift: equal scales at first, which become those of 1 in 3,000 steps;
+* small: momenta of about 0.005 of their block's largest, in 40 steps without gradient.
 
-Where rounding errors are repaid, the parameters move at once by what the first
-moment loses in rounding: as far as this part of it would have moved them in all
-further steps. The package's optimizers do so.
+Most formats round to the nearest number. Corrected ones do what the package's
+optimizers do. The parameters move at once by what the first moment loses in rounding:
+as far as this part of it would have moved them in all further steps. The second moment
+is dithered.
 
     python benchmarks/state_formats.py
 
@@ -27,13 +29,45 @@ import torch
 from result_file import write_results
 from table import print_head, print_row
 
-from sb_memeff.ops.blocks_8bit import VALUES, Codebook
+from sb_memeff.ops.blocks_8bit import (
+    R2,
+    VALUES,
+    Codebook,
+    Quantized8bit,
+    dither_phase,
+)
 
-# Blocks of 256 values; steps.
-BLOCKS, STEPS = 16, 400
-SIGMAS = (0, 1, 2)
+# Blocks of 256 values.
+BLOCKS = 16
 # Of the first moment.
 DECAY = 0.9
+
+
+@dataclass(frozen=True)
+class Task:
+    """How gradients differ.
+
+    Arguments
+    ---------
+    sigma : float
+        Of the logarithm of the gradients' scales in a block.
+    drift : float
+        The same, of what the scales are multiplied by in the end.
+    steps : int
+        Number of steps.
+    """
+
+    sigma: float
+    drift: float = 0
+    steps: int = 400
+
+
+TASKS = {
+    "0": Task(0),
+    "1": Task(1),
+    "2": Task(2),
+    "drift": Task(0, drift=1, steps=3000),
+}
 
 
 @dataclass(frozen=True)
@@ -42,36 +76,53 @@ class Format:
 
     Arguments
     ---------
-    first, second : callable
+    first : callable
         Takes and returns a state, float32.
+    second : callable
+        The same; and takes the number of the step.
     bytes_per_value : float
         Its size.
-    repays : bool
+    corrects : bool
         Whether the parameters move by the rounding errors of the first moment.
     """
 
     first: Callable[[torch.Tensor], torch.Tensor]
-    second: Callable[[torch.Tensor], torch.Tensor]
+    second: Callable[[torch.Tensor, int], torch.Tensor]
     bytes_per_value: float
-    repays: bool = False
+    corrects: bool = False
 
     def round_first(self, moment: torch.Tensor):
         """A first moment as it is stored, and how far the rest would go."""
         rounded = self.first(moment)
         rest = DECAY / (1 - DECAY) * (moment - rounded)
-        return rounded, rest if self.repays else torch.zeros_like(rest)
+        return rounded, rest if self.corrects else torch.zeros_like(rest)
 
 
-def in_blocks(values, block, scale_of, scale_dtype=torch.float32, smallest=0):
-    """Rounds to the nearest of some numbers times the block's scale."""
+def in_blocks(
+    values,
+    block,
+    scale_of,
+    scale_dtype=torch.float32,
+    smallest=0,
+    dithers=False,
+):
+    """Rounds to one of some numbers times the block's scale."""
     values = torch.as_tensor(values)
     middles = (values[1:] + values[:-1]) / 2
+    columns = torch.arange(block, dtype=torch.float64) * R2[0]
 
-    def rounded(x):
+    def rounded(x, step=0):
         blocks = x.view(-1, block)
         scale = scale_of(blocks)[:, None].to(scale_dtype).float()
-        divisor = torch.where(scale == 0, 1, scale)
-        codes = torch.bucketize(blocks / divisor, middles)
+        scaled = blocks / torch.where(scale == 0, 1, scale)
+        if dithers:
+            above = torch.searchsorted(values, scaled).clamp(1, 255)
+            below = values[above - 1]
+            dither = (columns + step * R2[1]).frac().float()
+            limit = below + (values[above] - below) * dither
+            codes = above - 1 + (scaled > limit).long()
+        else:
+            codes = torch.bucketize(scaled, middles)
         return (values[codes.clamp(min=smallest)] * scale).view(x.shape)
 
     return rounded
@@ -113,7 +164,7 @@ def bitsandbytes_rounded(signed):
     """bitsandbytes' own operators."""
     values = torch.tensor(VALUES[signed])
 
-    def rounded(x):
+    def rounded(x, step=0):
         codes, scales = torch.ops.bitsandbytes.quantize_blockwise(
             x, values, 256
         )
@@ -127,7 +178,7 @@ def bitsandbytes_rounded(signed):
 def fp8(block=256):
     """torchao's float8: codes in float8_e4m3fn, whose largest number is 448."""
 
-    def rounded(x):
+    def rounded(x, step=0):
         blocks = x.view(-1, block)
         scale = largest_magnitude(blocks)[:, None].clamp(min=1e-12) / 448
         codes = (blocks / scale).to(torch.float8_e4m3fn)
@@ -139,15 +190,22 @@ def fp8(block=256):
 def ours(signed):
     """The package's format."""
     codebook = Codebook(signed, torch.device("cpu"))
-    return lambda x: codebook.dequantize(codebook.quantize(x))
+
+    def rounded(x, step=0):
+        packed = Quantized8bit.empty_like(x)
+        phase = None if signed else dither_phase(torch.tensor(float(step)))
+        codebook.quantize_into(packed, x, phase)
+        return codebook.dequantize(packed)
+
+    return rounded
 
 
 def formats():
     """All formats, by name."""
     tree = VALUES[True], VALUES[False]
     found = {
-        "32 bits": Format(lambda x: x, lambda x: x, 4.0),
-        "sb_memeff": Format(ours(True), ours(False), 1 + 4 / 256, repays=True),
+        "32 bits": Format(lambda x: x, lambda x, step: x, 4.0),
+        "sb_memeff": Format(ours(True), ours(False), 1 + 4 / 256, True),
         "bitsandbytes": Format(
             bitsandbytes_rounded(True),
             bitsandbytes_rounded(False),
@@ -161,31 +219,36 @@ def formats():
         ),
         "torchao fp8": Format(fp8(), fp8(), 1 + 4 / 256),
     }
-    for (name, (first, second)), block, repays in itertools.product(
+    for (name, (first, second)), block, corrects in itertools.product(
         maps().items(), (32, 64, 128, 256), (False, True)
     ):
         # Scales in float32 would take blocks of 32 to 1.125 bytes.
         dtype = torch.float16 if block == 32 else torch.float32
-        found[f"{name}, {block}" + ", repaid" * repays] = Format(
+        found[f"{name}, {block}" + ", corrected" * corrects] = Format(
             in_blocks(first, block, signed_extreme, dtype),
-            in_blocks(second, block, largest_magnitude, dtype, smallest=1),
+            in_blocks(
+                second,
+                block,
+                largest_magnitude,
+                dtype,
+                smallest=1,
+                dithers=corrects,
+            ),
             1 + dtype.itemsize / block,
-            repays,
+            corrects,
         )
     return found
 
 
-def displacements(form, sigma, steps=STEPS):
+def displacements(form, task):
     """The way that SGD and Adam take, without learning rate.
 
     Arguments
     ---------
     form : Format
         Format of the states.
-    sigma : float
-        Of the logarithm of the gradients' scales in a block.
-    steps : int
-        Number of steps.
+    task : Task
+        The gradients.
 
     Returns
     -------
@@ -193,13 +256,14 @@ def displacements(form, sigma, steps=STEPS):
         Sum of momenta; sum of Adam's steps.
     """
     g = torch.Generator().manual_seed(0)
-    scale, mean = torch.randn(2, 256 * BLOCKS, generator=g)
-    scale = (sigma * scale).exp()
+    scale, mean, drift = torch.randn(3, 256 * BLOCKS, generator=g)
     # Most of a gradient is noise.
     mean *= 0.1
     momentum, first, second, sgd, adam = torch.zeros(5, len(scale))
-    for step in range(1, steps + 1):
-        gradient = scale * (mean + torch.randn(len(scale), generator=g))
+    for step in range(1, task.steps + 1):
+        size = task.sigma * scale + task.drift * step / task.steps * drift
+        noise = torch.randn(len(scale), generator=g)
+        gradient = size.exp() * (mean + noise)
         momentum = DECAY * momentum + gradient
         sgd += momentum
         momentum, rest = form.round_first(momentum)
@@ -210,7 +274,7 @@ def displacements(form, sigma, steps=STEPS):
         adam += first / (1 - DECAY**step) / root
         first, rest = form.round_first(first)
         adam += rest / root
-        second = form.second(second)
+        second = form.second(second, step)
     return sgd, adam
 
 
@@ -243,21 +307,21 @@ def main():
     argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()
     all_formats = formats()
     exact = all_formats["32 bits"]
-    exact_ways = {s: displacements(exact, s) for s in SIGMAS}
+    exact_ways = [displacements(exact, task) for task in TASKS.values()]
     without_gradient = way_without_gradient(exact)
     print_head(
         "format",
         "bytes per value",
-        *(f"SGD, {s}" for s in SIGMAS),
-        *(f"Adam, {s}" for s in SIGMAS),
-        "without gradient",
+        *(f"SGD, {name}" for name in TASKS),
+        "SGD, small",
+        *(f"Adam, {name}" for name in TASKS),
     )
     rows = []
     for name, form in all_formats.items():
         sgd, adam = zip(
             *(
-                relative_errors(displacements(form, s), exact_ways[s])
-                for s in SIGMAS
+                relative_errors(displacements(form, task), ways)
+                for task, ways in zip(TASKS.values(), exact_ways)
             )
         )
         (small,) = relative_errors(
@@ -267,15 +331,14 @@ def main():
             {
                 "format": name,
                 "bytes_per_value": form.bytes_per_value,
-                "sgd_error": dict(zip(SIGMAS, sgd)),
-                "adam_error": dict(zip(SIGMAS, adam)),
-                "error_without_gradient": small,
+                "sgd_error": {**dict(zip(TASKS, sgd)), "small": small},
+                "adam_error": dict(zip(TASKS, adam)),
             }
         )
         print_row(
             name,
             f"{form.bytes_per_value:.3f}",
-            *(f"{100 * x:.2f} %" for x in (*sgd, *adam, small)),
+            *(f"{100 * x:.2f} %" for x in (*sgd, small, *adam)),
         )
     write_results(__file__, rows)
 

@@ -11,6 +11,13 @@ Source: Dettmers et al., 8-bit Optimizers via Block-wise Quantization
 the scale is a magnitude. As the numbers include 1 but not -1, a negative momentum
 that is the largest of its block then shrinks by 0.7 % at each step.
 
+A second moment changes by 0.1 % at a step, less than the gap between two numbers.
+Rounded to the nearest number, most would never change again relative to their
+block's largest. They are dithered instead: rounded up or down with probabilities that
+leave the mean as it is. The random numbers are those of a low-discrepancy sequence,
+M. Roberts' R2, whose errors average out sooner than those of independent numbers, and
+which depends on nothing but the step and the position in the block.
+
 Authors
  * The sb_memeff authors 2026
 """
@@ -27,7 +34,7 @@ from sb_memeff.ops.dispatch import runs_fused
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 import bitsandbytes.functional as bnb  # noqa: E402
 
-__all__ = ["BLOCK", "Codebook", "Quantized8bit"]
+__all__ = ["BLOCK", "Codebook", "Quantized8bit", "dither_phase"]
 
 BLOCK = 256
 # Number of values quantized at a time on the CPU, so that they stay in its cache.
@@ -37,6 +44,26 @@ VALUES = {
     signed: bnb.create_dynamic_map(signed=signed).tolist()
     for signed in (True, False)
 }
+# The multiples of these two numbers, without their integer parts, fill the unit square
+# evenly: powers of 1 / 1.3247..., the root of x^3 = x + 1.
+R2 = 0.7548776662466927, 0.5698402909980532
+
+
+def dither_phase(step: torch.Tensor) -> torch.Tensor:
+    """Returns the part of a step's random numbers that all values share.
+
+    Arguments
+    ---------
+    step : torch.Tensor
+        Number of the step, any shape.
+
+    Returns
+    -------
+    torch.Tensor
+        float32, at least 0 and less than 1.
+    """
+    # Rounding to float32 may give 1, which is as good as 0.
+    return (step.double() * R2[1]).frac().float() % 1
 
 
 @dataclass(frozen=True)
@@ -149,6 +176,15 @@ class Codebook:
         )
         self.middles = torch.cat([middles, middles.new_tensor([torch.inf])])
         self.middles = self.middles.to(device)
+        # The same for the code below a value, the next one and the gap to it.
+        self._below = torch.bucketize(lowest, values[1:], right=True).to(
+            device=device, dtype=torch.uint8
+        )
+        following = torch.cat([values[1:], values.new_tensor([torch.inf])])
+        self._following = following.to(device)
+        self._gaps = values.diff(append=values[-1:]).to(device)
+        columns = torch.arange(BLOCK, dtype=torch.float64) * R2[0]
+        self.columns = (columns.frac().float() % 1).to(device)
 
     def quantize(self, x: torch.Tensor) -> Quantized8bit:
         """Rounds each value to the nearest number with a code.
@@ -174,7 +210,12 @@ class Codebook:
         self.quantize_into(packed, x)
         return packed
 
-    def quantize_into(self, packed: Quantized8bit, x: torch.Tensor) -> None:
+    def quantize_into(
+        self,
+        packed: Quantized8bit,
+        x: torch.Tensor,
+        phase: torch.Tensor | None = None,
+    ) -> None:
         """Replaces codes and scales by those of other values.
 
         Arguments
@@ -183,16 +224,19 @@ class Codebook:
             Is written to; its tensors are contiguous.
         x : torch.Tensor
             The values; see ``quantize``. As many as there are codes.
+        phase : torch.Tensor, optional
+            Scalar of ``dither_phase``: rounds up or down so that the mean over
+            many steps is right, instead of to the nearest number.
         """
         flat = x.detach().to(torch.float32).reshape(-1)
         codes = packed.codes.view(-1)
-        if flat.numel() and runs_fused(flat):
+        if phase is None and flat.numel() and runs_fused(flat):
             from sb_memeff.ops.triton.blocks_8bit import quantize
 
             quantize(flat, codes, packed.scales, self.middles, self.signed)
             return
         _block_scales(flat, packed.scales)
-        self._nearest(flat, packed.scales, codes)
+        self._search(flat, packed.scales, codes, phase)
         if not self.signed:
             # Adam divides by the root of the second moment.
             codes.clamp_(min=1)
@@ -219,7 +263,7 @@ class Codebook:
         # A copy, because the caller may change its tensor.
         scales = scales.to(flat.device, torch.float32, copy=True)
         codes = torch.empty_like(flat, dtype=torch.uint8)
-        self._nearest(flat, scales, codes)
+        self._search(flat, scales, codes)
         return Quantized8bit(codes.view(x.shape), scales)
 
     def dequantize(self, packed: Quantized8bit) -> torch.Tensor:
@@ -239,8 +283,12 @@ class Codebook:
             packed.codes, packed.scales, self.values, BLOCK, torch.float32
         )
 
-    def _nearest(
-        self, flat: torch.Tensor, scales: torch.Tensor, codes: torch.Tensor
+    def _search(
+        self,
+        flat: torch.Tensor,
+        scales: torch.Tensor,
+        codes: torch.Tensor,
+        phase: torch.Tensor | None = None,
     ) -> None:
         for start in range(0, flat.numel(), SLICE):
             part = flat[start : start + SLICE]
@@ -256,9 +304,21 @@ class Codebook:
             ):
                 torch.div(block, of_block[:, None], out=out)
             high_bits = (scaled.view(torch.int32) >> 16).add_(1 << 15)
-            lower = self._lower.index_select(0, high_bits)
-            middle = self.middles.index_select(0, lower.to(torch.int32))
-            torch.add(lower, (scaled > middle).view(torch.uint8), out=found)
+            if phase is None:
+                code = self._lower.index_select(0, high_bits)
+                limit = self.middles.index_select(0, code.to(torch.int32))
+            else:
+                code = self._below.index_select(0, high_bits)
+                limit = self._following.index_select(0, code.to(torch.int32))
+                code += scaled >= limit
+                index = code.to(torch.int32)
+                limit = self.values.index_select(0, index)
+                dither = (self.columns + phase) % 1
+                limit.addcmul_(
+                    self._gaps.index_select(0, index),
+                    dither.repeat(len(scale))[: part.numel()],
+                )
+            torch.add(code, (scaled > limit).view(torch.uint8), out=found)
 
 
 def _in_blocks(flat: torch.Tensor) -> list[torch.Tensor]:

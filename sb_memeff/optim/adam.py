@@ -24,6 +24,8 @@ class _Adam8bit(Optimizer8bit):
         "exp_avg_sq": False,
         "max_exp_avg_sq": False,
     }
+    # A maximum does not decay, and dithering would raise it.
+    dithered = frozenset({"exp_avg_sq"})
     bitsandbytes = ("exp_avg", "exp_avg_sq")
     settings = frozenset(("lr", "betas", "eps", "weight_decay", "amsgrad"))
 
@@ -101,7 +103,7 @@ class _Adam8bit(Optimizer8bit):
             one.gradients(),
             steps,
             (signed.values, signed.middles),
-            (unsigned.values, unsigned.middles),
+            (unsigned.values, unsigned.middles, unsigned.columns),
             lr=group["lr"],
             residual_rate=_residual_rate(group),
             betas=group["betas"],

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch.utils._pytree import tree_leaves
 
-from sb_memeff.ops.blocks_8bit import Quantized8bit
+from sb_memeff.ops.blocks_8bit import Quantized8bit, dither_phase
 from sb_memeff.ops.dispatch import has_values
 from sb_memeff.optim.checkpoint import Checkpoints8bit
 from sb_memeff.optim.layout import Group, State, dense, laid_out_like
@@ -283,7 +283,10 @@ class Optimizer8bit(Checkpoints8bit):
                 part.new[name] = value
                 continue
             codebook = self._codebook(name, value.device)
-            codebook.quantize_into(packed, value)
+            phase = None
+            if name in self.dithered:
+                phase = dither_phase(state["step"])
+            codebook.quantize_into(packed, value, phase)
             if name == self.bitsandbytes[0]:
                 stored = codebook.dequantize(packed).view(value.shape)
                 self._add_residual(group, weight, state, value - stored)

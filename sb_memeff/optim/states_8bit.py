@@ -110,6 +110,8 @@ class States8bit(torch.optim.Optimizer):
     states: tuple[str, ...] = ()
     needed: frozenset[str] = frozenset()
     signed: dict[str, bool] = {}
+    # Of these, states that change by less than the gap between two codes.
+    dithered: frozenset[str] = frozenset()
     # bitsandbytes' state1 and state2; the first one is what moves the parameter.
     bitsandbytes: tuple[str, ...] = ()
     # Settings that a checkpoint must have. (torch adds those that its older

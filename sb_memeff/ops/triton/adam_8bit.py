@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from sb_memeff.ops.blocks_8bit import dither_phase
 from sb_memeff.ops.triton.blocks_8bit import load_state, store_state
 from sb_memeff.ops.triton.table import (
     Table,
@@ -33,6 +34,7 @@ def _adam(
     signed_middles_ptr,
     values_ptr,
     middles_ptr,
+    columns_ptr,
     rate1,
     beta2,
     rate2,
@@ -92,7 +94,9 @@ def _adam(
         value,
         has_block,
         has_value,
+        0.0,
         True,
+        False,
         ALIGNED,
     )
     state_ptr += 2 * tensors
@@ -107,6 +111,9 @@ def _adam(
         ALIGNED,
     )
     square = tl.fma(gradient * gradient, rate2, square * beta2)
+    phase = tl.load(corrections_ptr + 2 * (tensors + tensor))
+    dither = (tl.load(columns_ptr + tl.arange(0, 256)) + phase)[None, :]
+    dither = tl.where(dither >= 1, dither - 1, dither)
     store_state(
         square,
         state_ptr,
@@ -117,7 +124,9 @@ def _adam(
         value,
         has_block,
         has_value,
+        dither,
         False,
+        True,
         ALIGNED,
     )
     if AMSGRAD:
@@ -144,6 +153,8 @@ def _adam(
             value,
             has_block,
             has_value,
+            0.0,
+            False,
             False,
             ALIGNED,
         )
@@ -161,7 +172,7 @@ def adam_8bit(
     gradients: list[int],
     steps: torch.Tensor,
     signed: tuple[torch.Tensor, torch.Tensor],
-    unsigned: tuple[torch.Tensor, torch.Tensor],
+    unsigned: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     *,
     lr: float,
     residual_rate: float,
@@ -187,7 +198,8 @@ def adam_8bit(
         The number of each parameter's step, starting at 1, on the CPU or on
         the parameters' device. Neither makes the host wait.
     signed, unsigned : tuple of torch.Tensor
-        Values and middles of an ``ops.blocks_8bit.Codebook``.
+        Values and middles of an ``ops.blocks_8bit.Codebook``; and columns of the
+        second one.
     lr, betas, eps, weight_decay : float
         See torch.optim.Adam.
     residual_rate : float
@@ -197,18 +209,22 @@ def adam_8bit(
         See torch.optim.Adam.
     """
     beta1, beta2 = betas
+    phases = dither_phase(steps)
     steps = steps.double()
-    corrections = torch.stack(
-        [lr / (1 - beta1**steps), (1 - beta2**steps).sqrt()], 1
-    ).float()
+    pairs = [
+        (lr / (1 - beta1**steps), (1 - beta2**steps).sqrt()),
+        (phases, phases),
+    ]
+    # [2, tensors, 2]
+    corrections = torch.stack([torch.stack(x, 1).float() for x in pairs])
     if corrections.device == table.device:
         (addresses,) = upload([gradients], table.device)
     else:
-        # Both in one copy.
-        addresses, corrections = upload(
-            [gradients, corrections.view(torch.int64).view(-1)], table.device
+        # All in one copy.
+        uploaded = upload(
+            [gradients, *corrections.view(torch.int64)[..., 0]], table.device
         )
-        corrections = corrections.view(torch.float32)
+        addresses, corrections = uploaded[0], uploaded[1:].view(torch.float32)
     table.launch(
         _adam,
         addresses,

@@ -57,7 +57,9 @@ def store_state(
     value,
     has_block,
     has_value,
+    dither,
     SIGNED: tl.constexpr,
+    DITHERS: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
     """Stores values where ``load_state`` reads them; returns what rounding took."""
@@ -68,12 +70,14 @@ def store_state(
             x,
             pointer_of(address, tl.uint8, ALIGNED),
             pointer_of(scales_address, tl.float32, False),
-            middles_ptr,
+            values_ptr if DITHERS else middles_ptr,
             block,
             value,
             has_block,
             has_value,
+            dither,
             SIGNED,
+            DITHERS,
         )
         residual = x - tl.load(values_ptr + code) * scale[:, None]
     else:
@@ -88,14 +92,19 @@ def _store_quantized(
     x,
     codes,
     scales,
-    middles_ptr,
+    limits_ptr,
     block,
     value,
     has_block,
     has_value,
+    dither,
     SIGNED: tl.constexpr,
+    DITHERS: tl.constexpr,
 ):
-    """Quantizes values; stores and returns codes and scales."""
+    """Quantizes values; stores and returns codes and scales.
+
+    The limits are the codebook's values if it dithers, otherwise its middles.
+    """
     known = tl.where(has_value, x, 0.0)
     extreme = tl.max(known, 1)
     if SIGNED:
@@ -109,13 +118,23 @@ def _store_quantized(
     scale = tl.where(extreme == 0, 1.0, extreme)[:, None]
     # Rounded as on the CPU, so that codes are the same.
     scaled = tl.div_rn(x, tl.broadcast_to(scale, x.shape))
-    # Binary search: the number of middles below the value.
+    # Binary search: the number of middles below the value; or of values, without
+    # the first, that are not above it.
     code = tl.zeros(x.shape, tl.int32)
     step = 128
     for _ in tl.static_range(8):
         upper = code + step
-        code = tl.where(tl.load(middles_ptr + upper - 1) < scaled, upper, code)
+        if DITHERS:
+            is_above = tl.load(limits_ptr + upper) <= scaled
+        else:
+            is_above = tl.load(limits_ptr + upper - 1) < scaled
+        code = tl.where(is_above, upper, code)
         step = step // 2
+    if DITHERS:
+        below = tl.load(limits_ptr + code)
+        gap = tl.load(limits_ptr + tl.minimum(code + 1, 255)) - below
+        limit = tl.fma(gap, tl.broadcast_to(dither, x.shape), below)
+        code = tl.where(scaled > limit, code + 1, code)
     if not SIGNED:
         # Adam divides by the root of the second moment.
         code = tl.maximum(code, 1)
@@ -148,7 +167,9 @@ def _quantize(
         value,
         has_block,
         has_value,
+        0.0,
         SIGNED,
+        False,
     )
 
 

@@ -78,7 +78,9 @@ def _sgd(
         value,
         has_block,
         has_value,
+        0.0,
         True,
+        False,
         ALIGNED,
     )
     weight = tl.fma(residual, -residual_rate, weight)

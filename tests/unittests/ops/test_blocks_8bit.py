@@ -9,7 +9,13 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sb_memeff.ops.blocks_8bit import BLOCK, SLICE, Codebook, Quantized8bit
+from sb_memeff.ops.blocks_8bit import (
+    BLOCK,
+    SLICE,
+    Codebook,
+    Quantized8bit,
+    dither_phase,
+)
 
 CPU = torch.device("cpu")
 
@@ -112,11 +118,67 @@ def test_bitsandbytes_misses_the_nearest_code_on_the_cpu():
     assert missed > 0.05, bitsandbytes.__version__
 
 
+def dithered(codebook, x, step):
+    """Codes and scales of a step."""
+    packed = Quantized8bit.empty_like(x)
+    phase = dither_phase(torch.tensor(float(step)))
+    codebook.quantize_into(packed, x, phase)
+    return packed
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("size", [1, 300, SLICE + 300])
+def test_dithered_values_are_right_in_the_mean(signed, size):
+    """Each is one of the two numbers around it."""
+    codebook = Codebook(signed, CPU)
+    x = sample(signed, size)
+    x[0] = 1.0
+    steps = range(3000, 3100)
+    mean = sum(
+        codebook.dequantize(dithered(codebook, x, step)) for step in steps
+    ) / len(steps)
+    packed = codebook.quantize(x)
+    scale = packed.scales.repeat_interleave(BLOCK)[:size]
+    scaled = (x / scale).contiguous()
+    above = torch.searchsorted(codebook.values, scaled).clamp(1, 255)
+    gap = (codebook.values[above] - codebook.values[above - 1]) * scale.abs()
+    # What would become 0 is raised to the smallest number. None is below -0.993.
+    is_between = (above > 1) | (signed & (scaled >= codebook.values[0]))
+    error = (mean - x).abs()[is_between]
+    bound = 0.03 * gap + 1e-6 * x.abs()
+    assert (error <= bound[is_between]).all()
+    one = codebook.dequantize(dithered(codebook, x, 7))
+    assert ((one - x).abs() <= 1.0001 * gap + 1e-9).all()
+    assert one[0] == 1
+
+
+def test_dithering_is_that_of_the_step():
+    """It resumes, and does not wear numbers off that have codes."""
+    codebook = Codebook(False, CPU)
+    x = sample(False)
+    a, b, c = (dithered(codebook, x, step).codes for step in (5, 5, 6))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    for step in range(20):
+        packed = dithered(codebook, codebook.values.clone()[1:], step)
+        assert packed.codes.tolist() == list(range(1, 256))
+
+
 def test_no_positive_second_moment_becomes_zero():
     x = torch.tensor([1.0, 1e-12, 0.0])
     codebook = Codebook(False, CPU)
-    values = codebook.dequantize(codebook.quantize(x))
-    assert values[0] == 1 and 0 < values[1] < 4e-7
+    for packed in (codebook.quantize(x), dithered(codebook, x, 1)):
+        values = codebook.dequantize(packed)
+        assert values[0] == 1 and 0 < values[1] < 4e-7
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_dithered_blocks_that_are_not_finite(bad):
+    codebook = Codebook(False, CPU)
+    x = sample(False, 2 * BLOCK)
+    x[3] = bad
+    values = codebook.dequantize(dithered(codebook, x, 1))
+    assert not values[:BLOCK].isfinite().any()
+    assert values[BLOCK:].isfinite().all()
 
 
 @pytest.mark.parametrize("signed", [True, False])

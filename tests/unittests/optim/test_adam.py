@@ -5,6 +5,7 @@ Authors
 """
 
 import bitsandbytes
+import pytest
 import torch
 from torch import nn
 
@@ -48,3 +49,32 @@ def test_large_steps_do_not_follow_small_gradients():
         before = weight.detach().clone()
         optimizer.step()
     assert (weight - before).abs().max() < 2e-3
+
+
+@pytest.mark.parametrize("factor", [0.2, 5.0])
+def test_a_second_moment_follows_its_gradient(factor):
+    """It changes by 0.1 % at a step. The gaps between codes are wider."""
+    torch.manual_seed(0)
+    size = 4096
+    few = torch.arange(size) % 64 == 0
+    ends = []
+    for cls in (torch.optim.Adam, Adam8bit, bitsandbytes.optim.Adam8bit):
+        weight = nn.Parameter(torch.zeros(size))
+        optimizer = cls([weight], lr=1e-3)
+        generator = torch.Generator().manual_seed(0)
+        for step in range(1500):
+            weight.grad = torch.randn(size, generator=generator)
+            if step >= 300:
+                weight.grad[few] *= factor
+            optimizer.step()
+        state = optimizer.state[weight]
+        if cls is bitsandbytes.optim.Adam8bit:
+            codes = state["state2"].long()
+            scales = state["absmax2"].repeat_interleave(256)
+            ends.append(state["qmap2"][codes] * scales)
+        else:
+            ends.append(optimizer.state_dict()["state"][0]["exp_avg_sq"])
+    exact, ours, theirs = (x[few].mean() for x in ends)
+    assert abs(ours - exact) < 0.1 * exact
+    if factor < 1:
+        assert abs(theirs - exact) > 0.5 * exact

@@ -126,18 +126,28 @@ def test_one_step_is_torchs(kind):
                 assert torch.equal(packed[name], exact)
                 continue
             assert isinstance(packed[name], Quantized8bit)
-            check_bound(packed[name], exact, optimizer.signed[name])
+            check_bound(
+                packed[name],
+                exact,
+                optimizer.signed[name],
+                name in optimizer.dithered,
+            )
 
 
-def check_bound(packed, exact, signed):
-    """Each value within half a gap of the codes (a whole one next to 0)."""
+def check_bound(packed, exact, signed, dithered):
+    """Each value within half a gap of the codes (a whole one next to 0).
+
+    Those that are dithered are within a gap.
+    """
     values = torch.tensor(VALUES[signed])
     scale = packed.scales.repeat_interleave(BLOCK)[: exact.numel()]
     scaled = exact.flatten() / scale
     stored = values[packed.codes.flatten().long()]
     above = torch.searchsorted(values, scaled).clamp(1, 255)
     bound = (values[above] - values[above - 1]) / 2
-    if not signed:
+    if dithered:
+        bound *= 2
+    elif not signed:
         bound[above == 1] *= 2
     assert ((stored - scaled).abs() <= 1.0001 * bound + 1e-7).all()
 
