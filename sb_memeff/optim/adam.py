@@ -127,6 +127,10 @@ class Adam8bit(_Adam8bit, torch.optim.Adam):
     Weight decay is an L2 penalty, as in torch.optim.Adam. (bitsandbytes'
     Adam8bit has the weight decay of AdamW.)
 
+    What rounding takes from a first moment moves the parameter in the same step, as
+    in SGD8bit. Second moments are dithered: most change by less than the gap
+    between two codes, and would never change if they were rounded to the nearest.
+
     Arguments
     ---------
     params : iterable
@@ -156,7 +160,7 @@ class Adam8bit(_Adam8bit, torch.optim.Adam):
 
 
 class AdamW8bit(_Adam8bit, torch.optim.AdamW):
-    """torch.optim.AdamW with moments in 8 bits.
+    """torch.optim.AdamW with moments in 8 bits, which are rounded as in Adam8bit.
 
     Arguments
     ---------

@@ -22,6 +22,10 @@ class SGD8bit(Optimizer8bit, torch.optim.SGD):
     Momentum, dampening, weight decay, Nesterov and maximize have the same effect
     as in torch.optim.SGD. Without momentum there is no state.
 
+    Rounding errors do not add up. What rounding takes from a momentum would have
+    moved the parameter in further steps, by lr * momentum / (1 - momentum) times as
+    much in all. It moves the parameter in the same step instead.
+
     Arguments
     ---------
     params : iterable
