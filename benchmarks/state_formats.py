@@ -7,6 +7,7 @@ the error of the way that the parameters have gone, relative to the way with sta
 * gradients of a block have equal scales (0), or scales drawn from a log-normal
   distribution whose logarithm has a standard deviation of 1 or 2; 400 steps;
 * drift: equal scales at first, which become those of 1 in 3,000 steps;
+* end: as 1, and 200 further steps without gradient, in which the first moment decays;
 * small: momenta of about 0.005 of their block's largest, in 40 steps without gradient.
 
 Most formats round to the nearest number. Corrected ones do what the package's
@@ -55,11 +56,14 @@ class Task:
         The same, of what the scales are multiplied by in the end.
     steps : int
         Number of steps.
+    further : int
+        Steps without gradient after them.
     """
 
     sigma: float
     drift: float = 0
     steps: int = 400
+    further: int = 0
 
 
 TASKS = {
@@ -67,6 +71,7 @@ TASKS = {
     "1": Task(1),
     "2": Task(2),
     "drift": Task(0, drift=1, steps=3000),
+    "end": Task(1, further=200),
 }
 
 
@@ -260,10 +265,10 @@ def displacements(form, task):
     # Most of a gradient is noise.
     mean *= 0.1
     momentum, first, second, sgd, adam = torch.zeros(5, len(scale))
-    for step in range(1, task.steps + 1):
+    for step in range(1, task.steps + task.further + 1):
         size = task.sigma * scale + task.drift * step / task.steps * drift
         noise = torch.randn(len(scale), generator=g)
-        gradient = size.exp() * (mean + noise)
+        gradient = size.exp() * (mean + noise) * (step <= task.steps)
         momentum = DECAY * momentum + gradient
         sgd += momentum
         momentum, rest = form.round_first(momentum)

@@ -60,10 +60,9 @@ def dither_phase(step: torch.Tensor) -> torch.Tensor:
     Returns
     -------
     torch.Tensor
-        float32, at least 0 and less than 1.
+        float32, from 0 to 1.
     """
-    # Rounding to float32 may give 1, which is as good as 0.
-    return (step.double() * R2[1]).frac().float() % 1
+    return (step.double() * R2[1]).frac().float()
 
 
 @dataclass(frozen=True)
@@ -184,7 +183,7 @@ class Codebook:
         self._following = following.to(device)
         self._gaps = values.diff(append=values[-1:]).to(device)
         columns = torch.arange(BLOCK, dtype=torch.float64) * R2[0]
-        self.columns = (columns.frac().float() % 1).to(device)
+        self.columns = columns.frac().float().to(device)
 
     def quantize(self, x: torch.Tensor) -> Quantized8bit:
         """Rounds each value to the nearest number with a code.
