@@ -12,7 +12,7 @@ from sb_memeff.ops.triton.launch import launch
 
 __all__ = ["add_and_convert"]
 
-BLOCK = 2048
+BLOCK = 1024
 
 
 @triton.jit
