@@ -120,8 +120,9 @@ class Cost(TorchDispatchMode):
         moved += sum(_size(x) for key, x in written.items() if key not in read)
         moved += sum(map(_size, in_place))
         launches = 1
-        if name in ("copy_", "fill_", "zero_"):
-            moved -= _size(args[0])
+        if name in ("copy_", "fill_", "zero_", "_foreach_copy_"):
+            # Written, not read.
+            moved -= sum(map(_size, _tensors(args[0])))
         elif name == "native_batch_norm":
             # Statistics, then normalisation.
             moved += _size(args[0])

@@ -6,6 +6,7 @@ Authors
 
 import weakref
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from sb_memeff.analysis.recipe import Recipe
 from sb_memeff.memory.step import StepMemory, training_step_memory
 from sb_memeff.memory.tracker import KINDS
 from sb_memeff.memory.units import format_bytes
+from sb_memeff.ops.dispatch import fused_on_fake_tensors
 
 __all__ = ["Profile", "comparison", "profile", "report"]
 
@@ -104,7 +106,7 @@ def profile(
         Replaces the recipe's network or loss.
     device : str, optional
         Also run the step on this device, such as "cuda", for
-        ``measured_bytes``.
+        ``measured_bytes``. For CUDA the step is counted with our kernels.
 
     Returns
     -------
@@ -173,7 +175,9 @@ def profile(
 
     measured = None
     try:
-        memory = measure()
+        on_gpu = device is not None and torch.device(device).type == "cuda"
+        with fused_on_fake_tensors() if on_gpu else nullcontext():
+            memory = measure()
         if device is not None:
             real = measure(fake=False, device=device)
             measured = real.allocator_bytes or real.peak_bytes

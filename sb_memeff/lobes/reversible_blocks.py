@@ -5,6 +5,7 @@ Authors
 """
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from sb_memeff.lobes.residual import conv1x1, conv3x3, make_activation
 from sb_memeff.nnet.norm_relu_conv import norm_relu_conv
 from sb_memeff.nnet.padding import mask
 from sb_memeff.nnet.pooling import TemporalStatisticsPooling
+from sb_memeff.nnet.weight_casts import cast_weights
 
 __all__ = ["NormActConv", "PooledStatistics", "ResidualBody", "Stem"]
 
@@ -49,7 +51,10 @@ class NormActConv(nn.Module):
         self.conv = conv
 
     def forward(
-        self, x: torch.Tensor, padding: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        padding: torch.Tensor | None = None,
+        weight: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Applies the layer.
 
@@ -59,13 +64,17 @@ class NormActConv(nn.Module):
             [N, C, T, F].
         padding : torch.Tensor, optional
             Padded frames of x, [N, 1, T, 1].
+        weight : torch.Tensor, optional
+            The convolution's weight, see ``norm_relu_conv``.
 
         Returns
         -------
         torch.Tensor
             The output of the convolution.
         """
-        return norm_relu_conv(x, self.norm, self.activation, self.conv, padding)
+        return norm_relu_conv(
+            x, self.norm, self.activation, self.conv, padding, weight
+        )
 
 
 def basic_convolutions(
@@ -184,9 +193,13 @@ class ResidualBody(nn.Module):
         torch.Tensor
             [N, out_channels, T', F'], zero in padded frames.
         """
-        for layer, stage in zip(self.layers, self.stages, strict=True):
+        layers = cast(Sequence[NormActConv], self.layers)
+        weights = cast_weights([layer.conv for layer in layers])
+        for layer, weight, stage in zip(
+            layers, weights, self.stages, strict=True
+        ):
             padding = None if masks is None else masks[stage]
-            x = layer(x, padding)
+            x = layer(x, padding, weight)
         # There is at least one layer.
         # pyrefly: ignore[unbound-name]
         return mask(x, padding)

@@ -20,6 +20,7 @@ from sb_memeff.ops.norm_relu import (
     norm_relu,
     norm_relu_backward,
 )
+from sb_memeff.utils.autograd import in_plain_autograd
 from sb_memeff.utils.hooks import are_watched
 
 __all__ = ["norm_relu_conv", "one_by_one"]
@@ -63,6 +64,7 @@ def norm_relu_conv(
     activation: nn.Module,
     conv: nn.Module,
     padding: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Computes conv(activation(norm(x))), with padded frames set to zero.
 
@@ -83,6 +85,9 @@ def norm_relu_conv(
         The convolution.
     padding : torch.Tensor, optional
         True in padded frames of x, [N, 1, T, 1].
+    weight : torch.Tensor, optional
+        The convolution's weight in the dtype of autocast, if it has been
+        converted.
 
     Returns
     -------
@@ -121,7 +126,7 @@ def norm_relu_conv(
         norm.bias,
         mean,
         variance,
-        conv.weight,
+        conv.weight if weight is None else weight,
         conv.bias,
         padding,
         _Settings(norm.eps, of_batch, dtype, of_conv),
@@ -142,20 +147,13 @@ def _is_one_node(
         and (norm.running_mean is None) == (norm.running_var is None)
         and FORWARDS == tuple(kind.forward for kind in KINDS)
         and not are_watched((norm, activation, conv))
-        # Transforms of functions, and forward-mode derivatives.
-        and not torch._C._are_functorch_transforms_active()
-        and torch.autograd.forward_ad._current_level < 0
+        and in_plain_autograd()
         and conv.padding_mode == "zeros"
         and not isinstance(conv.padding, str)
         # The modules report invalid inputs.
         and x.dim() == 4
         and x.shape[1] == norm.num_features == conv.in_channels
         and x.numel() > x.shape[1]
-        and not (
-            torch.compiler.is_compiling()
-            or torch.compiler.is_exporting()
-            or torch.jit.is_tracing()
-        )
     )
 
 

@@ -7,7 +7,7 @@ Authors
  * The sb_memeff authors 2026
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -95,8 +95,30 @@ class ValueEvaluator(Protocol):
         return stream - self.value(function, given)
 
 
-# Maps the gradient of an increment to that of the stream it depends on.
-Pullback = Callable[[torch.Tensor], torch.Tensor]
+class Pullback(Protocol):
+    """Maps the gradient of an increment to that of the stream it depends on.
+
+    Call it once.
+    """
+
+    def __call__(
+        self, gradient: torch.Tensor, total: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The gradient of the stream.
+
+        Arguments
+        ---------
+        gradient : torch.Tensor
+            Of the increment.
+        total : torch.Tensor, optional
+            Add to this gradient, which may be overwritten.
+
+        Returns
+        -------
+        torch.Tensor
+            The gradient, or the sum.
+        """
+        raise NotImplementedError
 
 
 class VjpEvaluator(Protocol):
@@ -117,8 +139,7 @@ class VjpEvaluator(Protocol):
         Returns
         -------
         tuple
-            The increment, and a function from the gradient of the increment
-            to that of the stream. Call it once.
+            The increment, and its pullback.
         """
         raise NotImplementedError
 
@@ -247,7 +268,8 @@ class Invertible(nn.Module):
         evaluator : VjpEvaluator
             ``evaluator.vjp("f", x)`` returns the increment f(x) and the
             pullback of its gradient; ``evaluator.subtract_vjp(y, "f", x)``
-            returns y - f(x) and the same pullback.
+            returns y - f(x) and the same pullback. ``pullback(d1, total=d2)``
+            is d2 + pullback(d1).
         shape : torch.Size
             Shape of one stream before the map.
 
@@ -423,10 +445,10 @@ class AdditiveCoupling(Invertible):
         # In the order in which autograd adds up the gradients.
         for g in reversed(self._summands("g")):
             y2, pullback = evaluator.subtract_vjp(y2, g, y1)
-            d1 = d1 + pullback(d2)
+            d1 = pullback(d2, total=d1)
         for f in reversed(self._summands("f")):
             y1, pullback = evaluator.subtract_vjp(y1, f, y2)
-            d2 = d2 + pullback(d1)
+            d2 = pullback(d1, total=d2)
         return (y1, y2), (d1, d2)
 
     def _summands(self, name: str) -> list[str]:

@@ -23,6 +23,7 @@ from sb_memeff.nnet.replay.module_state import modules_of
 from sb_memeff.nnet.replay.recorder import Recorder, Recording
 from sb_memeff.nnet.reversible.arguments import ExtraArguments
 from sb_memeff.nnet.reversible.coupling import Pullback
+from sb_memeff.nnet.reversible.gradient_sums import GradientSums, is_unshared
 from sb_memeff.nnet.reversible.grid import StreamFormat
 
 __all__ = ["Evaluator", "RecordingEvaluator", "ReplayingEvaluator"]
@@ -267,6 +268,8 @@ class ReplayingEvaluator(Evaluator):
     ---------
     recorder : Recorder
         Of the forward pass.
+    gradient_sums : GradientSums
+        Of this chain.
     recordings : dict
         ``RecordingEvaluator.recordings`` of this block.
     parameters : dict
@@ -281,6 +284,7 @@ class ReplayingEvaluator(Evaluator):
     def __init__(
         self,
         recorder: Recorder,
+        gradient_sums: GradientSums,
         recordings: dict[str, Recording],
         parameters: dict[str, torch.Tensor],
         extra_tensors: list[torch.Tensor],
@@ -288,6 +292,7 @@ class ReplayingEvaluator(Evaluator):
     ):
         super().__init__(*args)
         self.recorder = recorder
+        self.gradient_sums = gradient_sums
         self.recordings = recordings
         self.parameters = parameters
         self.extra_tensors = extra_tensors
@@ -311,9 +316,8 @@ class ReplayingEvaluator(Evaluator):
         Returns
         -------
         tuple
-            The increment, as ``value`` returns it; and a function from the
-            gradient of the increment to that of the stream, which adds to the
-            gradients of parameters and extra arguments. Call it once.
+            The increment, as ``value`` returns it; and the pullback, which
+            also adds to the gradients of parameters and extra arguments.
         """
         increment, pullback = self._increment_vjp(function, stream)
         return self.format.on_grid(increment), pullback
@@ -323,9 +327,8 @@ class ReplayingEvaluator(Evaluator):
     ) -> tuple[torch.Tensor, Pullback]:
         """See ``VjpEvaluator.subtract_vjp``."""
         increment, pullback = self._increment_vjp(function, given)
-        # Overwrite the stream only if nothing else refers to its memory.
-        alone = _use_count(stream) == _use_count(torch.empty(0))
-        return self.format.subtract(stream, increment, alone), pullback
+        overwrite = is_unshared(stream)
+        return self.format.subtract(stream, increment, overwrite), pullback
 
     def _increment_vjp(
         self, function: str, stream: torch.Tensor
@@ -338,9 +341,15 @@ class ReplayingEvaluator(Evaluator):
         # releases the stream when it is called.
         held = [(_Graph.of(increment), stream)]
 
-        def pullback(gradient: torch.Tensor) -> torch.Tensor:
+        def pullback(
+            gradient: torch.Tensor, total: torch.Tensor | None = None
+        ) -> torch.Tensor:
             graph, leaf = held.pop()
-            return self._pull_back(function, graph, gradient, [leaf])[0]
+            (found,) = self._pull_back(function, graph, gradient, [leaf])
+            if total is None:
+                return found
+            # The next function probably computes in the same precision.
+            return self.gradient_sums.add(total, found, graph.dtype)
 
         return increment.detach(), pullback
 
@@ -417,7 +426,7 @@ class ReplayingEvaluator(Evaluator):
         gradients = torch.autograd.grad(
             [graph.edge],
             [*streams, *leaves.values()],
-            [gradient.to(graph.dtype)],
+            [self.gradient_sums.converted(gradient, graph.dtype)],
             allow_unused=True,
         )
         of_streams = gradients[: len(streams)]
@@ -458,15 +467,6 @@ class _Graph(NamedTuple):
     def of(cls, value: torch.Tensor) -> "_Graph":
         edge = get_gradient_edge(value) if value.requires_grad else None
         return cls(edge, value.dtype)
-
-
-def _use_count(x: torch.Tensor) -> int:
-    """Number of references to the storage of a tensor.
-
-    A hook may keep the input of a function, and autograd saves streams for
-    another backward pass.
-    """
-    return torch._C._storage_Use_Count(x.untyped_storage()._cdata)
 
 
 def _tensor_versions(

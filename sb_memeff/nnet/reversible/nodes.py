@@ -43,6 +43,7 @@ from sb_memeff.nnet.reversible.evaluator import (
     RecordingEvaluator,
     ReplayingEvaluator,
 )
+from sb_memeff.nnet.reversible.gradient_sums import GradientSums
 from sb_memeff.nnet.reversible.grid import StreamFormat
 from sb_memeff.nnet.reversible.observer import Observer
 from sb_memeff.nnet.reversible.tap_sum import DetachedTapSum
@@ -177,6 +178,7 @@ class ChainState:
         self.records: list[_ForwardRecord] = []
         self.streams: list[torch.Tensor] = []
         self.gradients: list[torch.Tensor] = []
+        self.gradient_sums = GradientSums()
         # Between forward and backward the output node saves these tensors, so
         # that autograd notices changes in place.
         self.extra_tensors: Sequence[torch.Tensor] | None
@@ -290,6 +292,7 @@ class ChainState:
         }
         return ReplayingEvaluator(
             self.recorder,
+            self.gradient_sums,
             record.recordings,
             {
                 name: leaves[id(parameter)]
@@ -479,7 +482,10 @@ class _OutputNode(torch.autograd.Function):
                 [None, None] if whole is None else state.format.split(whole)
             )
         stream_gradients = [
-            torch.zeros_like(s) if g is None else _own_storage(g.to(s.dtype))
+            torch.zeros_like(s)
+            if g is None
+            # An alias, because blocks overwrite a gradient that has none.
+            else _own_storage(g.detach().to(s.dtype))
             for g, s in zip(output_gradients, streams, strict=True)
         ]
         del output_gradients

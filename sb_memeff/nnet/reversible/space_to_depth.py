@@ -192,11 +192,12 @@ class SpaceToDepth(Invertible):
         shape: tuple[int, ...],
     ) -> tuple[Pair, Pair]:
         """Up-samples the streams and their gradients."""
-        # Each is freed before the next one is made.
-        x1 = self.upsample(y.pop(0), shape)
-        x2 = self.upsample(y.pop(0), shape)
-        d1 = self.upsample(dy.pop(0), shape)
-        d2 = self.upsample(dy.pop(0), shape)
+        # Each is freed before the next one is made. A view would keep its base,
+        # and the block before would not overwrite it.
+        x1 = self.upsample(y.pop(0), shape).detach()
+        x2 = self.upsample(y.pop(0), shape).detach()
+        d1 = self.upsample(dy.pop(0), shape).detach()
+        d2 = self.upsample(dy.pop(0), shape).detach()
         return (x1, x2), (d1, d2)
 
 

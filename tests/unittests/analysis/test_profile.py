@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from sb_memeff.analysis import profile as analysis
 from sb_memeff.analysis.families.transducer import _speechbrain_loss
 from sb_memeff.analysis.profile import comparison, profile, report
 from sb_memeff.analysis.recipe import read_recipe
@@ -176,6 +177,22 @@ def test_the_step_can_be_run_beside_its_analysis():
     peak = found.memory.peak_bytes
     assert found.measured_bytes == pytest.approx(peak, rel=0.02)
     assert "measured in a real step: " in report(found)
+
+
+def test_a_step_that_also_runs_on_a_gpu_is_counted_with_kernels(monkeypatch):
+    """They need less memory than the plain forms."""
+    path, overrides = speaker_yaml("revnet")
+    recipe = read_recipe(path, {**overrides, "base_channels": 16})
+    plain = profile(recipe, 8, 1.0).memory
+    count = analysis.training_step_memory
+
+    def without_gpu(*args, fake=True, device="cpu"):
+        return count(*args) if fake else plain
+
+    monkeypatch.setattr(analysis, "training_step_memory", without_gpu)
+    found = profile(recipe, 8, 1.0, device="cuda")
+    assert found.measured_bytes == plain.peak_bytes
+    assert found.memory.peak_bytes < 0.95 * plain.peak_bytes
 
 
 @pytest.mark.gpu

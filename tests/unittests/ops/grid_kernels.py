@@ -1,4 +1,4 @@
-"""The kernels of the exact stream.
+"""The kernels of the exact stream and its gradient.
 
 Authors
  * The sb_memeff authors 2026
@@ -6,9 +6,13 @@ Authors
 
 import torch
 
+from sb_memeff.ops.add_and_convert import add_and_convert
 from sb_memeff.ops.grid import add_on_grid, round_to_grid, subtract_on_grid
 from sb_memeff.ops.summary import Summaries
-from sb_memeff.ops.triton import grid
+from sb_memeff.ops.triton import (
+    add_and_convert as sum_kernel,
+    grid,
+)
 from sb_memeff.ops.triton.summary import summarize
 from tests.unittests.ops.kernel import Kernel, each, fp32
 
@@ -72,6 +76,22 @@ def _summarized(x):
     return [summary.largest_magnitude]
 
 
+def _gradients(g, dtype, size):
+    """Sums with infinities and NaN, and some beyond float16."""
+    total, gradient = torch.randn(2, size, generator=g)
+    total[::7] = torch.tensor(
+        [-0.0, torch.inf, -torch.inf, torch.nan, 1e5, 65519.0, 1e-7]
+    ).repeat(size)[: len(total[::7])]
+    gradient[::14] = 0
+    return total, gradient.to(dtype)
+
+
+def _added_and_converted(total, gradient, to):
+    result, copy = torch.empty_like(total), torch.empty_like(total, dtype=to)
+    sum_kernel.add_and_convert(total, gradient, result, copy)
+    return [result, copy]
+
+
 SIZES = [(1,), (2048,), (2049,), (2600,)]
 ROUND_TO_GRID = Kernel(
     _rounded,
@@ -101,4 +121,13 @@ SUMMARIZE = Kernel(
     _reals,
     SIZES,
     fp32(0),
+)
+ADD_AND_CONVERT = Kernel(
+    _added_and_converted,
+    lambda total, gradient, to: list(add_and_convert(total, gradient, to)),
+    _gradients,
+    SIZES,
+    # Of the copy.
+    each(8e-3, 8e-3, 8e-3),
+    [{"to": torch.bfloat16}, {"to": torch.float16}],
 )

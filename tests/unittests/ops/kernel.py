@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from sb_memeff.ops import grid, summary
+from sb_memeff.nnet.reversible import gradient_sums
+from sb_memeff.ops import add_and_convert, grid, summary
 from sb_memeff.ops.dispatch import DTYPES
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -33,9 +34,9 @@ def poison(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", filled(new_empty))
 
 
-def force_grid_kernels(monkeypatch, forced=True):
+def force_stream_kernels(monkeypatch, forced=True):
     """Streams of any device take the kernels, or the plain forms."""
-    for module in (grid, summary):
+    for module in (grid, summary, add_and_convert, gradient_sums):
         monkeypatch.setattr(
             module,
             "runs_fused",

@@ -5,6 +5,7 @@ Authors
 """
 
 from tests.unittests.ops.grid_kernels import (
+    ADD_AND_CONVERT,
     ADD_ON_GRID,
     ROUND_TO_GRID,
     SUBTRACT_ON_GRID,
@@ -35,6 +36,7 @@ KERNELS = {
     "add_on_grid": ADD_ON_GRID,
     "subtract_on_grid": SUBTRACT_ON_GRID,
     "summarize": SUMMARIZE,
+    "add_and_convert": ADD_AND_CONVERT,
     "batch_statistics": BATCH_STATISTICS,
     "norm_relu": NORM_RELU,
     "norm_relu_backward": NORM_RELU_BACKWARD,

@@ -9,7 +9,7 @@ from sb_memeff.ops.summary import Summaries, checksum, is_dense
 from sb_memeff.ops.triton.launch import watch_launches
 from tests.unittests.ops.kernel import (
     DEVICE,
-    force_grid_kernels,
+    force_stream_kernels,
     poison,
 )
 
@@ -22,7 +22,7 @@ LAYOUTS = {
 @pytest.fixture
 def launches(monkeypatch):
     """Kernels run wherever a GPU would run them; their names."""
-    force_grid_kernels(monkeypatch)
+    force_stream_kernels(monkeypatch)
     names = []
     with watch_launches(lambda name, arguments: names.append(name)):
         yield names
@@ -34,7 +34,7 @@ def plain(monkeypatch):
 
     def call(function, *args):
         with monkeypatch.context() as patch:
-            force_grid_kernels(patch, False)
+            force_stream_kernels(patch, False)
             return function(*args)
 
     return call
@@ -199,7 +199,7 @@ def test_a_half_of_a_tensor_is_rounded(launches, plain, dtype):
 @pytest.mark.parametrize("forced", [False, True])
 def test_a_sum_is_laid_out_as_the_stream(monkeypatch, forced):
     """The next function must not get the layout of the last one's result."""
-    force_grid_kernels(monkeypatch, forced)
+    force_stream_kernels(monkeypatch, forced)
     x, increment = on_grid(2, 3, 5), torch.randn(2, 3, 5, device=DEVICE)
     for stream in (x, LAYOUTS["channels_last"](x)):
         for given in (increment, LAYOUTS["channels_last"](increment)):
