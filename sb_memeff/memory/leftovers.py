@@ -53,7 +53,8 @@ def no_leftovers() -> Generator[None, None, None]:
     returned.
 
     If a tensor cannot be removed, a warning names the object. Examining all
-    objects of a process takes some tenths of a second. Within another
+    objects of a process takes some tenths of a second; they are frozen
+    (``gc.freeze``) within the context, and none is afterwards. Within another
     ``no_leftovers``, the old values are those before the outer one.
 
     Example
