@@ -1,7 +1,10 @@
-"""A corpus of synthetic speakers that is made once and found again.
+"""Corpora of spoken digits that are made once and found again.
 
-The same options give the same bytes on every run. OUT/manifest.json holds the
-options, their hash, and a digest of the audio.
+An utterance is a string of digits, with or without pauses between them; no
+string occurs twice. The speakers are voices of eSpeak NG: one variant with one
+accent is one speaker. A session of a speaker has its own pitch, rate, room,
+equalizer and noise, as a VoxCeleb video has, so that neither the spectrum of
+the channel nor the pitch alone tells who speaks.
 
 Authors
  * The sb_memeff authors 2026
@@ -13,8 +16,7 @@ import json
 import multiprocessing
 import os
 import shutil
-from pathlib import Path
-from typing import ClassVar
+from collections.abc import Callable
 
 import numpy as np
 import soundfile
@@ -24,11 +26,15 @@ from voices import (
     SAMPLE_RATE,
     TEST_VARIANTS,
     TRAIN_VARIANTS,
-    CorpusError,
     Espeak,
     choose_voices,
     find_espeak,
 )
+
+WORDS = "zero one two three four five six seven eight nine".split()
+# Of the code below and of all that it calls. Without a new number an earlier
+# corpus passes for one that changed code would make.
+FORMAT = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +43,6 @@ class Speaker:
 
     Arguments
     ---------
-    name : str
-        The speaker's name in the corpus.
     voice : str
         eSpeak NG's name of the voice, accent+variant.
     seed : tuple
@@ -48,7 +52,6 @@ class Speaker:
         audio file in the corpus to its text, a tuple of str.
     """
 
-    name: str
     voice: str
     seed: tuple
     sessions: list
@@ -56,143 +59,118 @@ class Speaker:
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """How all corpora are made; the fields of a subclass are its options.
+    """How a corpus is made. The same options give the same bytes on every run.
 
-    FORMAT goes into the hash: any change to what the code writes must change
-    it, or an earlier corpus passes for a new one. The formats SPEAKER and AUDIO
-    take the speaker's number, and split, speaker, session and utterance.
+    Arguments
+    ---------
+    name : str
+        Its folder's name begins with this.
+    audio : str
+        Path of an audio file, a format of split, speaker, session, utterance.
+    lists : callable
+        Maps speakers to transcripts or trials: path in the corpus to content.
+    digits : tuple
+        Fewest and most digits of an utterance.
+    train_speakers, test_speakers : int
+        Numbers of the speakers.
+    train_sessions, test_sessions : tuple
+        Split and number of utterances of each session of such a speaker.
+    seed : int
+        Seed of all that is drawn.
     """
 
-    FORMAT: ClassVar[int]
-    SPEAKER: ClassVar[str]
-    AUDIO: ClassVar[str]
-    FIRST_SESSION: ClassVar[int]
-    WORDS_PER_MINUTE: ClassVar[tuple]
-
-    def groups(self):
-        """Training and test speakers.
-
-        Each group has the variants of its voices, the first speaker's number,
-        how many speakers, and a (split, utterances) for each session.
-        """
-        raise NotImplementedError
-
-    def draw_text(self, rng):
-        """Draws the text of an utterance, a tuple of str."""
-        raise NotImplementedError
-
-    def speak(self, rng, say, pitch, text):
-        """Clean samples of a text, where say(str, pitch) calls eSpeak NG."""
-        raise NotImplementedError
-
-    def lists(self, speakers):
-        """Transcripts or trials: path in the corpus to content."""
-        raise NotImplementedError
-
-    def counts(self, speakers):
-        """Numbers for the manifest."""
-        raise NotImplementedError
-
-    def describe_counts(self, manifest):
-        """Puts these numbers into words."""
-        raise NotImplementedError
+    name: str
+    audio: str
+    lists: Callable
+    digits: tuple
+    train_speakers: int
+    train_sessions: tuple
+    test_speakers: int
+    test_sessions: tuple
+    seed: int
 
     def plan(self):
-        """Hands out names, voices and texts; returns a list of Speaker."""
-        rng = np.random.default_rng([self.seed, self.FORMAT])
-        texts = distinct(lambda: self.draw_text(rng))
-        speakers = []
-        for variants, first, count, sizes in self.groups():
-            voices = choose_voices(variants, count)
-            for number, voice in enumerate(voices, first):
-                name = self.SPEAKER.format(number)
-                sessions = [
+        """Hands out voices and texts; returns a list of Speaker."""
+        rng = np.random.default_rng([self.seed, FORMAT])
+        texts = distinct(lambda: draw_text(rng, *self.digits))
+        train = choose_voices(TRAIN_VARIANTS, self.train_speakers)
+        test = choose_voices(TEST_VARIANTS, self.test_speakers)
+        return [
+            Speaker(
+                voice,
+                (self.seed, FORMAT, number),
+                [
                     {
-                        self.AUDIO.format(
-                            split=split, speaker=name, session=s, utterance=u
+                        self.audio.format(
+                            split=split, speaker=number, session=s, utterance=u
                         ): next(texts)
-                        for u in range(size)
+                        for u in range(utterances)
                     }
-                    for s, (split, size) in enumerate(sizes, self.FIRST_SESSION)
-                ]
-                seed = (self.seed, self.FORMAT, number)
-                speakers.append(Speaker(name, voice, seed, sessions))
-        return speakers
+                    for s, (split, utterances) in enumerate(sessions, 1)
+                ],
+            )
+            for first, voices, sessions in (
+                (101, train, self.train_sessions),
+                (201, test, self.test_sessions),
+            )
+            for number, voice in enumerate(voices, first)
+        ]
 
-    def make(self, out, workers=None, progress=True):
+    def make(self, folder, workers=None):
         """Makes the corpus, unless it is there.
 
         Arguments
         ---------
-        out : str or Path
-            Folder of the corpus.
+        folder : Path
+            Folder of corpora.
         workers : int
             Processes that speak at the same time; None for one a core.
-        progress : bool
-            Whether to draw a progress bar.
 
         Returns
         -------
-        dict
-            The manifest, with a key `cached` that says whether it was there.
+        tuple
+            The corpus' own folder, and a dict of numbers for the user.
 
         Raises
         ------
         CorpusError
-            If eSpeak NG is missing, or `out` holds something else.
+            If eSpeak NG is missing, or lacks voices.
         """
-        out = Path(out).resolve()
         speakers = self.plan()
         audio, lists = audio_files(speakers), self.lists(speakers)
-        manifest = read_manifest(out)
-        if manifest.get("options_sha256") == self.fingerprint() and all(
-            (out / path).exists() for path in (*audio, *lists)
-        ):
-            return {**manifest, "cached": True}
-        options = dataclasses.asdict(self)
-        # It will be deleted: another program's manifest.json is not enough.
-        ours = manifest.get("options", {}).keys() == options.keys()
-        empty = not out.exists() or (out.is_dir() and not any(out.iterdir()))
-        if not (ours or empty):
-            raise CorpusError(
-                f"{out} holds something else: choose another folder."
-            )
+        # The name tells what is inside: other options, another folder.
+        digest = hashlib.sha256(repr((FORMAT, speakers)).encode()).hexdigest()
+        out = folder / f"{self.name}-{digest[:8]}"
+        manifest = out / "manifest.json"
+        if all((out / path).exists() for path in (*audio, *lists, manifest)):
+            return out, {**json.loads(manifest.read_text()), "cached": True}
         find_espeak()
 
         # Made aside and moved: an interrupted run leaves no half corpus behind.
         partial = out.with_name(out.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        minutes = speak_all(self, partial, speakers, workers, progress)
-        manifest = {
-            "options_sha256": self.fingerprint(),
-            "options": options,
-            **self.counts(speakers),
-            "minutes": minutes,
-            "audio_sha256": digest(partial, audio),
-            "voices": {speaker.name: speaker.voice for speaker in speakers},
+        found = {
+            "train_speakers": self.train_speakers,
+            "test_speakers": self.test_speakers,
+            "utterances": len(audio),
+            "minutes": speak_all(partial, speakers, workers),
         }
-        lists["manifest.json"] = json.dumps(manifest, indent=1) + "\n"
+        lists[manifest.name] = json.dumps(found, indent=1) + "\n"
         for path, text in lists.items():
             (partial / path).write_text(text, encoding="utf-8")
         shutil.rmtree(out, ignore_errors=True)
         partial.rename(out)
-        return {**manifest, "cached": False}
+        return out, {**found, "cached": False}
 
-    def describe(self, manifest):
-        """Puts a manifest into one line."""
-        return (
-            f"{self.train_speakers} training and {self.test_speakers} unseen "
-            f"test speakers, {self.describe_counts(manifest)}, "
-            f"{manifest['minutes']:.0f} min"
-            + (", cached" if manifest["cached"] else "")
-        )
 
-    def fingerprint(self):
-        """Hashes everything that decides the bytes of the corpus."""
-        options = dataclasses.asdict(self)
-        decisive = [self.FORMAT, options, TRAIN_VARIANTS, TEST_VARIANTS]
-        return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
+def describe(found):
+    """Puts the numbers of a corpus into one line."""
+    return (
+        f"{found['train_speakers']} training and {found['test_speakers']} "
+        f"unseen test speakers, {found['utterances']} utterances, "
+        f"{found['minutes']:.0f} min" + (", cached" if found["cached"] else "")
+    )
 
 
 def distinct(draw):
@@ -205,6 +183,12 @@ def distinct(draw):
             yield one
 
 
+def draw_text(rng, fewest, most):
+    """Draws a string of digits, a tuple of str."""
+    count = rng.integers(fewest, most + 1)
+    return tuple(WORDS[i] for i in rng.integers(len(WORDS), size=count))
+
+
 def audio_files(speakers):
     """Paths of the audio files in the corpus."""
     return [
@@ -215,40 +199,16 @@ def audio_files(speakers):
     ]
 
 
-def read_manifest(out):
-    """Reads the manifest of an earlier run; empty if there is none."""
-    try:
-        manifest = json.loads(
-            (out / "manifest.json").read_text(encoding="utf-8")
-        )
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return {}
-    ours = isinstance(manifest, dict) and "options_sha256" in manifest
-    return manifest if ours else {}
-
-
-def digest(folder, paths):
-    """Hashes names and bytes of files."""
-    found = hashlib.sha256()
-    for path in sorted(paths):
-        found.update(path.encode())
-        found.update((folder / path).read_bytes())
-    return found.hexdigest()
-
-
-def speak_all(corpus, folder, speakers, workers, progress):
+def speak_all(folder, speakers, workers):
     """Writes the audio of all speakers; returns its minutes.
 
     eSpeak NG's state is global and lives on from one utterance to the next, so
     each speaker gets a fresh process.
     """
-    methods = multiprocessing.get_all_start_methods()
     # A fork server loads the libraries once, not once a speaker.
-    method = "forkserver" if "forkserver" in methods else "spawn"
-    context = multiprocessing.get_context(method)
-    if method == "forkserver":
-        context.set_forkserver_preload(["soundfile", "scipy.signal", "tqdm"])
-    jobs = [(corpus, folder, speaker) for speaker in speakers]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["soundfile", "scipy.signal", "tqdm"])
+    jobs = [(folder, speaker) for speaker in speakers]
     with context.Pool(workers or os.cpu_count(), maxtasksperchild=1) as pool:
         samples = sum(
             tqdm(
@@ -256,7 +216,8 @@ def speak_all(corpus, folder, speakers, workers, progress):
                 total=len(jobs),
                 desc="voices",
                 unit="voice",
-                disable=not progress,
+                # None: unless the output goes elsewhere than to a terminal.
+                disable=None,
             )
         )
     return round(samples / SAMPLE_RATE / 60, 2)
@@ -264,23 +225,28 @@ def speak_all(corpus, folder, speakers, workers, progress):
 
 def speak_one(job):
     """Writes the audio of one speaker; returns the number of its samples."""
-    corpus, folder, speaker = job
+    folder, speaker = job
     rng = np.random.default_rng(speaker.seed)
     espeak = Espeak(seed=int(rng.integers(1, 2**31)))
-    usual_rate = rng.uniform(*corpus.WORDS_PER_MINUTE)
+    usual_rate = rng.uniform(130, 170)
     written = 0
     for session in speaker.sessions:
-        pitch = np.clip(rng.normal(50, 9), 25, 75)
+        usual_pitch = np.clip(rng.normal(50, 9), 25, 75)
         pitch_range = rng.uniform(25, 75)
         rate = usual_rate * rng.uniform(0.88, 1.12)
         channel = Channel(rng)
-
-        def say(text, pitch, rate=rate, pitch_range=pitch_range):
-            return espeak.say(text, speaker.voice, rate, pitch, pitch_range)
-
         for path, text in session.items():
-            samples = channel(corpus.speak(rng, say, pitch, text))
-            file = Path(folder) / path
+            # A comma is a pause.
+            gaps = rng.choice([" ", ", "], len(text), p=[0.7, 0.3])
+            line = "".join(f"{gap}{word}" for gap, word in zip(gaps, text))
+            pitch = usual_pitch + rng.normal(0, 2)
+            samples = espeak.say(
+                line.lstrip(" ,"), speaker.voice, rate, pitch, pitch_range
+            )
+            # Room for the echo of the last word.
+            silence = (SAMPLE_RATE * rng.uniform(0.1, 0.3, 2)).astype(int)
+            samples = channel(np.pad(samples, silence))
+            file = folder / path
             file.parent.mkdir(parents=True, exist_ok=True)
             soundfile.write(file, samples, SAMPLE_RATE, subtype="PCM_16")
             written += len(samples)

@@ -25,20 +25,14 @@ def compare():
     size, frames, tokens, hidden, vocabulary = SHAPE
     batch = Batch([frames] * size, [tokens] * size, hidden, vocabulary, False)
     exact = batch.exact()
+    names = ("method", "extra_bytes", "step_s", "gradient_error")
     rows = []
     for method in METHODS:
         # One step alone may meet another program on the cores.
-        extra, seconds, error = batch.measure(
+        figures = batch.measure(
             TransducerJointLoss, exact, rounds=3, method=method
         )
-        rows.append(
-            {
-                "method": method,
-                "extra_bytes": extra,
-                "step_s": seconds,
-                "gradient_error": error,
-            }
-        )
+        rows.append(dict(zip(names, (method, *figures))))
     return rows
 
 

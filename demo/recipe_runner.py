@@ -19,20 +19,10 @@ class DemoError(Exception):
 
 
 def epoch_line(line, shown):
-    """Puts an epoch of SpeechBrain's train logger into a shorter line.
+    """Shortens SpeechBrain's line about an epoch; any other becomes empty.
 
-    Arguments
-    ---------
-    line : str
-        Any line of the recipe's output.
-    shown : dict
-        Name, such as "train loss", to a function that puts its number into
-        words.
-
-    Returns
-    -------
-    str
-        The shorter line; empty if this is no epoch's.
+    `shown` maps a name, such as "train loss", to a function that puts its
+    number into words.
     """
     if not re.search(r"epoch: *\d+.*loss", line):
         return ""
@@ -44,26 +34,24 @@ def epoch_line(line, shown):
     return "   ".join(words)
 
 
-def run_recipe(
-    name, script, yaml, overrides, log, shown=None, environment=None
-):
+def run_recipe(script, yaml, output, overrides, shown={}, environment={}):
     """Runs a script of a recipe: bars on the screen, everything in a log.
+
+    The log is beside the output folder, which the script finds empty: it would
+    resume from a leftover checkpoint, and train nothing.
 
     Arguments
     ---------
-    name : str
-        What the step is called, should it fail.
     script : Path
         The script; it runs in its folder.
     yaml : str
         Its hyperparameters.
+    output : Path
+        The script's output folder.
     overrides : dict
-        Overrides of the yaml file, and run options.
-    log : Path
-        File for the whole output.
+        Other overrides of the yaml file, and run options.
     shown : dict
-        What to print of each epoch, as epoch_line takes it; None prints
-        nothing.
+        What to print of each epoch, as epoch_line takes it.
     environment : dict
         Environment variables, where the user has not set them.
 
@@ -72,23 +60,20 @@ def run_recipe(
     DemoError
         If the script fails; its last lines are printed before.
     """
+    shutil.rmtree(output, ignore_errors=True)
+    log = output.parent / f"{output.name}_output.txt"
     command = [sys.executable, "-u", script.name, yaml]
+    overrides = {"output_folder": output, "device": "cpu", **overrides}
     command += [f"--{key}={value}" for key, value in overrides.items()]
-    show_bars = sys.stdout.isatty()
     width = shutil.get_terminal_size().columns - 1
-
-    def overwrite(text, end=""):
-        # Blanks wipe what a longer bar left behind.
-        print(f"\r{text.ljust(width)}", end=end, flush=True)
-
-    tail = []
-    log.parent.mkdir(parents=True, exist_ok=True)
+    # Wipes the bar off a terminal's line.
+    wipe = "\r\x1b[K" if sys.stdout.isatty() else ""
     with (
         open(log, "w", encoding="utf-8") as file,
         subprocess.Popen(
             command,
             cwd=script.parent,
-            env={**(environment or {}), **os.environ},
+            env={**environment, **os.environ},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             # As text a carriage return, which begins each bar, ends a line.
@@ -101,23 +86,19 @@ def run_recipe(
         try:
             for line in process.stdout:
                 # Without colours, so that a cut leaves none open.
-                line = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", line.rstrip("\n"))
+                line = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", line.strip())
                 if re.search(r"\d+%\|", line):
-                    if show_bars:
-                        overwrite(line.strip()[:width])
+                    if wipe:
+                        print(wipe + line[:width], end="", flush=True)
                 elif line:
                     print(line, file=file, flush=True)
-                    tail = [*tail[-14:], line]
-                    if shown and (epoch := epoch_line(line, shown)):
-                        if show_bars:
-                            overwrite(epoch, end="\n")
-                        else:
-                            print(epoch, flush=True)
+                    if epoch := shown and epoch_line(line, shown):
+                        print(wipe + epoch, flush=True)
         except BaseException:
             process.terminate()
             raise
-    if show_bars:
-        overwrite("", end="\r")
+    print(wipe, end="")
     if process.returncode:
-        print("\n".join(tail), file=sys.stderr)
-        raise DemoError(f"{name} failed; all of its output is in {log}")
+        tail = log.read_text(encoding="utf-8").splitlines()[-15:]
+        print(*tail, sep="\n", file=sys.stderr)
+        raise DemoError(f"{script.name} failed; all of its output is in {log}")

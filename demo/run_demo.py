@@ -28,26 +28,7 @@ PARTS = {"speakers": speaker_part, "transducer": transducer_part}
 
 
 def run(names, data, results, epochs):
-    """Runs parts of the demo.
-
-    Arguments
-    ---------
-    names : list of str
-        Keys of PARTS.
-    data : Path
-        Folder of the corpora.
-    results : Path
-        Folder for everything else that is written.
-    epochs : int
-        Of each training.
-
-    Raises
-    ------
-    CorpusError
-        If a corpus cannot be made.
-    DemoError
-        If a later step fails, or a network has not learned enough.
-    """
+    """Runs parts of the demo, named by keys of PARTS."""
     total = sum(PARTS[name].STEPS for name in names)
     numbers = itertools.count(1)
 

@@ -15,18 +15,16 @@ Authors
 """
 
 import json
-import shutil
-import sys
 import time
 
+from corpus import describe
 from recipe_runner import ROOT, DemoError, run_recipe
-from speakers_corpus import Speakers
+from speakers_corpus import SPEAKERS
 
 RECIPE = ROOT / "recipes" / "VoxCeleb" / "SpeakerRec"
 TRAIN_YAML = "hparams/train_revnet.yaml"
 VERIFY_YAML = "hparams/verification_revnet.yaml"
 
-PRESET = "RevNet34"
 BASE_CHANNELS = 8
 BATCH = 32
 CROP_S = 2.0
@@ -52,66 +50,45 @@ Both take the trials from /path/to/VoxCeleb/veri_test2.txt unless
 --verification_file names another list."""
 
 
-def common_overrides(corpus):
+def overrides_for(corpus):
     """Overrides of training and verification alike."""
     return {
         "data_folder": corpus,
         "verification_file": corpus / "veri_test.txt",
         "num_workers": 0,
-        "preset": PRESET,
+        "preset": "RevNet34",
         "base_channels": BASE_CHANNELS,
         "downsampling": "invertible",
-        "device": "cpu",
     }
 
 
 def train(corpus, output, epochs, speakers):
     """Trains with the recipe; checkpoints and logs go to `output`."""
     run_recipe(
-        "Training",
         RECIPE / "train_speaker_embeddings.py",
         TRAIN_YAML,
+        output,
         {
-            **common_overrides(corpus),
-            "output_folder": output,
+            **overrides_for(corpus),
             "batch_size": BATCH,
             "sentence_len": CROP_S,
             "number_of_epochs": epochs,
             "out_n_neurons": speakers,
         },
-        output.parent / "train_output.txt",
         SHOWN,
     )
 
 
-def verify(corpus, output, checkpoints):
-    """Verifies the unseen speakers with the recipe.
+def verify(corpus, output, checkpoints="null"):
+    """Verifies the unseen speakers; returns the recipe's result, with `eer`.
 
-    Arguments
-    ---------
-    corpus : Path
-        Folder of the corpus.
-    output : Path
-        Folder for scores and the result.
-    checkpoints : Path
-        Folder of the trained network; None verifies with an untrained one.
-
-    Returns
-    -------
-    dict
-        The recipe's result; `eer` in per cent.
+    Without a folder of checkpoints the network is untrained.
     """
-    shutil.rmtree(output, ignore_errors=True)
     run_recipe(
-        "Verification",
         RECIPE / "speaker_verification_cosine.py",
         VERIFY_YAML,
-        {
-            **common_overrides(corpus),
-            "output_folder": output,
-            "pretrain_path": checkpoints or "null",
-        },
-        output.parent / f"{output.name}_output.txt",
+        output,
+        {**overrides_for(corpus), "pretrain_path": checkpoints},
     )
     return json.loads((output / "results.json").read_text(encoding="utf-8"))
 
@@ -119,24 +96,22 @@ def verify(corpus, output, checkpoints):
 def run(data, results, epochs, heading):
     """Runs the part and prints its findings; run_demo.py says how."""
     heading("A corpus of synthetic speakers")
-    corpus, folder = Speakers(), data / "voices"
-    manifest = corpus.make(folder, progress=sys.stderr.isatty())
-    print(corpus.describe(manifest))
+    corpus, found = SPEAKERS.make(data)
+    print(describe(found))
 
-    heading(f"{PRESET} (fully reversible), 8-bit SGD, {epochs} epochs")
-    # A leftover checkpoint would be resumed, and nothing trained.
-    shutil.rmtree(results / "train", ignore_errors=True)
-    before = verify(folder, results / "verify_untrained", None)
+    heading(f"RevNet34 (fully reversible), 8-bit SGD, {epochs} epochs")
+    before = verify(corpus, results / "verify_untrained")
     print(f"EER untrained: {before['eer']:.1f} %", flush=True)
     started = time.perf_counter()
-    train(folder, results / "train", epochs, corpus.train_speakers)
+    train(corpus, results / "train", epochs, SPEAKERS.train_speakers)
     train_s = time.perf_counter() - started
     after = verify(
-        folder, results / "verify_trained", results / "train" / "save"
+        corpus, results / "verify_trained", results / "train" / "save"
     )
     print(
-        f"EER on unseen speakers: {before['eer']:.1f} % untrained, "
-        f"{after['eer']:.1f} % after {train_s:.0f} s of training"
+        f"EER on unseen speakers ({after['trials']} trials): "
+        f"{before['eer']:.1f} % untrained, {after['eer']:.1f} % after "
+        f"{train_s:.0f} s of training"
     )
 
     heading("A training step, vanilla and reversible")
@@ -150,7 +125,7 @@ def run(data, results, epochs, heading):
     states = network_memory.compare_states()
     network_memory.print_states(states)
     return {
-        "corpus": {k: v for k, v in manifest.items() if k != "voices"},
+        "corpus": found,
         "epochs": epochs,
         "train_s": round(train_s, 1),
         "untrained": before,

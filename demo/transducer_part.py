@@ -11,11 +11,10 @@ Authors
 """
 
 import re
-import shutil
-import sys
 import time
 
-from digits_corpus import Digits
+from corpus import describe
+from digits_corpus import DIGITS
 from recipe_runner import ROOT, DemoError, run_recipe
 
 RECIPE = ROOT / "recipes" / "LibriSpeech" / "ASR" / "transducer"
@@ -46,20 +45,11 @@ With your own LibriSpeech (flac, a GPU):
 
 def train(corpus, output, epochs):
     """Trains and tests with the recipe; returns what read_wer does."""
-    # A leftover checkpoint would be resumed, and nothing trained.
-    shutil.rmtree(output, ignore_errors=True)
     run_recipe(
-        "Training",
         RECIPE / "train.py",
         TRAIN_YAML,
-        {
-            **OVERRIDES,
-            "data_folder": corpus,
-            "output_folder": output,
-            "number_of_epochs": epochs,
-            "device": "cpu",
-        },
-        output.parent / "train_output.txt",
+        output,
+        {**OVERRIDES, "data_folder": corpus, "number_of_epochs": epochs},
         SHOWN,
         ENVIRONMENT,
     )
@@ -67,18 +57,7 @@ def train(corpus, output, epochs):
 
 
 def read_wer(path):
-    """Reads the head of SpeechBrain's file of word error rates.
-
-    Arguments
-    ---------
-    path : Path
-        The file.
-
-    Returns
-    -------
-    dict
-        `wer` in per cent, `errors` and `words`.
-    """
+    """Reads `wer` in per cent, `errors` and `words` of SpeechBrain's report."""
     head = path.read_text(encoding="utf-8")
     wer, errors, words = re.match(r"%WER (\S+) \[ (\d+) / (\d+)", head).groups()
     return {"wer": float(wer), "errors": int(errors), "words": int(words)}
@@ -87,13 +66,12 @@ def read_wer(path):
 def run(data, results, epochs, heading):
     """Runs the part and prints its findings; run_demo.py says how."""
     heading("A corpus of spoken digits")
-    corpus, folder = Digits(), data / "digits"
-    manifest = corpus.make(folder, progress=sys.stderr.isatty())
-    print(corpus.describe(manifest))
+    corpus, found = DIGITS.make(data)
+    print(describe(found))
 
     heading(f"A transducer that never holds its logits, {epochs} epochs")
     started = time.perf_counter()
-    tested = train(folder, results / "train", epochs)
+    tested = train(corpus, results / "train", epochs)
     train_s = time.perf_counter() - started
     print(
         f"WER on unseen speakers: {tested['wer']:.1f} % ({tested['errors']} of "
@@ -107,7 +85,7 @@ def run(data, results, epochs, heading):
     losses = loss_memory.compare()
     loss_memory.print_comparison(losses)
     return {
-        "corpus": {k: v for k, v in manifest.items() if k != "voices"},
+        "corpus": found,
         "epochs": epochs,
         "train_s": round(train_s, 1),
         "test": tested,

@@ -44,16 +44,10 @@ class CorpusError(Exception):
 
 
 class Espeak:
-    """eSpeak NG through ctypes, one per process: its state is global.
+    """eSpeak NG with a seed for its random generator; one per process.
 
-    Several voices draw from a random generator inside the library, and the
-    phase of the glottal pulses lives on from one utterance to the next. So an
-    utterance depends on all that the process has said before.
-
-    Arguments
-    ---------
-    seed : int
-        Seed of the library's generator.
+    Its state is global: the generator and the phase of the glottal pulses live
+    on, so an utterance depends on all that the process has said before.
     """
 
     # From espeak_ng/speak_lib.h.
@@ -91,27 +85,19 @@ class Espeak:
 
         Arguments
         ---------
-        text : str
-            What to say.
-        voice : str
-            Name of the voice, e.g. "en-us+f2".
-        rate : int
+        text, voice : str
+            What to say, and the name of the voice, e.g. "en-us+f2".
+        rate : float
             Words a minute.
-        pitch : int
-            Base pitch, 0 to 99; 50 is the voice's own.
-        pitch_range : int
-            Liveliness of the intonation, 0 to 99; 50 is the voice's own.
+        pitch, pitch_range : float
+            Base pitch and liveliness of the intonation, 0 to 99; 50 is the
+            voice's own.
 
         Returns
         -------
         np.ndarray
             Samples at 16 kHz, silence at both ends cut; resampling may carry
             them a little beyond -1 and 1.
-
-        Raises
-        ------
-        CorpusError
-            If the voice is not there, or nothing was said.
         """
         self._chunks = []
         # eSpeak NG leaves out a variant that it does not have.
@@ -133,10 +119,7 @@ class Espeak:
         if status != 0 or not self._chunks:
             raise CorpusError(f"eSpeak NG's voice {voice} said nothing.")
         samples = np.concatenate(self._chunks) / 32768
-        common = np.gcd(SAMPLE_RATE, self._rate)
-        samples = resample_poly(
-            samples, SAMPLE_RATE // common, self._rate // common
-        )
+        samples = resample_poly(samples, SAMPLE_RATE, self._rate)
         loud = np.flatnonzero(np.abs(samples) > 0.02 * np.abs(samples).max())
         return samples[loud[0] : loud[-1] + 1]
 

@@ -13,7 +13,7 @@ import functools
 import gc
 import types
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
 from speechbrain.utils.logger import get_logger
@@ -40,9 +40,6 @@ _FIXED = (
 )
 _SEQUENCES = (list, set, deque)
 _CONTAINERS = (dict, *_SEQUENCES)
-# Searching for the holders of more leftovers takes seconds. Most of them are
-# garbage, so collect it first.
-MAX_LEFTOVERS = 100
 
 
 @contextlib.contextmanager
@@ -56,7 +53,8 @@ def no_leftovers() -> Generator[None, None, None]:
     returned.
 
     If a tensor cannot be removed, a warning names the object. Examining all
-    objects of a process takes some tenths of a second. Within another
+    objects of a process takes some tenths of a second; they are frozen
+    (``gc.freeze``) within the context, and none is afterwards. Within another
     ``no_leftovers``, the old values are those before the outer one.
 
     Example
@@ -85,8 +83,10 @@ def no_leftovers() -> Generator[None, None, None]:
             yield
     finally:
         _snapshots.clear()
-        snapshot.restore()
-        snapshot.release()
+        try:
+            snapshot.restore()
+        finally:
+            snapshot.release()
 
 
 # The snapshot of the outermost analysis, if one is running.
@@ -103,8 +103,11 @@ class _Snapshot:
         self._contents: dict[int, tuple[Any, Any]] = {}
         self._slots: dict[int, dict[types.MemberDescriptorType, Any]] = {}
         self._fakes: set[int] = set()
+        self._classes: list[type] = []
         with _without_collector():
             self._add(gc.get_objects())
+            # The collector lists and examines only new objects from here on.
+            gc.freeze()
 
     @contextlib.contextmanager
     def extended(self, module: types.ModuleType) -> Generator[None, None, None]:
@@ -123,6 +126,8 @@ class _Snapshot:
         for kind, found in by_type.items():
             if kind is FakeTensor:
                 self._fakes.update(map(id, found))
+            if issubclass(kind, type):
+                self._classes += found
             if issubclass(kind, _FIXED):
                 continue
             if issubclass(kind, dict):
@@ -155,16 +160,19 @@ class _Snapshot:
     def release(self) -> None:
         """Releases all objects."""
         # They refer to one another.
-        for known in (self._objects, self._contents, self._slots):
+        for known in (
+            self._objects,
+            self._contents,
+            self._slots,
+            self._classes,
+        ):
             known.clear()
+        gc.unfreeze()
 
     def restore(self) -> None:
         """Removes fakes made since then from the objects of the snapshot."""
         with _without_collector():
             leftovers = self._leftovers()
-            if len(leftovers) > MAX_LEFTOVERS:
-                gc.collect()
-                leftovers = self._leftovers()
             if not leftovers:
                 return
             paths, holders = self._holders(leftovers)
@@ -180,39 +188,46 @@ class _Snapshot:
         found = [x for x in gc.get_objects() if type(x) is FakeTensor]
         return [x for x in found if id(x) not in self._fakes]
 
-    def _holders(self, level: list[Any]) -> tuple[dict[int, Any], list[Any]]:
+    def _holders(
+        self, leftovers: list[FakeTensor]
+    ) -> tuple[dict[int, Any], list[Any]]:
         """Finds new objects that lead to leftovers, by id, and their holders."""
-        old = {id(one) for objects in self._objects for one in objects}
-        old.update(self._contents)
-        paths = {id(one): one for one in level}
-        holders = {}
-        while level:
-            found = gc.get_referrers(*level)
-            ours = {id(level), id(paths), id(holders)}
-            found = [one for one in found if id(one) not in ours]
-            held = set(map(id, gc.get_referents(*found)))
-            for one in level:
-                # Its holder is invisible to the collector: threading.local.
-                if id(one) not in held and isinstance(one, _CONTAINERS):
-                    holders[id(one)] = one
-            level = []
-            for one in found:
-                if id(one) in old:
-                    holders[id(one)] = one
-                elif id(one) not in paths and not isinstance(
+        first, *imported = self._objects
+        old = {id(one) for known in imported for one in known}
+        # A dict of plain values is listed once there is a tensor in it.
+        listed = [one for one in gc.get_objects() if one is not leftovers]
+        known, referrers = [], defaultdict(list)
+        for one in listed:
+            if id(one) in old or id(one) in self._contents:
+                known.append(one)
+                continue
+            for referent in gc.get_referents(one):
+                referrers[id(referent)].append(one)
+        paths: dict[int, Any] = {id(one): one for one in leftovers}
+        queue: list[Any] = list(leftovers)
+        while queue:
+            for one in referrers.get(id(queue.pop()), ()):
+                if id(one) not in paths and not isinstance(
                     one, types.FrameType
                 ):
                     paths[id(one)] = one
-                    level.append(one)
-            # Otherwise the next search would find it.
-            del found
-        return paths, list(holders.values())
+                    queue.append(one)
+        ids = set(paths)
+        holders = [*_referring(first, ids), *_referring(known, ids)]
+        held = set(map(id, gc.get_referents(*holders)))
+        for key, one in paths.items():
+            # Its holder is invisible to the collector: threading.local.
+            if isinstance(one, _CONTAINERS) and not (
+                key in held or key in referrers
+            ):
+                holders.append(one)
+        return paths, holders
 
     def _clean(self, holder: Any, new: dict[int, Any]) -> bool:
         """Removes everything that leads to leftovers; False if it cannot."""
         _, before = self._contents.get(id(holder), (None, {}))
         if isinstance(holder, dict):
-            return _clean_dict(holder, before, new)
+            return self._clean_dict(holder, before, new)
         if isinstance(holder, _SEQUENCES):
             return _clean_sequence(holder, before or (), new)
         if isinstance(holder, types.CellType):
@@ -222,13 +237,29 @@ class _Snapshot:
         space = _attributes(holder)
         if space is not None:
             _, before = self._contents.get(id(space), (None, {}))
-            _clean_dict(space, before, new)
+            self._clean_dict(space, before, new)
         slots = _slots(type(holder))
         _clean_slots(slots, holder, self._slots.get(id(holder), {}), new)
         return not any(
             id(one) in new and one is not space
             for one in gc.get_referents(holder)
         )
+
+    def _clean_dict(
+        self, holder: Any, before: Any, new: dict[int, Any]
+    ) -> bool:
+        kind = OrderedDict if isinstance(holder, OrderedDict) else dict
+        target, put, drop = holder, kind.__setitem__, kind.__delitem__
+        for owner in self._classes:
+            if any(one is holder for one in gc.get_referents(owner)):
+                # Set attributes on the class, which caches attribute lookups.
+                target, put, drop = owner, type.__setattr__, type.__delattr__
+        for key, value in list(dict.items(holder)):
+            if id(key) in new or id(value) in new:
+                drop(target, key)
+                if key in before:
+                    put(target, key, before[key])
+        return True
 
     def _clean_cache(self, cached: Any) -> bool:
         # Its entries cannot be examined, so remove all that are new.
@@ -246,23 +277,6 @@ class _Snapshot:
 
 
 # --- removing paths to leftovers from one object -----------------------------
-
-
-def _clean_dict(holder: Any, before: Any, new: dict[int, Any]) -> bool:
-    kind = OrderedDict if isinstance(holder, OrderedDict) else dict
-    target, put, drop = holder, kind.__setitem__, kind.__delitem__
-    for owner in gc.get_referrers(holder):
-        if isinstance(owner, type) and any(
-            one is holder for one in gc.get_referents(owner)
-        ):
-            # Set attributes on the class, which caches attribute lookups.
-            target, put, drop = owner, type.__setattr__, type.__delattr__
-    for key, value in list(dict.items(holder)):
-        if id(key) in new or id(value) in new:
-            drop(target, key)
-            if key in before:
-                put(target, key, before[key])
-    return True
 
 
 def _clean_sequence(holder: Any, before: Any, new: dict[int, Any]) -> bool:
@@ -286,6 +300,16 @@ def _clean_slots(
             if slot in before:
                 slot.__set__(holder, before[slot])
     return True
+
+
+def _referring(objects: list[Any], ids: set[int]) -> Iterator[Any]:
+    """Yields the objects, few of many, that refer to one with such an id."""
+    for start in range(0, len(objects), 1000):
+        some = objects[start : start + 1000]
+        if not ids.isdisjoint(map(id, gc.get_referents(*some))):
+            for one in some:
+                if not ids.isdisjoint(map(id, gc.get_referents(one))):
+                    yield one
 
 
 # --- contents of objects -----------------------------------------------------

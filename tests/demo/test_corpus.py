@@ -6,7 +6,6 @@ Authors
 
 import dataclasses
 import itertools
-import json
 
 import pytest
 
@@ -18,135 +17,107 @@ import numpy as np
 from voices import CorpusError
 
 
-class Silent:
+class Noise:
     """Says seconds of noise instead of words, in the place of eSpeak NG."""
 
     def __init__(self, seed):
         self.rng = np.random.default_rng(seed)
 
     def say(self, text, *_):
-        return self.rng.standard_normal(16000 * len(text))
+        return self.rng.standard_normal(4000)
 
 
-@dataclasses.dataclass(frozen=True)
-class Letters(corpus.Corpus):
-    """A letter for each speaker, who takes a second for it."""
-
-    FORMAT = 1
-    SPEAKER = "s{}"
-    AUDIO = "{split}/{speaker}/{utterance}.wav"
-    FIRST_SESSION = 0
-    WORDS_PER_MINUTE = (100, 200)
-
-    speakers: int = 1
-    seed: int = 0
-
-    def groups(self):
-        return [(["a", "b", "c"], 1, self.speakers, [("all", 1)])]
-
-    def draw_text(self, rng):
-        return ("abc"[rng.integers(3)],)
-
-    def speak(self, rng, say, pitch, text):
-        return say(text[0], pitch)
-
-    def lists(self, speakers):
-        return {"letters.txt": str(len(speakers))}
-
-    def counts(self, speakers):
-        return {"letters": len(speakers)}
+TINY = corpus.Corpus(
+    name="tiny",
+    audio="{split}/{speaker}/{utterance}.wav",
+    lists=lambda speakers: {"speakers.txt": str(len(speakers))},
+    digits=(1, 1),
+    train_speakers=1,
+    train_sessions=(("train", 2),),
+    test_speakers=1,
+    test_sessions=(("test", 1),),
+    seed=0,
+)
 
 
-@dataclasses.dataclass(frozen=True)
-class NewFormat(Letters):
-    """The same, written by changed code."""
-
-    FORMAT = 2
-
-
-def speak_here(made, folder, speakers, workers, progress):
+def speak_here(folder, speakers, workers):
     """speak_all, without other processes."""
     assert not list(folder.iterdir())
-    return sum(corpus.speak_one((made, folder, one)) for one in speakers)
-
-
-def crash(made, folder, *_):
-    (folder / "half.wav").touch()
-    raise KeyboardInterrupt
+    return sum(corpus.speak_one((folder, one)) for one in speakers)
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """No eSpeak NG and no processes."""
-    monkeypatch.setattr(corpus, "Espeak", Silent)
+    monkeypatch.setattr(corpus, "Espeak", Noise)
     monkeypatch.setattr(corpus, "speak_all", speak_here)
-
-
-def make(out, options=Letters()):
-    return options.make(out)["cached"]
 
 
 def test_made_once_and_found_again(tmp_path):
-    out = tmp_path / "corpus"
-    assert not make(out)
-    assert make(out)
-    manifest = json.loads((out / "manifest.json").read_text())
-    assert manifest["options"] == {"speakers": 1, "seed": 0}
-    assert manifest["letters"] == 1
+    folder, first = TINY.make(tmp_path)
+    assert not first.pop("cached")
+    again, second = TINY.make(tmp_path)
+    assert again == folder and second.pop("cached")
+    assert first == second
+    assert first["train_speakers"] == first["test_speakers"] == 1
+    assert first["utterances"] == 3
+    assert (folder / "speakers.txt").read_text() == "2"
+    assert {p.name for p in folder.rglob("*.wav")} == {"0.wav", "1.wav"}
 
 
-@pytest.mark.parametrize("options", [Letters(seed=1), NewFormat()])
-def test_other_options_or_another_format_make_it_anew(tmp_path, options):
-    make(tmp_path)
-    assert not make(tmp_path, options)
-    assert make(tmp_path, options)
+@pytest.mark.parametrize("change", [{"seed": 1}, {"digits": (2, 2)}, "format"])
+def test_another_corpus_gets_another_folder(tmp_path, monkeypatch, change):
+    folder, _ = TINY.make(tmp_path)
+    other = TINY
+    if change == "format":
+        monkeypatch.setattr(corpus, "FORMAT", corpus.FORMAT + 1)
+    else:
+        other = dataclasses.replace(TINY, **change)
+    made, found = other.make(tmp_path)
+    assert made != folder and not found["cached"]
+    for tiny in (folder, made):
+        assert (tiny / "test/201/0.wav").exists()
+    assert (folder / "test/201/0.wav").read_bytes() != (
+        made / "test/201/0.wav"
+    ).read_bytes()
 
 
-@pytest.mark.parametrize("lost", ["all/s1/0.wav", "letters.txt"])
+@pytest.mark.parametrize("lost", ["train/101/0.wav", "speakers.txt"])
 def test_lost_file_makes_it_anew(tmp_path, lost):
-    make(tmp_path)
-    (tmp_path / lost).unlink()
-    assert not make(tmp_path)
-    assert (tmp_path / lost).exists()
+    folder, _ = TINY.make(tmp_path)
+    (folder / lost).unlink()
+    _, found = TINY.make(tmp_path)
+    assert not found["cached"]
+    assert (folder / lost).exists()
 
 
-def test_interrupted_run_leaves_the_earlier_corpus(tmp_path, monkeypatch):
-    out = tmp_path / "corpus"
-    make(out)
+def test_interrupted_run_leaves_no_corpus(tmp_path, monkeypatch):
+    def crash(folder, *_):
+        (folder / "half.wav").touch()
+        raise KeyboardInterrupt
+
     monkeypatch.setattr(corpus, "speak_all", crash)
     with pytest.raises(KeyboardInterrupt):
-        make(out, Letters(seed=1))
-    assert make(out)
+        TINY.make(tmp_path)
     monkeypatch.setattr(corpus, "speak_all", speak_here)
-    assert not make(out, Letters(seed=1))
-    assert [p.name for p in tmp_path.iterdir()] == ["corpus"]
+    folder, found = TINY.make(tmp_path)
+    assert not found["cached"]
+    assert list(tmp_path.iterdir()) == [folder]
+    assert not (folder / "half.wav").exists()
 
 
-@pytest.mark.parametrize(
-    "manifest",
-    [
-        None,
-        "not json",
-        "5",
-        '{"name": "a browser extension"}',
-        '{"options_sha256": "0", "options": {"files": 1, "seed": 0}}',
-    ],
-)
-def test_refuses_a_folder_of_something_else(tmp_path, manifest):
-    (tmp_path / "thesis.tex").write_text("all of it")
-    if manifest is not None:
-        (tmp_path / "manifest.json").write_text(manifest)
-    with pytest.raises(CorpusError, match="something else"):
-        make(tmp_path)
-    assert (tmp_path / "thesis.tex").exists()
+def test_what_else_is_in_the_folder_stays(tmp_path):
+    thesis = tmp_path / "thesis.tex"
+    thesis.write_text("all of it")
+    TINY.make(tmp_path)
+    assert thesis.read_text() == "all of it"
 
 
-def test_refuses_a_file(tmp_path):
-    file = tmp_path / "thesis.tex"
-    file.write_text("all of it")
-    with pytest.raises(CorpusError, match="something else"):
-        make(file)
-    assert file.read_text() == "all of it"
+def test_too_many_speakers_are_an_error_before_anything_is_written(tmp_path):
+    many = dataclasses.replace(TINY, test_speakers=17)
+    with pytest.raises(CorpusError, match="are 16 voices, not 17"):
+        many.make(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_distinct_leaves_out_what_was_drawn():
@@ -156,10 +127,24 @@ def test_distinct_leaves_out_what_was_drawn():
 
 
 def test_no_text_is_given_to_two_speakers():
+    all_digits = dataclasses.replace(TINY, train_sessions=(("train", 9),))
     texts = [
         text
-        for speaker in Letters(speakers=3).plan()
+        for speaker in all_digits.plan()
         for session in speaker.sessions
         for text in session.values()
     ]
-    assert sorted(texts) == [("a",), ("b",), ("c",)]
+    assert sorted(texts) == sorted((word,) for word in corpus.WORDS)
+
+
+def test_a_line_about_the_corpus():
+    found = {
+        "train_speakers": 30,
+        "test_speakers": 16,
+        "utterances": 1088,
+        "minutes": 40.4,
+        "cached": False,
+    }
+    line = "30 training and 16 unseen test speakers, 1088 utterances, 40 min"
+    assert corpus.describe(found) == line
+    assert corpus.describe({**found, "cached": True}) == f"{line}, cached"

@@ -15,7 +15,7 @@ from sb_memeff.memory.step import StepMemory
 
 
 def row(network, peak_bytes, step_s, depth=34):
-    """A row as compare returns it."""
+    """A row as compare_networks returns it."""
     return {
         "network": network,
         "depth": depth,
@@ -31,10 +31,14 @@ def row(network, peak_bytes, step_s, depth=34):
 def test_networks_are_compared_with_the_first_of_their_size(capsys):
     print_networks(
         [
-            row("ResNet34", 600 * 10**6, 0.5),
-            row("RevNet34 Type II", 150 * 10**6, 1.0),
-            row("ResNet293", 60000 * 10**6, None, depth=293),
-            row("RevNet293 Type II", 2000 * 10**6, None, depth=293),
+            [
+                row("ResNet34", 600 * 10**6, 0.5),
+                row("RevNet34 Type II", 150 * 10**6, 1.0),
+            ],
+            [
+                row("ResNet293", 60000 * 10**6, None, depth=293),
+                row("RevNet293 Type II", 2000 * 10**6, None, depth=293),
+            ],
         ]
     )
     _, title, head, *lines = capsys.readouterr().out.splitlines()
@@ -45,12 +49,7 @@ def test_networks_are_compared_with_the_first_of_their_size(capsys):
 
 
 def test_states_are_compared_in_pairs(capsys):
-    print_states(
-        [
-            {"optimizer": "SGD", "state_bytes": 60 * 10**6},
-            {"optimizer": "SGD8bit", "state_bytes": 15 * 10**6},
-        ]
-    )
+    print_states({"SGD": 60 * 10**6, "SGD8bit": 15 * 10**6})
     line = capsys.readouterr().out.splitlines()[-1].split()
     assert line == "SGD 60.0 MB SGD8bit 15.0 MB 1/4.0".split()
 
@@ -68,16 +67,19 @@ def test_networks_and_sizes_that_are_compared(monkeypatch):
     monkeypatch.setattr(network_memory, "networks", shallow)
     # Some 100 s in all.
     monkeypatch.setattr(network_memory, "training_step_memory", elements)
-    rows = network_memory.compare_networks(8, (2, 24, 80))
-    assert [row["network"] for row in rows[:4]] == [
+    sizes = network_memory.compare_networks(8, (2, 24, 80))
+    assert [row["network"] for row in sizes[0]] == [
         "ResNet34",
         "ResNet34 with checkpoints",
         "RevNet34 Type I",
         "RevNet34 Type II",
     ]
-    assert rows[8]["network"] == "ResNet293" and len(rows) == 12
+    assert sizes[2][0]["network"] == "ResNet293"
+    assert [len(rows) for rows in sizes] == [4, 4, 4]
     assert asked == [("ResNet34", 8), ("ResNet34", 32), ("ResNet293", 32)]
     # Only the first size is one that a CPU can run.
-    assert [row["step_s"] is None for row in rows] == [False] * 4 + [True] * 8
-    assert {row["saved_bytes"] for row in rows[:4]} == {2 * 24 * 80}
-    assert {row["saved_bytes"] for row in rows[4:]} == {64 * 200 * 80}
+    for rows, timed, frames in zip(
+        sizes, (True, False, False), (2 * 24, 64 * 200, 64 * 200)
+    ):
+        assert {row["step_s"] is not None for row in rows} == {timed}
+        assert {row["saved_bytes"] for row in rows} == {frames * 80}

@@ -52,25 +52,33 @@ def test_what_a_recipe_does_not_log_is_left_out():
 def test_epochs_on_the_screen_and_everything_in_the_log(
     script, tmp_path, capsys
 ):
-    log = tmp_path / "logs" / "output.txt"
-    run_recipe("Training", script, "a.yaml", {"lr": 0.1}, log, SHOWN)
+    run_recipe(script, "a.yaml", tmp_path / "out", {"lr": 0.1}, SHOWN)
     assert capsys.readouterr().out == "epoch  3   loss 16.35   WER 100.0 %\n"
-    text = log.read_text()
-    assert "arguments: a.yaml --lr=0.1\n" in text and f"{EPOCH}\n" in text
+    text = (tmp_path / "out_output.txt").read_text()
+    arguments = f"a.yaml --output_folder={tmp_path / 'out'} --device=cpu"
+    assert f"arguments: {arguments} --lr=0.1\n" in text
+    assert f"{EPOCH}\n" in text
     assert "%|" not in text
+
+
+def test_a_leftover_checkpoint_is_not_resumed(script, tmp_path):
+    leftover = tmp_path / "out" / "save" / "CKPT"
+    leftover.mkdir(parents=True)
+    run_recipe(script, "a.yaml", tmp_path / "out", {})
+    assert not leftover.exists()
 
 
 def test_bars_on_a_terminal(script, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    monkeypatch.setenv("COLUMNS", "41")
-    run_recipe("Training", script, "a.yaml", {}, tmp_path / "log", SHOWN)
-    first, *overwritten, last = capsys.readouterr().out.split("\r")
-    assert first == last == ""
-    assert {len(line.rstrip("\n")) for line in overwritten} == {40}
-    assert [line.strip() for line in overwritten] == [
-        "50%|#####     |",
-        "100%|##########|",
-        "epoch  3   loss 16.35   WER 100.0 %",
+    monkeypatch.setenv("COLUMNS", "11")
+    run_recipe(script, "a.yaml", tmp_path / "out", {}, SHOWN)
+    # Each line begins by wiping the one before.
+    wipe = "\r\x1b[K"
+    assert capsys.readouterr().out.split(wipe) == [
+        "",
+        "50%|##### ",
+        "100%|#####",
+        "epoch  3   loss 16.35   WER 100.0 %\n",
         "",
     ]
 
@@ -82,15 +90,15 @@ def test_the_users_environment_wins(
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if users:
         monkeypatch.setenv("OMP_NUM_THREADS", users)
-    log = tmp_path / "output.txt"
     environment = {"OMP_NUM_THREADS": "1"}
-    run_recipe("Training", script, "a.yaml", {}, log, None, environment)
+    run_recipe(script, "a.yaml", tmp_path / "out", {}, {}, environment)
+    log = tmp_path / "out_output.txt"
     assert f"threads: {threads}\n" in log.read_text()
 
 
 def test_a_failure_is_named_after_its_last_lines(script, tmp_path, capsys):
-    log = tmp_path / "output.txt"
-    with pytest.raises(DemoError, match=f"Training failed.*{log}"):
-        run_recipe("Training", script, "a.yaml", {"fail": 1}, log)
+    log = tmp_path / "out_output.txt"
+    with pytest.raises(DemoError, match=f"train.py failed.*{log}"):
+        run_recipe(script, "a.yaml", tmp_path / "out", {"fail": 1})
     out, err = capsys.readouterr()
     assert out == "" and err.endswith("out of luck\n")

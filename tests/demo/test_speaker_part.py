@@ -25,7 +25,8 @@ def started(monkeypatch):
 
 def test_trains_as_long_as_asked_on_as_many_speakers(started, tmp_path):
     speaker_part.train(tmp_path / "voices", tmp_path / "train", 8, 60)
-    ((_, script, yaml, overrides, *_),) = started
+    ((script, yaml, output, overrides, *_),) = started
+    assert output == tmp_path / "train"
     assert script.is_file() and (script.parent / yaml).is_file()
     assert overrides["number_of_epochs"] == 8
     assert overrides["out_n_neurons"] == 60

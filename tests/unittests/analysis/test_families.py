@@ -18,7 +18,6 @@ from sb_memeff.lobes.models.RevDFResNet import RevDFResNet
 from sb_memeff.lobes.models.RevECAPA_TDNN import RevECAPA_TDNN
 from sb_memeff.lobes.models.RevResNet import RevResNet
 from sb_memeff.memory.fake import fake_tensors
-from sb_memeff.memory.leftovers import no_leftovers
 from sb_memeff.nnet.recompute import store_blocks
 from sb_memeff.nnet.transducer.joint_loss import TransducerJointLoss
 from tests.unittests.analysis.shallow import shallow  # noqa: F401
@@ -30,8 +29,9 @@ from tests.unittests.analysis.yaml_files import (
     speaker_yaml,
     upstream_transducer,
 )
+from tests.unittests.one_analysis import one_analysis  # noqa: F401
 
-pytestmark = pytest.mark.usefixtures("shallow")
+pytestmark = pytest.mark.usefixtures("one_analysis", "shallow")
 
 RESNETS = [
     "ResNet34",
@@ -202,7 +202,6 @@ def test_variants_have_the_networks_of_their_labels(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["resnet", "digits_transducer"])
-@no_leftovers()  # once for all analyses
 def test_the_own_row_is_the_recipe(name, tmp_path):
     recipe = small_recipe(name, tmp_path)
     own = profile(recipe, 2, 0.5)
@@ -272,7 +271,6 @@ WIDER = {
 @pytest.mark.parametrize(
     "name", [*WIDER, "upstream resnet", "upstream xvector"]
 )
-@no_leftovers()  # once for all analyses
 def test_recomputed_takes_less_and_reversible_even_less(name, tmp_path):
     recipe = small_recipe(name, tmp_path, **WIDER.get(name, {}))
     before = torch.get_rng_state()

@@ -7,7 +7,6 @@ from sb_memeff.analysis import profile as analysis
 from sb_memeff.analysis.families.transducer import _speechbrain_loss
 from sb_memeff.analysis.profile import comparison, profile, report
 from sb_memeff.analysis.recipe import read_recipe
-from sb_memeff.memory.leftovers import no_leftovers
 from sb_memeff.memory.tracker import StorageTracker
 from tests.unittests.allocator import allocator_peak, assert_near_allocator
 from tests.unittests.analysis.brains import (
@@ -25,8 +24,9 @@ from tests.unittests.analysis.yaml_files import (
     speaker_yaml,
     upstream_transducer,
 )
+from tests.unittests.one_analysis import one_analysis  # noqa: F401
 
-pytestmark = pytest.mark.usefixtures("shallow")
+pytestmark = pytest.mark.usefixtures("one_analysis", "shallow")
 
 DIGITS = LIBRISPEECH / "hparams/digits_transducer.yaml"
 
@@ -100,7 +100,6 @@ def test_a_transducer_recipe_takes_what_its_brain_takes(
     assert found.peak_bytes == pytest.approx(expected, rel=0.02)
 
 
-@no_leftovers()  # once for all analyses
 def test_augmentation_multiplies_the_batch(tmp_path):
     path = tmp_path / "train.yaml"
     path.write_text(UPSTREAM_SPEAKERS["ecapa"])
@@ -113,7 +112,6 @@ def test_augmentation_multiplies_the_batch(tmp_path):
     assert more == pytest.approx(2 * found.memory.saved_bytes, rel=0.01)
 
 
-@no_leftovers()  # once for all analyses
 def test_speechbrains_transducer_loss_holds_logits_and_gradients(tmp_path):
     small = {**SMALL_TRANSDUCER, "output_neurons": 500}
     recipe = read_recipe(upstream_transducer(tmp_path), small)
@@ -144,7 +142,6 @@ def test_speechbrains_loss_takes_four_times_its_logits():
     assert 4 <= tracker.peak / logits.nbytes < 4.1
 
 
-@no_leftovers()  # once for all analyses
 def test_precision_and_batch_are_the_recipes_by_default():
     path, overrides = speaker_yaml("resnet")
     recipe = read_recipe(
@@ -220,7 +217,6 @@ def test_the_report_sums_to_the_peak():
             assert sum(shares) == pytest.approx(100, abs=0.5)
 
 
-@no_leftovers()  # once for all analyses
 def test_the_comparison_is_a_table():
     path, overrides = speaker_yaml("revnet")
     recipe = read_recipe(path, overrides)

@@ -453,6 +453,8 @@ def test_no_memory_is_kept():
         for _ in range(2):
             with no_leftovers():
                 pass
+        # Frozen objects would be hidden from the collector.
+        assert gc.get_freeze_count() == 0
         assert len(gc.get_objects()) < before + 1000
     finally:
         gc.enable()

@@ -8,7 +8,6 @@ from torch import nn
 from sb_memeff.lobes.models.ResNet import ResNet
 from sb_memeff.lobes.models.RevECAPA_TDNN import RevECAPA_TDNN
 from sb_memeff.lobes.models.RevResNet import RevResNet
-from sb_memeff.memory.leftovers import no_leftovers
 from sb_memeff.memory.step import training_step_memory
 from sb_memeff.memory.tracker import (
     KINDS,
@@ -19,6 +18,9 @@ from sb_memeff.memory.tracker import (
 from sb_memeff.nnet.transducer.joint_loss import TransducerJointLoss
 from sb_memeff.optim import SGD8bit
 from tests.unittests.allocator import allocator_peak, assert_near_allocator
+from tests.unittests.one_analysis import one_analysis  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("one_analysis")
 
 
 def test_views_and_in_place_results_count_once():
@@ -143,7 +145,6 @@ def test_the_peak_is_split_by_module():
     assert split["2", "temporaries"] == 512 * 1000 * 4
 
 
-@no_leftovers()  # once for all analyses
 def test_reversible_networks_recompute_and_vanilla_ones_store():
     def by_kind(network, name, **options):
         return training_step_memory(
@@ -159,7 +160,6 @@ def test_reversible_networks_recompute_and_vanilla_ones_store():
     assert vanilla["activations"] > 10 * ours["activations"]
 
 
-@no_leftovers()  # once for all analyses
 def test_8bit_states_are_counted_in_8_bits():
     def states(optimizer):
         memory = linear_step(
@@ -293,7 +293,6 @@ class Hungry(torch.optim.SGD):
             torch.zeros(10_000_000)
 
 
-@no_leftovers()  # once for all analyses
 @pytest.mark.parametrize("when", [{1}, {2}, {1, 2}])
 def test_the_timeline_is_of_the_step_with_the_peak(when):
     memory = linear_step(optimizer=lambda p: Hungry(p, when))
@@ -389,7 +388,6 @@ def test_modules_are_followed_through_errors():
         assert modules.current() == ("", False)
 
 
-@no_leftovers()  # once for all analyses
 def test_optimizer_states_are_counted():
     plain = linear_step().peak_bytes
     momentum = linear_step(
@@ -418,7 +416,6 @@ def test_fake_and_real_tensors_agree():
     assert fake.peak_bytes == pytest.approx(real.peak_bytes, rel=0.02)
 
 
-@no_leftovers()  # once for all analyses
 def test_autocast_changes_what_is_stored():
     def build():
         return nn.Sequential(*(nn.Conv1d(8, 8, 3) for _ in range(4)))

@@ -8,11 +8,13 @@ from torch import nn
 from sb_memeff.lobes.models.ResNet import ResNet
 from sb_memeff.lobes.models.RevResNet import RevResNet, StridedCoupling
 from sb_memeff.lobes.residual import stride_pairs
-from sb_memeff.memory.leftovers import no_leftovers
 from sb_memeff.memory.step import training_step_memory
 from sb_memeff.nnet.padding import mask, padding_masks
 from sb_memeff.nnet.reversible import check_invertible
+from tests.unittests.one_analysis import one_analysis  # noqa: F401
 from tests.unittests.weights import without_zeros
+
+pytestmark = pytest.mark.usefixtures("one_analysis")
 
 KINDS = ["strided", "invertible"]
 
@@ -120,7 +122,6 @@ def test_stored_stages_are_freed_when_backward_is_done_with_them():
     assert memory.activation_bytes < 5.3 * state
 
 
-@no_leftovers()  # once for all analyses
 def test_memory_of_the_deepest_networks_against_the_vanilla_one():
     """The paper's headline is 16.2 times less in total."""
     shape = (64, 200, 80)

@@ -29,6 +29,9 @@ from tests.unittests.nnet.reversible.chains import (
     saved_bytes,
     stored,
 )
+from tests.unittests.one_analysis import one_analysis  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("one_analysis")
 
 
 def test_hooks_on_weights_run_once():
