@@ -309,6 +309,8 @@ class ChainState:
     def end_backward(self) -> None:
         """Frees the tensors of this backward pass."""
         self.streams, self.gradients, self.extra_tensors = [], [], None
+        # The last copies, which no block needs.
+        self.gradient_sums = GradientSums()
         for observer in self.observers:
             observer.backward_ends()
 
