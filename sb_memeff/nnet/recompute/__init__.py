@@ -16,6 +16,7 @@ module    contents
 ========= ==================================================================
 blocks    ``recompute_blocks``, ``store_blocks``: change named blocks
 fit       ``fit_recompute``: as few blocks as a memory budget allows
+outputs   outputs that blocks do not keep
 selection matches patterns of names
 segment   the memory: functions that backward runs again
 ========= ==================================================================

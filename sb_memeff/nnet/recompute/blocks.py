@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from sb_memeff.nnet.recompute.outputs import first_output_of
 from sb_memeff.nnet.recompute.segment import Segment
 from sb_memeff.nnet.recompute.selection import find_segments, refuse_nested
 
@@ -33,6 +34,7 @@ def recompute_blocks(
     blocks: str | Sequence[str],
     every: float = 1,
     segment_length: int = 1,
+    first_output_only: bool = False,
 ) -> list[str]:
     """Makes named blocks recompute their activations in backward.
 
@@ -74,6 +76,12 @@ def recompute_blocks(
         layers, such as Xvector: a single convolution would store its input
         and save nothing. Operations between two blocks are not recomputed;
         tensors that they change are stored.
+    first_output_only : bool
+        In training, keep only the first item of a tuple or list that a block
+        returns. SpeechBrain's encoders collect the attention weights of all
+        layers, [B, heads, T, T] each, which recipes do not use. Use of
+        another output raises an error that names the block. (Under
+        torch.compile these outputs are None.)
 
     Returns
     -------
@@ -97,7 +105,9 @@ def recompute_blocks(
     ['blocks.0', 'blocks.1', 'blocks.2', 'blocks.3', 'mfa']
     >>> net(torch.rand(2, 50, 80)).sum().backward()
     """
-    names = apply_to_blocks(module, blocks, every, segment_length)
+    names = apply_to_blocks(
+        module, blocks, every, segment_length, first_output_only
+    )
     logger.info(
         f"{type(module).__name__}: {len(names)} blocks recompute their "
         f"activations in backward: {', '.join(names)}."
@@ -108,8 +118,9 @@ def recompute_blocks(
 def apply_to_blocks(
     module: nn.Module,
     blocks: str | Sequence[str],
-    every: float,
-    segment_length: int,
+    every: float = 1,
+    segment_length: int = 1,
+    first_output_only: bool = False,
 ) -> list[str]:
     """``recompute_blocks`` without the log message.
 
@@ -123,6 +134,8 @@ def apply_to_blocks(
         At least 1.
     segment_length : int
         At least 1.
+    first_output_only : bool
+        Drop further outputs.
 
     Returns
     -------
@@ -139,7 +152,8 @@ def apply_to_blocks(
         queue = _Queue()
         segment = segments[int(i * every + 1e-9)]
         for position, (name, block) in enumerate(segment):
-            _make_recompute(block, _Place(name, queue, position))
+            place = _Place(name, queue, position, first_output_only)
+            _make_recompute(block, place)
             names.append(name)
     return names
 
@@ -215,10 +229,17 @@ class _Queue:
 class _Place:
     """Position of a block among those that recompute."""
 
-    def __init__(self, name: str, queue: _Queue, position: int):
+    def __init__(
+        self,
+        name: str,
+        queue: _Queue,
+        position: int,
+        first_output_only: bool,
+    ):
         self.name = name
         self.queue = queue
         self.position = position
+        self.first_output_only = first_output_only
 
     def call(
         self,
@@ -242,6 +263,9 @@ def _recompute(
     kwargs: dict[str, Any],
 ) -> Any:
     """Calls the function in the segment of its block."""
+    if place.first_output_only and block.training:
+        # Within the call, so that the replay drops them, too.
+        function = functools.partial(first_output_of, place.name, function)
     segment = place.queue.segment(place.position, tree_leaves((args, kwargs)))
     result = segment.call(place.name, block, function, args, kwargs)
     segment.position = place.position
@@ -259,7 +283,12 @@ def _recompute_in_graph(
 
     The compiler recomputes in its own way, and counts batch statistics once.
     """
-    return checkpoint(function, *args, use_reentrant=False, **kwargs)
+    result: Any = checkpoint(function, *args, use_reentrant=False, **kwargs)
+    if place.first_output_only and block.training:
+        if type(result) in (tuple, list):
+            # A graph returns tensors and None only.
+            return type(result)([result[0], *[None for _ in result[1:]]])
+    return result
 
 
 @functools.cache

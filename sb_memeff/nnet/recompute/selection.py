@@ -82,7 +82,7 @@ def _named_blocks(
                 f"recompute_blocks: nothing in {type(module).__name__} is "
                 f"named {pattern!r}. There are: {_candidates(named)}."
             )
-        callables = [m for m in matches if not isinstance(m[1], _CONTAINERS)]
+        callables = [m for m in matches if _is_callable(m[1])]
         if not callables:
             name, part = matches[0]
             raise ValueError(
@@ -99,6 +99,14 @@ def _named_blocks(
 
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
+
+def _is_callable(module: nn.Module) -> bool:
+    # SpeechBrain's Sequential is a ModuleDict with a forward of its own.
+    return (
+        not isinstance(module, _CONTAINERS)
+        or type(module).forward is not nn.Module.forward
+    )
 
 
 def _parts(name: str) -> list[str]:
@@ -123,7 +131,7 @@ def _candidates(named: list[tuple[str, nn.Module]], limit: int = 30) -> str:
     names = {}
     for name, part in named:
         parts = ["*" if p.isdigit() else p for p in _parts(name)]
-        if parts and not isinstance(part, _CONTAINERS):
+        if parts and _is_callable(part):
             names[tuple(parts)] = None
     names = [".".join(parts) for parts in sorted(names, key=len)]
     if len(names) > limit:
