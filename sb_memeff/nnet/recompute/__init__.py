@@ -17,6 +17,8 @@ module    contents
 blocks    ``recompute_blocks``, ``store_blocks``: change named blocks
 fit       ``fit_recompute``: as few blocks as a memory budget allows
 outputs   outputs that blocks do not keep
+pieces    calls of a block piece by piece over the batch
+independence checks that samples do not depend on each other
 selection matches patterns of names
 segment   the memory: functions that backward runs again
 ========= ==================================================================

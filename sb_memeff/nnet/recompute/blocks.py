@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from sb_memeff.nnet.recompute.outputs import first_output_of
+from sb_memeff.nnet.recompute.pieces import BatchPieces
 from sb_memeff.nnet.recompute.segment import Segment
 from sb_memeff.nnet.recompute.selection import find_segments, refuse_nested
 
@@ -35,6 +36,8 @@ def recompute_blocks(
     every: float = 1,
     segment_length: int = 1,
     first_output_only: bool = False,
+    split: int = 1,
+    shared: Sequence[str] | None = None,
 ) -> list[str]:
     """Makes named blocks recompute their activations in backward.
 
@@ -82,6 +85,18 @@ def recompute_blocks(
         layers, [B, heads, T, T] each, which recipes do not use. Use of
         another output raises an error that names the block. (Under
         torch.compile these outputs are None.)
+    split : int
+        Call each block for the batch in so many pieces, in forward and in
+        backward, which then holds the activations of one piece. The first
+        dimension of the input must be the batch, and samples must not depend
+        on each other: batch norm in training is refused. Gradients are those
+        of the whole batch, up to rounding, but dropout draws other numbers.
+        A compiled network calls these blocks outside its graphs.
+    shared : list of str, optional
+        With split, names of arguments that all samples share. All others
+        hold one item for each sample. Those of SpeechBrain's layers (lengths,
+        masks and positions) are known; for others, None raises an error that
+        asks for it.
 
     Returns
     -------
@@ -94,8 +109,10 @@ def recompute_blocks(
         If module is not a torch.nn.Module.
     ValueError
         If a name matches nothing (the message lists the candidates) or a
-        module that cannot be recomputed, if every or segment_length is below
-        1, or if blocks are nested and every or segment_length is not 1.
+        module that cannot be recomputed, if every, segment_length or split is
+        below 1, if blocks are nested and every or segment_length is not 1, or
+        if split and segment_length are both above 1. In forward, if a block
+        cannot be split.
 
     Example
     -------
@@ -106,7 +123,13 @@ def recompute_blocks(
     >>> net(torch.rand(2, 50, 80)).sum().backward()
     """
     names = apply_to_blocks(
-        module, blocks, every, segment_length, first_output_only
+        module,
+        blocks,
+        every,
+        segment_length,
+        first_output_only,
+        split,
+        shared,
     )
     logger.info(
         f"{type(module).__name__}: {len(names)} blocks recompute their "
@@ -121,6 +144,8 @@ def apply_to_blocks(
     every: float = 1,
     segment_length: int = 1,
     first_output_only: bool = False,
+    split: int = 1,
+    shared: Sequence[str] | None = None,
 ) -> list[str]:
     """``recompute_blocks`` without the log message.
 
@@ -136,6 +161,10 @@ def apply_to_blocks(
         At least 1.
     first_output_only : bool
         Drop further outputs.
+    split : int
+        At least 1.
+    shared : list of str, optional
+        Arguments that are not split.
 
     Returns
     -------
@@ -144,6 +173,7 @@ def apply_to_blocks(
     """
     segments = find_segments(module, blocks, segment_length)
     _check_every(every)
+    _check_split(split, shared, segment_length)
     if every != 1:
         refuse_nested(segments, f"every={every:g}")
     names = []
@@ -152,7 +182,8 @@ def apply_to_blocks(
         queue = _Queue()
         segment = segments[int(i * every + 1e-9)]
         for position, (name, block) in enumerate(segment):
-            place = _Place(name, queue, position, first_output_only)
+            pieces = BatchPieces(name, split, shared) if split > 1 else None
+            place = _Place(name, queue, position, first_output_only, pieces)
             _make_recompute(block, place)
             names.append(name)
     return names
@@ -201,6 +232,25 @@ def _check_every(every: float) -> None:
         )
 
 
+def _check_split(
+    split: int, shared: Sequence[str] | None, segment_length: int
+) -> None:
+    if not isinstance(split, int) or split < 1:
+        raise ValueError(
+            f"recompute_blocks: split must be an integer of at least 1, got "
+            f"{split!r}."
+        )
+    if split > 1 and segment_length > 1:
+        raise ValueError(
+            f"recompute_blocks: split={split} needs segment_length=1, not "
+            f"{segment_length}: each piece stores the input of its block."
+        )
+    if isinstance(shared, str):
+        raise ValueError(
+            f"recompute_blocks: shared must be a list of names, got {shared!r}."
+        )
+
+
 class _Queue:
     """Consecutive blocks that share a segment."""
 
@@ -235,11 +285,13 @@ class _Place:
         queue: _Queue,
         position: int,
         first_output_only: bool,
+        pieces: BatchPieces | None,
     ):
         self.name = name
         self.queue = queue
         self.position = position
         self.first_output_only = first_output_only
+        self.pieces = pieces
 
     def call(
         self,
@@ -263,9 +315,20 @@ def _recompute(
     kwargs: dict[str, Any],
 ) -> Any:
     """Calls the function in the segment of its block."""
+    forward = function
     if place.first_output_only and block.training:
         # Within the call, so that the replay drops them, too.
         function = functools.partial(first_output_of, place.name, function)
+    if place.pieces is not None:
+
+        def call_piece(
+            args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[Any, list[tuple[nn.Module, str]]]:
+            segment = Segment()
+            result = segment.call(place.name, block, function, args, kwargs)
+            return result, segment.changed_state()
+
+        return place.pieces.call(block, forward, call_piece, args, kwargs)
     segment = place.queue.segment(place.position, tree_leaves((args, kwargs)))
     result = segment.call(place.name, block, function, args, kwargs)
     segment.position = place.position
@@ -283,6 +346,8 @@ def _recompute_in_graph(
 
     The compiler recomputes in its own way, and counts batch statistics once.
     """
+    if place.pieces is not None:
+        torch._dynamo.graph_break()
     result: Any = checkpoint(function, *args, use_reentrant=False, **kwargs)
     if place.first_output_only and block.training:
         if type(result) in (tuple, list):
