@@ -10,7 +10,7 @@ import inspect
 import math
 import types
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, SupportsIndex, cast
 
 import torch
@@ -25,19 +25,20 @@ from sb_memeff.nnet.recompute.pieces import BatchPieces
 from sb_memeff.nnet.recompute.segment import Segment
 from sb_memeff.nnet.recompute.selection import find_segments, refuse_nested
 
-__all__ = ["apply_to_blocks", "recompute_blocks", "store_blocks"]
+__all__ = ["apply_to_blocks", "is_split", "recompute_blocks", "store_blocks"]
 
 logger = get_logger(__name__)
 
 
 def recompute_blocks(
-    module: nn.Module,
+    module: nn.Module | Mapping[str, nn.Module],
     blocks: str | Sequence[str],
     every: float = 1,
     segment_length: int = 1,
     first_output_only: bool = False,
     split: int = 1,
     shared: Sequence[str] | None = None,
+    enabled: bool = True,
 ) -> list[str]:
     """Makes named blocks recompute their activations in backward.
 
@@ -61,8 +62,9 @@ def recompute_blocks(
 
     Arguments
     ---------
-    module : torch.nn.Module
-        The network, or any part of it.
+    module : torch.nn.Module or dict
+        The network, or any part of it; or networks by name, such as
+        ``!ref <modules>``, whose keys then begin the names of blocks.
     blocks : str or list of str
         Names of modules as in ``module.named_modules()``; ``*``, ``?`` and
         ``[...]`` match characters within one part of a name, ``**`` matches
@@ -97,6 +99,8 @@ def recompute_blocks(
         hold one item for each sample. Those of SpeechBrain's layers (lengths,
         masks and positions) are known; for others, None raises an error that
         asks for it.
+    enabled : bool
+        False changes nothing: a switch for a yaml file.
 
     Returns
     -------
@@ -106,7 +110,7 @@ def recompute_blocks(
     Raises
     ------
     TypeError
-        If module is not a torch.nn.Module.
+        If module is neither a torch.nn.Module nor a dict of them.
     ValueError
         If a name matches nothing (the message lists the candidates) or a
         module that cannot be recomputed, if every, segment_length or split is
@@ -122,6 +126,8 @@ def recompute_blocks(
     ['blocks.0', 'blocks.1', 'blocks.2', 'blocks.3', 'mfa']
     >>> net(torch.rand(2, 50, 80)).sum().backward()
     """
+    if not enabled:
+        return []
     names = apply_to_blocks(
         module,
         blocks,
@@ -131,15 +137,19 @@ def recompute_blocks(
         split,
         shared,
     )
+    pieces = f", in {split} pieces of the batch" if split > 1 else ""
+    owner = f"{type(module).__name__}: "
+    if isinstance(module, Mapping):
+        owner = ""
     logger.info(
-        f"{type(module).__name__}: {len(names)} blocks recompute their "
-        f"activations in backward: {', '.join(names)}."
+        f"{owner}{len(names)} blocks recompute their activations in "
+        f"backward{pieces}: {', '.join(names)}."
     )
     return names
 
 
 def apply_to_blocks(
-    module: nn.Module,
+    module: nn.Module | Mapping[str, nn.Module],
     blocks: str | Sequence[str],
     every: float = 1,
     segment_length: int = 1,
@@ -151,8 +161,8 @@ def apply_to_blocks(
 
     Arguments
     ---------
-    module : torch.nn.Module
-        The network, or any part of it.
+    module : torch.nn.Module or dict
+        The network, or networks by name.
     blocks : str or list of str
         Names with wildcards.
     every : float
@@ -222,6 +232,30 @@ def store_blocks(module: nn.Module) -> list[str]:
             _change_class(part, _storing)
             names.append(name)
     return names
+
+
+def is_split(block: nn.Module) -> bool:
+    """Checks whether a block is called in pieces of the batch.
+
+    Arguments
+    ---------
+    block : torch.nn.Module
+        Any module.
+
+    Returns
+    -------
+    bool
+        True if ``recompute_blocks`` named it with ``split`` above 1.
+
+    Example
+    -------
+    >>> net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())
+    >>> names = recompute_blocks(net, "0", split=2)
+    >>> [is_split(block) for block in net]
+    [True, False]
+    """
+    place = vars(block).get("_recompute_place")
+    return place is not None and place.pieces is not None
 
 
 def _check_every(every: float) -> None:

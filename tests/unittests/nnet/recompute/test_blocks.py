@@ -1012,6 +1012,21 @@ def test_names(blocks, expected):
     assert recompute_blocks(ecapa(), blocks) == expected
 
 
+def test_networks_by_name():
+    """As the modules of a yaml file."""
+    modules = {"front": nn.Linear(2, 2), "net": ecapa()}
+    names = recompute_blocks(modules, ["front", "net.mfa"])
+    assert names == ["front", "net.mfa"]
+    assert store_blocks(modules["net"]) == ["mfa"]
+    assert store_blocks(modules["front"]) == [""]
+
+
+def test_a_switch():
+    net = ecapa()
+    assert recompute_blocks(net, "no such block", enabled=False) == []
+    assert store_blocks(net) == []
+
+
 def test_a_module_with_two_names_is_one_block():
     net = nn.ModuleDict({"a": body()})
     net["b"] = net["a"]
@@ -1080,8 +1095,10 @@ def test_bad_names():
         recompute_blocks(ecapa(), [])
     with pytest.raises(ValueError, match=r"transformer\.encoder\.layers\.\*,"):
         recompute_blocks(conformer(), "layers.*")
-    with pytest.raises(TypeError, match="dict"):
-        recompute_blocks({"a": ecapa()}, "*")
+    with pytest.raises(TypeError, match="got list"):
+        recompute_blocks([ecapa()], "*")
+    with pytest.raises(TypeError, match="got dict"):
+        recompute_blocks({"a": ecapa(), "b": 3}, "*")
     scripted = nn.Sequential(torch.jit.script(nn.Linear(2, 2)))
     with pytest.raises(ValueError, match="0 is compiled by torch.jit"):
         recompute_blocks(scripted, "*")
