@@ -14,7 +14,11 @@ from typing import Any, NoReturn
 import torch
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-__all__ = ["DroppedOutput", "first_output_of"]
+__all__ = ["DroppedOutput", "DroppedOutputError", "first_output_of"]
+
+
+class DroppedOutputError(RuntimeError):
+    """Raised if code uses an output that a block has dropped."""
 
 
 class DroppedOutput:
@@ -33,7 +37,7 @@ class DroppedOutput:
     >>> attention[0].mean()
     Traceback (most recent call last):
         ...
-    RuntimeError: layers.0 keeps only its first output (first_output_only=True \
+    sb_memeff.nnet.recompute.outputs.DroppedOutputError: layers.0 keeps only its first output (first_output_only=True \
 of recompute_blocks), and this output is a further one. Set \
 first_output_only=False, or do not use this output in training.
     """
@@ -62,7 +66,7 @@ first_output_only=False, or do not use this output in training.
         self._raise()
 
     def _raise(self, *args: object) -> NoReturn:
-        raise RuntimeError(
+        raise DroppedOutputError(
             f"{self.block} keeps only its first output (first_output_only=True "
             f"of recompute_blocks), and this output is a further one. Set "
             f"first_output_only=False, or do not use this output in training."

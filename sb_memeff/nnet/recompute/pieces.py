@@ -22,7 +22,7 @@ from sb_memeff.nnet.recompute.independence import dependent_input
 from sb_memeff.nnet.recompute.outputs import DroppedOutput
 from sb_memeff.ops.dispatch import has_values
 
-__all__ = ["BatchPieces", "batch_statistics"]
+__all__ = ["BatchPieces", "SplitError", "batch_statistics"]
 
 # Names of arguments in SpeechBrain's and torch's layers. The sequences and their
 # padding, for each sample:
@@ -38,6 +38,10 @@ SHARED = frozenset(["pos_embs", "pos_embs_src", "pos_embs_tgt"])
 ATTENTION_MASKS = frozenset(
     ["attn_mask", "src_mask", "tgt_mask", "memory_mask"]
 )
+
+
+class SplitError(ValueError):
+    """Raised if a block cannot be called in pieces of the batch."""
 
 
 class PieceCall(Protocol):
@@ -124,7 +128,7 @@ class BatchPieces:
 
         Raises
         ------
-        ValueError
+        SplitError
             If the block cannot be called in pieces.
         """
         arguments = list(_named(function, args, kwargs))
@@ -192,7 +196,7 @@ class BatchPieces:
             and self.shared is None
             and name not in PER_SAMPLE
         ):
-            raise ValueError(
+            raise SplitError(
                 f"{self.name}: split={self.count} needs to know whether its "
                 f"argument {name}, of shape {list(value.shape)}, holds one "
                 f"item for each sample. Add shared: [{name}] to "
@@ -200,7 +204,7 @@ class BatchPieces:
                 f"shared: []."
             )
         if len(value) != batch:
-            raise ValueError(
+            raise SplitError(
                 f"{self.name}: split={self.count} expects {batch} samples in "
                 f"each argument, as in {first.name}, but {name} has the shape "
                 f"{list(value.shape)}. If all samples share it, add "
@@ -268,7 +272,7 @@ class BatchPieces:
         )
 
     def _refuse(self, reason: str) -> NoReturn:
-        raise ValueError(
+        raise SplitError(
             f"{self.name} cannot be called with split={self.count}: {reason}. "
             f"Set split=1 for this block."
         )
