@@ -61,7 +61,11 @@ def dependent_input(
     for i, (leaf, split) in enumerate(zip(leaves, per_sample, strict=True)):
         if split and leaf.is_floating_point():
             inputs.setdefault(id(leaf), (i, leaf.detach().requires_grad_()))
-    leaves = [inputs[id(x)][1] if id(x) in inputs else x for x in leaves]
+    # Copies, because the function may change its input in place, which is refused
+    # later.
+    with torch.enable_grad():
+        copies = {key: x.clone() for key, (_, x) in inputs.items()}
+    leaves = [copies.get(id(x), x) for x in leaves]
     tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
     recorder = Recorder(tensors[0].device)
     with (
