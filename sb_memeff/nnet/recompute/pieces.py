@@ -96,7 +96,8 @@ class BatchPieces:
         self.name = name
         self.count = count
         self.shared = None if shared is None else frozenset(shared)
-        self._independent = False
+        # Modes of the block, training or not.
+        self._independent: set[bool] = set()
 
     def call(
         self,
@@ -219,9 +220,11 @@ class BatchPieces:
         arguments: list[_Argument],
         structure: Any,
     ) -> None:
-        """Raises if samples depend on each other; once, on two samples."""
+        """Raises if samples depend on each other; once a mode, on two."""
         tensors = [a.value for a in arguments if a.rows]
-        if self._independent or not all(map(has_values, tensors)):
+        if block.training in self._independent or not all(
+            map(has_values, tensors)
+        ):
             return
         leaves = next(_cut(arguments, [2]))
         found = dependent_input(
@@ -237,7 +240,7 @@ class BatchPieces:
                 f"its output for one sample depends on another sample of "
                 f"{name}, or the first dimension of {name} is not the batch"
             )
-        self._independent = True
+        self._independent.add(block.training)
 
     def _joined(self, results: list[Any], sizes: list[int]) -> Any:
         leaves, structures = zip(*map(tree_flatten, results), strict=True)

@@ -324,6 +324,15 @@ def test_samples_that_depend_on_each_other_are_refused(block):
     assert all(p.grad is None for p in block.parameters()) and x.grad is None
 
 
+def test_the_check_is_repeated_in_training():
+    net = nn.Sequential(Centred()).eval()
+    recompute_blocks(net, "*", split=2)
+    x = torch.rand(4, 3, requires_grad=True)
+    net(x)
+    with pytest.raises(ValueError, match="depends on another sample"):
+        net.train()(x)
+
+
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_changes_of_the_input_are_refused(requires_grad):
     net = nn.Sequential(nn.ReLU(inplace=True))
