@@ -95,6 +95,8 @@ def apply_invertible_blocks(
         if isinstance(block.module, Tap):
             token, value = _TapNode.apply(*inputs)
             tap_sum.add(value, f"{block.name}.read")
+            # Not kept until the next tap.
+            del value
         else:
             token = _BlockNode.apply(*inputs)
     *outputs, tap_sum.token = _OutputNode.apply(
