@@ -44,8 +44,10 @@ class NormActConv(nn.Module):
         in_channels: int,
         conv: nn.Conv2d,
         activation: Callable[..., nn.Module],
+        in_slices: bool = False,
     ):
         super().__init__()
+        self.in_slices = in_slices
         self.norm = nn.BatchNorm2d(in_channels)
         self.activation = make_activation(activation)
         self.conv = conv
@@ -83,7 +85,13 @@ class NormActConv(nn.Module):
             The output of the convolution.
         """
         return norm_relu_conv(
-            x, self.norm, self.activation, self.conv, padding, weight
+            x,
+            self.norm,
+            self.activation,
+            self.conv,
+            padding,
+            weight,
+            self.in_slices,
         )
 
 
@@ -180,7 +188,11 @@ class ResidualBody(nn.Module):
         super().__init__()
         convs = BODIES[block](in_channels, channels, out_channels, stride)
         self.layers = nn.ModuleList(
-            NormActConv(conv.in_channels, conv, activation) for conv in convs
+            # Memory peaks in the last layer's replay.
+            NormActConv(
+                conv.in_channels, conv, activation, in_slices=conv is convs[-1]
+            )
+            for conv in convs
         )
         # The layers before a strided one belong to the stage before.
         first = stage if stride in (1, (1, 1)) else stage - 1

@@ -66,14 +66,14 @@ def norm_relu_conv(
     conv: nn.Module,
     padding: torch.Tensor | None = None,
     weight: torch.Tensor | None = None,
+    in_slices: bool = False,
 ) -> torch.Tensor:
     """Computes conv(activation(norm(x))), with padded frames set to zero.
 
     For BatchNorm2d, ReLU and Conv2d, only x and the mean and variance of each
     channel are kept for backward, which recomputes the activation. Under
-    autocast the converted weight is kept too. Of an activation of more than
-    64 MiB, a few samples are in memory at a time. Other modules, and modules
-    with hooks, are called one by one.
+    autocast the converted weight is kept too. Other modules, and modules with
+    hooks, are called one by one.
 
     Arguments
     ---------
@@ -90,6 +90,9 @@ def norm_relu_conv(
     weight : torch.Tensor, optional
         The convolution's weight in the dtype of autocast, if it has been
         converted.
+    in_slices : bool
+        Make an activation of more than 64 MiB for a few samples at a time. (On
+        a CPU, backward always does.) This takes more launches.
 
     Returns
     -------
@@ -131,7 +134,7 @@ def norm_relu_conv(
         conv.weight if weight is None else weight,
         conv.bias,
         padding,
-        _Settings(norm.eps, of_batch, dtype, of_conv),
+        _Settings(norm.eps, of_batch, dtype, of_conv, in_slices),
     )
 
 
@@ -186,9 +189,9 @@ def _laid_out_like(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return weight.new_empty_strided(weight.shape, strides).copy_(weight)
 
 
-def _slices(x: torch.Tensor, dtype: torch.dtype) -> list[slice]:
+def _slices(x: torch.Tensor, dtype: torch.dtype, several: bool) -> list[slice]:
     """Samples whose activations are in memory at the same time."""
-    return slices(len(x), x.numel() * dtype.itemsize)
+    return slices(len(x), x.numel() * dtype.itemsize if several else 0)
 
 
 def _joined(
@@ -242,6 +245,7 @@ class _Settings(NamedTuple):
     dtype: torch.dtype
     # Stride, padding, dilation, groups.
     of_conv: tuple[Any, Any, Any, int]
+    in_slices: bool
 
 
 class _NormReLUConv(torch.autograd.Function):
@@ -283,7 +287,8 @@ class _NormReLUConv(torch.autograd.Function):
             return nn.functional.conv2d(y, narrow, bias, *settings.of_conv)
 
         with torch.autocast(x.device.type, enabled=False):
-            found = _joined(map(convolved, _slices(x, dtype)), len(x))
+            rows = _slices(x, dtype, settings.in_slices)
+            found = _joined(map(convolved, rows), len(x))
         return cast(torch.Tensor, found)
 
     @staticmethod
@@ -302,7 +307,8 @@ class _NormReLUConv(torch.autograd.Function):
         x, norm_weight, norm_bias, mean, variance, narrow, padding = (
             ctx.saved_tensors
         )
-        eps, of_batch, dtype, (stride, pad, dilation, groups) = ctx.settings
+        eps, of_batch, dtype, of_conv, _ = ctx.settings
+        stride, pad, dilation, groups = of_conv
         needs_norm = any(ctx.needs_input_grad[:3])
         needs_weight, needs_bias = ctx.needs_input_grad[5:7]
         shape, bias_dtype = ctx.bias or (None, None)
@@ -357,8 +363,9 @@ class _NormReLUConv(torch.autograd.Function):
             return for_y
 
         with torch.autocast(gradient.device.type, enabled=False):
-            parts = map(gradient_of_activation, _slices(x, dtype))
-            for_y = _joined(parts, len(x))
+            # On a GPU the activation is freed before the gradient is there.
+            rows = _slices(x, dtype, not is_on_gpu(x))
+            for_y = _joined(map(gradient_of_activation, rows), len(x))
         for_weight, for_bias = (total.value for total in sums)
         found: tuple[torch.Tensor | None, ...] = None, None, None
         if for_y is not None:

@@ -49,5 +49,6 @@ def test_the_bytes_of_a_reversible_network(precision):
     launches, moved, _ = (
         a / b for a, b in zip(reversible.total, stored.total, strict=True)
     )
-    assert moved < (1.87 if precision else 1.35)
-    assert launches < (1.53 if precision else 1.67)
+    # In float32 activations of 125 MiB are made in slices.
+    assert moved < (1.87 if precision else 1.37)
+    assert launches < (1.53 if precision else 2.4)
