@@ -10,7 +10,8 @@ class ASR(sb.Brain):
         """Logits of the transducer, and in training scores for CTC."""
         wavs, wav_lens = batch.sig
         feats = self.hparams.compute_features(wavs)
-        feats = self.modules.normalize(feats, wav_lens)
+        epoch = self.hparams.epoch_counter.current
+        feats = self.modules.normalize(feats, wav_lens, epoch=epoch)
         x = self.modules.enc(
             self.modules.CNN(feats), wav_lens, pad_idx=self.hparams.pad_index
         )
@@ -51,3 +52,8 @@ class ASR(sb.Brain):
                 logits_transducer, tokens, wav_lens, token_lens
             )
         return loss
+
+    def on_fit_batch_end(self, batch, outputs, loss, should_step):
+        """The learning rate of the next step."""
+        if should_step:
+            self.hparams.noam_annealing(self.optimizer)
