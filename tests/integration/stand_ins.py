@@ -52,7 +52,10 @@ def utterances(speakers):
     generator = torch.Generator().manual_seed(3)
     found = []
     for samples, label in ((3200, 0), (2400, 1), (4800, 2), (4000, 3)):
-        item = {"sig": torch.randn(samples, generator=generator)}
+        item = {
+            "id": str(label),
+            "sig": torch.randn(samples, generator=generator),
+        }
         if speakers:
             item["spk_id_encoded"] = torch.tensor([label])
         else:
