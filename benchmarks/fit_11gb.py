@@ -44,7 +44,13 @@ def cases():
     rows["SpeechBrain's loss"] = Variant(
         "SpeechBrain's loss", speechbrains_loss
     )
-    for label in ("SpeechBrain's loss", "tiled", "tiled, encoder recomputed"):
+    for label in (
+        "SpeechBrain's loss",
+        "tiled",
+        "tiled, encoder recomputed",
+        "tiled, CNN and encoder recomputed",
+        "tiled, CNN and encoder in 8 pieces",
+    ):
         yield TRANSDUCER, {}, None, rows[label]
 
 

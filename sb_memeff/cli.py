@@ -154,7 +154,8 @@ def fit(arguments: argparse.Namespace) -> None:
     """Finds the largest batch that fits on a GPU.
 
     With dynamic batching it finds the largest max_batch_len, with --batch the
-    longest utterances, and with --batch and --seconds the deepest preset.
+    longest utterances. With --batch and --seconds it finds the deepest preset
+    or, for a transducer, the recomputation that takes the least time.
     """
     limit = usable(arguments.budget, arguments.margin)
     result = find_fit(
@@ -177,6 +178,11 @@ def fit(arguments: argparse.Namespace) -> None:
         f"{format_bytes(result.profile.memory.peak_bytes)}\n"
         + " ".join(f"--{k}={v}" for k, v in result.overrides.items())
     )
+    if result.yaml is not None:
+        print(
+            f"and in the yaml file, after modules and in place of any other "
+            f"__recompute,\n{result.yaml}"
+        )
 
 
 def check(arguments: argparse.Namespace) -> int:
@@ -260,7 +266,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--compare",
         action="store_true",
         help="compare with the alternatives: vanilla, recomputed and "
-        "reversible networks, or the methods of the transducer loss",
+        "reversible networks, or the methods of the transducer loss and "
+        "recomputed encoders",
     )
     command.add_argument("--json", metavar="FILE", help="write the figures")
     command.add_argument(

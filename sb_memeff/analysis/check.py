@@ -21,6 +21,7 @@ from torch import nn
 from sb_memeff.analysis.families.step import TrainingStep
 from sb_memeff.analysis.recipe import Recipe
 from sb_memeff.nnet.recompute import store_blocks
+from sb_memeff.nnet.recompute.blocks import is_split
 from sb_memeff.nnet.replay.random_states import forked_generators
 from sb_memeff.nnet.reversible import inversion_errors
 from sb_memeff.nnet.transducer.joint_loss import TransducerJointLoss
@@ -242,11 +243,15 @@ def _draw_zeros(step: TrainingStep) -> None:
 
 
 def _switch_dropout_off(step: TrainingStep) -> None:
-    for loss in step.modules():
-        if isinstance(loss, TransducerJointLoss):
-            for part in loss.modules():
+    """Where tiles or pieces of the batch draw other random numbers."""
+    for module in step.modules():
+        if isinstance(module, TransducerJointLoss) or is_split(module):
+            for part in module.modules():
                 if isinstance(part, nn.modules.dropout._DropoutNd):
                     part.p = 0.0
+                if isinstance(getattr(part, "dropout", None), float):
+                    # Of attention, in torch and SpeechBrain.
+                    cast(Any, part).dropout = 0.0
 
 
 @dataclass

@@ -6,12 +6,16 @@ Authors
 
 import math
 import pydoc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from sb_memeff.analysis.families.step import Variant, require_positive
+from sb_memeff.analysis.families.step import (
+    Variant,
+    recomputed_variant,
+    require_positive,
+)
 from sb_memeff.analysis.profile import Profile, profile
 from sb_memeff.analysis.recipe import Recipe, read_recipe
 from sb_memeff.lobes.presets import Presets
@@ -19,8 +23,10 @@ from sb_memeff.memory.fake import fake_tensors
 from sb_memeff.memory.leftovers import no_leftovers
 from sb_memeff.memory.search import DoesNotFit, largest
 from sb_memeff.memory.units import format_bytes, parse_bytes
+from sb_memeff.nnet.recompute.fit import Recomputation, cheapest_recomputation
+from sb_memeff.nnet.recompute.selection import find_segments
 
-__all__ = ["Fit", "fit", "usable"]
+__all__ = ["Fit", "fit", "usable", "yaml_line"]
 
 # Memory besides the step's tensors: CUDA's context with the kernels of torch and
 # cuDNN (bytes), fragmentation of the allocator and workspaces (share).
@@ -42,11 +48,14 @@ class Fit:
         Bytes that it may take.
     overrides : dict
         Keys of the yaml file to set for this step.
+    yaml : str, optional
+        A line to add to the yaml file for this step, after its modules.
     """
 
     profile: Profile
     limit: int
     overrides: dict[str, Any]
+    yaml: str | None = None
 
 
 def usable(budget: int | str, margin: int | str | None = None) -> int:
@@ -105,8 +114,9 @@ def fit(
 
     Without ``batch`` it finds the largest batch or, for a recipe with dynamic
     batching, the largest max_batch_len for utterances of any length up to
-    ``seconds``. With only ``batch`` it finds the longest utterances, with
-    ``batch`` and ``seconds`` the deepest preset.
+    ``seconds``. With only ``batch`` it finds the longest utterances. With
+    ``batch`` and ``seconds`` it finds the deepest preset or, for a
+    transducer, the recomputation that takes the least time.
 
     Arguments
     ---------
@@ -144,9 +154,12 @@ def fit(
     profiles: dict[tuple[Any, ...], Profile] = {}
 
     def measure(
-        batch: int, seconds: float | None, recipe: Recipe = recipe
+        batch: int,
+        seconds: float | None,
+        recipe: Recipe = recipe,
+        variant: Variant | None = variant,
     ) -> Profile:
-        key = batch, seconds, recipe
+        key = batch, seconds, recipe, variant and variant.label
         if key not in profiles:
             profiles[key] = profile(
                 recipe, batch, seconds, tokens, precision, variant
@@ -165,6 +178,11 @@ def fit(
                 return _largest_batch(recipe, limit, seconds, measure)
             if seconds is None:
                 return _longest_utterance(limit, batch, recipe, measure)
+            if recipe.step_class.recomputable:
+                variant = variant or recipe.own_variant()
+                return _cheapest(
+                    recipe, variant, limit, batch, seconds, measure
+                )
             return _deepest(
                 path, overrides, recipe, limit, batch, seconds, measure
             )
@@ -222,14 +240,61 @@ def _longest_utterance(
         lambda n: measure(batch, n / 10).memory.peak_bytes, limit, first=5
     )
     result = measure(batch, tenths / 10)
-    overrides: dict[str, Any] = {
-        "batch_size": batch,
-        **_length(recipe, result.seconds),
-    }
-    if recipe.settings.get("dynamic_batching"):
-        # Dynamic batching would choose other batches.
-        overrides["dynamic_batching"] = False
-    return Fit(result, limit, overrides)
+    return Fit(result, limit, _this_batch(recipe, batch, result.seconds))
+
+
+def _cheapest(
+    recipe: Recipe,
+    variant: Variant,
+    limit: int,
+    batch: int,
+    seconds: float,
+    measure: Callable[..., Profile],
+) -> Fit:
+    blocks = recipe.step_class.recomputable
+    with no_leftovers(), fake_tensors():
+        segments = len(find_segments(recipe.build(), blocks, 1))
+
+    def recomputing(how: Recomputation | None) -> Variant:
+        if how is None:
+            return variant
+        return recomputed_variant(variant, blocks, how, how.yaml(blocks))
+
+    def peak(how: Recomputation | None) -> int:
+        result = measure(batch, seconds, variant=recomputing(how))
+        return result.memory.peak_bytes
+
+    how = cheapest_recomputation(peak, segments, limit)
+    result = measure(batch, seconds, variant=recomputing(how))
+    line = None if how is None else yaml_line(how, blocks)
+    return Fit(result, limit, _this_batch(recipe, batch, seconds), line)
+
+
+def yaml_line(how: Recomputation, blocks: Sequence[str]) -> str:
+    """Writes a recomputation for a yaml file.
+
+    Arguments
+    ---------
+    how : Recomputation
+        The options.
+    blocks : list of str
+        Names of blocks among the yaml file's modules.
+
+    Returns
+    -------
+    str
+        One line, for the place after the modules.
+
+    Example
+    -------
+    >>> yaml_line(Recomputation(split=8), ["CNN"])
+    '__recompute: !apply:sb_memeff.nnet.recompute.recompute_blocks \
+{module: !ref <modules>, blocks: [CNN], split: 8}'
+    """
+    return (
+        "__recompute: !apply:sb_memeff.nnet.recompute.recompute_blocks "
+        f"{{module: !ref <modules>, {how.yaml(blocks)}}}"
+    )
 
 
 def _deepest(
@@ -288,6 +353,18 @@ def _presets(recipe: Recipe) -> list[str]:
 def _build_without_memory(recipe: Recipe) -> None:
     with fake_tensors():
         recipe.build()
+
+
+def _this_batch(recipe: Recipe, batch: int, seconds: float) -> dict[str, Any]:
+    """The overrides for a batch."""
+    overrides: dict[str, Any] = {
+        "batch_size": batch,
+        **_length(recipe, seconds),
+    }
+    if recipe.settings.get("dynamic_batching"):
+        # Dynamic batching would choose other batches.
+        overrides["dynamic_batching"] = False
+    return overrides
 
 
 def _length(recipe: Recipe, seconds: float) -> dict[str, float]:

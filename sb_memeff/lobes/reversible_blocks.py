@@ -12,7 +12,7 @@ from torch import nn
 
 from sb_memeff.lobes.features import for_tensor_cores
 from sb_memeff.lobes.residual import conv1x1, conv3x3, make_activation
-from sb_memeff.nnet.norm_relu_conv import norm_relu_conv
+from sb_memeff.nnet.norm_relu_conv import KINDS, norm_relu_conv
 from sb_memeff.nnet.padding import mask
 from sb_memeff.nnet.pooling import TemporalStatisticsPooling
 from sb_memeff.nnet.weight_casts import cast_weights
@@ -49,6 +49,16 @@ class NormActConv(nn.Module):
         self.norm = nn.BatchNorm2d(in_channels)
         self.activation = make_activation(activation)
         self.conv = conv
+
+    @property
+    def is_fusible(self) -> bool:
+        """Whether its modules are of the kinds that are computed as one.
+
+        Others, such as SyncBatchNorm, are called one by one.
+        """
+        return (
+            tuple(map(type, (self.norm, self.activation, self.conv))) == KINDS
+        )
 
     def forward(
         self,
@@ -194,7 +204,9 @@ class ResidualBody(nn.Module):
             [N, out_channels, T', F'], zero in padded frames.
         """
         layers = cast(Sequence[NormActConv], self.layers)
-        weights = cast_weights([layer.conv for layer in layers])
+        weights: Sequence[torch.Tensor | None] = [None for _ in layers]
+        if all(layer.is_fusible for layer in layers):
+            weights = cast_weights([layer.conv for layer in layers])
         for layer, weight, stage in zip(
             layers, weights, self.stages, strict=True
         ):

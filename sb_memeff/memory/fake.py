@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import (
 )
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from sb_memeff.memory.attention import FUSED_ATTENTION, fused_attention
 from sb_memeff.memory.imports import around_imports
 
 __all__ = ["fake_tensors", "without_data"]
@@ -47,6 +48,7 @@ def fake_tensors() -> Generator[None, None, None]:
     In torch's FakeTensorMode no tensor has values, so code that reads a length
     fails. Here everything that depends only on small tensors (lengths, masks,
     labels; not weights or activations) is computed as well.
+    ``scaled_dot_product_attention`` stores what it does on a GPU.
 
     Existing real tensors, such as those in caches, may be used; afterwards their
     old values are restored. Tensors made by modules that are imported within the
@@ -74,6 +76,7 @@ def fake_tensors() -> Generator[None, None, None]:
         _quiet(),
         fake,
         _KnownValues(fake),
+        fused_attention(),
         # Constants of imported modules outlive the context.
         around_imports(lambda module: _disable_current_modes()),
     ):
@@ -155,6 +158,8 @@ class _KnownValues(TorchDispatchMode):
                     f"{func} needs a value that depends on weights or data."
                 ) from None
             return self.faked(self.on_values(func, args, kwargs))
+        if func in FUSED_ATTENTION:
+            known = False
         if known and all(
             x.numel() <= _max_elements(x)
             for x in tree_leaves(result)

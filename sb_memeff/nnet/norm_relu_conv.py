@@ -5,7 +5,7 @@ Authors
 """
 
 import contextlib
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextvars import ContextVar
 from typing import Any, NamedTuple, cast
 
@@ -20,6 +20,7 @@ from sb_memeff.ops.norm_relu import (
     norm_relu,
     norm_relu_backward,
 )
+from sb_memeff.ops.slices import slices
 from sb_memeff.utils.autograd import in_plain_autograd
 from sb_memeff.utils.hooks import are_watched
 
@@ -70,8 +71,9 @@ def norm_relu_conv(
 
     For BatchNorm2d, ReLU and Conv2d, only x and the mean and variance of each
     channel are kept for backward, which recomputes the activation. Under
-    autocast the converted weight is kept too. Other modules, and modules with
-    hooks, are called one by one.
+    autocast the converted weight is kept too. Of an activation of more than
+    64 MiB, a few samples are in memory at a time. Other modules, and modules
+    with hooks, are called one by one.
 
     Arguments
     ---------
@@ -184,6 +186,54 @@ def _laid_out_like(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return weight.new_empty_strided(weight.shape, strides).copy_(weight)
 
 
+def _slices(x: torch.Tensor, dtype: torch.dtype) -> list[slice]:
+    """Samples whose activations are in memory at the same time."""
+    return slices(len(x), x.numel() * dtype.itemsize)
+
+
+def _joined(
+    parts: Iterable[torch.Tensor | None], samples: int
+) -> torch.Tensor | None:
+    """Concatenates slices of a batch, with one of them in memory at a time.
+
+    None if they are None.
+    """
+    whole, start = None, 0
+    for part in parts:
+        if part is None:
+            continue
+        if len(part) == samples:
+            return part
+        if whole is None:
+            # In the part's memory format.
+            whole = torch.empty_like(part[:1].expand(samples, -1, -1, -1))
+        whole[start : start + len(part)] = part
+        start += len(part)
+        # Before the next one is made.
+        del part
+    return whole
+
+
+class _Sum:
+    """A sum of the gradients of slices, None if there are none.
+
+    It is float32 if there are several in half precision.
+    """
+
+    def __init__(self):
+        self.value: torch.Tensor | None = None
+
+    def add(self, part: torch.Tensor | None) -> None:
+        if part is None:
+            return
+        if self.value is None:
+            self.value = part
+            return
+        if self.value.dtype in (torch.float16, torch.bfloat16):
+            self.value = self.value.float()
+        self.value += part
+
+
 class _Settings(NamedTuple):
     """Settings of a batch norm and a convolution."""
 
@@ -216,20 +266,25 @@ class _NormReLUConv(torch.autograd.Function):
         ctx.settings = settings
         ctx.weight_dtype = weight.dtype
         ctx.bias = None if bias is None else (list(bias.shape), bias.dtype)
-        y = norm_relu(
-            x,
-            norm_weight,
-            norm_bias,
-            mean,
-            variance,
-            settings.eps,
-            padding,
-            dtype,
-        )
         if bias is not None:
             bias = bias.to(dtype)
-        with torch.autocast(x.device.type, enabled=False):
+
+        def convolved(rows: slice) -> torch.Tensor:
+            y = norm_relu(
+                x[rows],
+                norm_weight,
+                norm_bias,
+                mean,
+                variance,
+                settings.eps,
+                None if padding is None else padding[rows],
+                dtype,
+            )
             return nn.functional.conv2d(y, narrow, bias, *settings.of_conv)
+
+        with torch.autocast(x.device.type, enabled=False):
+            found = _joined(map(convolved, _slices(x, dtype)), len(x))
+        return cast(torch.Tensor, found)
 
     @staticmethod
     # pyrefly: ignore[bad-override]
@@ -248,49 +303,76 @@ class _NormReLUConv(torch.autograd.Function):
             ctx.saved_tensors
         )
         eps, of_batch, dtype, (stride, pad, dilation, groups) = ctx.settings
-        norm = x, norm_weight, norm_bias, mean, variance, eps, padding
         needs_norm = any(ctx.needs_input_grad[:3])
         needs_weight, needs_bias = ctx.needs_input_grad[5:7]
         shape, bias_dtype = ctx.bias or (None, None)
+        sums = _Sum(), _Sum()
 
         def conv_backward(
-            y: torch.Tensor, weight: torch.Tensor, wanted: list[bool]
+            rows: slice, y: torch.Tensor, weight: torch.Tensor, *wanted: bool
         ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            with torch.autocast(gradient.device.type, enabled=False):
-                return torch.ops.aten.convolution_backward(
-                    gradient,
-                    y,
-                    weight,
-                    shape,
-                    stride,
-                    pad,
-                    dilation,
-                    False,
-                    [0, 0],
-                    groups,
-                    wanted,
-                )
+            return torch.ops.aten.convolution_backward(
+                gradient[rows],
+                y,
+                weight,
+                shape,
+                stride,
+                pad,
+                dilation,
+                False,
+                [0, 0],
+                groups,
+                wanted,
+            )
 
-        y = norm_relu(*norm, dtype)
-        if is_on_gpu(x):
-            # One after the other: the activation is freed before its gradient
-            # is there, for which only the shape of the input matters. (The CPU
-            # would make an input of that shape.)
-            _, for_weight, for_bias = conv_backward(
-                y, narrow, [False, needs_weight, needs_bias]
+        def gradient_of_activation(rows: slice) -> torch.Tensor | None:
+            some = x[rows]
+            y = norm_relu(
+                some,
+                norm_weight,
+                norm_bias,
+                mean,
+                variance,
+                eps,
+                None if padding is None else padding[rows],
+                dtype,
             )
-            y = y.new_empty(()).expand(x.shape)
-            for_y, _, _ = conv_backward(
-                y, _laid_out_like(narrow, x), [needs_norm, False, False]
-            )
-        else:
-            for_y, for_weight, for_bias = conv_backward(
-                y, narrow, [needs_norm, needs_weight, needs_bias]
-            )
-        del y
+            if is_on_gpu(x):
+                # One after the other: the activation is freed before its
+                # gradient is there, for which only the shape of the input
+                # matters. (The CPU would make an input of that shape.)
+                _, *others = conv_backward(
+                    rows, y, narrow, False, needs_weight, needs_bias
+                )
+                y = y.new_empty(()).expand(some.shape)
+                for_y, _, _ = conv_backward(
+                    rows, y, _laid_out_like(narrow, x), needs_norm, False, False
+                )
+            else:
+                for_y, *others = conv_backward(
+                    rows, y, narrow, needs_norm, needs_weight, needs_bias
+                )
+            for total, part in zip(sums, others):
+                total.add(part)
+            return for_y
+
+        with torch.autocast(gradient.device.type, enabled=False):
+            parts = map(gradient_of_activation, _slices(x, dtype))
+            for_y = _joined(parts, len(x))
+        for_weight, for_bias = (total.value for total in sums)
         found: tuple[torch.Tensor | None, ...] = None, None, None
-        if needs_norm:
-            found = norm_relu_backward(for_y, *norm, of_batch)
+        if for_y is not None:
+            found = norm_relu_backward(
+                for_y,
+                x,
+                norm_weight,
+                norm_bias,
+                mean,
+                variance,
+                eps,
+                padding,
+                of_batch,
+            )
         return (
             *found,
             None,

@@ -17,7 +17,7 @@ __all__ = ["cast_weights"]
 
 
 def cast_weights(
-    convs: Sequence[nn.Module],
+    convs: Sequence[nn.Conv2d],
 ) -> Sequence[torch.Tensor | None]:
     """Converts weights to the dtype of autocast, all in one launch on a GPU.
 
@@ -25,32 +25,29 @@ def cast_weights(
 
     Arguments
     ---------
-    convs : list of torch.nn.Module
+    convs : list of torch.nn.Conv2d
         The convolutions.
 
     Returns
     -------
     list
-        A weight for each convolution; None for each without autocast, on a CPU,
-        or if there are other modules.
+        A weight for each convolution; None for each without autocast or on a
+        CPU.
 
     Example
     -------
     >>> cast_weights([nn.Conv2d(3, 5, 1), nn.Conv2d(5, 3, 1)])
     [None, None]
     """
-    # Asking a subclass for its weight may change it: of spectral norm, say.
-    weights = [c.weight for c in convs if type(c) is nn.Conv2d]
+    weights = [conv.weight for conv in convs]
+    kind = weights[0].device.type
     if (
-        len(weights) == len(convs)
-        and in_plain_autograd()
+        in_plain_autograd()
         and all(map(is_on_gpu, weights))
+        and torch.is_autocast_enabled(kind)
     ):
-        kind = weights[0].device.type
         dtype = torch.get_autocast_dtype(kind)
-        if torch.is_autocast_enabled(kind) and any(
-            w.dtype != dtype for w in weights
-        ):
+        if any(w.dtype != dtype for w in weights):
             return _Cast.apply(dtype, *weights)
     return [None for _ in convs]
 

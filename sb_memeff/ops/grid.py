@@ -10,6 +10,7 @@ Authors
 import torch
 
 from sb_memeff.ops.dispatch import runs_fused
+from sb_memeff.ops.slices import slices
 from sb_memeff.ops.summary import Summaries, is_dense
 
 __all__ = ["add_on_grid", "round_to_grid", "subtract_on_grid"]
@@ -125,9 +126,11 @@ def subtract_on_grid(
     if _are_fused(stream, increment):
         result = stream if overwrite else torch.empty_like(stream)
         return _combine(-1, stream, increment, bits, result, summaries)
+    if overwrite and stream.dim():
+        for rows in slices(len(stream), stream.nbytes):
+            stream[rows].sub_(round_to_grid(increment[rows], bits))
+        return stream
     rounded = round_to_grid(increment, bits)
-    if overwrite:
-        return stream.sub_(rounded)
     if rounded.stride() != stream.stride():
         return stream - rounded
     return rounded.neg_().add_(stream)

@@ -10,6 +10,7 @@ Authors
 import torch
 
 from sb_memeff.ops.dispatch import runs_fused
+from sb_memeff.ops.slices import slices
 
 __all__ = [
     "batch_statistics",
@@ -229,26 +230,39 @@ def norm_relu_backward(
         return kernels.norm_relu_backward(
             gradient, x, weight, bias, mean, variance, eps, padding, of_batch
         )
-    z = normalize(x, weight, bias, mean, variance, eps)
-    if padding is not None:
-        z.masked_fill_(padding, 0.0)
     gradient = gradient.to(x.dtype)
-    torch.ops.aten.threshold_backward.grad_input(
-        gradient, z, 0, grad_input=gradient
-    )
-    del z
-    dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
-        gradient,
-        x,
-        weight.to(mean.dtype),
-        mean,
-        variance,
-        mean,
-        (variance + eps).rsqrt(),
-        of_batch,
-        eps,
-        [True, True, True],
-    )
+    dx, of_affine = gradient, []
+    # Channels do not depend on each other.
+    for channels in slices(x.shape[1], x.nbytes):
+        some, for_y = x[:, channels], gradient[:, channels]
+        w, b, m, v = (
+            values[channels] for values in (weight, bias, mean, variance)
+        )
+        z = normalize(some, w, b, m, v, eps)
+        if padding is not None:
+            z.masked_fill_(padding, 0.0)
+        torch.ops.aten.threshold_backward.grad_input(
+            for_y, z, 0, grad_input=for_y
+        )
+        del z
+        part, *found = torch.ops.aten.native_batch_norm_backward(
+            for_y,
+            some,
+            w.to(m.dtype),
+            m,
+            v,
+            m,
+            (v + eps).rsqrt(),
+            of_batch,
+            eps,
+            [True, True, True],
+        )
+        of_affine.append(found)
+        if part.shape == x.shape:
+            dx = part
+        else:
+            for_y.copy_(part)
+    dweight, dbias = map(torch.cat, zip(*of_affine))
     return dx, dweight.to(weight.dtype), dbias.to(bias.dtype)
 
 

@@ -9,18 +9,25 @@ Authors
 """
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sb_memeff.nnet.recompute import recompute_blocks, store_blocks
+from sb_memeff.nnet.recompute.fit import Recomputation
 from sb_memeff.optim import keep_32bit_states
 
 if TYPE_CHECKING:
     from sb_memeff.analysis.recipe import Recipe
 
-__all__ = ["TrainingStep", "Variant", "require_positive"]
+__all__ = [
+    "TrainingStep",
+    "Variant",
+    "recomputed_variant",
+    "require_positive",
+]
 
 # More samples are a typing error; torch counts bytes in 63 bits.
 MOST_SAMPLES = 2**48
@@ -67,6 +74,41 @@ class Variant:
     change: Callable[[Any], None] | None = None
 
 
+def recomputed_variant(
+    variant: Variant,
+    blocks: Sequence[str],
+    how: Recomputation,
+    label: str,
+) -> Variant:
+    """Adds recomputed blocks to a variant.
+
+    Arguments
+    ---------
+    variant : Variant
+        The variant.
+    blocks : list of str
+        Names of blocks of the step.
+    how : Recomputation
+        Options.
+    label : str
+        What to add to the label.
+
+    Returns
+    -------
+    Variant
+        The new variant. Blocks that the yaml file recomputes are stored
+        unless they are named.
+    """
+
+    def change(step: TrainingStep) -> None:
+        if variant.change:
+            variant.change(step)
+        store_blocks(step)
+        recompute_blocks(step, blocks, **how.options())
+
+    return Variant(f"{variant.label}, {label}", change)
+
+
 class TrainingStep(torch.nn.Module):
     """Base of the steps of all families.
 
@@ -99,6 +141,8 @@ class TrainingStep(torch.nn.Module):
     min_batch = 1
     # Whether utterances have transcripts.
     has_transcripts = False
+    # Modules of the yaml file to recompute; see ``recompute_blocks``.
+    recomputable: tuple[str, ...] = ()
 
     def __init__(
         self,

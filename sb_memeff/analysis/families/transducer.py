@@ -10,8 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from sb_memeff.analysis.families.step import TrainingStep, Variant
-from sb_memeff.nnet.recompute import recompute_blocks
+from sb_memeff.analysis.families.step import (
+    TrainingStep,
+    Variant,
+    recomputed_variant,
+)
+from sb_memeff.nnet.recompute.fit import Recomputation
 from sb_memeff.nnet.transducer.joint_loss import TransducerJointLoss
 
 if TYPE_CHECKING:
@@ -55,6 +59,7 @@ class TransducerStep(TrainingStep):
     )
 
     has_transcripts = True
+    recomputable = ("CNN", ENCODER_LAYERS)
     # Assumed tokens in a second of speech. LibriSpeech's train-clean-100 has 5.3
     # with 500 unigrams (95 % of the utterances at most 7), and fewer with 1000.
     token_rate = 5
@@ -288,16 +293,26 @@ class TransducerStep(TrainingStep):
 
     @classmethod
     def variants(cls, recipe: "Recipe") -> list[Variant]:
-        """The methods of the loss, the last with the encoder recomputed."""
+        """The methods of the loss, the last with recomputed blocks too."""
         rows = [Variant(m, partial(_with_method, method=m)) for m in METHODS]
         if "transducer_loss" not in recipe.modules:
             rows.insert(0, Variant(cls.label(recipe)))
-
-        def both(step: Any) -> None:
-            _with_method(step, "tiled")
-            recompute_blocks(step, ENCODER_LAYERS)
-
-        return [*rows, Variant("tiled, encoder recomputed", both)]
+        recomputed = {
+            "encoder recomputed": ([ENCODER_LAYERS], Recomputation()),
+            "CNN and encoder recomputed": (
+                cls.recomputable,
+                Recomputation(first_output_only=True),
+            ),
+            "CNN and encoder in 8 pieces": (
+                cls.recomputable,
+                Recomputation(first_output_only=True, split=8),
+            ),
+        }
+        tiled = rows[-1]
+        return rows + [
+            recomputed_variant(tiled, blocks, how, label)
+            for label, (blocks, how) in recomputed.items()
+        ]
 
 
 def _with_method(

@@ -11,14 +11,17 @@ The blocks then store only their arguments, and backward runs each block again.
 Values, gradients, running statistics, random numbers, state, names and
 state_dict are those of the original network.
 
-========= ==================================================================
-module    contents
-========= ==================================================================
-blocks    ``recompute_blocks``, ``store_blocks``: change named blocks
-fit       ``fit_recompute``: as few blocks as a memory budget allows
-selection matches patterns of names
-segment   the memory: functions that backward runs again
-========= ==================================================================
+============ ==============================================================
+module       contents
+============ ==============================================================
+blocks       ``recompute_blocks``, ``store_blocks``: change named blocks
+fit          ``fit_recompute``: the cheapest that a memory budget allows
+independence checks that samples do not depend on each other
+outputs      outputs that blocks do not keep
+pieces       calls of a block piece by piece over the batch
+selection    matches patterns of names
+segment      the memory: functions that backward runs again
+============ ==============================================================
 
 Authors
  * The sb_memeff authors 2026

@@ -10,7 +10,7 @@ import inspect
 import math
 import types
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, SupportsIndex, cast
 
 import torch
@@ -20,19 +20,25 @@ from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from sb_memeff.nnet.recompute.outputs import first_output_of
+from sb_memeff.nnet.recompute.pieces import BatchPieces
 from sb_memeff.nnet.recompute.segment import Segment
 from sb_memeff.nnet.recompute.selection import find_segments, refuse_nested
 
-__all__ = ["apply_to_blocks", "recompute_blocks", "store_blocks"]
+__all__ = ["apply_to_blocks", "is_split", "recompute_blocks", "store_blocks"]
 
 logger = get_logger(__name__)
 
 
 def recompute_blocks(
-    module: nn.Module,
+    module: nn.Module | Mapping[str, nn.Module],
     blocks: str | Sequence[str],
     every: float = 1,
     segment_length: int = 1,
+    first_output_only: bool = False,
+    split: int = 1,
+    shared: Sequence[str] | None = None,
+    enabled: bool = True,
 ) -> list[str]:
     """Makes named blocks recompute their activations in backward.
 
@@ -56,8 +62,9 @@ def recompute_blocks(
 
     Arguments
     ---------
-    module : torch.nn.Module
-        The network, or any part of it.
+    module : torch.nn.Module or dict
+        The network, or any part of it; or networks by name, such as
+        ``!ref <modules>``, whose keys then begin the names of blocks.
     blocks : str or list of str
         Names of modules as in ``module.named_modules()``; ``*``, ``?`` and
         ``[...]`` match characters within one part of a name, ``**`` matches
@@ -74,6 +81,26 @@ def recompute_blocks(
         layers, such as Xvector: a single convolution would store its input
         and save nothing. Operations between two blocks are not recomputed;
         tensors that they change are stored.
+    first_output_only : bool
+        In training, keep only the first item of a tuple or list that a block
+        returns. SpeechBrain's encoders collect the attention weights of all
+        layers, [B, heads, T, T] each, which recipes do not use. Use of
+        another output raises an error that names the block. (Under
+        torch.compile these outputs are None.)
+    split : int
+        Call each block for the batch in so many pieces, in forward and in
+        backward, which then holds the activations of one piece. The first
+        dimension of the input must be the batch, and samples must not depend
+        on each other: batch norm in training is refused. Gradients are those
+        of the whole batch, up to rounding, but dropout draws other numbers.
+        A compiled network calls these blocks outside its graphs.
+    shared : list of str, optional
+        With split, names of arguments that all samples share. All others
+        hold one item for each sample. Those of SpeechBrain's layers (lengths,
+        masks and positions) are known; for others, None raises an error that
+        asks for it.
+    enabled : bool
+        False changes nothing: a switch for a yaml file.
 
     Returns
     -------
@@ -83,11 +110,13 @@ def recompute_blocks(
     Raises
     ------
     TypeError
-        If module is not a torch.nn.Module.
+        If module is neither a torch.nn.Module nor a dict of them.
     ValueError
         If a name matches nothing (the message lists the candidates) or a
-        module that cannot be recomputed, if every or segment_length is below
-        1, or if blocks are nested and every or segment_length is not 1.
+        module that cannot be recomputed, if every, segment_length or split is
+        below 1, if blocks are nested and every or segment_length is not 1, or
+        if split and segment_length are both above 1. In forward, if a block
+        cannot be split.
 
     Example
     -------
@@ -97,32 +126,55 @@ def recompute_blocks(
     ['blocks.0', 'blocks.1', 'blocks.2', 'blocks.3', 'mfa']
     >>> net(torch.rand(2, 50, 80)).sum().backward()
     """
-    names = apply_to_blocks(module, blocks, every, segment_length)
+    if not enabled:
+        return []
+    names = apply_to_blocks(
+        module,
+        blocks,
+        every,
+        segment_length,
+        first_output_only,
+        split,
+        shared,
+    )
+    pieces = f", in {split} pieces of the batch" if split > 1 else ""
+    owner = f"{type(module).__name__}: "
+    if isinstance(module, Mapping):
+        owner = ""
     logger.info(
-        f"{type(module).__name__}: {len(names)} blocks recompute their "
-        f"activations in backward: {', '.join(names)}."
+        f"{owner}{len(names)} blocks recompute their activations in "
+        f"backward{pieces}: {', '.join(names)}."
     )
     return names
 
 
 def apply_to_blocks(
-    module: nn.Module,
+    module: nn.Module | Mapping[str, nn.Module],
     blocks: str | Sequence[str],
-    every: float,
-    segment_length: int,
+    every: float = 1,
+    segment_length: int = 1,
+    first_output_only: bool = False,
+    split: int = 1,
+    shared: Sequence[str] | None = None,
 ) -> list[str]:
     """``recompute_blocks`` without the log message.
 
     Arguments
     ---------
-    module : torch.nn.Module
-        The network, or any part of it.
+    module : torch.nn.Module or dict
+        The network, or networks by name.
     blocks : str or list of str
         Names with wildcards.
     every : float
         At least 1.
     segment_length : int
         At least 1.
+    first_output_only : bool
+        Drop further outputs.
+    split : int
+        At least 1.
+    shared : list of str, optional
+        Arguments that are not split.
 
     Returns
     -------
@@ -131,6 +183,7 @@ def apply_to_blocks(
     """
     segments = find_segments(module, blocks, segment_length)
     _check_every(every)
+    _check_split(split, shared, segment_length)
     if every != 1:
         refuse_nested(segments, f"every={every:g}")
     names = []
@@ -139,7 +192,9 @@ def apply_to_blocks(
         queue = _Queue()
         segment = segments[int(i * every + 1e-9)]
         for position, (name, block) in enumerate(segment):
-            _make_recompute(block, _Place(name, queue, position))
+            pieces = BatchPieces(name, split, shared) if split > 1 else None
+            place = _Place(name, queue, position, first_output_only, pieces)
+            _make_recompute(block, place)
             names.append(name)
     return names
 
@@ -179,11 +234,54 @@ def store_blocks(module: nn.Module) -> list[str]:
     return names
 
 
+def is_split(block: nn.Module) -> bool:
+    """Checks whether a block is called in pieces of the batch.
+
+    Arguments
+    ---------
+    block : torch.nn.Module
+        Any module.
+
+    Returns
+    -------
+    bool
+        True if ``recompute_blocks`` named it with ``split`` above 1.
+
+    Example
+    -------
+    >>> net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())
+    >>> names = recompute_blocks(net, "0", split=2)
+    >>> [is_split(block) for block in net]
+    [True, False]
+    """
+    place = vars(block).get("_recompute_place")
+    return place is not None and place.pieces is not None
+
+
 def _check_every(every: float) -> None:
     if not isinstance(every, (int, float)) or not 1 <= every < math.inf:
         raise ValueError(
             f"recompute_blocks: every must be a number of at least 1, got "
             f"{every!r}."
+        )
+
+
+def _check_split(
+    split: int, shared: Sequence[str] | None, segment_length: int
+) -> None:
+    if not isinstance(split, int) or split < 1:
+        raise ValueError(
+            f"recompute_blocks: split must be an integer of at least 1, got "
+            f"{split!r}."
+        )
+    if split > 1 and segment_length > 1:
+        raise ValueError(
+            f"recompute_blocks: split={split} needs segment_length=1, not "
+            f"{segment_length}: each piece stores the input of its block."
+        )
+    if isinstance(shared, str):
+        raise ValueError(
+            f"recompute_blocks: shared must be a list of names, got {shared!r}."
         )
 
 
@@ -215,10 +313,19 @@ class _Queue:
 class _Place:
     """Position of a block among those that recompute."""
 
-    def __init__(self, name: str, queue: _Queue, position: int):
+    def __init__(
+        self,
+        name: str,
+        queue: _Queue,
+        position: int,
+        first_output_only: bool,
+        pieces: BatchPieces | None,
+    ):
         self.name = name
         self.queue = queue
         self.position = position
+        self.first_output_only = first_output_only
+        self.pieces = pieces
 
     def call(
         self,
@@ -242,6 +349,20 @@ def _recompute(
     kwargs: dict[str, Any],
 ) -> Any:
     """Calls the function in the segment of its block."""
+    forward = function
+    if place.first_output_only and block.training:
+        # Within the call, so that the replay drops them, too.
+        function = functools.partial(first_output_of, place.name, function)
+    if place.pieces is not None:
+
+        def call_piece(
+            args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[Any, list[tuple[nn.Module, str]]]:
+            segment = Segment()
+            result = segment.call(place.name, block, function, args, kwargs)
+            return result, segment.changed_state()
+
+        return place.pieces.call(block, forward, call_piece, args, kwargs)
     segment = place.queue.segment(place.position, tree_leaves((args, kwargs)))
     result = segment.call(place.name, block, function, args, kwargs)
     segment.position = place.position
@@ -259,7 +380,14 @@ def _recompute_in_graph(
 
     The compiler recomputes in its own way, and counts batch statistics once.
     """
-    return checkpoint(function, *args, use_reentrant=False, **kwargs)
+    if place.pieces is not None:
+        torch._dynamo.graph_break()
+    result: Any = checkpoint(function, *args, use_reentrant=False, **kwargs)
+    if place.first_output_only and block.training:
+        if type(result) in (tuple, list):
+            # A graph returns tensors and None only.
+            return type(result)([result[0], *[None for _ in result[1:]]])
+    return result
 
 
 @functools.cache

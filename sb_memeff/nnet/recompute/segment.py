@@ -94,6 +94,24 @@ class Segment:
         """
         return any(self._origin(leaf) is not None for leaf in leaves)
 
+    def changed_state(self) -> list[tuple[nn.Module, str]]:
+        """Lists the state of modules that the calls have changed.
+
+        Returns
+        -------
+        list of tuple
+            (module, name) of each buffer, and of each attribute that is no
+            tensor. Batch norms' statistics are not listed.
+        """
+        changes = [cast(Recording, c.recording).changes for c in self._calls]
+        return [
+            (module, name)
+            for change in changes
+            for module, name in (*change.buffers, *change.attributes)
+            if name in module._buffers
+            or not isinstance(vars(module).get(name), torch.Tensor)
+        ]
+
     def call(
         self,
         name: str,

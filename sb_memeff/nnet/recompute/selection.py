@@ -4,7 +4,7 @@ Authors
  * The sb_memeff authors 2026
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
@@ -14,14 +14,16 @@ __all__ = ["find_segments", "refuse_nested"]
 
 
 def find_segments(
-    module: nn.Module, blocks: str | Sequence[str], length: int
+    module: nn.Module | Mapping[str, nn.Module],
+    blocks: str | Sequence[str],
+    length: int,
 ) -> list[list[tuple[str, nn.Module]]]:
     """Groups the named blocks into segments.
 
     Arguments
     ---------
-    module : torch.nn.Module
-        The network.
+    module : torch.nn.Module or dict
+        The network, or networks by name.
     blocks : str or list of str
         Names with wildcards, see ``recompute_blocks``.
     length : int
@@ -35,7 +37,7 @@ def find_segments(
     Raises
     ------
     TypeError
-        If module is not a torch.nn.Module.
+        If module is neither a torch.nn.Module nor a dict of them.
     ValueError
         If a name matches nothing, or a module that cannot be recomputed, or
         if blocks are nested and length is not 1.
@@ -46,10 +48,14 @@ def find_segments(
     >>> [[name for name, _ in s] for s in find_segments(net, "*", 2)]
     [['0', '1'], ['2']]
     """
+    if isinstance(module, Mapping) and all(
+        isinstance(part, nn.Module) for part in module.values()
+    ):
+        module = nn.ModuleDict(dict(module))
     if not isinstance(module, nn.Module):
         raise TypeError(
-            f"recompute_blocks: module must be a torch.nn.Module, got "
-            f"{type(module).__name__}."
+            f"recompute_blocks: module must be a torch.nn.Module or a dict of "
+            f"them, got {type(module).__name__}."
         )
     if not isinstance(length, int) or length < 1:
         raise ValueError(
@@ -82,7 +88,7 @@ def _named_blocks(
                 f"recompute_blocks: nothing in {type(module).__name__} is "
                 f"named {pattern!r}. There are: {_candidates(named)}."
             )
-        callables = [m for m in matches if not isinstance(m[1], _CONTAINERS)]
+        callables = [m for m in matches if _is_callable(m[1])]
         if not callables:
             name, part = matches[0]
             raise ValueError(
@@ -99,6 +105,14 @@ def _named_blocks(
 
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
+
+def _is_callable(module: nn.Module) -> bool:
+    # SpeechBrain's Sequential is a ModuleDict with a forward of its own.
+    return (
+        not isinstance(module, _CONTAINERS)
+        or type(module).forward is not nn.Module.forward
+    )
 
 
 def _parts(name: str) -> list[str]:
@@ -123,7 +137,7 @@ def _candidates(named: list[tuple[str, nn.Module]], limit: int = 30) -> str:
     names = {}
     for name, part in named:
         parts = ["*" if p.isdigit() else p for p in _parts(name)]
-        if parts and not isinstance(part, _CONTAINERS):
+        if parts and _is_callable(part):
             names[tuple(parts)] = None
     names = [".".join(parts) for parts in sorted(names, key=len)]
     if len(names) > limit:

@@ -95,6 +95,8 @@ def apply_invertible_blocks(
         if isinstance(block.module, Tap):
             token, value = _TapNode.apply(*inputs)
             tap_sum.add(value, f"{block.name}.read")
+            # Not kept until the next tap.
+            del value
         else:
             token = _BlockNode.apply(*inputs)
     *outputs, tap_sum.token = _OutputNode.apply(
@@ -309,6 +311,8 @@ class ChainState:
     def end_backward(self) -> None:
         """Frees the tensors of this backward pass."""
         self.streams, self.gradients, self.extra_tensors = [], [], None
+        # The last copies, which no block needs.
+        self.gradient_sums = GradientSums()
         for observer in self.observers:
             observer.backward_ends()
 

@@ -396,6 +396,8 @@ class ReversibleSequence(nn.Module):
                 arguments = (block, name, stream_format, extra, *state)
                 value = Segment().call(name, block, _tap_value, arguments, {})
                 tap_sum.add(value, f"{name}.read")
+                # Not kept until the next tap.
+                del value
             else:
                 arguments = (block, stream_format, extra, *state)
                 state = Segment().call(name, block, _call_module, arguments, {})

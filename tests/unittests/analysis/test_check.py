@@ -25,11 +25,6 @@ from tests.unittests.analysis.yaml_files import (
     upstream_transducer,
 )
 
-RECOMPUTE = [
-    ("# __recompute", "__recompute"),
-    ("#     module: !ref <Transformer>", "    module: !ref <Transformer>"),
-    ("#     blocks: encoder", "    blocks: encoder"),
-]
 CONFORMER = LIBRISPEECH / "hparams/conformer_transducer.yaml"
 STORED = "gradients against stored activations"
 LOGITS = "gradients against all logits at once"
@@ -114,14 +109,17 @@ def test_transducers(method, precision):
     assert checks(report) == ["finite", LOGITS, "running statistics"]
 
 
-def test_a_transducer_whose_layers_recompute(tmp_path):
-    path = changed(CONFORMER, tmp_path, *RECOMPUTE)
-    report = check(read_recipe(path, SMALL_TRANSDUCER))
+@pytest.mark.parametrize(
+    "split, attention", [(1, "RelPosMHAXL"), (2, "RelPosMHAXL"), (2, "RoPEMHA")]
+)
+def test_a_transducer_whose_layers_recompute(split, attention, tmp_path):
+    positions = "attention_type: RelPosMHAXL", f"attention_type: {attention}"
+    path = changed(CONFORMER, tmp_path, positions)
+    options = {"recompute": True, "recompute_split": split}
+    report = check(read_recipe(path, {**SMALL_TRANSDUCER, **options}))
     assert report.passed, report
     layers = "enc.transformer.encoder.layers"
-    assert report.lines[0].endswith(
-        f"in {layers}.0, {layers}.1, transducer_loss"
-    )
+    assert report.lines[0].endswith(f"in CNN, {layers}.0, {layers}.1, 1 more")
     assert checks(report) == ["finite", STORED, LOGITS, "running statistics"]
 
 
@@ -294,7 +292,7 @@ def test_a_transducer_loss_that_drops_cells(precision, monkeypatch):
     assert line_of(report, "finite").endswith("ok")
 
 
-def test_a_recomputed_layer_that_does_not_repeat(tmp_path):
+def test_a_recomputed_layer_that_does_not_repeat():
     class Drifting(nn.Module):
         calls = 0
 
@@ -306,15 +304,16 @@ def test_a_recomputed_layer_that_does_not_repeat(tmp_path):
         layer = step.enc.transformer.encoder.layers[1]
         layer.ffn_module1 = nn.Sequential(layer.ffn_module1, Drifting())
 
-    path = changed(CONFORMER, tmp_path, *RECOMPUTE)
-    overrides = {**SMALL_TRANSDUCER, "transducer_method": "batched"}
-    report = check(read_recipe(path, overrides), change)
+    overrides = {"transducer_method": "batched", "recompute": True}
+    recipe = transducer("conformer", recompute_split=1, **overrides)
+    report = check(recipe, change)
     assert not report.passed
     assert "encoder.layers.1 cannot be computed again" in report.lines[-1]
     # Gradients are compared only if training continues after a mismatch.
     set_mismatch_action("warn")
     try:
-        report = check(read_recipe(path, overrides), change)
+        recipe = transducer("conformer", recompute_split=1, **overrides)
+        report = check(recipe, change)
     finally:
         set_mismatch_action("error")
     assert place(report, STORED).startswith("enc.transformer.encoder.layers.")

@@ -1,12 +1,15 @@
 """The largest batch that fits: searched for, then profiled."""
 
 import pytest
+from hyperpyyaml import load_hyperpyyaml
 
-from sb_memeff.analysis.fit import fit, usable
+from sb_memeff.analysis.fit import fit, usable, yaml_line
 from sb_memeff.analysis.profile import Profile, profile
 from sb_memeff.analysis.recipe import read_recipe
 from sb_memeff.lobes.models.ResNet import ResNet
 from sb_memeff.memory.step import StepMemory
+from sb_memeff.nnet.recompute.blocks import is_split
+from sb_memeff.nnet.recompute.fit import Recomputation
 from tests.unittests.analysis.yaml_files import (
     LIBRISPEECH,
     SMALL_TRANSDUCER,
@@ -223,6 +226,64 @@ def test_a_batch_that_is_given_is_not_dynamic(monkeypatch):
     assert found.overrides == {"batch_size": 2, "dynamic_batching": False}
     recipe = read_recipe(DIGITS, found.overrides)
     assert recipe.default_batch(10.0) == (2, 10.0)
+
+
+# --- the cheapest recomputation ----------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "limit, chosen",
+    [
+        (1000, None),
+        (750, "every: 1.5"),
+        (650, "every: 1.5, first_output_only: True"),
+        (500, ""),
+        (399, "split: 2"),
+        (110, "first_output_only: True, split: 4"),
+    ],
+)
+def test_the_cheapest_recomputation(limit, chosen, monkeypatch):
+    """Of the CNN and two layers."""
+    blocks = "[CNN, enc.transformer.encoder.layers.*]"
+
+    def fake_profile(recipe, batch, seconds, tokens, precision, variant):
+        label, _, options = variant.label.partition(", ")
+        assert label == "tiled"
+        size = 1000
+        if options:
+            how = load_hyperpyyaml(f"how: {{{options}}}")["how"]
+            assert how["blocks"] == ["CNN", "enc.transformer.encoder.layers.*"]
+            recomputed = 3 / how.get("every", 1)
+            size -= 180 * recomputed - 40
+            size = (size - 100) / how.get("split", 1)
+            size += 0 if how.get("first_output_only") else 100
+        memory = StepMemory(0, 0, 0, size, "", "", {("", "activations"): size})
+        return Profile(
+            variant.label, batch, batch, seconds, tokens, "", "", memory
+        )
+
+    monkeypatch.setattr("sb_memeff.analysis.fit.profile", fake_profile)
+    found = fit(DIGITS, SMALL_TRANSDUCER, limit, 4, 2.0)
+    assert found.overrides == {"batch_size": 4, "dynamic_batching": False}
+    if chosen is None:
+        assert found.yaml is None and found.profile.label == "tiled"
+        return
+    options = f"blocks: {blocks}" + (chosen and f", {chosen}")
+    assert found.profile.label == f"tiled, {options}"
+    assert found.yaml == (
+        "__recompute: !apply:sb_memeff.nnet.recompute.recompute_blocks "
+        f"{{module: !ref <modules>, {options}}}"
+    )
+
+
+def test_the_printed_line_of_yaml(tmp_path):
+    how = Recomputation(every=1.5, first_output_only=True, split=4)
+    line = yaml_line(how, ("CNN", "enc.transformer.encoder.layers.*"))
+    before = "\nmodel: !new:"
+    path = changed(DIGITS, tmp_path, (before, f"\n{line}\n{before}"))
+    step = read_recipe(path, SMALL_TRANSDUCER).build()
+    layers = step.enc.transformer.encoder.layers
+    assert [is_split(x) for x in (step.CNN, *layers)] == [True, True, False]
 
 
 # --- bad input ---------------------------------------------------------------

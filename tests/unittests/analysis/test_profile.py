@@ -118,14 +118,8 @@ def test_speechbrains_transducer_loss_holds_logits_and_gradients(tmp_path):
     found = {
         variant.label: profile(recipe, 32, 4.0, 40, variant=variant).memory
         for variant in recipe.variants()
+        if variant.label in ("SpeechBrain's loss", "batched", "tiled")
     }
-    assert list(found) == [
-        "SpeechBrain's loss",
-        "batched",
-        "samplewise",
-        "tiled",
-        "tiled, encoder recomputed",
-    ]
     # 32 x 101 x 41 cells, of which a GPU's tile is a quarter; logits, their
     # logarithms, the loss's gradients and those of the logits.
     logits = 32 * 101 * 41 * 500 * 4

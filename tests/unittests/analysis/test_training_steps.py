@@ -10,6 +10,7 @@ import torch
 from hyperpyyaml import load_hyperpyyaml
 
 from sb_memeff.analysis.recipe import read_recipe
+from sb_memeff.nnet.recompute.blocks import is_split
 from sb_memeff.nnet.transducer.logits_loss import transducer_loss
 from sb_memeff.optim import SGD8bit
 from tests.unittests.analysis.brains import (
@@ -156,11 +157,6 @@ DEC_LIN = [
     ),
     ("    # dec_lin: !ref <dec_lin>", "    dec_lin: !ref <dec_lin>"),
 ]
-RECOMPUTE = [
-    ("# __recompute", "__recompute"),
-    ("#     module: !ref <Transformer>", "    module: !ref <Transformer>"),
-    ("#     blocks: encoder", "    blocks: encoder"),
-]
 
 
 @pytest.mark.parametrize(
@@ -188,17 +184,22 @@ def test_transducer_brain_with_everything(tmp_path, monkeypatch):
     path = changed(
         LIBRISPEECH / "hparams/conformer_transducer.yaml",
         tmp_path,
-        *(*MULTIPLY, *DEC_LIN, *RECOMPUTE),
+        *(*MULTIPLY, *DEC_LIN),
     )
-    overrides = {"streaming": False, "ce_weight": 0.2, **NO_DROPOUT}
+    overrides = {
+        "streaming": False,
+        "ce_weight": 0.2,
+        "recompute": True,
+        "recompute_split": 2,
+        **NO_DROPOUT,
+    }
     step, brain = transducers(path, overrides, tmp_path, monkeypatch)
     assert step.copies == 4  # three of features, and the original
     for modules in (step, brain.modules):
         # The Augmenters draw numbers, the step does not.
         without_dropout(modules)
-        assert hasattr(
-            modules.enc.transformer.encoder.layers[1], "_recompute_place"
-        )
+        assert is_split(modules.enc.transformer.encoder.layers[1])
+        assert is_split(modules.CNN)
     leave_data_alone(brain.hparams.wav_augment)
     leave_data_alone(brain.hparams.fea_augment)
     check_same(step, brain, *transducer_batches(step))

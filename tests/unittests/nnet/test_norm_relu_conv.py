@@ -18,7 +18,7 @@ from sb_memeff.nnet.padding import mask
 from sb_memeff.nnet.recompute import recompute_blocks
 from sb_memeff.nnet.recompute.segment import Segment
 from sb_memeff.nnet.reversible import AdditiveCoupling, ReversibleSequence
-from sb_memeff.ops import norm_relu
+from sb_memeff.ops import norm_relu, slices
 from sb_memeff.ops.dispatch import fused_on_fake_tensors
 from tests.unittests.ops.kernel import DEVICE, error
 
@@ -268,6 +268,108 @@ def test_memory(fused):
         y.sum().backward()
     # The output and, in backward, as many as are allowed.
     assert tracker.peak - start < (2.1 if fused else 3.1) * size
+
+
+@pytest.fixture
+def in_slices(monkeypatch):
+    """Makes all activations in slices of two samples and one, or fewer."""
+    monkeypatch.setattr(slices, "WHOLE_BYTES", 0)
+    size = batch().nbytes * 2 // 3
+    monkeypatch.setattr(slices, "SLICE_BYTES", size)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("frozen", [(), ("0.weight", "0.bias"), ("2.weight",)])
+@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
+def test_slices_of_the_activation(
+    monkeypatch, in_slices, memory_format, frozen, training, fused
+):
+    net = layers(bias=True).to(DEVICE).train(training)
+    for name in frozen:
+        net.get_parameter(name).requires_grad_(False)
+    x = batch(
+        torch.channels_last
+        if memory_format == "channels_last"
+        else torch.contiguous_format
+    ).to(DEVICE)
+    padding = some_padding().to(DEVICE)
+    exact = copy.deepcopy(net).double()
+    expected = results(one_by_one, exact, x.double(), padding)
+    monkeypatch.setattr(norm_relu, "runs_fused", lambda *tensors: fused)
+    sizes = []
+
+    def watched(x, *args):
+        sizes.append(len(x))
+        return norm_relu.norm_relu(x, *args)
+
+    monkeypatch.setattr("sb_memeff.nnet.norm_relu_conv.norm_relu", watched)
+    found = results(norm_relu_conv, net, x, padding)
+    assert sizes == [2, 1, 2, 1]
+    for a, b in zip(found, expected, strict=True):
+        assert error(a, b) < 3e-6
+    assert found[0].is_contiguous() == (memory_format == "contiguous")
+
+
+def test_slices_without_gradient_of_the_input(in_slices):
+    net, exact = layers(), layers()
+    for n in (net, exact):
+        n[0].requires_grad_(False)
+    norm_relu_conv(batch(), *net).sum().backward()
+    one_by_one(batch(), *exact).sum().backward()
+    torch.testing.assert_close(net[2].weight.grad, exact[2].weight.grad)
+
+
+def test_weight_gradients_of_slices_are_added_in_float32(monkeypatch):
+    """In bfloat16 a sum of 300 ones stays at 256."""
+    monkeypatch.setattr(slices, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(slices, "SLICE_BYTES", 1)
+    norm = nn.BatchNorm2d(1).eval().bfloat16()
+    conv = nn.Conv2d(1, 1, 1, bias=False).bfloat16()
+    x = torch.ones(300, 1, 1, 1, dtype=torch.bfloat16)
+    norm_relu_conv(x, norm, nn.ReLU(), conv).sum().backward()
+    assert conv.weight.grad.item() == 300
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_memory_of_slices(monkeypatch, fused):
+    """Forward holds no activation; backward no more than one gradient."""
+    size = 4 * 16 * 16 * 40 * 40
+    monkeypatch.setattr(slices, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(slices, "SLICE_BYTES", size // 16)
+    path = fused_on_fake_tensors if fused else contextlib.nullcontext
+    with fake_tensors(), StorageTracker() as tracker, path():
+        net = nn.BatchNorm2d(16), nn.ReLU(inplace=True), nn.Conv2d(16, 16, 1)
+        x = torch.zeros(16, 16, 40, 40, requires_grad=True)
+        start = tracker.alive
+        y = norm_relu_conv(x, *net)
+        assert tracker.peak - start < 1.2 * size
+        y.sum().backward()
+    assert tracker.peak - start < 2.3 * size
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_chains_of_sliced_layers(monkeypatch, exact):
+    monkeypatch.setattr(slices, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(slices, "SLICE_BYTES", 2000)
+    found = []
+    for save_memory in (True, False):
+        torch.manual_seed(0)
+        net = ReversibleSequence(
+            [
+                AdditiveCoupling(
+                    *(ResidualBody("basic", 4, 4, 4) for _ in "fg")
+                )
+                for _ in range(3)
+            ],
+            save_memory=save_memory,
+            exact=exact,
+        )
+        x = torch.randn(5, 8, 9, 10, requires_grad=True)
+        net(x).square().sum().backward()
+        found.append([x.grad, *(p.grad for p in net.parameters())])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 def recompute_first(net):

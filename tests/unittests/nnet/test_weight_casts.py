@@ -169,8 +169,19 @@ def test_what_is_not_converted(monkeypatch):
     convs = [nn.Conv2d(3, 3, 1).to(DEVICE) for _ in range(2)]
     assert cast_weights(convs) == [None, None]
     with torch.autocast(DEVICE, HALF):
-        assert cast_weights([convs[0], nn.Linear(3, 3)]) == [None, None]
         assert cast_weights([copy.deepcopy(convs[0]).to(HALF)]) == [None]
+
+
+@pytest.mark.parametrize("name", ["norm", "activation"])
+def test_modules_that_are_called_one_by_one(monkeypatch, name):
+    """They convert their weights themselves."""
+    force(monkeypatch)
+    net = body().to(DEVICE).eval()
+    other = nn.SyncBatchNorm(6) if name == "norm" else nn.GELU()
+    setattr(net.layers[1], name, other.to(DEVICE).eval())
+    with Operations() as operations, torch.autocast(DEVICE, HALF):
+        net(batch()[:, :4])
+    assert not operations.names["_foreach_copy_"]
 
 
 def test_function_transforms_and_double_backward(monkeypatch):

@@ -1012,6 +1012,21 @@ def test_names(blocks, expected):
     assert recompute_blocks(ecapa(), blocks) == expected
 
 
+def test_networks_by_name():
+    """As the modules of a yaml file."""
+    modules = {"front": nn.Linear(2, 2), "net": ecapa()}
+    names = recompute_blocks(modules, ["front", "net.mfa"])
+    assert names == ["front", "net.mfa"]
+    assert store_blocks(modules["net"]) == ["mfa"]
+    assert store_blocks(modules["front"]) == [""]
+
+
+def test_a_switch():
+    net = ecapa()
+    assert recompute_blocks(net, "no such block", enabled=False) == []
+    assert store_blocks(net) == []
+
+
 def test_a_module_with_two_names_is_one_block():
     net = nn.ModuleDict({"a": body()})
     net["b"] = net["a"]
@@ -1080,8 +1095,10 @@ def test_bad_names():
         recompute_blocks(ecapa(), [])
     with pytest.raises(ValueError, match=r"transformer\.encoder\.layers\.\*,"):
         recompute_blocks(conformer(), "layers.*")
-    with pytest.raises(TypeError, match="dict"):
-        recompute_blocks({"a": ecapa()}, "*")
+    with pytest.raises(TypeError, match="got list"):
+        recompute_blocks([ecapa()], "*")
+    with pytest.raises(TypeError, match="got dict"):
+        recompute_blocks({"a": ecapa(), "b": 3}, "*")
     scripted = nn.Sequential(torch.jit.script(nn.Linear(2, 2)))
     with pytest.raises(ValueError, match="0 is compiled by torch.jit"):
         recompute_blocks(scripted, "*")
@@ -1133,14 +1150,14 @@ def test_the_budget_picks_every():
     peaks = []
     for budget in (whole, 0.8 * whole, 0.6 * whole):
         net = stack(8).float()
-        every = fit_recompute(net, "*", budget, SHAPE)
+        options = fit_recompute(net, "*", budget, SHAPE)
         peaks.append(peak(net))
         assert peaks[-1] <= budget
         names = store_blocks(net)
-        if every is None:
+        if options is None:
             assert names == []
         else:
-            assert names == recompute_blocks(net, "*", every)
+            assert names == recompute_blocks(net, "*", **options)
             # One block fewer would not fit.
             store_blocks(net)
             if len(names) > 1:
@@ -1172,8 +1189,8 @@ def test_the_example_may_be_a_function():
         shapes.append(y.shape)
         return y.square().mean()
 
-    every = fit_recompute(net, LAYERS, "11MB", step)
-    assert every in (4, 2, 4 / 3)
+    options = fit_recompute(net, LAYERS, "11MB", step)
+    assert options["every"] in (4, 2, 4 / 3)
     assert set(shapes) == {torch.Size([4, 100, 16])}
     # The network itself was neither called nor changed.
     assert all(p.grad is None for p in net.parameters())
@@ -1194,7 +1211,8 @@ def test_optimizer_and_precision_count():
                 for _ in range(8)
             )
         )
-        return fit_recompute(net, "*", "7.5MB", [1000, 100], **options)
+        found = fit_recompute(net, "*", "7.5MB", [1000, 100], **options)
+        return None if found is None else found["every"]
 
     plain = chosen()
     assert chosen(optimizer=torch.optim.Adam) < plain

@@ -41,6 +41,15 @@ CASES["dropped_layers-find_unused"] = (
     {"blocks": LAYERS, "segment_length": 2},
     MODES["find_unused"],
 )
+# Each layer in two pieces, which changes the last bits.
+SPLIT = {
+    f"pieces-{mode}": (
+        lambda: conformer(layers=2, dropout=0.0),
+        {"blocks": LAYERS, "split": 2, "first_output_only": True},
+        MODES[mode],
+    )
+    for mode in ("default", "static_graph")
+}
 
 
 def train(net, rank):
@@ -60,8 +69,11 @@ def train(net, rank):
 def states_and_gradients(rank):
     """Of each case, recomputed and untouched."""
     found = {}
-    for case, (network, blocks, options) in CASES.items():
-        net, twin = network(), network()
+    for case, (network, blocks, options) in {**CASES, **SPLIT}.items():
+        torch.manual_seed(0)
+        net = network()
+        torch.manual_seed(0)
+        twin = network()
         recompute_blocks(net, **blocks)
         found[case] = [
             train(DistributedDataParallel(module, **options), rank)
@@ -89,6 +101,17 @@ def test_steps_are_bit_equal_to_the_untouched_network(results, case):
         assert_equal(state, state_ref)
         assert_equal(gradients, reference)
     # And the processes agree on the gradients.
+    assert_equal(results[0][case][0][1], results[1][case][0][1])
+
+
+@pytest.mark.parametrize("case", SPLIT)
+def test_split_blocks(results, case):
+    for rank in range(2):
+        ours, reference = results[rank][case]
+        for a, b in zip((*ours[0], *ours[1]), (*reference[0], *reference[1])):
+            assert (a is None) == (b is None)
+            if a is not None:
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     assert_equal(results[0][case][0][1], results[1][case][0][1])
 
 

@@ -1,5 +1,6 @@
 """Chains whose sums are kernels: the same bits, fewer launches and passes."""
 
+import weakref
 from collections import Counter
 
 import pytest
@@ -318,6 +319,46 @@ def test_a_sum_of_gradients_is_overwritten(monkeypatch, layout):
     with watch_launches(watch):
         net(x.requires_grad_()).square().sum().backward()
     assert in_place == 6 * [True]
+
+
+class Split(nn.Module):
+    """Two streams, of whose gradients it tells a function."""
+
+    takes_streams = True
+
+    def __init__(self, tell):
+        super().__init__()
+        self.tell = tell
+
+    def forward(self, streams):
+        streams = tuple(2 * s for s in streams)
+        for s in streams:
+            if s.requires_grad:
+                s.register_hook(self.tell)
+        return streams
+
+
+def test_no_copy_of_a_gradient_outlives_the_chain(monkeypatch):
+    """The block before gets the sums themselves."""
+    force_stream_kernels(monkeypatch)
+    copies, alive = [], []
+    add = gradient_sums.add_and_convert
+
+    def watch(*args):
+        result = add(*args)
+        copies.append(weakref.ref(result[1]))
+        return result
+
+    def tell(gradient):
+        alive.append(sum(copy() is not None for copy in copies))
+
+    monkeypatch.setattr(gradient_sums, "add_and_convert", watch)
+    blocks = [AdditiveCoupling(Half(), Half()) for _ in range(2)]
+    net = ReversibleSequence([Split(tell), *blocks]).to(DEVICE)
+    y = net(images().to(DEVICE).requires_grad_())
+    y.square().sum().backward()
+    assert len(copies) == 4
+    assert alive == [0, 0]
 
 
 def test_a_stream_beyond_the_grid_is_reported(monkeypatch):

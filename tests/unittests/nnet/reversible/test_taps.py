@@ -255,6 +255,26 @@ def test_memory_of_taps_does_not_grow_with_their_number():
     assert few < (3 * 3 + 4 + 3) * state
 
 
+@pytest.mark.parametrize("kind", ["couplings", "tensors"])
+def test_the_value_of_a_tap_is_freed_before_the_next_one(kind):
+    net = ReversibleSequence(TAPPED[kind]())
+    values, alive_before = [], []
+    for block in net.blocks:
+        if isinstance(block, Tap):
+            block.read.register_forward_hook(
+                lambda module, args, value: values.append(
+                    weakref.ref(value.untyped_storage())
+                )
+            )
+            block.read.register_forward_pre_hook(
+                lambda module, args: alive_before.append(
+                    [value for value in values if value() is not None]
+                )
+            )
+    net(images().requires_grad_())
+    assert alive_before == [[], []] and len(values) == 2
+
+
 @pytest.mark.parametrize("save_memory", [True, False])
 def test_taps_that_do_not_fit(save_memory):
     def sequence(*taps):

@@ -1,0 +1,119 @@
+"""Checks that the samples of a batch do not depend on each other.
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import TreeSpec, tree_leaves, tree_unflatten
+
+from sb_memeff.nnet.replay.recorder import Recorder, without_trace
+
+__all__ = ["dependent_input"]
+
+
+def dependent_input(
+    block: nn.Module,
+    function: Callable[..., Any],
+    leaves: Sequence[Any],
+    per_sample: Sequence[bool],
+    structure: TreeSpec,
+) -> int | None:
+    """Finds an argument of one sample that changes the output of another.
+
+    The gradient of a sample's output for another sample's input is exactly zero
+    if they are independent, with dropout too. The call leaves no trace in the
+    state of modules and random generators.
+
+    Arguments
+    ---------
+    block : torch.nn.Module
+        The block.
+    function : callable
+        Its forward.
+    leaves : list
+        Leaves of its arguments, for two samples.
+    per_sample : list of bool
+        Whether a leaf has rows for each sample.
+    structure : TreeSpec
+        Structure of ``(args, kwargs)``.
+
+    Returns
+    -------
+    int or None
+        Index of a leaf, if there is one.
+
+    Example
+    -------
+    >>> from torch.utils._pytree import tree_flatten
+    >>> x = torch.rand(2, 3)
+    >>> leaves, structure = tree_flatten(((x,), {}))
+    >>> for module in torch.nn.Softmax(dim=1), torch.nn.Softmax(dim=0):
+    ...     dependent_input(module, module.forward, leaves, [True], structure)
+    0
+    """
+    inputs = {}
+    for i, (leaf, split) in enumerate(zip(leaves, per_sample, strict=True)):
+        if split and leaf.is_floating_point():
+            inputs.setdefault(id(leaf), (i, leaf.detach().requires_grad_()))
+    # Copies, because the function may change its input in place, which is refused
+    # later.
+    with torch.enable_grad():
+        copies = {key: x.clone() for key, (_, x) in inputs.items()}
+    leaves = [copies.get(id(x), x) for x in leaves]
+    tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
+    recorder = Recorder(tensors[0].device)
+    with (
+        torch.enable_grad(),
+        recorder.recording(block, leaves) as recording,
+        without_trace(block),
+        # An enclosing segment must not count these tensors.
+        saved_tensors_hooks(lambda x: x, lambda x: x),
+    ):
+        args, kwargs = tree_unflatten(leaves, structure)
+        result = function(*args, **kwargs)
+        found = _dependent(result, list(inputs.values()))
+    for source, state in recording.random_states or ():
+        source.write(state)
+    return found
+
+
+def _dependent(
+    result: Any, inputs: list[tuple[int, torch.Tensor]]
+) -> int | None:
+    outputs = [
+        y
+        for y in tree_leaves(result)
+        if isinstance(y, torch.Tensor)
+        and y.requires_grad
+        and y.dim()
+        and len(y) == 2
+    ]
+    if not outputs or not inputs:
+        return None
+    for sample, other in ((0, 1), (1, 0)):
+        # No plain sum, which is constant after a norm or a softmax.
+        totals = [(_weights(y[sample]) * y[sample]).sum() for y in outputs]
+        gradients = torch.autograd.grad(
+            totals,
+            [x for _, x in inputs],
+            retain_graph=True,
+            allow_unused=True,
+        )
+        for (index, x), gradient in zip(inputs, gradients, strict=True):
+            if gradient is not None:
+                rows = gradient.unflatten(0, (2, len(x) // 2))[other]
+                # NaN comes from zero times the infinity of a masked score.
+                if rows.nan_to_num().any():
+                    return index
+    return None
+
+
+def _weights(y: torch.Tensor) -> torch.Tensor:
+    numbers = torch.arange(y.numel(), device=y.device)
+    return numbers.cos().view(y.shape).to(y.dtype)

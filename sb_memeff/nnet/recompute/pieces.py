@@ -1,0 +1,350 @@
+"""Calls a block piece by piece over the batch.
+
+Backward then holds the activations of one piece at a time. The sum is that of the
+whole batch, up to rounding, if no sample depends on another one.
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn, Protocol
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from sb_memeff.nnet.recompute.independence import dependent_input
+from sb_memeff.nnet.recompute.outputs import DroppedOutput
+from sb_memeff.ops.dispatch import has_values
+
+__all__ = ["BatchPieces", "SplitError", "batch_statistics"]
+
+# Names of arguments in SpeechBrain's and torch's layers. The sequences and their
+# padding, for each sample:
+PER_SAMPLE = frozenset(
+    ["x", "src", "tgt", "memory", "query", "key", "value"]
+    + ["lengths", "wav_len", "wav_lens", "key_padding_mask"]
+    + ["src_key_padding_mask", "tgt_key_padding_mask"]
+    + ["memory_key_padding_mask"]
+)
+# Positions, the same for all samples:
+SHARED = frozenset(["pos_embs", "pos_embs_src", "pos_embs_tgt"])
+# [T, S] for all samples, or [B * heads, T, S]:
+ATTENTION_MASKS = frozenset(
+    ["attn_mask", "src_mask", "tgt_mask", "memory_mask"]
+)
+
+
+class SplitError(ValueError):
+    """Raised if a block cannot be called in pieces of the batch."""
+
+
+class PieceCall(Protocol):
+    """Calls a block for a piece of the batch."""
+
+    def __call__(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, list[tuple[nn.Module, str]]]:
+        """Returns the result, and the state that the call has changed."""
+        ...
+
+
+@dataclass
+class _Argument:
+    """A leaf of the arguments."""
+
+    name: str
+    value: Any
+    # Rows of the first dimension that belong to one sample; 0 if it is shared.
+    rows: int = 0
+
+
+class BatchPieces:
+    """Calls a block piece by piece over the batch.
+
+    Arguments
+    ---------
+    name : str
+        Name of the block, for messages.
+    count : int
+        Number of pieces.
+    shared : list of str, optional
+        Arguments of the block's forward that all samples share.
+
+    Example
+    -------
+    >>> pieces = BatchPieces("linear", 4)
+    >>> linear = torch.nn.Linear(2, 3)
+    >>> def call(args, kwargs):
+    ...     print(args[0].shape)
+    ...     return linear(*args, **kwargs), []
+    >>> pieces.call(linear, linear.forward, call, (torch.rand(6, 2),), {}).shape
+    torch.Size([2, 2])
+    torch.Size([2, 2])
+    torch.Size([2, 2])
+    torch.Size([6, 3])
+    """
+
+    def __init__(
+        self, name: str, count: int, shared: Sequence[str] | None = None
+    ):
+        self.name = name
+        self.count = count
+        self.shared = None if shared is None else frozenset(shared)
+        # Modes of the block, training or not.
+        self._independent: set[bool] = set()
+
+    def call(
+        self,
+        block: nn.Module,
+        function: Callable[..., Any],
+        call_piece: PieceCall,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Calls the block.
+
+        Arguments
+        ---------
+        block : torch.nn.Module
+            The block.
+        function : callable
+            Its forward.
+        call_piece : callable
+            Calls it for a piece.
+        args : tuple
+            Arguments of the whole batch.
+        kwargs : dict
+            Its keyword arguments.
+
+        Returns
+        -------
+        any
+            The result for the whole batch.
+
+        Raises
+        ------
+        SplitError
+            If the block cannot be called in pieces.
+        """
+        arguments = list(_named(function, args, kwargs))
+        first = self._first_sequence(function, arguments)
+        if first is None or len(first.value) < 2:
+            return call_piece(args, kwargs)[0]
+        batch = len(first.value)
+        statistics = batch_statistics(block)
+        if statistics:
+            self._refuse(f"{statistics} takes statistics over the batch")
+        for argument in arguments:
+            argument.rows = self._rows_per_sample(argument, first, block)
+        _, structure = tree_flatten((args, kwargs))
+        self._check_independence(block, function, arguments, structure)
+        # As few pieces as have this size.
+        size = -(-batch // self.count)
+        sizes = [min(size, batch - i) for i in range(0, batch, size)]
+        results = []
+        for number, leaves in enumerate(_cut(arguments, sizes)):
+            args, kwargs = tree_unflatten(leaves, structure)
+            result, changed = call_piece(args, kwargs)
+            # The first call may create a table, for example.
+            if number and changed:
+                self._refuse_changes(block, *changed[0])
+            results.append(result)
+        return self._joined(results, sizes)
+
+    def _first_sequence(
+        self, function: Callable[..., Any], arguments: list[_Argument]
+    ) -> _Argument | None:
+        """The first tensor of each sample, in the order of the signature."""
+        order = list(inspect.signature(function).parameters)
+        candidates = [
+            (order.index(a.name) if a.name in order else len(order), i)
+            for i, a in enumerate(arguments)
+            if isinstance(a.value, torch.Tensor)
+            and a.value.dim()
+            and a.name not in SHARED | ATTENTION_MASKS | (self.shared or set())
+        ]
+        return arguments[min(candidates)[1]] if candidates else None
+
+    def _rows_per_sample(
+        self, argument: _Argument, first: _Argument, block: nn.Module
+    ) -> int:
+        name, value, batch = argument.name, argument.value, len(first.value)
+        if not isinstance(value, torch.Tensor) or not value.dim():
+            return 0
+        if name in SHARED or name in (self.shared or ()):
+            return 0
+        if name in ATTENTION_MASKS and value.dim() == 2:
+            return 0
+        if name in ATTENTION_MASKS and value.dim() == 3:
+            for part in block.modules():
+                heads = getattr(part, "num_heads", None)
+                if isinstance(heads, int) and len(value) == batch * heads:
+                    return heads
+            self._refuse(
+                f"its {name} has the shape {list(value.shape)}, which is not "
+                f"[B * heads, T, S]"
+            )
+        # The size alone says nothing: a [T, T] mask of all samples has as many
+        # rows as there are samples if T happens to equal B.
+        if (
+            argument is not first
+            and self.shared is None
+            and name not in PER_SAMPLE
+        ):
+            raise SplitError(
+                f"{self.name}: split={self.count} needs to know whether its "
+                f"argument {name}, of shape {list(value.shape)}, holds one "
+                f"item for each sample. Add shared: [{name}] to "
+                f"recompute_blocks if all samples share it, otherwise "
+                f"shared: []."
+            )
+        if len(value) != batch:
+            raise SplitError(
+                f"{self.name}: split={self.count} expects {batch} samples in "
+                f"each argument, as in {first.name}, but {name} has the shape "
+                f"{list(value.shape)}. If all samples share it, add "
+                f"shared: [{name}] to recompute_blocks."
+            )
+        return 1
+
+    def _check_independence(
+        self,
+        block: nn.Module,
+        function: Callable[..., Any],
+        arguments: list[_Argument],
+        structure: Any,
+    ) -> None:
+        """Raises if samples depend on each other; once a mode, on two."""
+        tensors = [a.value for a in arguments if a.rows]
+        if block.training in self._independent or not all(
+            map(has_values, tensors)
+        ):
+            return
+        leaves = next(_cut(arguments, [2]))
+        found = dependent_input(
+            block,
+            function,
+            leaves,
+            [bool(a.rows) for a in arguments],
+            structure,
+        )
+        if found is not None:
+            name = arguments[found].name
+            self._refuse(
+                f"its output for one sample depends on another sample of "
+                f"{name}, or the first dimension of {name} is not the batch"
+            )
+        self._independent.add(block.training)
+
+    def _joined(self, results: list[Any], sizes: list[int]) -> Any:
+        leaves, structures = zip(*map(tree_flatten, results), strict=True)
+        if any(one != structures[0] for one in structures):
+            self._refuse("its outputs differ in their structure")
+        whole = []
+        for parts in zip(*leaves, strict=True):
+            first = parts[0]
+            if isinstance(first, torch.Tensor):
+                for part, size in zip(parts, sizes, strict=True):
+                    if not part.dim() or len(part) != size:
+                        self._refuse(
+                            f"for {size} samples it returns a tensor of shape "
+                            f"{list(part.shape)}; if nobody uses it, set "
+                            f"first_output_only=True"
+                        )
+                first = torch.cat(parts)
+            elif not isinstance(first, DroppedOutput) and any(
+                part != first for part in parts
+            ):
+                self._refuse(f"it returns a {type(first).__name__} that varies")
+            whole.append(first)
+        return tree_unflatten(whole, structures[0])
+
+    def _refuse_changes(
+        self, block: nn.Module, module: nn.Module, name: str
+    ) -> NoReturn:
+        path = next(n for n, m in block.named_modules() if m is module)
+        self._refuse(
+            f"each call changes {f'{path}.{name}'.lstrip('.')}, which counts "
+            f"batches"
+        )
+
+    def _refuse(self, reason: str) -> NoReturn:
+        raise SplitError(
+            f"{self.name} cannot be called with split={self.count}: {reason}. "
+            f"Set split=1 for this block."
+        )
+
+
+def batch_statistics(block: nn.Module) -> str | None:
+    """Finds a norm that takes statistics over the batch.
+
+    Arguments
+    ---------
+    block : torch.nn.Module
+        The block.
+
+    Returns
+    -------
+    str or None
+        Its name and class, if there is one.
+
+    Example
+    -------
+    >>> norm = torch.nn.BatchNorm1d(3)
+    >>> batch_statistics(torch.nn.Sequential(norm))
+    '0 (BatchNorm1d)'
+    >>> batch_statistics(norm.eval()) is None
+    True
+    """
+    for name, part in block.named_modules():
+        if isinstance(part, _BatchNorm):
+            takes = part.training or part.running_mean is None
+        else:
+            # Normalises each sample, but averages the statistics that it keeps.
+            takes = (
+                isinstance(part, _InstanceNorm)
+                and part.training
+                and part.running_mean is not None
+            )
+        if takes:
+            return f"{name or 'it'} ({type(part).__name__})"
+    return None
+
+
+def _named(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Iterator[_Argument]:
+    """The leaves of the arguments, in their order."""
+    parameters = list(inspect.signature(function).parameters.values())
+    names = []
+    for parameter in parameters:
+        if parameter.kind in (parameter.KEYWORD_ONLY, parameter.VAR_KEYWORD):
+            break
+        names.append(parameter.name)
+    # The others are items of *args, the last one.
+    names += names[-1:] * (len(args) - len(names))
+    for name, value in (*zip(names, args, strict=False), *kwargs.items()):
+        for leaf in tree_leaves(value):
+            yield _Argument(name, leaf)
+
+
+def _cut(arguments: list[_Argument], sizes: list[int]) -> Iterator[list[Any]]:
+    """The leaves for pieces of the given numbers of samples."""
+    # A tensor passed twice must be one object in each piece: attention tests
+    # whether query and key are the same object.
+    parts = {}
+    for a in arguments:
+        if a.rows and id(a.value) not in parts:
+            rows = [a.rows * size for size in sizes]
+            value = a.value[: sum(rows)]
+            parts[id(a.value)] = value.split(rows)
+    for number in range(len(sizes)):
+        yield [
+            parts[id(a.value)][number] if a.rows else a.value for a in arguments
+        ]
