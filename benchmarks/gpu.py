@@ -510,7 +510,9 @@ def joint():
 
     def step_with(kind, inputs, **options):
         enc, pred, targets, lens, classifier = inputs
-        loss = kind(Transducer_joint(), classifier, reduction="sum", **options)
+        loss = kind(
+            Transducer_joint(), classifier, reduction="nll_sum", **options
+        )
 
         def step():
             e, p = (x.detach().requires_grad_() for x in (enc, pred))

@@ -223,7 +223,7 @@ def joint_step(frames, targets, features, vocabulary):
         loss = TransducerJointLoss(
             Transducer_joint(),
             nn.Linear(features, vocabulary),
-            reduction="sum",
+            reduction="nll_sum",
             occupancy_floor=0.0,
         )
         options = {"dtype": torch.bfloat16, "requires_grad": True}

@@ -21,12 +21,10 @@ class TorchaudioJointLoss(nn.Module):
     blank_index : int
         The blank.
     reduction : str
-        "sum", or "speechbrain" for SpeechBrain's value and gradient.
+        "nll_sum", or "mean" for SpeechBrain's value and gradient.
     """
 
-    def __init__(
-        self, joint, classifier, blank_index=0, reduction="speechbrain"
-    ):
+    def __init__(self, joint, classifier, blank_index=0, reduction="mean"):
         super().__init__()
         self.joint = joint
         self.classifier = classifier
@@ -51,7 +49,7 @@ class TorchaudioJointLoss(nn.Module):
             blank=self.blank_index,
             reduction="none",
         )
-        if self.reduction == "sum":
+        if self.reduction == "nll_sum":
             return nll.sum()
         # SpeechBrain reports the mean over frames, but its gradient is that
         # of the plain sum.

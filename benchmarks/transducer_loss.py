@@ -85,7 +85,7 @@ class Batch:
 
     def loss(self, kind, **options):
         """Computes the value of a loss module."""
-        loss = kind(self.joint, self.classifier, reduction="sum", **options)
+        loss = kind(self.joint, self.classifier, reduction="nll_sum", **options)
         return loss(
             self.enc,
             self.pred,

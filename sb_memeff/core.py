@@ -27,6 +27,7 @@ from sb_memeff.dataio.reproducible import (
 )
 from sb_memeff.nnet.replay.mismatch import read_mismatches
 from sb_memeff.optim import keep_32bit_states
+from sb_memeff.optim.misfit import name_parameters
 from sb_memeff.utils.checkpoints import (
     NoisePosition,
     RandomState,
@@ -64,6 +65,8 @@ class MemEffBrain(sb.core.Brain):
       one NaN to all of them, and names the parameter.
     * --optimizer_step_limit works on the command line.
     * 8-bit optimizers keep 32-bit states for embeddings.
+    * An optimizer's checkpoint that does not fit the modules is refused. The
+      error names the parameter.
 
     Use it with AtomicCheckpointer (sb_memeff.utils.checkpoints), whose
     checkpoints cannot be half-written. The random numbers of an
@@ -140,6 +143,8 @@ class MemEffBrain(sb.core.Brain):
         """Makes the optimizer, with 32-bit states for embeddings."""
         keep_32bit_states(self.modules)
         super().init_optimizers()
+        for optimizer in (self.optimizers_dict or {}).values():
+            name_parameters(optimizer, self.modules)
 
     def on_fit_start(self) -> None:
         """Prepares the modules, loads a checkpoint and logs its position."""

@@ -22,6 +22,7 @@ optimizer_8bit the step: unpack, update and pack, or one kernel for all
 one_launch     parameters that a kernel updates in one launch
 checkpoint     checkpoints in torch's and in bitsandbytes' format
 states_8bit    which states are in 8 bits; packing; their size
+misfit         refuses checkpoints of other parameters
 layout         dtypes and strides of states
 ============== ===============================================================
 

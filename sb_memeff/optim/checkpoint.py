@@ -13,14 +13,12 @@ from speechbrain.utils.logger import get_logger
 
 from sb_memeff.ops.blocks_8bit import BLOCK, Quantized8bit
 from sb_memeff.optim.layout import Group, State, laid_out_like, step_tensor
+from sb_memeff.optim.misfit import BITSANDBYTES, check_fit
 from sb_memeff.optim.states_8bit import States8bit
 
 __all__ = ["Checkpoints8bit"]
 
 logger = get_logger(__name__)
-
-# The key of the states in bitsandbytes' checkpoints.
-BITSANDBYTES = "__bnb_optimizer_quant_state__"
 
 
 class Checkpoints8bit(States8bit):
@@ -99,11 +97,9 @@ class Checkpoints8bit(States8bit):
 
         def restore(
             _: torch.optim.Optimizer, loaded: dict[str, Any]
-        ) -> dict[str, Any] | None:
+        ) -> dict[str, Any]:
+            check_fit(self, loaded)
             groups = self._restored_groups(loaded)
-            if groups is None:
-                # torch's class raises the error.
-                return None
             others = self._restored_states(loaded["state"], groups, states)
             _log_differences(type(self).__name__, self.param_groups, groups)
             return {**loaded, "state": others, "param_groups": groups}
@@ -122,15 +118,12 @@ class Checkpoints8bit(States8bit):
             for hook in hooks:
                 hook.remove()
 
-    def _restored_groups(self, loaded: dict[str, Any]) -> list[Group] | None:
-        """The checkpoint's groups; None if the numbers of parameters differ."""
-        given, saved = self.param_groups, loaded["param_groups"]
-        if [len(g["params"]) for g in given] != [
-            len(g["params"]) for g in saved
-        ]:
-            return None
+    def _restored_groups(self, loaded: dict[str, Any]) -> list[Group]:
+        """The checkpoint's groups, with all settings."""
         groups = []
-        for number, (new, old) in enumerate(zip(given, saved)):
+        for number, (new, old) in enumerate(
+            zip(self.param_groups, loaded["param_groups"])
+        ):
             if _is_bitsandbytes(old, loaded["state"]):
                 old = self._settings_from_bitsandbytes(old)
             elif missing := self.settings - set(old):
@@ -186,12 +179,6 @@ class Checkpoints8bit(States8bit):
             if name == "step":
                 value = step_tensor(value, group, p)
             else:
-                if value.shape != p.shape:
-                    raise ValueError(
-                        f"The checkpoint's {name} of parameter {number} has "
-                        f"the shape {tuple(value.shape)}, the parameter "
-                        f"{tuple(p.shape)}: it is of another network."
-                    )
                 value = laid_out_like(p, value.clone())
                 if self._in_8bit(group, p):
                     scales = found.get(_scales(name))

@@ -339,6 +339,7 @@ def test_every_feature_at_once(place):
             f"--device={DEVICE}",
             "--noprogressbar",
             "--precision=bf16",
+            "--pretrained_lm_tokenizer_path=null",
             "--dynamic_batching=False",
             "--sorting=ascending",
             "--fastemit_lambda=0.01",
@@ -367,7 +368,9 @@ def test_upstream_order_of_the_model(place):
     """The keys of SpeechBrain's model.ckpt: modules by their number."""
     arguments = digits(place, "order")
     arguments[0] = arguments[0].replace("digits", "conformer")
-    hparams = load(arguments + ["--nhead=2"])
+    hparams = load(
+        arguments + ["--nhead=2", "--pretrained_lm_tokenizer_path=null"]
+    )
     names = "CNN enc emb dec proj_enc proj_dec proj_ctc transducer_lin".split()
     ours = hparams["model"].state_dict()
     expected = {
@@ -377,12 +380,10 @@ def test_upstream_order_of_the_model(place):
     }
     assert list(ours) == list(expected)
     assert "7.w.weight" in ours and "3.rnn.weight_ih_l0" in ours
-    # The language model only searches.
-    trained = {
-        id(p) for m in hparams["modules"].values() for p in m.parameters()
-    }
-    model = {id(p) for p in hparams["model"].parameters()}
-    assert model == trained
+    # Optimizer checkpoints number the language model too; it only searches.
+    modules = [p for m in hparams["modules"].values() for p in m.parameters()]
+    model = {*hparams["model"].parameters(), *hparams["lm_model"].parameters()}
+    assert model == set(modules)
     assert hparams["Beamsearcher"].lm_weight == 0
 
 
@@ -394,6 +395,24 @@ def test_language_model_when_named(place):
     hparams = load(arguments + ["--nhead=2"])
     assert hparams["Beamsearcher"].lm_weight == 0.5
     assert hparams["Beamsearcher"].lm is hparams["lm_model"]
+
+
+def test_pretrained_model(place):
+    """The weights of a model.ckpt alone; the rest begins anew."""
+    start = load(digits(place, "start"))["model"].state_dict()
+    changed = {name: value + 1 for name, value in start.items()}
+    path = place / "model.ckpt"
+    torch.save(changed, path)
+    hparams = load(digits(place, "pretrained"))
+    recipe.load_pretrained(hparams)
+    assert torch.equal(
+        hparams["model"].state_dict()["7.w.weight"], start["7.w.weight"]
+    )
+    recipe.load_pretrained({**hparams, "pretrained_model": str(path)})
+    for name, value in hparams["model"].state_dict().items():
+        assert torch.equal(value, changed[name])
+    with pytest.raises(FileNotFoundError, match="set pretrained_model"):
+        recipe.check_data({**hparams, "pretrained_model": "/no/such.ckpt"})
 
 
 @pytest.mark.parametrize(

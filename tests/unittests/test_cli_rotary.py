@@ -13,14 +13,14 @@ from speechbrain.nnet.attention import _get_precomputed_values
 from sb_memeff.cli import main
 from tests.unittests.analysis.yaml_files import (
     SMALL_TRANSDUCER,
-    rotary_transducer,
+    upstream_transducer,
 )
 
 
 @pytest.fixture
 def rotary(tmp_path):
     """SpeechBrain's conformer transducer, and overrides that make it small."""
-    path = rotary_transducer(tmp_path)
+    path = upstream_transducer(tmp_path)
     small = {**SMALL_TRANSDUCER, "num_encoder_layers": 1}
     return [str(path), *(f"--{k}={v}" for k, v in small.items())]
 

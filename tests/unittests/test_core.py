@@ -790,6 +790,24 @@ def test_embeddings_keep_32bit_states():
     assert state["momentum_buffer"].dtype == torch.float32
 
 
+@pytest.mark.parametrize("optimizer", ["SGD", "Adam8bit"])
+def test_an_optimizer_that_does_not_fit_names_the_parameter(
+    optimizer, tmp_path
+):
+    made = brain(optimizer=optimizer, folder=tmp_path)
+    made.init_optimizers()
+    for p in made.modules.parameters():
+        p.grad = torch.ones_like(p)
+    made.optimizers_step()
+    made.checkpointer.save_checkpoint()
+    other = network()
+    other[4] = nn.Linear(256, 5)
+    made = brain(optimizer=optimizer, folder=tmp_path, net=other)
+    made.checkpointer.recoverables.pop("net")
+    with pytest.raises(ValueError, match=r"net.4.weight has the shape \(5, 2"):
+        made.on_fit_start()
+
+
 @BOTH
 def test_dynamic_batches_of_each_epoch(base):
     """Brain tells its batch sampler the epoch only when distributed."""

@@ -4,11 +4,12 @@ Authors
  * The sb_memeff authors 2026
 """
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 
 __all__ = [
+    "PER_SAMPLE",
     "REDUCTIONS",
     "Reduction",
     "check_counts",
@@ -18,8 +19,19 @@ __all__ = [
     "reduce",
 ]
 
-Reduction = Literal["speechbrain", "mean", "sum", "none"]
-REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
+Reduction = Literal["mean", "sum", "none", "nll_mean", "nll_sum", "nll"]
+# The first three have the values and the gradients of SpeechBrain 1.1, whose
+# kernels divide the values by the frames, but the gradients by nothing.
+REDUCTIONS: dict[Reduction, str] = {
+    "mean": "SpeechBrain's, mean of nll / frames, with the gradient of nll_sum",
+    "sum": "SpeechBrain's, sum of nll / frames, with the gradient of nll_sum",
+    "none": "SpeechBrain's, nll / frames of each sample, with nll's gradient",
+    "nll_mean": "mean of the samples' negative log-likelihoods",
+    "nll_sum": "their sum",
+    "nll": "the negative log-likelihood of each sample",
+}
+# Reductions that return a loss of each sample.
+PER_SAMPLE: tuple[Reduction, ...] = ("none", "nll")
 INTEGERS = (
     torch.int8,
     torch.int16,
@@ -40,7 +52,7 @@ def check_settings(
     Arguments
     ---------
     reduction : str
-        One of REDUCTIONS.
+        A key of REDUCTIONS.
     fastemit_lambda : float
         Must not be negative.
     clamp : float or None
@@ -52,9 +64,10 @@ def check_settings(
         If a setting is invalid.
     """
     if reduction not in REDUCTIONS:
-        raise ValueError(
-            f"reduction={reduction!r} must be one of {', '.join(REDUCTIONS)}."
+        known = "; ".join(
+            f"{name}: {text}" for name, text in REDUCTIONS.items()
         )
+        raise ValueError(f"reduction={reduction!r} must be one of: {known}.")
     if not fastemit_lambda >= 0:
         raise ValueError(
             f"fastemit_lambda={fastemit_lambda} must not be negative."
@@ -245,9 +258,7 @@ def reduce(
     logit_lengths : torch.Tensor
         [B], frames of each sample.
     reduction : str
-        "none", "sum", "mean" (over the batch), or "speechbrain":
-        SpeechBrain 1.1's value, the mean of nll / frames, with SpeechBrain's
-        gradient, that of the sum.
+        A key of REDUCTIONS.
 
     Returns
     -------
@@ -257,29 +268,39 @@ def reduce(
     Example
     -------
     >>> nll = torch.tensor([6.0, 4.0], requires_grad=True)
-    >>> loss = reduce(nll, torch.tensor([3, 1]), "speechbrain")
+    >>> loss = reduce(nll, torch.tensor([3, 1]), "mean")
     >>> loss.backward()
     >>> loss.item(), nll.grad
     (3.0, tensor([1., 1.]))
     """
-    if reduction == "none":
+    if reduction == "nll":
         return nll
-    if reduction == "sum":
+    if reduction == "nll_sum":
         return nll.sum()
-    if reduction == "mean":
+    if reduction == "nll_mean":
         return nll.mean()
-    return _SpeechBrainMean.apply(nll, logit_lengths)
+    return _SpeechBrainsReduction.apply(nll, logit_lengths, reduction)
 
 
-class _SpeechBrainMean(torch.autograd.Function):
+class _SpeechBrainsReduction(torch.autograd.Function):
+    """Values per frame, with the gradient of the plain losses or their sum."""
+
     @staticmethod
     def forward(
-        ctx: Any, nll: torch.Tensor, logit_lengths: torch.Tensor
+        ctx: Any,
+        nll: torch.Tensor,
+        logit_lengths: torch.Tensor,
+        reduction: Reduction,
     ) -> torch.Tensor:
         ctx.samples = len(nll)
-        return (nll / logit_lengths.to(nll)).mean()
+        per_frame = nll / logit_lengths.to(nll)
+        if reduction == "none":
+            return per_frame
+        return per_frame.sum() if reduction == "sum" else per_frame.mean()
 
     @staticmethod
     # pyrefly: ignore[bad-override]
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return gradient.expand(ctx.samples), None
+    def backward(
+        ctx: Any, gradient: torch.Tensor
+    ) -> tuple[torch.Tensor, None, None]:
+        return gradient.expand(ctx.samples), None, None

@@ -26,6 +26,7 @@ from sb_memeff.nnet.replay.recorder import (
     fingerprint,
 )
 from sb_memeff.nnet.transducer.batch import (
+    PER_SAMPLE,
     Reduction,
     check_counts,
     check_settings,
@@ -76,8 +77,8 @@ class TransducerJointLoss(nn.Module):
     blank_index : int
         The blank.
     reduction : str
-        "speechbrain" (value and gradient of SpeechBrain 1.1's "mean"),
-        "mean", "sum" or "none"; see sb_memeff.nnet.transducer.transducer_loss.
+        "mean", "sum" and "none" are SpeechBrain 1.1's, "nll_mean", "nll_sum"
+        and "nll" are plain; see sb_memeff.nnet.transducer.transducer_loss.
     method : str
         "tiled" computes at most max_rows rows of logits at a time, for any
         length of a sample; "samplewise" the logits of one sample at a time,
@@ -122,7 +123,7 @@ class TransducerJointLoss(nn.Module):
         joint: nn.Module,
         classifier: nn.Module,
         blank_index: int = 0,
-        reduction: Reduction = "speechbrain",
+        reduction: Reduction = "mean",
         method: Literal["tiled", "samplewise", "batched"] = "tiled",
         max_rows: int | None = None,
         occupancy_floor: float = 1e-8,
@@ -178,7 +179,7 @@ class TransducerJointLoss(nn.Module):
         Returns
         -------
         torch.Tensor
-            A scalar, or [B] with reduction "none"; at least float32.
+            A scalar, or [B] with reduction "none" or "nll"; at least float32.
 
         Raises
         ------
@@ -241,7 +242,7 @@ class TransducerJointLoss(nn.Module):
             *self._make_pass(cells),
             list(weights),
             needs_gradient,
-            needs_gradient and self.reduction != "none",
+            needs_gradient and self.reduction not in PER_SAMPLE,
             *inputs,
         )
         return reduce(nll, logit_lengths, self.reduction)

@@ -33,7 +33,7 @@ def transducer_loss(
     input_lens: torch.Tensor,
     target_lens: torch.Tensor,
     blank_index: int,
-    reduction: Reduction = "speechbrain",
+    reduction: Reduction = "mean",
     fastemit_lambda: float = 0.0,
     clamp: float | None = None,
     overwrite_logits: bool = False,
@@ -57,9 +57,11 @@ def transducer_loss(
     blank_index : int
         The blank.
     reduction : str
-        "speechbrain" (the value and the gradient of SpeechBrain 1.1's
-        "mean": mean of nll / frames, with the gradient of the sum), "mean"
-        (over the batch), "sum" or "none" ([B]).
+        "mean", "sum" and "none" ([B]) have the values and the gradients of
+        SpeechBrain 1.1: the values are of nll / frames, but the gradients are
+        those of the sum of nll ("none": of each nll). "nll_mean", "nll_sum"
+        and "nll" ([B]) are the plain mean, sum and negative log-likelihoods;
+        SpeechBrain 1.0's ``use_torchaudio=True`` returns these.
     fastemit_lambda : float
         FastEmit (arXiv 2010.11148) with NeMo's meaning: the value and the
         gradient through emissions are multiplied by 1 + lambda.
@@ -91,7 +93,7 @@ def transducer_loss(
     ...     torch.tensor([1.0]),
     ...     torch.tensor([1.0]),
     ...     blank_index=0,
-    ...     reduction="sum",
+    ...     reduction="nll_sum",
     ... )
     >>> bool(torch.isclose(loss, torch.tensor(2 / 4**3).log().neg()))
     True

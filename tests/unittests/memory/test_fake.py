@@ -49,6 +49,15 @@ def test_overwriting_with_unknown_values_makes_values_unknown():
                 part.tolist()
 
 
+def test_an_lstm_of_known_values_in_half_precision():
+    """A CPU cannot run it."""
+    with fake_tensors(), torch.autocast("cpu", torch.float16):
+        net = nn.LSTM(2, 2)
+        for p in net.parameters():
+            nn.init.zeros_(p)
+        assert net(torch.ones(3, 1, 2))[0].dtype == torch.float16
+
+
 def test_known_masks_choose_rows_of_unknown_tensors():
     with fake_tensors():
         x = torch.rand(1000, 8, 2)

@@ -407,17 +407,19 @@ def test_hooks_may_change_what_is_loaded(kind):
 def test_checkpoint_of_another_network():
     _, optimizer = trained(SGD8bit)
     net = nn.Sequential(*(nn.Linear(70, 70) for _ in range(4)))
-    with pytest.raises(ValueError, match=r"parameter 0 has the shape \(32, 4"):
+    with pytest.raises(
+        ValueError, match=r"parameter 0 of group 0 .*buffer of it \(32, 4"
+    ):
         SGD8bit(net.parameters()).load_state_dict(optimizer.state_dict())
     a, b = (nn.Parameter(torch.ones(shape)) for shape in ((2, 3), (3, 2)))
     a.grad = torch.ones_like(a)
     other = Adam8bit([a])
     other.step()
     assert_refused(
-        Adam8bit([b]), other.state_dict(), r"\(2, 3\), the.*\(3, 2\)"
+        Adam8bit([b]), other.state_dict(), r"\(3, 2\), the.*\(2, 3\)"
     )
     net = nn.Linear(70, 70)
-    with pytest.raises(ValueError, match="size of optimizer's group"):
+    with pytest.raises(ValueError, match="parameter 0 of group 0"):
         SGD8bit(net.parameters()).load_state_dict(optimizer.state_dict())
     # As many parameters in as many groups, otherwise distributed.
     a, b, c = (nn.Parameter(torch.ones(n)) for n in (1, 2, 3))
@@ -427,7 +429,7 @@ def test_checkpoint_of_another_network():
     for p in (a, b, c):
         p.grad = torch.ones_like(p)
     theirs.step()
-    assert_refused(ours, theirs.state_dict(), "size of optimizer's group")
+    assert_refused(ours, theirs.state_dict(), "2 parameters in group 0.* 1,")
 
 
 @each_class

@@ -13,6 +13,7 @@ Authors
  * The sb_memeff authors 2026
 """
 
+import copy
 import os
 import shutil
 import sys
@@ -147,7 +148,13 @@ class ASR(MemEffBrain):
         return loss
 
     def on_fit_batch_start(self, batch, should_step):
-        """Sets the learning rate of the coming step."""
+        """Sets the learning rate of the first step."""
+        if self.optimizer_step == 0:
+            # A copy: the scheduler counts the steps that are done.
+            copy.copy(self.hparams.noam_annealing)(self.optimizer)
+
+    def on_fit_batch_end(self, batch, outputs, loss, should_step):
+        """Sets the learning rate of the coming step, as upstream does."""
         if should_step:
             self.hparams.noam_annealing(self.optimizer)
 
@@ -210,8 +217,6 @@ class ASR(MemEffBrain):
         self.hparams.model.load_state_dict(
             average_checkpoints(checkpoints, "model")
         )
-        # Brain does not move the language model, which is not in modules.
-        self.hparams.Beamsearcher.to(self.device).eval()
 
 
 def check_data(hparams):
@@ -225,7 +230,7 @@ def check_data(hparams):
     Raises
     ------
     FileNotFoundError
-        If the corpus or a csv file is missing. (The preparation reports
+        If the corpus, a csv file or the pretrained model is missing. (The preparation reports
         missing splits, before it writes.)
     ValueError
         If a setting is invalid.
@@ -246,6 +251,11 @@ def check_data(hparams):
         raise ValueError(
             f"sorting={hparams['sorting']} must be random, ascending or "
             f"descending."
+        )
+    start = hparams.get("pretrained_model")
+    if start and not Path(start).is_file():
+        raise FileNotFoundError(
+            f"There is no {start}: set pretrained_model to a model.ckpt."
         )
     split_root(hparams["data_folder"])
     keys = {"train_csv": "train_splits", "valid_csv": "dev_splits"}
@@ -358,6 +368,19 @@ def load_tokenizer(hparams):
             f"output_folder if the tokenizer comes from an earlier training."
         )
     return tokenizer
+
+
+def load_pretrained(hparams):
+    """Loads a model.ckpt of this recipe or SpeechBrain's; a checkpoint wins.
+
+    Arguments
+    ---------
+    hparams : dict
+        The loaded yaml file.
+    """
+    if path := hparams.get("pretrained_model"):
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+        hparams["model"].load_state_dict(weights)
 
 
 def train_tokenizer(hparams, folder):
@@ -550,6 +573,7 @@ def main(arguments):
         overrides=overrides,
     )
     tokenizer = load_tokenizer(hparams)
+    load_pretrained(hparams)
     train_data, valid_data, test_data = dataio_prepare(hparams, tokenizer)
 
     brain = ASR(

@@ -56,7 +56,7 @@ def waits(joint, **options):
     return found.count
 
 
-@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("reduction", ["nll_sum", "nll"])
 @pytest.mark.parametrize("method", ["tiled", "samplewise"])
 @pytest.mark.parametrize("joint", [Transducer_joint, Joint])
 def test_twice_in_a_step(joint, method, reduction):
@@ -65,7 +65,7 @@ def test_twice_in_a_step(joint, method, reduction):
     Where samples have weights of their own backward reads them once more.
     """
     count = waits(joint(), method=method, reduction=reduction, max_rows=16)
-    assert count == (2 if reduction == "sum" else 3)
+    assert count == (2 if reduction == "nll_sum" else 3)
 
 
 def test_one_more_for_each_further_run_of_samples(monkeypatch):

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sb_memeff.memory.tracker import StorageTracker
+from sb_memeff.nnet.transducer.batch import REDUCTIONS
 from sb_memeff.nnet.transducer.joint_loss import TransducerJointLoss
 from tests.unittests.two_processes import run_in_two_processes
 
@@ -29,9 +30,7 @@ METHODS = {
     "one_tile": {"occupancy_floor": 0.0},
 }
 every_method = pytest.mark.parametrize("options", METHODS.values(), ids=METHODS)
-every_reduction = pytest.mark.parametrize(
-    "reduction", ["speechbrain", "mean", "sum", "none"]
-)
+every_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
 
 
 def inputs(dtype=torch.float64, seed=0):
@@ -78,7 +77,7 @@ def gradients(made, loss, enc, pred, *lens):
     )
 
 
-def both(kind="sum", dtype=torch.float64, reduction="none", **options):
+def both(kind="sum", dtype=torch.float64, reduction="nll", **options):
     """Values and gradients of a method and of the reference."""
     found = []
     for choice in (options, {"method": "batched"}):
@@ -117,7 +116,7 @@ def test_float32(options):
 @every_method
 def test_clamp_fastemit_and_blank(options):
     options = {**options, "clamp": 0.1, "fastemit_lambda": 0.3}
-    for reduction in ("none", "mean"):
+    for reduction in ("nll", "nll_mean"):
         check(both(reduction=reduction, **options), 1e-9, 1e-9)
 
 
@@ -125,7 +124,7 @@ def test_clamp_fastemit_and_blank(options):
 def test_bfloat16_is_as_close_as_the_batched_path(options):
     joint, classifier = modules("concat")
     loss = TransducerJointLoss(
-        joint, classifier, reduction="none", method="batched"
+        joint, classifier, reduction="nll", method="batched"
     )
     half = [p.bfloat16().double() for p in loss.parameters()]
     exact = copy.deepcopy(loss)
@@ -138,7 +137,7 @@ def test_bfloat16_is_as_close_as_the_batched_path(options):
     errors = []
     for choice in (options, {"method": "batched"}):
         made = TransducerJointLoss(
-            *modules("concat", torch.bfloat16), reduction="none", **choice
+            *modules("concat", torch.bfloat16), reduction="nll", **choice
         )
         _, found = gradients(made, made, *inputs(torch.bfloat16)[:2])
         errors.append(
@@ -158,7 +157,9 @@ def test_backward_outside_autocast(options):
     found = []
     for choice in (options, {"method": "batched"}):
         joint, classifier = modules("concat", torch.float32)
-        loss = TransducerJointLoss(joint, classifier, reduction="sum", **choice)
+        loss = TransducerJointLoss(
+            joint, classifier, reduction="nll_sum", **choice
+        )
         enc, pred, targets = inputs(torch.float32)
         with torch.autocast("cpu", torch.bfloat16):
             value = loss(enc, pred, targets, FRAMES, COUNTS)
@@ -169,7 +170,7 @@ def test_backward_outside_autocast(options):
     assert all(g.dtype == torch.float32 for g in found[0][1])
 
 
-@pytest.mark.parametrize("reduction", ["none", "sum"])
+@pytest.mark.parametrize("reduction", ["nll", "nll_sum"])
 @every_method
 def test_dropout_is_the_same_in_recompute(options, reduction):
     """Against autograd through the very masks that forward drew."""
@@ -237,7 +238,7 @@ def test_no_gradients_without_need(options):
     assert torch.equal(value, expected) and not value.requires_grad
 
 
-@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("reduction", ["nll", "nll_mean"])
 @pytest.mark.parametrize("kind", ["sum", "dropout"])
 @every_method
 def test_second_backward(options, kind, reduction):
@@ -275,7 +276,7 @@ def test_memory_does_not_grow_with_the_batch(options):
     assert extra[2] - extra[1] < 64 * 1000
 
 
-@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("reduction", ["nll_sum", "nll"])
 @every_method
 def test_memory(options, reduction):
     """Tiles are all that is alive, however many samples and frames."""
@@ -311,7 +312,7 @@ def test_three_numbers_of_each_cell_wait_for_backward():
     loss = TransducerJointLoss(
         Transducer_joint(nonlinearity=nn.Tanh),
         nn.Linear(4, 6),
-        reduction="none",
+        reduction="nll",
     )
     enc = torch.randn(2, 200, 4, requires_grad=True)
     pred = torch.randn(2, 41, 4, requires_grad=True)
@@ -333,7 +334,7 @@ def test_sparse_backward_leaves_little_out():
     found, rows = [], []
     for floor in (0.0, 1e-8):
         loss = TransducerJointLoss(
-            joint, classifier, reduction="none", occupancy_floor=floor
+            joint, classifier, reduction="nll", occupancy_floor=floor
         )
         value = loss(enc, pred, targets, FRAMES, COUNTS)
         seen = []
@@ -355,7 +356,7 @@ def test_sparse_backward_leaves_little_out():
 @pytest.mark.parametrize("kind", ["sum", "dropout"])
 @every_method
 def test_sample_that_is_not_finite(options, kind, caplog):
-    loss = TransducerJointLoss(*modules(kind), reduction="none", **options)
+    loss = TransducerJointLoss(*modules(kind), reduction="nll", **options)
     if kind == "dropout":
         # Which changes nothing, but the exponential of a logit is infinite.
         torch.nn.init.constant_(loss.classifier[-1].bias, 1000.0)
@@ -407,7 +408,7 @@ def test_targets_of_any_integer_dtype(options, dtype):
 @pytest.mark.parametrize(
     "options", [*METHODS.values(), {"occupancy_floor": 0.9, "max_rows": 13}]
 )
-@pytest.mark.parametrize("reduction", ["none", "sum"])
+@pytest.mark.parametrize("reduction", ["nll", "nll_sum"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_sample_that_is_not_finite_and_is_kept(options, reduction, bad):
     """Its NaN comes out, also if the floor leaves out nearly all cells."""
@@ -426,7 +427,7 @@ def test_sample_that_is_not_finite_and_is_kept(options, reduction, bad):
 @pytest.mark.parametrize("options", [*METHODS.values(), {"method": "batched"}])
 def test_the_last_frame_and_the_last_target_are_no_padding(options):
     """Non-finite values there come out."""
-    loss = TransducerJointLoss(*modules(), reduction="none", **options)
+    loss = TransducerJointLoss(*modules(), reduction="nll", **options)
     for which, last in enumerate((6, 3)):
         *given, targets = inputs()
         with torch.no_grad():
@@ -460,7 +461,9 @@ def test_padding_has_no_influence(options, bad):
 @every_method
 def test_values_alone_compute_each_cell_once(options, off):
     joint, classifier = modules()
-    loss = TransducerJointLoss(joint, classifier, reduction="sum", **options)
+    loss = TransducerJointLoss(
+        joint, classifier, reduction="nll_sum", **options
+    )
     enc, pred, targets = inputs()
     expected = loss(enc, pred, targets, FRAMES, COUNTS)
     rows = []
@@ -472,7 +475,7 @@ def test_values_alone_compute_each_cell_once(options, off):
     assert sum(rows) == (frames * (counts + 1)).sum()
 
 
-@pytest.mark.parametrize("reduction", ["none", "sum"])
+@pytest.mark.parametrize("reduction", ["nll", "nll_sum"])
 @every_method
 def test_changes_between_forward_and_backward(options, reduction):
     """autograd finds them, also where gradients were formed in forward."""
@@ -495,7 +498,7 @@ def test_changes_between_forward_and_backward(options, reduction):
 def test_other_modes_or_weights_in_backward(options):
     """Where backward computes cells again, it must find what forward had."""
     joint, classifier = modules("dropout")
-    loss = TransducerJointLoss(joint, classifier, reduction="none", **options)
+    loss = TransducerJointLoss(joint, classifier, reduction="nll", **options)
     enc, pred, targets = inputs()
     value = loss(enc, pred, targets, FRAMES, COUNTS).sum()
     classifier[1].eval()
@@ -542,7 +545,7 @@ def gradients_under_ddp(rank):
     for unused in (False, True):
         for name, options in METHODS.items():
             loss = TransducerJointLoss(
-                *modules("concat"), reduction="sum", **options
+                *modules("concat"), reduction="nll_sum", **options
             )
             wrapped = DistributedDataParallel(
                 loss, find_unused_parameters=unused
@@ -556,7 +559,7 @@ def gradients_under_ddp(rank):
 def test_two_processes(tmp_path):
     found = run_in_two_processes(gradients_under_ddp, tmp_path)
     loss = TransducerJointLoss(
-        *modules("concat"), reduction="sum", method="batched"
+        *modules("concat"), reduction="nll_sum", method="batched"
     )
     for seed in range(2):
         enc, pred, targets = inputs(seed=seed)

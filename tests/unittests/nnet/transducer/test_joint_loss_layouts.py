@@ -22,7 +22,7 @@ METHODS = {
     "samplewise": {"method": "samplewise"},
 }
 every_method = pytest.mark.parametrize("options", METHODS.values(), ids=METHODS)
-every_reduction = pytest.mark.parametrize("reduction", ["sum", "none"])
+every_reduction = pytest.mark.parametrize("reduction", ["nll_sum", "nll"])
 
 
 def swapped(x, a, b):
@@ -128,14 +128,14 @@ def test_targets_and_lengths(options):
     enc.requires_grad_()
     made = parts()
     expected = gradients(
-        made, "sum", enc, pred, targets, (FRAMES, COUNTS), [enc],
+        made, "nll_sum", enc, pred, targets, (FRAMES, COUNTS), [enc],
         method="batched",
     )  # fmt: skip
     lens = [x.repeat_interleave(3)[::3] for x in (FRAMES, COUNTS)]
     for strided in (swapped(targets, 0, 1), targets.repeat(1, 2)[:, :U]):
         assert not strided.is_contiguous()
         found = gradients(
-            made, "sum", enc, pred, strided, lens, [enc], **options
+            made, "nll_sum", enc, pred, strided, lens, [enc], **options
         )
         assert_same(found, expected)
 
@@ -238,7 +238,7 @@ def test_networks_get_their_gradients(options, name):
     found = []
     for choice in ({"method": "batched"}, options):
         torch.manual_seed(1)
-        loss = TransducerJointLoss(*made, reduction="sum", **choice)
+        loss = TransducerJointLoss(*made, reduction="nll_sum", **choice)
         value = loss(encoder(enc), predictor(labels), targets, FRAMES, COUNTS)
         found.append(torch.autograd.grad(value, params, allow_unused=True))
     expected, ours = ([g for g in some if g is not None] for some in found)

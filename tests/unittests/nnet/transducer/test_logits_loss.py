@@ -7,6 +7,7 @@ Authors
  * The sb_memeff authors 2026
 """
 
+import inspect
 import json
 import os
 import subprocess
@@ -16,9 +17,11 @@ from pathlib import Path
 import pytest
 import torch
 import torchaudio
+from speechbrain.nnet.losses import transducer_loss as speechbrain_loss
 
 from sb_memeff.memory.tracker import StorageTracker
-from sb_memeff.nnet.transducer import logits_loss
+from sb_memeff.nnet.transducer import TransducerJointLoss, logits_loss
+from sb_memeff.nnet.transducer.batch import REDUCTIONS
 from sb_memeff.nnet.transducer.logits_loss import transducer_loss
 
 DATA = Path(__file__).resolve().parents[3] / "data"
@@ -38,7 +41,7 @@ def batch(dtype=torch.float64, vocabulary=11, blank=0):
     return logits.to(dtype).requires_grad_(), targets
 
 
-def ours(logits, targets, blank=0, reduction="none", **options):
+def ours(logits, targets, blank=0, reduction="nll", **options):
     return transducer_loss(
         logits, targets, FRAMES / 20, TARGETS / 8, blank, reduction, **options
     )
@@ -56,7 +59,7 @@ def test_figures_of_other_projects(case):
         torch.tensor(case["logit_lengths"]) / logits.shape[1],
         torch.tensor(case["target_lengths"]) / targets.shape[1],
         case["blank"],
-        reduction="none",
+        reduction="nll",
         fastemit_lambda=case.get("fastemit_lambda", 0.0),
         clamp=case.get("clamp"),
     )
@@ -104,7 +107,7 @@ def test_gradcheck():
 
     def loss(x):
         return transducer_loss(
-            x, targets[:, :2] % 3 + 1, frames / 4, counts / 2, 0, "none"
+            x, targets[:, :2] % 3 + 1, frames / 4, counts / 2, 0, "nll"
         )
 
     assert torch.autograd.gradcheck(loss, logits)
@@ -116,11 +119,12 @@ from speechbrain.integrations.numba.transducer_loss import Transducer
 data = torch.load(sys.argv[1])
 logits = data["logits"].requires_grad_()
 found = {}
-for reduction in ("mean", "sum"):
+for reduction in ("mean", "sum", "none"):
     loss = Transducer.apply(
         logits.log_softmax(-1), data["targets"].int(), data["frames"].int(),
         data["counts"].int(), 0, reduction)
-    found[reduction] = loss.detach(), torch.autograd.grad(2.5 * loss, logits)[0]
+    found[reduction] = loss.detach(), torch.autograd.grad(
+        (data["weights"] * loss).sum() if loss.dim() else 2.5 * loss, logits)[0]
 torch.save(found, sys.argv[1])
 """
 
@@ -132,7 +136,8 @@ def test_speechbrain(tmp_path):
     logits = logits[:3, :5, :6].detach().clone().requires_grad_()
     targets = targets[:3, :5]
     frames, counts = torch.tensor([5, 2, 4]), torch.tensor([5, 1, 3])
-    data = {"logits": logits.detach(), "targets": targets}
+    weights = torch.tensor([1.0, -2.0, 0.5])
+    data = {"logits": logits.detach(), "targets": targets, "weights": weights}
     torch.save({**data, "frames": frames, "counts": counts}, tmp_path / "data")
     subprocess.run(
         [sys.executable, "-c", SPEECHBRAIN, str(tmp_path / "data")],
@@ -140,34 +145,57 @@ def test_speechbrain(tmp_path):
         check=True,
     )
     theirs = torch.load(tmp_path / "data")
-    for name, reduction in (("mean", "speechbrain"), ("sum", "sum")):
+    for reduction, (value, gradient) in theirs.items():
         loss = transducer_loss(
             logits, targets, frames / 5, counts / 5, 0, reduction
         )
-        if reduction == "sum":
-            # Theirs divides by the frames here too.
-            loss_value = transducer_loss(
-                logits, targets, frames / 5, counts / 5, 0, "none"
-            )
-            value = (loss_value / frames).sum()
-        else:
-            value = loss
-        gradient = torch.autograd.grad(2.5 * loss, logits)[0]
-        assert torch.allclose(value, theirs[name][0], rtol=1e-5)
-        assert torch.allclose(gradient, theirs[name][1], atol=2e-5)
+        assert torch.allclose(loss, value, rtol=1e-5)
+        total = (weights * loss).sum() if loss.dim() else 2.5 * loss
+        found = torch.autograd.grad(total, logits)[0]
+        assert torch.allclose(found, gradient, atol=2e-5)
+
+
+def test_speechbrains_default():
+    """Neither loss may have another default than SpeechBrain's function."""
+    for function in (speechbrain_loss, transducer_loss, TransducerJointLoss):
+        default = inspect.signature(function).parameters["reduction"].default
+        assert default == "mean"
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_plain_reductions_are_torchaudios(reduction):
+    logits, targets = batch(torch.float32)
+    theirs = torchaudio.functional.rnnt_loss(
+        logits,
+        targets.int(),
+        FRAMES.int(),
+        TARGETS.int(),
+        0,
+        reduction=reduction,
+    )
+    found = ours(logits, targets, reduction=f"nll_{reduction}")
+    assert torch.allclose(found, theirs, rtol=1e-6)
+    gradients = [torch.autograd.grad(x, logits)[0] for x in (found, theirs)]
+    assert torch.allclose(*gradients, atol=1e-5)
 
 
 def test_reductions():
     logits, targets = batch()
     nll = ours(logits, targets)
-    assert torch.equal(ours(logits, targets, reduction="sum"), nll.sum())
-    assert torch.equal(ours(logits, targets, reduction="mean"), nll.mean())
-    value = ours(logits, targets, reduction="speechbrain")
-    assert torch.allclose(value, (nll / FRAMES).mean())
     total = torch.autograd.grad(nll.sum(), logits, retain_graph=True)[0]
-    for reduction, scale in (("speechbrain", 1), ("sum", 1), ("mean", 0.2)):
+    values = {
+        "mean": ((nll / FRAMES).mean(), 1),
+        "sum": ((nll / FRAMES).sum(), 1),
+        "none": (nll / FRAMES, 1),
+        "nll_mean": (nll.mean(), 0.2),
+        "nll_sum": (nll.sum(), 1),
+        "nll": (nll, 1),
+    }
+    assert values.keys() == REDUCTIONS.keys()
+    for reduction, (value, scale) in values.items():
         loss = ours(logits, targets, reduction=reduction)
-        gradient = torch.autograd.grad(loss, logits)[0]
+        assert torch.allclose(loss, value)
+        gradient = torch.autograd.grad(loss.sum(), logits)[0]
         assert torch.allclose(gradient, scale * total)
 
 
@@ -388,7 +416,10 @@ def call(**changes):
         ({"target_lens": torch.tensor([-1.0, 1.0])}, "Sample 0.*targets, -1"),
         ({"target_lens": torch.tensor([torch.nan, 1])}, "Sample 0.*nan"),
         ({"target_lens": torch.ones(3)}, r"target_lens must be \[B\]"),
-        ({"reduction": "batchmean"}, "reduction='batchmean'"),
+        (
+            {"reduction": "batchmean"},
+            "reduction='batchmean'.*nll_mean: mean of",
+        ),
         ({"fastemit_lambda": -0.1}, "fastemit_lambda=-0.1"),
         ({"clamp": 0.0}, "clamp=0.0"),
         ({"fastemit_lambda": torch.nan}, "fastemit_lambda=nan"),

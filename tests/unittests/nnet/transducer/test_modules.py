@@ -331,7 +331,7 @@ def test_forward_computes_each_cell_once(options, opaque):
     layer = nn.Linear(H, V)
     classifier = Opaque(layer) if opaque else layer
     joint = Transducer_joint()
-    loss = TransducerJointLoss(joint, classifier, reduction="none", **options)
+    loss = TransducerJointLoss(joint, classifier, reduction="nll", **options)
     rows = {"joint": 0, "classifier": 0}
 
     def count(name):
@@ -371,7 +371,7 @@ def test_targets_are_checked_once_for_each_size_that_is_known(
 def test_dropout_draws_for_the_cells_alone(options):
     """The global stream is where calls for these cells leave it."""
     loss = TransducerJointLoss(
-        Joint(nn.Dropout(0.5)), nn.Linear(H, V), reduction="none", **options
+        Joint(nn.Dropout(0.5)), nn.Linear(H, V), reduction="nll", **options
     )
     call(loss)
     state = torch.get_rng_state()
@@ -421,9 +421,9 @@ class HiddenState(nn.Module):
 @pytest.mark.parametrize(
     "options",
     [
-        {"max_rows": 10, "reduction": "sum"},
-        {"max_rows": 10, "reduction": "none"},
-        {"method": "samplewise", "reduction": "none"},
+        {"max_rows": 10, "reduction": "nll_sum"},
+        {"max_rows": 10, "reduction": "nll"},
+        {"method": "samplewise", "reduction": "nll"},
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -468,7 +468,7 @@ def test_another_result_of_one_sample_is_noticed(sample):
         Joint(OtherInOneCall(B + 1 + sample)),
         nn.Linear(H, V),
         method="samplewise",
-        reduction="none",
+        reduction="nll",
     )
     value, enc, _ = call(loss)
     with pytest.raises(RuntimeError, match="other logits in backward"):

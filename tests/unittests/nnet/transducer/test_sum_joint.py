@@ -77,7 +77,7 @@ def results(nets, inputs, weigh=False, **options):
     enc, pred, *others = inputs
     enc = enc.detach().requires_grad_()
     pred = pred.detach().requires_grad_()
-    options = {"reduction": "none" if weigh else "sum", **options}
+    options = {"reduction": "nll" if weigh else "nll_sum", **options}
     loss = TransducerJointLoss(net, classifier, **{"max_rows": 20, **options})(
         enc, pred, *others
     )
@@ -173,7 +173,7 @@ def test_float16_bias_gradient_does_not_overflow(kernels):
     nets, inputs, found = modules(), [x[:1] for x in batch()], []
     for fused in (False, True):
         kernels(fused)
-        loss = TransducerJointLoss(*nets, reduction="none")
+        loss = TransducerJointLoss(*nets, reduction="nll")
         with torch.autocast(DEVICE, torch.float16, enabled=fused):
             value = 2**14 * loss(*inputs).sum()
         found += torch.autograd.grad(value, nets[1].bias)
@@ -278,7 +278,7 @@ def test_backward_twice(kernels):
     for fused in (False, True):
         kernels(fused)
         enc = enc.detach().requires_grad_()
-        loss = TransducerJointLoss(*nets, reduction="none", max_rows=20)
+        loss = TransducerJointLoss(*nets, reduction="nll", max_rows=20)
         value = loss(enc, pred, *others).sum()
         value.backward(retain_graph=True)
         value.backward()
