@@ -118,7 +118,7 @@ class _Adam8bit(Optimizer8bit):
 def _residual_rate(group: Group) -> Any:
     """The sum of the learning rates of a first moment until it has decayed."""
     beta1 = group["betas"][0]
-    return group["lr"] * beta1 / (1 - beta1)
+    return group["lr"] * min(beta1 / (1 - beta1), 100)
 
 
 class Adam8bit(_Adam8bit, torch.optim.Adam):

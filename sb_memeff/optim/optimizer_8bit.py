@@ -104,7 +104,8 @@ class Optimizer8bit(Checkpoints8bit):
         Raises
         ------
         RuntimeError
-            If a gradient is sparse.
+            If a gradient is sparse, or if a parameter has another shape than
+            its 8-bit states. Nothing has changed then.
         """
         loss = None
         if closure is not None:
@@ -119,6 +120,7 @@ class Optimizer8bit(Checkpoints8bit):
                 f"{type(self).__name__} cannot use sparse gradients: make the "
                 "embedding with sparse=False."
             )
+        self._check_shapes(ready)
         for number, (group, params) in enumerate(zip(self.param_groups, ready)):
             launches, others = self._planned(number, group, params)
             for one in launches:
@@ -130,6 +132,22 @@ class Optimizer8bit(Checkpoints8bit):
             for chunk in _chunks(self._parts(group, others)):
                 self._step_unpacked(group, chunk)
         return loss
+
+    def _check_shapes(self, ready: list[list[torch.Tensor]]) -> None:
+        for number, params in enumerate(ready):
+            for i, p in enumerate(params):
+                for name in self.signed:
+                    value = self.state.get(p, {}).get(name)
+                    if (
+                        isinstance(value, Quantized8bit)
+                        and value.codes.shape != p.shape
+                    ):
+                        raise RuntimeError(
+                            f"Parameter {i} with a gradient in group {number} "
+                            f"has the shape {tuple(p.shape)}, its {name} "
+                            f"{tuple(value.codes.shape)}: its data was "
+                            "replaced. Make a new optimizer."
+                        )
 
     def _planned(
         self, number: int, group: Group, params: list[torch.Tensor]

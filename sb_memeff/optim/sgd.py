@@ -22,9 +22,10 @@ class SGD8bit(Optimizer8bit, torch.optim.SGD):
     Momentum, dampening, weight decay, Nesterov and maximize have the same effect
     as in torch.optim.SGD. Without momentum there is no state.
 
-    Rounding errors do not add up. What rounding takes from a momentum would have
-    moved the parameter in further steps, by lr * momentum / (1 - momentum) times as
-    much in all. It moves the parameter in the same step instead.
+    Rounding errors do not add up, for momenta up to 0.99. What rounding takes from
+    a momentum would have moved the parameter in further steps, by
+    lr * momentum / (1 - momentum) times as much in all. It moves the parameter in
+    the same step instead. (For larger momenta, by 100 * lr times as much.)
 
     Arguments
     ---------
@@ -129,10 +130,11 @@ class SGD8bit(Optimizer8bit, torch.optim.SGD):
 
 
 def _residual_rate(group: Group) -> Any:
-    """How far the parameter would go with a momentum of 1 until it is 0."""
+    """How far the parameter would go with a momentum of 1 until it is 0.
+
+    At most 100 steps: beyond momentum 0.99 the whole way would be a larger error
+    at the moment than what it saves in the end.
+    """
     momentum = group["momentum"]
-    if momentum >= 1:
-        # It would never be.
-        return 0.0
-    steps = momentum / (1 - momentum)
+    steps = 100 if momentum >= 1 else min(momentum / (1 - momentum), 100)
     return group["lr"] * steps * (momentum if group["nesterov"] else 1)

@@ -362,7 +362,9 @@ def _recompute(
             result = segment.call(place.name, block, function, args, kwargs)
             return result, segment.changed_state()
 
-        return place.pieces.call(block, forward, call_piece, args, kwargs)
+        return place.pieces.call(
+            block, forward, function, call_piece, args, kwargs
+        )
     segment = place.queue.segment(place.position, tree_leaves((args, kwargs)))
     result = segment.call(place.name, block, function, args, kwargs)
     segment.position = place.position

@@ -14,7 +14,21 @@ from torch.utils._pytree import TreeSpec, tree_leaves, tree_unflatten
 
 from sb_memeff.nnet.replay.recorder import Recorder, without_trace
 
-__all__ = ["dependent_input"]
+__all__ = ["OutputRowsError", "dependent_input"]
+
+
+class OutputRowsError(ValueError):
+    """Raised if an output does not have a row for each sample.
+
+    Arguments
+    ---------
+    shape : torch.Size
+        Of the output.
+    """
+
+    def __init__(self, shape: torch.Size):
+        super().__init__(f"An output for two samples has shape {list(shape)}.")
+        self.shape = shape
 
 
 def dependent_input(
@@ -48,6 +62,11 @@ def dependent_input(
     int or None
         Index of a leaf, if there is one.
 
+    Raises
+    ------
+    OutputRowsError
+        If an output does not have two rows.
+
     Example
     -------
     >>> from torch.utils._pytree import tree_flatten
@@ -77,9 +96,17 @@ def dependent_input(
     ):
         args, kwargs = tree_unflatten(leaves, structure)
         result = function(*args, **kwargs)
-        found = _dependent(result, list(inputs.values()))
+        shapes = [
+            y.shape for y in tree_leaves(result) if isinstance(y, torch.Tensor)
+        ]
+        wrong = [shape for shape in shapes if shape[:1] != (2,)]
+        found = None
+        if not wrong:
+            found = _dependent(result, list(inputs.values()))
     for source, state in recording.random_states or ():
         source.write(state)
+    if wrong:
+        raise OutputRowsError(wrong[0])
     return found
 
 
@@ -89,10 +116,7 @@ def _dependent(
     outputs = [
         y
         for y in tree_leaves(result)
-        if isinstance(y, torch.Tensor)
-        and y.requires_grad
-        and y.dim()
-        and len(y) == 2
+        if isinstance(y, torch.Tensor) and y.requires_grad
     ]
     if not outputs or not inputs:
         return None

@@ -63,7 +63,7 @@ def check_settings(
     ValueError
         If a setting is invalid.
     """
-    if reduction not in REDUCTIONS:
+    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         known = "; ".join(
             f"{name}: {text}" for name, text in REDUCTIONS.items()
         )

@@ -67,9 +67,9 @@ def _adam(
         else:
             gradient = tl.fma(weight, weight_decay, gradient)
 
-    state_ptr = row_ptr + tensors
+    mean_ptr = row_ptr + tensors
     mean = load_state(
-        state_ptr,
+        mean_ptr,
         tensors,
         signed_values_ptr,
         block,
@@ -84,22 +84,7 @@ def _adam(
         mean = tl.fma(difference, rate1, mean)
     else:
         mean = tl.fma(difference, rate1 - 1, gradient)
-    residual = store_state(
-        mean,
-        state_ptr,
-        tensors,
-        signed_values_ptr,
-        signed_middles_ptr,
-        block,
-        value,
-        has_block,
-        has_value,
-        0.0,
-        True,
-        False,
-        ALIGNED,
-    )
-    state_ptr += 2 * tensors
+    state_ptr = mean_ptr + 2 * tensors
     square = load_state(
         state_ptr,
         tensors,
@@ -163,6 +148,22 @@ def _adam(
     root_correction = tl.broadcast_to(root_correction, square.shape)
     root = tl.div_rn(tl.sqrt_rn(square), root_correction) + eps
     weight = tl.fma(tl.div_rn(mean, root), -step_size, weight)
+    # Last, as it needs registers.
+    residual = store_state(
+        mean,
+        mean_ptr,
+        tensors,
+        signed_values_ptr,
+        signed_middles_ptr,
+        block,
+        value,
+        has_block,
+        has_value,
+        0.0,
+        True,
+        False,
+        ALIGNED,
+    )
     weight = tl.fma(tl.div_rn(residual, root), -residual_rate, weight)
     tl.store(weights + value, weight, mask=has_value)
 

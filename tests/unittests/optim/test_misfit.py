@@ -100,3 +100,18 @@ def test_another_number_of_groups():
     optimizer = optimizer_of(net, momentum_sgd, steps=0)
     with pytest.raises(ValueError, match="2 parameter groups, the optimizer 1"):
         check_fit(optimizer, saved)
+
+
+def test_states_of_other_packages_may_have_any_shape():
+    """NovoGrad's exp_avg_sq is a scalar."""
+
+    class Other(torch.optim.SGD):
+        pass
+
+    Other.__module__ = "other.novograd"
+    net = torch.nn.Linear(2, 3)
+    optimizer = Other(net.parameters(), lr=0.1)
+    saved = optimizer.state_dict()
+    saved["state"] = {0: {"exp_avg_sq": torch.zeros(())}}
+    name_parameters(optimizer, net)
+    optimizer.load_state_dict(saved)

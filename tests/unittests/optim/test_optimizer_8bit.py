@@ -4,6 +4,7 @@ Authors
  * The sb_memeff authors 2026
 """
 
+import pytest
 import torch
 from torch import nn
 
@@ -30,3 +31,24 @@ def test_a_step_holds_few_unpacked_states_at_a_time(kind, monkeypatch):
     moments = optimizer.state[weights[0]].keys() & optimizer.signed.keys()
     unpacked = 4 * len(moments) * weights[0].numel()
     assert peaks[1] - peaks[0] > 5 * unpacked
+
+
+@each_class
+@pytest.mark.parametrize(
+    "old, new",
+    [((80, 80), (40, 160)), ((6400,), (5000,)), ((6400,), (2, 6400))],
+)
+def test_parameters_that_change_their_shape_are_refused(kind, old, new):
+    """Before anything changes."""
+    first, weight = (nn.Parameter(torch.zeros(n)) for n in (old, old))
+    optimizer = kind.make([first, weight])
+    for shape in (old, new):
+        weight.data = torch.zeros(shape)
+        first.grad, weight.grad = torch.ones(old), torch.ones(shape)
+        before = first.detach().clone()
+        if shape == old:
+            optimizer.step()
+            continue
+        with pytest.raises(RuntimeError, match="group 0 has the shape"):
+            optimizer.step()
+        assert torch.equal(first, before)

@@ -40,3 +40,20 @@ def test_sgd_without_momentum():
 def test_nesterov_without_momentum_is_refused():
     with pytest.raises(ValueError, match="Nesterov"):
         SGD8bit([nn.Parameter(torch.zeros(2, 2))], nesterov=True)
+
+
+@pytest.mark.parametrize("momentum", [0.99, 0.995, 0.999, 0.99999, 1.0])
+def test_large_momenta(momentum):
+    """A residual that would decay for thousands of steps is not paid in one."""
+    generator = torch.Generator().manual_seed(0)
+    gradients = torch.randn(300, 4096, generator=generator)
+    ways = []
+    for cls in (torch.optim.SGD, SGD8bit):
+        weight = nn.Parameter(torch.zeros(4096))
+        optimizer = cls([weight], lr=0.01, momentum=momentum)
+        for gradient in gradients:
+            weight.grad = gradient.clone()
+            optimizer.step()
+        ways.append(weight.detach())
+    exact, ours = ways
+    assert (ours - exact).norm() < 0.07 * exact.norm()

@@ -17,6 +17,7 @@ from torch import nn
 from sb_memeff.memory.step import training_step_memory
 from sb_memeff.nnet.recompute import recompute_blocks
 from sb_memeff.nnet.recompute.outputs import DroppedOutput
+from sb_memeff.nnet.recompute.pieces import SplitError
 from tests.unittests.nnet.reversible.chains import relative_error
 from tests.unittests.nnet.speech_networks import (
     LAYERS,
@@ -436,7 +437,7 @@ def test_results_are_joined():
     "pack, message",
     [
         (lambda x: (x, x.mean(1).sum()), r"a tensor of shape \[\]"),
-        (lambda x: (x, x[:1]), r"3 samples .* shape \[1, 2\]"),
+        (lambda x: (x, x[:1]), r"2 samples .* shape \[1, 2\]"),
         (lambda x: (x, len(x)), "a int that varies"),
         (lambda x: [x] * len(x), "structure"),
     ],
@@ -508,3 +509,46 @@ def test_a_compiled_network():
     y_ref, reference = trained(twin, x)
     assert relative_error([y, *ours], [y_ref, *reference]) < 1e-6
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("batch", [2, 3, 4, 6, 8])
+def test_states_that_have_no_row_for_each_sample_are_refused(layers, batch):
+    """Whatever the size of a piece is: [layers, B, H]."""
+    lstm = nn.LSTM(3, 3, num_layers=layers, batch_first=True)
+    net = nn.Sequential(lstm)
+    recompute_blocks(net, "0", split=batch // 2, shared=[])
+    if batch // 2 > 1:
+        with pytest.raises(SplitError, match="cannot be called with split"):
+            net(torch.randn(batch, 5, 3, requires_grad=True))
+
+
+def test_pieces_of_other_widths_are_refused():
+    class Trimmed(nn.Module):
+        """Trims to the longest sample, as packed sequences do."""
+
+        def forward(self, x, lengths):
+            return x[:, : int(lengths.max() * x.shape[1])] * 2
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = Trimmed()
+
+        def forward(self, x, lengths):
+            return self.block(x, lengths)
+
+    net = Net()
+    recompute_blocks(net, "block", split=2)
+    x = torch.randn(4, 10, 3, requires_grad=True)
+    with pytest.raises(
+        SplitError, match=r"\[2, 10, 3\] for one .* \[1, 5, 3\]"
+    ):
+        net(x, torch.tensor([1.0, 0.5, 0.5, 0.5]))
+
+
+def test_shared_arguments_that_do_not_exist_are_refused():
+    net = nn.Sequential(nn.Linear(3, 3))
+    recompute_blocks(net, "0", split=2, shared=["lenghts"])
+    with pytest.raises(SplitError, match="shared names lenghts.* input"):
+        net(torch.randn(4, 3, requires_grad=True))
