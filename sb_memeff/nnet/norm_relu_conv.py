@@ -194,6 +194,23 @@ def _slices(x: torch.Tensor, dtype: torch.dtype, several: bool) -> list[slice]:
     return slices(len(x), x.numel() * dtype.itemsize if several else 0)
 
 
+def _activation(
+    rows: slice,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    mean: torch.Tensor,
+    variance: torch.Tensor,
+    eps: float,
+    padding: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The activation of some samples."""
+    if padding is not None:
+        padding = padding[rows]
+    return norm_relu(x[rows], weight, bias, mean, variance, eps, padding, dtype)
+
+
 def _joined(
     parts: Iterable[torch.Tensor | None], samples: int
 ) -> torch.Tensor | None:
@@ -273,17 +290,10 @@ class _NormReLUConv(torch.autograd.Function):
         if bias is not None:
             bias = bias.to(dtype)
 
+        norm = norm_weight, norm_bias, mean, variance, settings.eps, padding
+
         def convolved(rows: slice) -> torch.Tensor:
-            y = norm_relu(
-                x[rows],
-                norm_weight,
-                norm_bias,
-                mean,
-                variance,
-                settings.eps,
-                None if padding is None else padding[rows],
-                dtype,
-            )
+            y = _activation(rows, x, *norm, dtype)
             return nn.functional.conv2d(y, narrow, bias, *settings.of_conv)
 
         with torch.autocast(x.device.type, enabled=False):
@@ -309,6 +319,7 @@ class _NormReLUConv(torch.autograd.Function):
         )
         eps, of_batch, dtype, of_conv, _ = ctx.settings
         stride, pad, dilation, groups = of_conv
+        norm = norm_weight, norm_bias, mean, variance, eps, padding
         needs_norm = any(ctx.needs_input_grad[:3])
         needs_weight, needs_bias = ctx.needs_input_grad[5:7]
         shape, bias_dtype = ctx.bias or (None, None)
@@ -332,17 +343,7 @@ class _NormReLUConv(torch.autograd.Function):
             )
 
         def gradient_of_activation(rows: slice) -> torch.Tensor | None:
-            some = x[rows]
-            y = norm_relu(
-                some,
-                norm_weight,
-                norm_bias,
-                mean,
-                variance,
-                eps,
-                None if padding is None else padding[rows],
-                dtype,
-            )
+            y = _activation(rows, x, *norm, dtype)
             if is_on_gpu(x):
                 # One after the other: the activation is freed before its
                 # gradient is there, for which only the shape of the input
@@ -350,7 +351,7 @@ class _NormReLUConv(torch.autograd.Function):
                 _, *others = conv_backward(
                     rows, y, narrow, False, needs_weight, needs_bias
                 )
-                y = y.new_empty(()).expand(some.shape)
+                y = y.new_empty(()).expand(y.shape)
                 for_y, _, _ = conv_backward(
                     rows, y, _laid_out_like(narrow, x), needs_norm, False, False
                 )
@@ -369,17 +370,7 @@ class _NormReLUConv(torch.autograd.Function):
         for_weight, for_bias = (total.value for total in sums)
         found: tuple[torch.Tensor | None, ...] = None, None, None
         if for_y is not None:
-            found = norm_relu_backward(
-                for_y,
-                x,
-                norm_weight,
-                norm_bias,
-                mean,
-                variance,
-                eps,
-                padding,
-                of_batch,
-            )
+            found = norm_relu_backward(for_y, x, *norm, of_batch)
         return (
             *found,
             None,
