@@ -24,8 +24,8 @@ from sb_memeff.nnet.recompute import store_blocks
 from sb_memeff.nnet.recompute.blocks import is_split
 from sb_memeff.nnet.replay.random_states import forked_generators
 from sb_memeff.nnet.reversible import inversion_errors
-from sb_memeff.nnet.transducer.joint_loss import TransducerJointLoss
-from sb_memeff.nnet.transducer.logits_loss import transducer_loss
+from sb_memeff.nnet.transducer_loss.joint_loss import TransducerJointLoss
+from sb_memeff.nnet.transducer_loss.logits_loss import transducer_loss
 
 __all__ = ["CheckReport", "check_recipe"]
 

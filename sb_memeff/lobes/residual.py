@@ -12,10 +12,10 @@ from typing import cast
 import torch
 from torch import nn
 
-from sb_memeff.lobes.features import check_features, for_tensor_cores
+from sb_memeff.lobes.network_input import check_features, for_tensor_cores
 from sb_memeff.lobes.presets import Presets
 from sb_memeff.nnet.padding import mask, padding_masks
-from sb_memeff.nnet.pooling import TemporalStatisticsPooling
+from sb_memeff.nnet.statistics_pooling import TemporalStatisticsPooling
 
 __all__ = [
     "BasicBlock",

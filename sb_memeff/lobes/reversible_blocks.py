@@ -10,11 +10,11 @@ from typing import cast
 import torch
 from torch import nn
 
-from sb_memeff.lobes.features import for_tensor_cores
+from sb_memeff.lobes.network_input import for_tensor_cores
 from sb_memeff.lobes.residual import conv1x1, conv3x3, make_activation
 from sb_memeff.nnet.norm_relu_conv import KINDS, norm_relu_conv
 from sb_memeff.nnet.padding import mask
-from sb_memeff.nnet.pooling import TemporalStatisticsPooling
+from sb_memeff.nnet.statistics_pooling import TemporalStatisticsPooling
 from sb_memeff.nnet.weight_casts import cast_weights
 
 __all__ = ["NormActConv", "PooledStatistics", "ResidualBody", "Stem"]

@@ -26,7 +26,7 @@ DEVICE = os.environ.get("SB_MEMEFF_TEST_DEVICE") or "cpu"
 # CUDA does not survive a fork: on a GPU each script imports for itself.)
 ONE_AFTER_THE_OTHER = """
 import json, os, runpy, sys
-import speechbrain, torchaudio, sb_memeff.core, sb_memeff.export.speaker_folder
+import speechbrain, torchaudio, sb_memeff.brain, sb_memeff.export.speaker_folder
 for argv, output in json.load(sys.stdin):
     child = os.fork()
     if not child:

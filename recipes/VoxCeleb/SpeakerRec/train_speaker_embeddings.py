@@ -29,7 +29,7 @@ from voxceleb_prepare import (
     wav_folders,
 )
 
-from sb_memeff.core import MemEffBrain
+from sb_memeff.brain import MemEffBrain
 
 logger = get_logger(__name__)
 

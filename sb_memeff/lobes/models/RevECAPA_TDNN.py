@@ -25,7 +25,7 @@ from speechbrain.lobes.models.ECAPA_TDNN import (
 )
 from torch import nn
 
-from sb_memeff.lobes.models.ECAPA_TDNN import (
+from sb_memeff.lobes.models.RecomputedECAPA_TDNN import (
     AggregationTerm,
     Stem,
     aggregate,
@@ -134,7 +134,7 @@ class RevECAPA_TDNN(nn.Module):
     It has the call signature of
     ``speechbrain.lobes.models.ECAPA_TDNN.ECAPA_TDNN`` and as many parameters,
     but it is another function and cannot load its weights: train it from
-    scratch. For pretrained weights use ``sb_memeff.lobes.models.ECAPA_TDNN``.
+    scratch. For pretrained weights use ``sb_memeff.lobes.models.RecomputedECAPA_TDNN``.
     With few blocks or small batches that network also needs less memory under
     bf16 autocast, since the streams here are float32.
 

@@ -21,7 +21,7 @@ from speechbrain.processing.features import InputNormalization
 from speechbrain.utils.metric_stats import EER, minDCF
 from torch import nn
 
-from sb_memeff.lobes.models.ResNet import ResNet
+from sb_memeff.lobes.models.WeSpeakerResNet import ResNet
 from tests.unittests.weights import without_zeros
 
 FOLDER = Path(__file__).parents[3] / "recipes" / "VoxCeleb" / "SpeakerRec"

@@ -32,7 +32,7 @@ from speechbrain.utils.data_pipeline import provides, takes
 from speechbrain.utils.distributed import if_main_process, run_on_main
 from speechbrain.utils.logger import get_logger
 
-from sb_memeff.core import MemEffBrain
+from sb_memeff.brain import MemEffBrain
 
 logger = get_logger(__name__)
 

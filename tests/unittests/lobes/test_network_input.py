@@ -5,9 +5,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sb_memeff.lobes import residual, reversible_blocks
-from sb_memeff.lobes.features import check_features, for_tensor_cores
-from sb_memeff.lobes.models.ResNet import ResNet
 from sb_memeff.lobes.models.RevResNet import RevResNet
+from sb_memeff.lobes.models.WeSpeakerResNet import ResNet
+from sb_memeff.lobes.network_input import check_features, for_tensor_cores
 
 HALF = [torch.float16, torch.bfloat16]
 

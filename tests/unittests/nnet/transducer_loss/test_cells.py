@@ -9,7 +9,7 @@ import torch
 from speechbrain.nnet.transducer.transducer_joint import Transducer_joint
 from torch import nn
 
-from sb_memeff.nnet.transducer.cells import (
+from sb_memeff.nnet.transducer_loss.cells import (
     CellLogits,
     Cells,
     Gradients,

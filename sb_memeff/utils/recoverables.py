@@ -1,15 +1,11 @@
-"""Atomic checkpoints, and recoverables for random states.
+"""Recoverables that restore random states and positions in data.
 
 Authors
  * The sb_memeff authors 2026
 """
 
 import functools
-import logging
-import os
 import random
-import shutil
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,147 +13,22 @@ import numpy as np
 import torch
 from speechbrain.augment.time_domain import AddNoise, AddReverb
 from speechbrain.utils.checkpoints import (
-    Checkpoint,
-    Checkpointer,
     mark_as_loader,
     mark_as_saver,
     register_checkpoint_hooks,
 )
-from speechbrain.utils.distributed import ddp_barrier, if_main_process
+from speechbrain.utils.distributed import if_main_process
 from speechbrain.utils.logger import get_logger
 
 if TYPE_CHECKING:
     from sb_memeff.dataio.reproducible import SeededSampler
 
-__all__ = [
-    "AtomicCheckpointer",
-    "NoisePosition",
-    "RandomState",
-    "SamplerPosition",
-]
+__all__ = ["NoisePosition", "RandomState", "SamplerPosition"]
 
 logger = get_logger(__name__)
 on_every_process = functools.partial(
     register_checkpoint_hooks, save_on_main_only=False
 )
-
-
-class AtomicCheckpointer(Checkpointer):
-    """A Checkpointer whose checkpoints are complete or do not exist.
-
-    SpeechBrain's Checkpointer first writes the file that marks a folder as a
-    checkpoint. A training killed while it saves leaves a checkpoint that cannot
-    be loaded, and can never be resumed. Here a folder gets its name only when
-    it is complete.
-
-    Saving under an existing name replaces that checkpoint. The old folder is
-    first renamed to one that any Checkpointer still recognises as a
-    checkpoint, so a training killed at that moment can be resumed from it.
-
-    Example
-    -------
-    >>> tmpdir = getfixture("tmpdir")
-    >>> net = torch.nn.Linear(2, 2)
-    >>> checkpointer = AtomicCheckpointer(tmpdir, {"net": net})
-    >>> saved = checkpointer.save_checkpoint(name="first")
-    >>> checkpointer.recover_if_possible().path.name
-    'CKPT+first'
-    """
-
-    PARTIAL = "partial-"
-    REPLACED = ".replaced"
-
-    def _new_checkpoint_dirpath(self) -> Path:
-        return self._partial(super()._new_checkpoint_dirpath())
-
-    def _custom_checkpoint_dirpath(self, name: str) -> Path:
-        return self._partial(super()._custom_checkpoint_dirpath(name))
-
-    def _partial(self, path: Path) -> Path:
-        for leftover in self.checkpoints_dir.glob(self.PARTIAL + "*"):
-            shutil.rmtree(leftover)
-        # Left by trainings killed between the renaming and the removal.
-        for old in self.checkpoints_dir.glob("*" + self.REPLACED):
-            if self._is_replaced(old):
-                self._remove(old)
-        return path.with_name(self.PARTIAL + path.name)
-
-    def _list_checkpoint_dirs(self) -> list[Path]:
-        return [
-            path
-            for path in super()._list_checkpoint_dirs()
-            if not self._is_replaced(path)
-        ]
-
-    def _is_replaced(self, path: Path) -> bool:
-        name = path.name.removesuffix(self.REPLACED)
-        return name != path.name and path.with_name(name).exists()
-
-    def _put_in_place(self, partial: Path, path: Path) -> None:
-        """Renames a complete checkpoint, replacing an existing one."""
-        old = path.with_name(path.name + self.REPLACED)
-        if path.exists():
-            os.replace(path, old)
-        os.replace(partial, path)
-        if old.exists():
-            self._remove(old)
-
-    def _remove(self, path: Path) -> None:
-        # Renamed first: killed within rmtree, it must not look like a
-        # checkpoint.
-        removed = path.with_name(self.PARTIAL + path.name)
-        os.replace(path, removed)
-        shutil.rmtree(removed)
-
-    def save_checkpoint(
-        self,
-        meta: dict[str, Any] = {},
-        end_of_epoch: bool = True,
-        name: str | None = None,
-        verbosity: int = logging.INFO,
-    ) -> Checkpoint | None:
-        """Saves a checkpoint; arguments as in Checkpointer."""
-        saved = super().save_checkpoint(
-            meta, end_of_epoch, name, verbosity=logging.DEBUG
-        )
-        # Wait until all processes have written their part.
-        ddp_barrier()
-        if saved is not None:
-            path = saved.path.with_name(
-                saved.path.name.removeprefix(self.PARTIAL)
-            )
-            self._put_in_place(saved.path, path)
-            files = {k: path / f.name for k, f in saved.paramfiles.items()}
-            saved = Checkpoint(path, saved.meta, files)
-            logger.log(verbosity, f"Saved a checkpoint in {path}")
-        ddp_barrier()
-        return saved
-
-    def save_and_keep_only(
-        self,
-        meta: dict[str, Any] = {},
-        end_of_epoch: bool = True,
-        name: str | None = None,
-        num_to_keep: int = 1,
-        keep_recent: bool = True,
-        importance_keys: Iterable[Callable[[Checkpoint], Any]] = (),
-        **kwargs: Any,
-    ) -> None:
-        """Saves a checkpoint, then deletes; arguments as in Checkpointer.
-
-        Checkpointer appends to the list ``importance_keys``, even to its
-        default. Each call then takes longer than the last, and after one call
-        with ``keep_recent`` recent checkpoints are kept for ever.
-        """
-        super().save_and_keep_only(
-            meta,
-            end_of_epoch,
-            name,
-            num_to_keep,
-            keep_recent,
-            list(importance_keys),
-            **kwargs,
-        )
 
 
 @on_every_process
@@ -168,6 +39,7 @@ class RandomState:
 
     Example
     -------
+    >>> from speechbrain.utils.checkpoints import Checkpointer
     >>> tmpdir = getfixture("tmpdir")
     >>> checkpointer = Checkpointer(tmpdir, {"random_state": RandomState()})
     >>> saved = checkpointer.save_checkpoint()

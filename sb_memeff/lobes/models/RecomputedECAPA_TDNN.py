@@ -29,7 +29,7 @@ from speechbrain.lobes.models.ECAPA_TDNN import (
 )
 from torch import nn
 
-from sb_memeff.lobes.features import check_features
+from sb_memeff.lobes.network_input import check_features
 from sb_memeff.nnet.attentive_pooling import attentive_statistics_pooling
 from sb_memeff.nnet.padding import check_lengths, mask
 from sb_memeff.nnet.recompute.segment import Segment

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from sb_memeff.nnet.transducer.half_linear import Float32WeightGradients
+from sb_memeff.nnet.transducer_loss.half_linear import Float32WeightGradients
 
 
 def gradients(dtype, autocast, rows=2000, wide=True, bias=True):

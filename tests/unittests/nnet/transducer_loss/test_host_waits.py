@@ -9,8 +9,8 @@ import torch
 from speechbrain.nnet.transducer.transducer_joint import Transducer_joint
 from torch import nn
 
-from sb_memeff.nnet.transducer import joint_loss, transducer_loss
-from sb_memeff.nnet.transducer.joint_loss import TransducerJointLoss
+from sb_memeff.nnet.transducer_loss import joint_loss, transducer_loss
+from sb_memeff.nnet.transducer_loss.joint_loss import TransducerJointLoss
 from tests.unittests.host_waits import HostWaits
 
 B, T, U, H, V = 5, 9, 4, 6, 7
@@ -30,7 +30,8 @@ class Joint(nn.Module):
 @pytest.fixture(autouse=True)
 def later(monkeypatch):
     monkeypatch.setattr(
-        "sb_memeff.nnet.transducer.cells.report_mismatches", lambda *args: None
+        "sb_memeff.nnet.transducer_loss.cells.report_mismatches",
+        lambda *args: None,
     )
 
 

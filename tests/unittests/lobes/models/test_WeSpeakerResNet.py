@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from sb_memeff.lobes.models.ResNet import ResNet
+from sb_memeff.lobes.models.WeSpeakerResNet import ResNet
 from sb_memeff.lobes.residual import Bottleneck
 
 # Millions of parameters, as WeSpeaker publishes them.

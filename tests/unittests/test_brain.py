@@ -40,11 +40,11 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from sb_memeff.core import MemEffBrain
+from sb_memeff.brain import MemEffBrain
 from sb_memeff.nnet.replay import mismatch
 from sb_memeff.ops.blocks_8bit import Quantized8bit
 from sb_memeff.optim import Adam8bit, AdamW8bit, SGD8bit
-from sb_memeff.utils.checkpoints import AtomicCheckpointer
+from sb_memeff.utils.atomic_checkpoints import AtomicCheckpointer
 from tests.unittests.two_processes import run_in_two_processes
 
 OPTIMIZERS = {
@@ -170,7 +170,7 @@ def run(queue, arguments, stop_at, workers):
 def in_new_process(arguments, stop_at=None, workers=0):
     """Weights at the end; None if the process was killed."""
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["sb_memeff.core"])
+    context.set_forkserver_preload(["sb_memeff.brain"])
     queue = context.SimpleQueue()
     process = context.Process(
         target=run, args=(queue, arguments, stop_at, workers)

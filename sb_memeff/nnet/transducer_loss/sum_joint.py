@@ -17,9 +17,14 @@ from speechbrain.nnet.transducer.transducer_joint import Transducer_joint
 from torch import nn
 from torch.nn import functional
 
-from sb_memeff.nnet.transducer.cells import CellLogits, Cells, Gradients, Tile
-from sb_memeff.nnet.transducer.half_linear import HALF, wide_product
-from sb_memeff.nnet.transducer.passes import Planes, TiledPass, some_of
+from sb_memeff.nnet.transducer_loss.cells import (
+    CellLogits,
+    Cells,
+    Gradients,
+    Tile,
+)
+from sb_memeff.nnet.transducer_loss.half_linear import HALF, wide_product
+from sb_memeff.nnet.transducer_loss.passes import Planes, TiledPass, some_of
 from sb_memeff.ops.dispatch import runs_fused
 from sb_memeff.utils.hooks import are_watched
 

@@ -15,8 +15,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sb_memeff.memory.tracker import StorageTracker
-from sb_memeff.nnet.transducer.batch import REDUCTIONS
-from sb_memeff.nnet.transducer.joint_loss import TransducerJointLoss
+from sb_memeff.nnet.transducer_loss.batch import REDUCTIONS
+from sb_memeff.nnet.transducer_loss.joint_loss import TransducerJointLoss
 from tests.unittests.two_processes import run_in_two_processes
 
 H, V = 12, 11

@@ -28,7 +28,7 @@ from sb_memeff.dataio.reproducible import (
 from sb_memeff.nnet.replay.mismatch import read_mismatches
 from sb_memeff.optim import keep_32bit_states
 from sb_memeff.optim.misfit import name_parameters
-from sb_memeff.utils.checkpoints import (
+from sb_memeff.utils.recoverables import (
     NoisePosition,
     RandomState,
     SamplerPosition,
@@ -68,7 +68,7 @@ class MemEffBrain(sb.core.Brain):
     * An optimizer's checkpoint that does not fit the modules is refused. The
       error names the parameter.
 
-    Use it with AtomicCheckpointer (sb_memeff.utils.checkpoints), whose
+    Use it with AtomicCheckpointer (sb_memeff.utils.atomic_checkpoints), whose
     checkpoints cannot be half-written. The random numbers of an
     IterableDataset, a LoopedLoader, a DataLoader not made by
     ``make_dataloader`` and shuffled validation data are left unchanged.

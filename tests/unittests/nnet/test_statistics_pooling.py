@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from sb_memeff.nnet.pooling import TemporalStatisticsPooling
+from sb_memeff.nnet.statistics_pooling import TemporalStatisticsPooling
 
 
 def test_mean_and_standard_deviation():

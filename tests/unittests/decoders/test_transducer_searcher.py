@@ -8,7 +8,7 @@ from speechbrain.nnet.RNN import GRU, LSTM
 from speechbrain.nnet.transducer.transducer_joint import Transducer_joint
 from torch import nn
 
-from sb_memeff.decoders.transducer import TransducerBeamSearcher
+from sb_memeff.decoders.transducer_searcher import TransducerBeamSearcher
 
 HIDDEN, VOCABULARY = 8, 6
 

@@ -12,9 +12,9 @@ from speechbrain.nnet.transducer.transducer_joint import Transducer_joint
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
-from sb_memeff.nnet.transducer.batch import check_counts
-from sb_memeff.nnet.transducer.joint_loss import TransducerJointLoss
-from sb_memeff.nnet.transducer.modules import declared_vocabulary
+from sb_memeff.nnet.transducer_loss.batch import check_counts
+from sb_memeff.nnet.transducer_loss.joint_loss import TransducerJointLoss
+from sb_memeff.nnet.transducer_loss.modules import declared_vocabulary
 
 B, T, U, H, V = 3, 7, 4, 6, 9
 METHODS = {
@@ -359,7 +359,7 @@ def test_targets_are_checked_once_for_each_size_that_is_known(
         return check_counts(*args)
 
     monkeypatch.setattr(
-        "sb_memeff.nnet.transducer.joint_loss.check_counts", check
+        "sb_memeff.nnet.transducer_loss.joint_loss.check_counts", check
     )
     layer = nn.Linear(H, V)
     classifier = Opaque(layer) if opaque else layer

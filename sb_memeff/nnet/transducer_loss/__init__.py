@@ -19,7 +19,7 @@ Authors
  * The sb_memeff authors 2026
 """
 
-from sb_memeff.nnet.transducer.joint_loss import TransducerJointLoss
-from sb_memeff.nnet.transducer.logits_loss import transducer_loss
+from sb_memeff.nnet.transducer_loss.joint_loss import TransducerJointLoss
+from sb_memeff.nnet.transducer_loss.logits_loss import transducer_loss
 
 __all__ = ["TransducerJointLoss", "transducer_loss"]

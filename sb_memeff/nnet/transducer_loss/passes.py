@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from sb_memeff.nnet.replay.recorder import Recorder, Recording
-from sb_memeff.nnet.transducer.cells import (
+from sb_memeff.nnet.transducer_loss.cells import (
     CellLogits,
     Cells,
     ComputedLogits,

@@ -11,7 +11,7 @@ from speechbrain.lobes.models.ECAPA_TDNN import (
     SEBlock,
 )
 
-from sb_memeff.lobes.models.ECAPA_TDNN import (
+from sb_memeff.lobes.models.RecomputedECAPA_TDNN import (
     ECAPA_TDNN,
     res2net_forward,
     squeeze_excite_forward,

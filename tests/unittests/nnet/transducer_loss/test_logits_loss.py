@@ -20,9 +20,9 @@ import torchaudio
 from speechbrain.nnet.losses import transducer_loss as speechbrain_loss
 
 from sb_memeff.memory.tracker import StorageTracker
-from sb_memeff.nnet.transducer import TransducerJointLoss, logits_loss
-from sb_memeff.nnet.transducer.batch import REDUCTIONS
-from sb_memeff.nnet.transducer.logits_loss import transducer_loss
+from sb_memeff.nnet.transducer_loss import TransducerJointLoss, logits_loss
+from sb_memeff.nnet.transducer_loss.batch import REDUCTIONS
+from sb_memeff.nnet.transducer_loss.logits_loss import transducer_loss
 
 DATA = Path(__file__).resolve().parents[3] / "data"
 CASES = json.loads((DATA / "transducer_cases.json").read_text())

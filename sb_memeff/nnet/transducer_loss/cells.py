@@ -15,8 +15,11 @@ from torch import nn
 from torch.func import functional_call
 
 from sb_memeff.nnet.replay.mismatch import report_mismatches
-from sb_memeff.nnet.transducer.half_linear import HALF, Float32WeightGradients
-from sb_memeff.nnet.transducer.input_gradient import InputGradient
+from sb_memeff.nnet.transducer_loss.half_linear import (
+    HALF,
+    Float32WeightGradients,
+)
+from sb_memeff.nnet.transducer_loss.input_gradient import InputGradient
 from sb_memeff.ops.dispatch import has_values
 from sb_memeff.ops.logit_rows import row_gradient, row_scores, wide_dtype
 

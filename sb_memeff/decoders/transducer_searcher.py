@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from speechbrain.decoders import transducer
 
-from sb_memeff.nnet.transducer.batch import count
+from sb_memeff.nnet.transducer_loss.batch import count
 
 __all__ = ["TransducerBeamSearcher"]
 

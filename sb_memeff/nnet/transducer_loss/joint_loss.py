@@ -25,7 +25,7 @@ from sb_memeff.nnet.replay.recorder import (
     check_fingerprint,
     fingerprint,
 )
-from sb_memeff.nnet.transducer.batch import (
+from sb_memeff.nnet.transducer_loss.batch import (
     PER_SAMPLE,
     Reduction,
     check_counts,
@@ -34,15 +34,15 @@ from sb_memeff.nnet.transducer.batch import (
     count,
     reduce,
 )
-from sb_memeff.nnet.transducer.cells import CellLogits, Cells, Gradients
-from sb_memeff.nnet.transducer.logits_loss import transducer_loss
-from sb_memeff.nnet.transducer.modules import (
+from sb_memeff.nnet.transducer_loss.cells import CellLogits, Cells, Gradients
+from sb_memeff.nnet.transducer_loss.logits_loss import transducer_loss
+from sb_memeff.nnet.transducer_loss.modules import (
     check_modules,
     declared_vocabulary,
     unchanged,
 )
-from sb_memeff.nnet.transducer.passes import TiledPass, WholePass
-from sb_memeff.nnet.transducer.sum_joint import SumJoint, SumJointPass
+from sb_memeff.nnet.transducer_loss.passes import TiledPass, WholePass
+from sb_memeff.nnet.transducer_loss.sum_joint import SumJoint, SumJointPass
 from sb_memeff.ops.dispatch import has_values
 
 __all__ = ["TransducerJointLoss"]
@@ -78,7 +78,7 @@ class TransducerJointLoss(nn.Module):
         The blank.
     reduction : str
         "mean", "sum" and "none" are SpeechBrain 1.1's, "nll_mean", "nll_sum"
-        and "nll" are plain; see sb_memeff.nnet.transducer.transducer_loss.
+        and "nll" are plain; see sb_memeff.nnet.transducer_loss.transducer_loss.
     method : str
         "tiled" computes at most max_rows rows of logits at a time, for any
         length of a sample; "samplewise" the logits of one sample at a time,

@@ -13,10 +13,10 @@ from speechbrain.nnet.transducer.transducer_joint import Transducer_joint
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sb_memeff.nnet.transducer import sum_joint
-from sb_memeff.nnet.transducer.cells import CellLogits
-from sb_memeff.nnet.transducer.joint_loss import TransducerJointLoss
-from sb_memeff.nnet.transducer.sum_joint import SumJoint
+from sb_memeff.nnet.transducer_loss import sum_joint
+from sb_memeff.nnet.transducer_loss.cells import CellLogits
+from sb_memeff.nnet.transducer_loss.joint_loss import TransducerJointLoss
+from sb_memeff.nnet.transducer_loss.sum_joint import SumJoint
 from sb_memeff.ops import logit_rows as rows
 from sb_memeff.ops.triton import (
     joint as joint_kernels,
@@ -249,7 +249,7 @@ def test_weights_that_need_no_gradient(kernels, classifier, frozen):
 
 def test_runs_of_samples(kernels, monkeypatch):
     """Cells of the second run are in other rows than their places say."""
-    from sb_memeff.nnet.transducer import joint_loss
+    from sb_memeff.nnet.transducer_loss import joint_loss
 
     nets, inputs = modules(), batch()
     kernels(False)

@@ -12,7 +12,7 @@ from speechbrain.lobes.models.CRDNN import CRDNN
 from speechbrain.nnet.transducer.transducer_joint import Transducer_joint
 from torch import nn
 
-from sb_memeff.nnet.transducer.joint_loss import TransducerJointLoss
+from sb_memeff.nnet.transducer_loss.joint_loss import TransducerJointLoss
 
 B, T, U, H, V = 3, 7, 4, 6, 9
 FRAMES = torch.tensor([7, 3, 5]) / T

@@ -5,7 +5,7 @@ import torch
 
 from sb_memeff.memory.fake import fake_tensors
 from sb_memeff.memory.tracker import StorageTracker
-from sb_memeff.nnet.transducer.input_gradient import InputGradient
+from sb_memeff.nnet.transducer_loss.input_gradient import InputGradient
 
 B, T, H = 5, 3, 4
 RUNS = (range(2), range(2, 3), range(3, 5))

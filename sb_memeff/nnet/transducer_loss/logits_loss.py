@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from sb_memeff.nnet.transducer.batch import (
+from sb_memeff.nnet.transducer_loss.batch import (
     Reduction,
     check_counts,
     check_settings,
@@ -17,7 +17,7 @@ from sb_memeff.nnet.transducer.batch import (
     count,
     reduce,
 )
-from sb_memeff.nnet.transducer.cells import cells_inside, next_targets
+from sb_memeff.nnet.transducer_loss.cells import cells_inside, next_targets
 from sb_memeff.ops.lattice import loss_and_occupancies
 from sb_memeff.ops.logit_rows import row_gradient, row_scores, wide_dtype
 
