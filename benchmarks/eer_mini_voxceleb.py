@@ -31,7 +31,9 @@ from sb_memeff.lobes.models.RevResNet import RevResNet
 from sb_memeff.lobes.models.WeSpeakerResNet import ResNet
 from sb_memeff.memory.step import training_step_memory
 
-RECIPE = Path(__file__).resolve().parents[1] / "recipes/VoxCeleb/SpeakerRec"
+RECIPE = (
+    Path(__file__).resolve().parents[1] / "recipes/VoxCeleb/SpeakerRec_memeff"
+)
 INPUTS = ["--n_mels=40", "--num_workers=0"]
 EMBEDDING = 128
 RESNET = {"base_channels": 8, "lin_neurons": EMBEDDING}

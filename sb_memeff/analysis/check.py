@@ -135,7 +135,7 @@ def check_recipe(
     Example
     -------
     >>> from sb_memeff.analysis.recipe import read_recipe
-    >>> path = "recipes/VoxCeleb/SpeakerRec/hparams/train_revnet.yaml"
+    >>> path = "recipes/VoxCeleb/SpeakerRec_memeff/hparams/train_revnet.yaml"
     >>> recipe = read_recipe(path, {"base_channels": 4, "out_n_neurons": 9})
     >>> check_recipe(recipe, seconds=0.5).passed
     True

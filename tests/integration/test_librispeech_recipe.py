@@ -37,7 +37,7 @@ from tests.integration.runs import (
     steps_of,
 )
 
-RECIPE = Recipe("LibriSpeech/ASR/transducer", "LibriSpeech.csv")
+RECIPE = Recipe("LibriSpeech/ASR/transducer_memeff", "LibriSpeech.csv")
 
 
 RATE = 16000

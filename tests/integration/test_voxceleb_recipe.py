@@ -40,7 +40,7 @@ from tests.integration.runs import (
     steps_of,
 )
 
-RECIPE = Recipe("VoxCeleb/SpeakerRec", "VoxCeleb.csv")
+RECIPE = Recipe("VoxCeleb/SpeakerRec_memeff", "VoxCeleb.csv")
 
 
 RATE = 16000

@@ -25,7 +25,9 @@ from sb_memeff.export.speaker_folder import (
 )
 from tests.unittests.weights import without_zeros
 
-RECIPE = Path(__file__).parents[3] / "recipes" / "VoxCeleb" / "SpeakerRec"
+RECIPE = (
+    Path(__file__).parents[3] / "recipes" / "VoxCeleb" / "SpeakerRec_memeff"
+)
 
 
 OVERRIDES = {

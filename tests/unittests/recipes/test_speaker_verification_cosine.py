@@ -24,7 +24,9 @@ from torch import nn
 from sb_memeff.lobes.models.WeSpeakerResNet import ResNet
 from tests.unittests.weights import without_zeros
 
-FOLDER = Path(__file__).parents[3] / "recipes" / "VoxCeleb" / "SpeakerRec"
+FOLDER = (
+    Path(__file__).parents[3] / "recipes" / "VoxCeleb" / "SpeakerRec_memeff"
+)
 
 
 RATE = 16000
