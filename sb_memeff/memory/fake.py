@@ -71,16 +71,11 @@ def fake_tensors() -> Generator[None, None, None]:
     """
     fake = FakeTensorMode()
     # Small random tensors are really drawn, so restore the random state.
-    with (
-        torch.random.fork_rng([]),
-        _quiet(),
-        fake,
-        _KnownValues(fake),
-        fused_attention(),
+    with torch.random.fork_rng([]), _quiet(), fake, _KnownValues(fake):
         # Constants of imported modules outlive the context.
-        around_imports(lambda module: _disable_current_modes()),
-    ):
-        yield
+        imports = around_imports(lambda module: _disable_current_modes())
+        with fused_attention(), imports:
+            yield
 
 
 @contextlib.contextmanager

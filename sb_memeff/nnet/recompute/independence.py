@@ -87,13 +87,11 @@ def dependent_input(
     leaves = [copies.get(id(x), x) for x in leaves]
     tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
     recorder = Recorder(tensors[0].device)
-    with (
-        torch.enable_grad(),
-        recorder.recording(block, leaves) as recording,
-        without_trace(block),
-        # An enclosing segment must not count these tensors.
-        saved_tensors_hooks(lambda x: x, lambda x: x),
-    ):
+    recorded = recorder.recording(block, leaves)
+    # An enclosing segment must not count these tensors.
+    hooks = saved_tensors_hooks(lambda x: x, lambda x: x)
+    no_trace = without_trace(block)
+    with torch.enable_grad(), recorded as recording, no_trace, hooks:
         args, kwargs = tree_unflatten(leaves, structure)
         result = function(*args, **kwargs)
         shapes = [

@@ -189,10 +189,8 @@ class Segment:
             call.slots.append((weakref.ref(slot), tensor.shape, tensor.dtype))
             return slot
 
-        with (
-            call.recorder.recording(block, leaves) as call.recording,
-            saved_tensors_hooks(pack, _open),
-        ):
+        recorded = call.recorder.recording(block, leaves)
+        with recorded as call.recording, saved_tensors_hooks(pack, _open):
             result = function(*args, **kwargs)
         if versions != [x._version for x in stored.values()]:
             raise _changes_its_input(name)
@@ -416,12 +414,11 @@ class _Call:
             count += 1
 
         args, kwargs = self.arguments(results)
-        with (
-            self.recorder.replay(self.block, cast(Recording, self.recording)),
-            _parameters_copied(self.block, self.written),
-            saved_tensors_hooks(keep, _open),
-        ):
-            result = self.function(*args, **kwargs)
+        recording = cast(Recording, self.recording)
+        copied = _parameters_copied(self.block, self.written)
+        with self.recorder.replay(self.block, recording), copied:
+            with saved_tensors_hooks(keep, _open):
+                result = self.function(*args, **kwargs)
         if count != len(self.slots):
             self._does_not_repeat(f"saved {count} tensors")
         self._compare(_checksums(result))

@@ -24,11 +24,9 @@ def gradients(dtype, autocast, rows=2000, wide=True, bias=True):
     x = x.float() if autocast else x
     x.requires_grad_()
     sums = {id(p): torch.zeros(p.shape) for p in layer.parameters() if wide}
-    with (
-        torch.autocast("cpu", dtype, enabled=autocast),
-        Float32WeightGradients(sums),
-    ):
-        y = layer(x)
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        with Float32WeightGradients(sums):
+            y = layer(x)
     y.backward(upstream.to(y.dtype))
     weights = list(sums.values()) or [p.grad for p in layer.parameters()]
     assert all(p.grad is None for p in layer.parameters()) or not wide
@@ -98,8 +96,6 @@ def test_wide_layers_are_left_alone(dtype):
 
 
 def test_errors_are_those_of_torch():
-    with (
-        Float32WeightGradients({}),
-        pytest.raises(RuntimeError, match="same dtype"),
-    ):
+    refused = pytest.raises(RuntimeError, match="same dtype")
+    with Float32WeightGradients({}), refused:
         nn.Linear(3, 2)(torch.ones(4, 3).half())
