@@ -215,13 +215,11 @@ class ResidualBody(nn.Module):
         torch.Tensor
             [N, out_channels, T', F'], zero in padded frames.
         """
-        layers = cast(Sequence[NormActConv], self.layers)
+        layers = cast("Sequence[NormActConv]", self.layers)
         weights: Sequence[torch.Tensor | None] = [None for _ in layers]
         if all(layer.is_fusible for layer in layers):
             weights = cast_weights([layer.conv for layer in layers])
-        for layer, weight, stage in zip(
-            layers, weights, self.stages, strict=True
-        ):
+        for layer, weight, stage in zip(layers, weights, self.stages):
             padding = None if masks is None else masks[stage]
             x = layer(x, padding, weight)
         # There is at least one layer.

@@ -240,9 +240,7 @@ class _KnownValues(TorchDispatchMode):
 
     def remember(self, result: Any, values: Any) -> None:
         """Attaches values to fakes."""
-        for tensor, value in zip(
-            tree_leaves(result), tree_leaves(values), strict=True
-        ):
+        for tensor, value in zip(tree_leaves(result), tree_leaves(values)):
             if isinstance(tensor, FakeTensor):
                 cast(Any, tensor)._sb_memeff_value = value
 
@@ -320,7 +318,7 @@ _FAKE_FORMS: dict[OpOverload, Callable[..., Any]] = {
 }
 
 
-@functools.cache
+@functools.lru_cache(maxsize=None)
 def _overwritten(func: OpOverload) -> list[tuple[int, str]]:
     return [
         (number, argument.name)

@@ -256,7 +256,7 @@ def _highest(timeline: Timeline) -> int:
     return max(
         sum(sizes)
         for kinds in timeline.values()
-        for sizes in zip(*kinds.values(), strict=True)
+        for sizes in zip(*kinds.values())
     )
 
 

@@ -69,8 +69,7 @@ class AtomicCheckpointer(Checkpointer):
         ]
 
     def _is_replaced(self, path: Path) -> bool:
-        name = path.name.removesuffix(self.REPLACED)
-        return name != path.name and path.with_name(name).exists()
+        return path.suffix == self.REPLACED and path.with_suffix("").exists()
 
     def _put_in_place(self, partial: Path, path: Path) -> None:
         """Renames a complete checkpoint, replacing an existing one."""
@@ -102,9 +101,7 @@ class AtomicCheckpointer(Checkpointer):
         # Wait until all processes have written their part.
         ddp_barrier()
         if saved is not None:
-            path = saved.path.with_name(
-                saved.path.name.removeprefix(self.PARTIAL)
-            )
+            path = saved.path.with_name(saved.path.name[len(self.PARTIAL) :])
             self._put_in_place(saved.path, path)
             files = {k: path / f.name for k, f in saved.paramfiles.items()}
             saved = Checkpoint(path, saved.meta, files)

@@ -168,7 +168,7 @@ def res2net_forward(
     """
     first, *chunks = x.chunk(block.scale, dim=1)
     results = [first]
-    for chunk, layer in zip(chunks, block.blocks, strict=True):
+    for chunk, layer in zip(chunks, block.blocks):
         # Stored as a view, the first chunk would keep all of x.
         chunk = chunk.clone() if len(results) == 1 else chunk + results[-1]
         arguments = layer, chunk, padding

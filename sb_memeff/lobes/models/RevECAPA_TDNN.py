@@ -347,7 +347,7 @@ def check_kernels(
     ValueError
         If one does not.
     """
-    for kernel, dilation in zip(kernel_sizes, dilations, strict=True):
+    for kernel, dilation in zip(kernel_sizes, dilations):
         if (kernel - 1) * dilation % 2:
             raise ValueError(
                 f"A kernel of {kernel} with a dilation of {dilation} would "
@@ -391,7 +391,7 @@ def matching_width(
         return res2net + tdnn + (2 * se_channels + 1) * outer + se_channels
 
     target = num_parameters(channels, channels)
-    step = math.lcm(res2net_scale, groups)
+    step = _channel_step(res2net_scale, groups)
     return min(
         range(step, 2 * channels + step, step),
         key=lambda inner: abs(
@@ -419,9 +419,15 @@ def check_inner_channels(
     ValueError
         If they cannot be split evenly.
     """
-    step = math.lcm(res2net_scale, groups)
+    step = _channel_step(res2net_scale, groups)
     if inner_channels < 1 or inner_channels % step:
         raise ValueError(
             f"inner_channels={inner_channels} must be a multiple of {step}: "
             f"res2net_scale={res2net_scale}, groups={groups}."
         )
+
+
+def _channel_step(res2net_scale: int, groups: int) -> int:
+    """The least number of channels that Res2Net and groups can both split."""
+    # math.lcm needs Python 3.9.
+    return res2net_scale * groups // math.gcd(res2net_scale, groups)

@@ -77,7 +77,7 @@ def dependent_input(
     0
     """
     inputs = {}
-    for i, (leaf, split) in enumerate(zip(leaves, per_sample, strict=True)):
+    for i, (leaf, split) in enumerate(zip(leaves, per_sample)):
         if split and leaf.is_floating_point():
             inputs.setdefault(id(leaf), (i, leaf.detach().requires_grad_()))
     # Copies, because the function may change its input in place, which is refused
@@ -127,7 +127,7 @@ def _dependent(
             retain_graph=True,
             allow_unused=True,
         )
-        for (index, x), gradient in zip(inputs, gradients, strict=True):
+        for (index, x), gradient in zip(inputs, gradients):
             if gradient is not None:
                 rows = gradient.unflatten(0, (2, len(x) // 2))[other]
                 # NaN comes from zero times the infinity of a masked score.

@@ -170,7 +170,7 @@ class Recorder:
                 yield recording
         drawn = [
             (source, state)
-            for source, state in zip(sources, states, strict=True)
+            for source, state in zip(sources, states)
             if not equal_states(state, source.read())
         ]
         if drawn:
@@ -207,7 +207,7 @@ class Recorder:
                 with no_trace, replaying(recording.kept):
                     yield
         finally:
-            for (source, _), state in zip(drawn, now, strict=True):
+            for (source, _), state in zip(drawn, now):
                 source.write(state)
 
     def _sources(

@@ -179,7 +179,7 @@ def _gradients(
     )
     return {
         name: gradient
-        for name, gradient in zip(leaves, gradients, strict=True)
+        for name, gradient in zip(leaves, gradients)
         if gradient is not None
     }
 

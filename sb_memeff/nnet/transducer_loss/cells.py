@@ -110,7 +110,7 @@ def cells_inside(
         u <= target_lengths[:, None, None]
     )
     # The host knows how many there are, and need not wait for the device.
-    size = sum(t * (u + 1) for t, u in zip(*lengths, strict=True))
+    size = sum(t * (u + 1) for t, u in zip(*lengths))
     return inside.flatten().nonzero_static(size=size).squeeze(1)
 
 
@@ -516,7 +516,7 @@ class Gradients:
         )
         sums = [x.sum for x in self.of_inputs] + [*self.weight_sums.values()]
         indices = tile.enc_row, tile.pred_row, *[None] * len(self.weights)
-        for total, value, row in zip(sums, found, indices, strict=True):
+        for total, value, row in zip(sums, found, indices):
             if value is None:
                 continue
             value = value.to(total.dtype)
@@ -623,7 +623,7 @@ class Gradients:
         return [x.total(scale) for x in self.of_inputs] + [
             total.to(weight.dtype)
             for total, weight in zip(
-                self.weight_sums.values(), self.weights.values(), strict=True
+                self.weight_sums.values(), self.weights.values()
             )
         ]
 

@@ -123,6 +123,8 @@ def _dtype_of_linear(
 
 
 class _HalfLinear(torch.autograd.Function):
+    """A linear layer whose backward adds to sums in float32."""
+
     @staticmethod
     def forward(
         ctx: Any,

@@ -112,6 +112,6 @@ class InputGradient:
             total *= factors
         else:
             # The CPU makes float32 copies: sample by sample they are small.
-            for row, factor in zip(total, factors, strict=True):
+            for row, factor in zip(total, factors):
                 row *= factor
         return total

@@ -9,7 +9,7 @@ Authors
 """
 
 import dataclasses
-from typing import Any, cast
+from typing import Any, Optional, cast
 
 import speechbrain.nnet.linear
 import torch
@@ -31,7 +31,7 @@ from sb_memeff.utils.hooks import are_watched
 __all__ = ["SumJoint", "SumJointPass"]
 
 # Weight and optional bias, in the dtype of the computation.
-Narrow = tuple[torch.Tensor, torch.Tensor | None]
+Narrow = tuple[torch.Tensor, Optional[torch.Tensor]]
 
 
 @dataclasses.dataclass
@@ -101,7 +101,9 @@ class SumJoint:
         return cls(
             *activation,
             linear,
-            cast(tuple[str, str | None], tuple(names.get(id(p)) for p in pair)),
+            cast(
+                "tuple[str, str | None]", tuple(names.get(id(p)) for p in pair)
+            ),
             dtype,
         )
 
