@@ -1,4 +1,4 @@
-"""A Checkpointer that leaves no half-written checkpoint.
+"""Saves checkpoints that are never half-written, and finds the best one.
 
 Authors
  * The sb_memeff authors 2026
@@ -15,7 +15,7 @@ from speechbrain.utils.checkpoints import Checkpoint, Checkpointer
 from speechbrain.utils.distributed import ddp_barrier
 from speechbrain.utils.logger import get_logger
 
-__all__ = ["AtomicCheckpointer"]
+__all__ = ["AtomicCheckpointer", "best_checkpoint"]
 
 logger = get_logger(__name__)
 
@@ -134,3 +134,22 @@ class AtomicCheckpointer(Checkpointer):
             list(importance_keys),
             **kwargs,
         )
+
+
+def best_checkpoint(save_folder: str | Path) -> Checkpoint | None:
+    """Finds the checkpoint with the lowest ErrorRate.
+
+    Arguments
+    ---------
+    save_folder : str
+        The ``save`` folder of a training.
+
+    Returns
+    -------
+    Checkpoint or None
+        None if no epoch has finished.
+    """
+    # Checkpointer would create a folder that does not exist.
+    if not Path(save_folder).is_dir():
+        return None
+    return Checkpointer(save_folder).find_checkpoint(min_key="ErrorRate")

@@ -23,6 +23,7 @@ from speechbrain.dataio.dataio import load_data_csv
 from speechbrain.utils.logger import get_logger
 from tqdm import tqdm
 from voxceleb_prepare import (
+    check_prepared,
     fetch_list,
     prepare_voxceleb,
     read_trials,
@@ -30,7 +31,7 @@ from voxceleb_prepare import (
 )
 
 from sb_memeff.dataio.preparation import open_atomic
-from sb_memeff.export.speaker_folder import best_checkpoint
+from sb_memeff.utils.atomic_checkpoints import best_checkpoint
 
 logger = get_logger(__name__)
 
@@ -200,6 +201,30 @@ def cohort_statistics(embeddings, cohort, cohort_size):
     return torch.cat(means), torch.cat(deviations)
 
 
+def rows_of(rows, files):
+    """The rows of the embeddings of files.
+
+    Arguments
+    ---------
+    rows : dict
+        Maps each ID to its row.
+    files : list of str
+        Files of the list of trials. In csv files that SpeechBrain has prepared
+        an ID lacks the file's suffix.
+
+    Returns
+    -------
+    torch.Tensor
+        [files].
+    """
+    return torch.tensor(
+        [
+            rows[name if name in rows else str(Path(name).with_suffix(""))]
+            for name in files
+        ]
+    )
+
+
 def score_trials(embeddings, enrol, test, score_norm=None, statistics=None):
     """Computes the scores of all trials.
 
@@ -323,7 +348,11 @@ def check_params(params):
             f"score_norm must be {', '.join(SCORE_NORMS)} or null, got "
             f"{norm!r}."
         )
-    wav_folders(params["data_folder"])
+    if params["skip_prep"]:
+        keys = ["enrol_data", "test_data"]
+        check_prepared(params, keys + ["train_data"] * (norm is not None))
+    else:
+        wav_folders(params["data_folder"])
     path = fetch_list(params["verification_file"], params["save_folder"])
     trials = read_trials(path)
     if len({label for label, _, _ in trials}) < 2:
@@ -399,8 +428,8 @@ def verify(params, trials, weights, device):
     labels = torch.tensor([label for label, _, _ in trials])
     scores = score_trials(
         embeddings,
-        torch.tensor([rows[enrol] for _, enrol, _ in trials]),
-        torch.tensor([rows[test] for _, _, test in trials]),
+        rows_of(rows, [enrol for _, enrol, _ in trials]),
+        rows_of(rows, [test for _, _, test in trials]),
         params["score_norm"],
         statistics,
     )

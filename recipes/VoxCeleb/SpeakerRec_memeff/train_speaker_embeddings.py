@@ -22,6 +22,7 @@ from speechbrain.dataio import audio_io
 from speechbrain.utils.distributed import if_main_process, run_on_main
 from speechbrain.utils.logger import get_logger
 from voxceleb_prepare import (
+    check_prepared,
     fetch_list,
     prepare_noise,
     prepare_voxceleb,
@@ -109,12 +110,7 @@ def check_data(hparams):
             f"number_of_epochs={hparams['number_of_epochs']}."
         )
     if hparams["skip_prep"]:
-        for key in ("train_annotation", "valid_annotation"):
-            if not Path(hparams[key]).is_file():
-                raise FileNotFoundError(
-                    f"There is no {hparams[key]}: with skip_prep the csv file "
-                    f"{key} must exist; run without skip_prep to create it."
-                )
+        check_prepared(hparams, ["train_annotation", "valid_annotation"])
         return
     wav_folders(hparams["data_folder"])
     trials = hparams["verification_file"]

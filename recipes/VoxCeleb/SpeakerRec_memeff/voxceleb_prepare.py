@@ -172,6 +172,29 @@ def wav_folders(data_folder):
     return folders
 
 
+def check_prepared(hparams, keys):
+    """Checks that the csv files exist, which skip_prep does not write.
+
+    Arguments
+    ---------
+    hparams : dict
+        The loaded yaml file.
+    keys : list of str
+        Its keys of csv files.
+
+    Raises
+    ------
+    FileNotFoundError
+        If one does not exist.
+    """
+    for key in keys:
+        if not Path(hparams[key]).is_file():
+            raise FileNotFoundError(
+                f"There is no {hparams[key]}: with skip_prep the csv file "
+                f"{key} must exist; run without skip_prep to create it."
+            )
+
+
 def fetch_list(verification_file, save_folder):
     """Path of the list of trials, downloaded once if it is a URL.
 

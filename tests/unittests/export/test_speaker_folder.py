@@ -19,10 +19,8 @@ from speechbrain.inference.classifiers import EncoderClassifier
 from speechbrain.inference.speaker import SpeakerRecognition
 
 from sb_memeff.cli import main
-from sb_memeff.export.speaker_folder import (
-    best_checkpoint,
-    export_speaker_model,
-)
+from sb_memeff.export.speaker_folder import export_speaker_model
+from sb_memeff.utils.atomic_checkpoints import best_checkpoint
 from tests.unittests.weights import without_zeros
 
 RECIPE = (

@@ -41,13 +41,13 @@ def test_without_autocast_dtypes_are_equal(dtype):
         check_features(x, 8, torch.float32)
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF])
-def test_channels_are_last_in_half_precision_on_a_gpu(device, dtype):
+def test_channels_are_last_in_half_precision_on_a_gpu(kind, dtype):
     with FakeTensorMode():
-        x = torch.empty(2, 3, 4, 5, device=device, dtype=dtype)
+        x = torch.empty(2, 3, 4, 5, device=kind, dtype=dtype)
         y = for_tensor_cores(x)
-    last = device == "cuda" and dtype in HALF
+    last = kind == "cuda" and dtype in HALF
     assert y.is_contiguous(memory_format=torch.channels_last) == last
     assert last or y is x
 

@@ -16,7 +16,10 @@ from speechbrain.utils.checkpoints import (
     register_checkpoint_hooks,
 )
 
-from sb_memeff.utils.atomic_checkpoints import AtomicCheckpointer
+from sb_memeff.utils.atomic_checkpoints import (
+    AtomicCheckpointer,
+    best_checkpoint,
+)
 
 
 @register_checkpoint_hooks
@@ -206,3 +209,13 @@ def test_importance_keys_do_not_carry_over_to_the_next_call(
         monkeypatch.undo()
     assert found[AtomicCheckpointer] == (1, 1)
     assert found[Checkpointer] == (4, 2)
+
+
+def test_the_best_checkpoint_has_the_lowest_error_rate(tmp_path):
+    checkpointer = Checkpointer(tmp_path, {"net": torch.nn.Linear(1, 1)})
+    assert best_checkpoint(tmp_path) is None
+    for rate in (0.3, 0.1, 0.2):
+        checkpointer.save_checkpoint({"ErrorRate": rate}, name=str(rate))
+    assert best_checkpoint(tmp_path).meta["ErrorRate"] == 0.1
+    assert best_checkpoint(tmp_path / "none") is None
+    assert not (tmp_path / "none").exists()

@@ -93,10 +93,11 @@ class ASR(MemEffBrain):
                     self.modules.dec_lin(predicted)
                 )
         else:
-            name = (
-                "Greedysearcher" if stage == sb.Stage.VALID else "Beamsearcher"
+            searcher = (
+                self.hparams.Greedysearcher
+                if stage == sb.Stage.VALID
+                else self.hparams.Beamsearcher
             )
-            searcher = getattr(self.hparams, name)
             outputs["hyps"], *_ = searcher(encoded, wav_lens)
         return outputs
 
