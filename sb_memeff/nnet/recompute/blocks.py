@@ -392,7 +392,7 @@ def _recompute_in_graph(
     return result
 
 
-@functools.cache
+@functools.lru_cache(maxsize=None)
 def _prepare_compiler() -> None:
     """Registers how torch.compile treats the call of a block.
 
@@ -442,7 +442,7 @@ def _change_class(
     block.__class__ = type(cls)(cls.__name__, (base,), namespace)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=None)
 def _recomputing(original: type[nn.Module]) -> type[nn.Module]:
     """Derives a class from ``original`` whose forward is recomputed.
 

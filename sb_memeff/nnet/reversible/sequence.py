@@ -252,7 +252,7 @@ class ReversibleSequence(nn.Module):
         self, last: tuple[int, ...], input_shape: tuple[int, ...] | None
     ) -> list[torch.Size]:
         """Shape of a stream before each block, from that after the last."""
-        blocks = cast(Sequence[Invertible], self.blocks)
+        blocks = cast("Sequence[Invertible]", self.blocks)
         if input_shape is None:
             shape = last
             for block in reversed(blocks):

@@ -19,7 +19,7 @@ from sb_memeff.dataio.reproducible import (
     seeded,
     set_epoch,
 )
-from sb_memeff.utils.checkpoints import SamplerPosition
+from sb_memeff.utils.recoverables import SamplerPosition
 
 
 class Noise(Dataset):
