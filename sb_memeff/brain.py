@@ -19,6 +19,11 @@ from speechbrain.utils.logger import get_logger
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
+from sb_memeff.dataio.recoverables import (
+    NoisePosition,
+    RandomState,
+    SamplerPosition,
+)
 from sb_memeff.dataio.reproducible import (
     NumberedSampler,
     SeededDataset,
@@ -28,11 +33,6 @@ from sb_memeff.dataio.reproducible import (
 from sb_memeff.nnet.replay.mismatch import read_mismatches
 from sb_memeff.optim import keep_32bit_states
 from sb_memeff.optim.misfit import name_parameters
-from sb_memeff.utils.recoverables import (
-    NoisePosition,
-    RandomState,
-    SamplerPosition,
-)
 
 __all__ = ["MemEffBrain"]
 

@@ -20,6 +20,7 @@ from sb_memeff.nnet.transducer_loss.batch import (
 from sb_memeff.nnet.transducer_loss.cells import cells_inside, next_targets
 from sb_memeff.ops.lattice import loss_and_occupancies
 from sb_memeff.ops.logit_rows import row_gradient, row_scores, wide_dtype
+from sb_memeff.utils.settings import check_switches
 
 __all__ = ["transducer_loss"]
 
@@ -80,6 +81,8 @@ def transducer_loss(
 
     Raises
     ------
+    TypeError
+        If overwrite_logits is neither True nor False.
     ValueError
         If shapes, lengths, targets, the blank or settings are invalid. The
         message names the sample.
@@ -99,6 +102,7 @@ def transducer_loss(
     True
     """
     check_settings(reduction, fastemit_lambda, clamp)
+    check_switches(overwrite_logits=overwrite_logits)
     _check_shapes(logits, targets, input_lens, target_lens)
     logit_lengths = count(input_lens, logits.shape[1], "frames")
     targets = targets.long()

@@ -15,7 +15,7 @@ import torch
 from speechbrain.augment.time_domain import AddNoise, AddReverb
 from speechbrain.utils.checkpoints import Checkpointer
 
-from sb_memeff.utils.recoverables import NoisePosition, RandomState
+from sb_memeff.dataio.recoverables import NoisePosition, RandomState
 
 
 def draw():
@@ -48,7 +48,7 @@ def test_another_number_of_processes_logs_a_warning(tmp_path, caplog):
     state.save(tmp_path / "states")
     states = torch.load(tmp_path / "states")
     torch.save(states * 2, tmp_path / "states")
-    with caplog.at_level(logging.WARNING, "sb_memeff.utils.recoverables"):
+    with caplog.at_level(logging.WARNING, "sb_memeff.dataio.recoverables"):
         state.load(tmp_path / "states", end_of_epoch=False)
     assert "saved by 2 processes, but now there are 1" in caplog.text
 
