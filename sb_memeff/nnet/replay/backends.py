@@ -29,8 +29,8 @@ _FLAGS = [
     "cuda.matmul.allow_fp16_reduced_precision_reduction",
     "cuda.matmul.allow_bf16_reduced_precision_reduction",
 ]
-# The flags for TF32 have two interfaces; torch 2.8 has only the older one. Reading
-# the older one raises an error if the newer one was used.
+# The flags for TF32 have two interfaces. Reading the older one raises an error
+# if the newer one was used.
 _OLDER_TF32 = ["cudnn.allow_tf32"]
 _TF32 = [
     "cuda.matmul.fp32_precision",
@@ -109,16 +109,8 @@ def _write(flags: dict[str, Any]) -> None:
 @functools.lru_cache(maxsize=None)
 def _known_flags() -> list[str]:
     # The older interface first, because it changes the newer one's values.
-    others = filter(_exists, _FLAGS + _TF32)
+    others = [name for name in _FLAGS + _TF32 if hasattr(*_locate(name))]
     return [_MATMUL, *_OLDER_TF32, *others]
-
-
-def _exists(name: str) -> bool:
-    try:
-        return hasattr(*_locate(name))
-    except AttributeError:
-        # torch 2.8 has no torch.backends.cudnn.conv.
-        return False
 
 
 @functools.lru_cache(maxsize=None)
