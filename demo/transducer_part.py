@@ -17,7 +17,7 @@ from corpus import describe
 from digits_corpus import DIGITS
 from recipe_runner import ROOT, DemoError, run_recipe
 
-RECIPE = ROOT / "recipes" / "LibriSpeech" / "ASR" / "transducer"
+RECIPE = ROOT / "recipes" / "LibriSpeech" / "ASR" / "transducer_memeff"
 TRAIN_YAML = "hparams/digits_transducer.yaml"
 # The yaml file is for twice the audio: these are small batches, so that there
 # are steps enough, and the average leaves out the first half of the training.
