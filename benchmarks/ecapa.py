@@ -26,7 +26,7 @@ from speechbrain.lobes.models.ECAPA_TDNN import (
 from table import print_head, print_row
 from timing import median_seconds, training_step
 
-from sb_memeff.lobes.models.ECAPA_TDNN import ECAPA_TDNN
+from sb_memeff.lobes.models.RecomputedECAPA_TDNN import ECAPA_TDNN
 from sb_memeff.lobes.models.RevECAPA_TDNN import RevECAPA_TDNN
 from sb_memeff.memory.step import training_step_memory
 

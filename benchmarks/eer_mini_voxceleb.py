@@ -25,14 +25,16 @@ from timing import median_seconds, training_step
 
 from sb_memeff import optim
 from sb_memeff.lobes.models.DFResNet import DFResNet
-from sb_memeff.lobes.models.ECAPA_TDNN import ECAPA_TDNN
-from sb_memeff.lobes.models.ResNet import ResNet
+from sb_memeff.lobes.models.RecomputedECAPA_TDNN import ECAPA_TDNN
 from sb_memeff.lobes.models.RevDFResNet import RevDFResNet
 from sb_memeff.lobes.models.RevECAPA_TDNN import RevECAPA_TDNN
 from sb_memeff.lobes.models.RevResNet import RevResNet
+from sb_memeff.lobes.models.WeSpeakerResNet import ResNet
 from sb_memeff.memory.step import training_step_memory
 
-RECIPE = Path(__file__).resolve().parents[1] / "recipes/VoxCeleb/SpeakerRec"
+RECIPE = (
+    Path(__file__).resolve().parents[1] / "recipes/VoxCeleb/SpeakerRec_memeff"
+)
 INPUTS = ["--n_mels=40", "--num_workers=0"]
 EMBEDDING = 128
 RESNET = {"base_channels": 8, "lin_neurons": EMBEDDING}

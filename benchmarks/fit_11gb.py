@@ -20,9 +20,10 @@ from sb_memeff.analysis.fit import fit, usable
 from sb_memeff.analysis.recipe import read_recipe
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
-VOXCELEB = RECIPES / "VoxCeleb/SpeakerRec/hparams"
+VOXCELEB = RECIPES / "VoxCeleb/SpeakerRec_memeff/hparams"
 TRANSDUCER = (
-    RECIPES / "LibriSpeech/ASR/transducer/hparams/conformer_transducer.yaml"
+    RECIPES
+    / "LibriSpeech/ASR/transducer_memeff/hparams/conformer_transducer.yaml"
 )
 
 

@@ -277,7 +277,7 @@ def tests():
             "-n",
             "4",
             "tests/unittests/ops",
-            "tests/unittests/nnet/transducer/test_sum_joint.py",
+            "tests/unittests/nnet/transducer_loss/test_sum_joint.py",
             "tests/unittests/nnet/test_norm_relu_conv.py",
             seconds=90,
         ),
@@ -391,7 +391,7 @@ def fp16():
     """Counts the steps that GradScaler takes with the joint loss."""
     from speechbrain.nnet.transducer.transducer_joint import Transducer_joint
 
-    from sb_memeff.nnet.transducer.joint_loss import TransducerJointLoss
+    from sb_memeff.nnet.transducer_loss.joint_loss import TransducerJointLoss
 
     def one(method, frames=250, symbols=50):
         torch.manual_seed(0)
@@ -481,7 +481,7 @@ def joint():
     from speechbrain.nnet.transducer.transducer_joint import Transducer_joint
     from torchaudio_loss import TorchaudioJointLoss
 
-    from sb_memeff.nnet.transducer.joint_loss import TransducerJointLoss
+    from sb_memeff.nnet.transducer_loss.joint_loss import TransducerJointLoss
 
     class SpeechBrainLoss(TorchaudioJointLoss):
         """SpeechBrain's kernels in numba."""
@@ -763,7 +763,7 @@ from timing import synchronize, training_step  # noqa: E402
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if __name__ == "__main__":
     import sb_memeff.lobes.models.RevDFResNet  # noqa: F401
-    import sb_memeff.nnet.transducer.joint_loss  # noqa: F401
+    import sb_memeff.nnet.transducer_loss.joint_loss  # noqa: F401
 
     sys.stdin.readline()
     globals()[arguments().part]()

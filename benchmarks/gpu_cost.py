@@ -25,8 +25,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from sb_memeff.memory.fake import fake_tensors
-from sb_memeff.nnet.transducer import joint_loss
-from sb_memeff.nnet.transducer.joint_loss import TransducerJointLoss
+from sb_memeff.nnet.transducer_loss import joint_loss
+from sb_memeff.nnet.transducer_loss.joint_loss import TransducerJointLoss
 from sb_memeff.ops.dispatch import fused_on_fake_tensors
 from sb_memeff.ops.triton.launch import watch_launches
 from sb_memeff.optim import AdamW8bit, SGD8bit

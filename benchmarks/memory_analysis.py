@@ -25,7 +25,8 @@ from sb_memeff.analysis.profile import profile
 from sb_memeff.analysis.recipe import read_recipe
 
 HPARAMS = (
-    Path(__file__).resolve().parents[1] / "recipes/VoxCeleb/SpeakerRec/hparams"
+    Path(__file__).resolve().parents[1]
+    / "recipes/VoxCeleb/SpeakerRec_memeff/hparams"
 )
 DEPTHS = (34, 101, 152, 221, 293)
 # From 2, because the embedding's batch norm cannot train on one utterance.

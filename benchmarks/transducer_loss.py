@@ -27,7 +27,7 @@ from torch import nn
 from torchaudio_loss import TorchaudioJointLoss
 
 from sb_memeff.memory.tracker import StorageTracker
-from sb_memeff.nnet.transducer.joint_loss import TransducerJointLoss
+from sb_memeff.nnet.transducer_loss.joint_loss import TransducerJointLoss
 
 METHODS = {
     "torchaudio, batched": (TorchaudioJointLoss, {}),

@@ -24,7 +24,8 @@ from table import print_head, print_row
 from torchaudio_loss import TorchaudioJointLoss
 
 RECIPE = (
-    Path(__file__).resolve().parents[1] / "recipes/LibriSpeech/ASR/transducer"
+    Path(__file__).resolve().parents[1]
+    / "recipes/LibriSpeech/ASR/transducer_memeff"
 )
 sys.path.insert(0, str(RECIPE))
 

@@ -8,7 +8,7 @@ from table import aligned
 from transducer_loss import Batch
 
 from sb_memeff.memory.units import format_bytes
-from sb_memeff.nnet.transducer.joint_loss import TransducerJointLoss
+from sb_memeff.nnet.transducer_loss.joint_loss import TransducerJointLoss
 
 # Batch, frames of 40 ms, tokens, joint dimension, vocabulary.
 SHAPE = (4, 250, 50, 640, 1000)

@@ -81,7 +81,6 @@ def time_steps(builders, shape):
 
 def print_networks(sizes):
     """Prints the comparison, each network against the first of its size."""
-    head = ("network", "parameters", "kept for backward", "peak memory", "")
     for rows in sizes:
         first = rows[0]
         batch, frames, bands = first["shape"]
@@ -90,17 +89,22 @@ def print_networks(sizes):
             f"batch {batch} x {frames} frames x {bands} bands"
         )
         table = [
-            (
-                row["network"],
-                f"{row['parameters'] / 1e6:.2f} M",
-                format_bytes(row["saved_bytes"]),
-                format_bytes(row["peak_bytes"]),
-                f"1/{first['peak_bytes'] / row['peak_bytes']:.1f}",
-                "" if row["step_s"] is None else f"{row['step_s']:.2f}",
-            )
-            for row in rows
+            ("network", "parameters", "kept for backward", "peak", "ratio"),
+            *(
+                (
+                    row["network"],
+                    f"{row['parameters'] / 1e6:.2f} M",
+                    format_bytes(row["saved_bytes"]),
+                    format_bytes(row["peak_bytes"]),
+                    f"1/{first['peak_bytes'] / row['peak_bytes']:.1f}",
+                )
+                for row in rows
+            ),
         ]
-        print(*aligned([(*head, "s/step"), *table]), sep="\n")
+        if first["step_s"] is not None:
+            seconds = ["s/step", *(f"{row['step_s']:.2f}" for row in rows)]
+            table = [(*row, cell) for row, cell in zip(table, seconds)]
+        print(*aligned(table), sep="\n")
     print(
         "\nPeak: parameters, gradients, activations and temporaries of one "
         "step\nwithout optimizer states, counted on fake tensors. Seconds: "

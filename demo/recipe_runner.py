@@ -68,20 +68,17 @@ def run_recipe(script, yaml, output, overrides, shown={}, environment={}):
     width = shutil.get_terminal_size().columns - 1
     # Wipes the bar off a terminal's line.
     wipe = "\r\x1b[K" if sys.stdout.isatty() else ""
-    with (
-        open(log, "w", encoding="utf-8") as file,
-        subprocess.Popen(
-            command,
-            cwd=script.parent,
-            env={**environment, **os.environ},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            # As text a carriage return, which begins each bar, ends a line.
-            text=True,
-            encoding="utf-8",
-            errors="replace",
-        ) as process,
-    ):
+    with open(log, "w", encoding="utf-8") as file, subprocess.Popen(
+        command,
+        cwd=script.parent,
+        env={**environment, **os.environ},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        # As text a carriage return, which begins each bar, ends a line.
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+    ) as process:
         print(" ".join(command), file=file)
         try:
             for line in process.stdout:

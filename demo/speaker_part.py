@@ -21,7 +21,7 @@ from corpus import describe
 from recipe_runner import ROOT, DemoError, run_recipe
 from speakers_corpus import SPEAKERS
 
-RECIPE = ROOT / "recipes" / "VoxCeleb" / "SpeakerRec"
+RECIPE = ROOT / "recipes" / "VoxCeleb" / "SpeakerRec_memeff"
 TRAIN_YAML = "hparams/train_revnet.yaml"
 VERIFY_YAML = "hparams/verification_revnet.yaml"
 
@@ -40,7 +40,7 @@ NEXT = f"""\
 With your own VoxCeleb (16 kHz wav, full width, a GPU):
 
   source .venv/bin/activate
-  cd recipes/VoxCeleb/SpeakerRec
+  cd recipes/VoxCeleb/SpeakerRec_memeff
   python train_speaker_embeddings.py {TRAIN_YAML} \\
       --data_folder=/path/to/VoxCeleb --out_n_neurons=NUMBER_OF_SPEAKERS
   python speaker_verification_cosine.py {VERIFY_YAML} \\

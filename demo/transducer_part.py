@@ -38,7 +38,7 @@ NEXT = """\
 With your own LibriSpeech (flac, a GPU):
 
   source .venv/bin/activate
-  cd recipes/LibriSpeech/ASR/transducer
+  cd recipes/LibriSpeech/ASR/transducer_memeff
   python train.py hparams/conformer_transducer.yaml \\
       --data_folder=/path/to/LibriSpeech"""
 

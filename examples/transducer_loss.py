@@ -11,7 +11,7 @@ from speechbrain.nnet.transducer.transducer_joint import Transducer_joint
 from torch import nn
 
 from sb_memeff.memory.tracker import StorageTracker
-from sb_memeff.nnet.transducer.joint_loss import TransducerJointLoss
+from sb_memeff.nnet.transducer_loss.joint_loss import TransducerJointLoss
 
 BATCH, FRAMES, LABELS, HIDDEN, VOCABULARY = 8, 150, 30, 128, 500
 

@@ -24,8 +24,8 @@ from sb_memeff.nnet.recompute import store_blocks
 from sb_memeff.nnet.recompute.blocks import is_split
 from sb_memeff.nnet.replay.random_states import forked_generators
 from sb_memeff.nnet.reversible import inversion_errors
-from sb_memeff.nnet.transducer.joint_loss import TransducerJointLoss
-from sb_memeff.nnet.transducer.logits_loss import transducer_loss
+from sb_memeff.nnet.transducer_loss.joint_loss import TransducerJointLoss
+from sb_memeff.nnet.transducer_loss.logits_loss import transducer_loss
 
 __all__ = ["CheckReport", "check_recipe"]
 
@@ -135,7 +135,7 @@ def check_recipe(
     Example
     -------
     >>> from sb_memeff.analysis.recipe import read_recipe
-    >>> path = "recipes/VoxCeleb/SpeakerRec/hparams/train_revnet.yaml"
+    >>> path = "recipes/VoxCeleb/SpeakerRec_memeff/hparams/train_revnet.yaml"
     >>> recipe = read_recipe(path, {"base_channels": 4, "out_n_neurons": 9})
     >>> check_recipe(recipe, seconds=0.5).passed
     True

@@ -122,7 +122,7 @@ def profile(
     Example
     -------
     >>> from sb_memeff.analysis.recipe import read_recipe
-    >>> path = "recipes/VoxCeleb/SpeakerRec/hparams/train_revnet.yaml"
+    >>> path = "recipes/VoxCeleb/SpeakerRec_memeff/hparams/train_revnet.yaml"
     >>> result = profile(read_recipe(path, {"base_channels": 8}), batch=4)
     >>> result.label, result.memory.peak_phase
     ('RevNet34 Type II', 'backward')

@@ -69,7 +69,7 @@ def read_recipe(
 
     Example
     -------
-    >>> path = "recipes/VoxCeleb/SpeakerRec/hparams/train_revnet.yaml"
+    >>> path = "recipes/VoxCeleb/SpeakerRec_memeff/hparams/train_revnet.yaml"
     >>> recipe = read_recipe(path, {"preset": "RevNet101"})
     >>> recipe.family, recipe.settings["preset"], recipe.default_batch()
     ('speaker', 'RevNet101', (128, 3.0))

@@ -246,12 +246,12 @@ class SeededSampler(Sampler):
                 if len(first) < COMPARED:
                     first.append(repr(index))
                     if len(first) == compared:
-                        self._compare(cast(dict[str, Any], resumed))
+                        self._compare(cast("dict[str, Any]", resumed))
                 yield index
             if not indices:
                 break
         if len(first) < compared:
-            self._compare(cast(dict[str, Any], resumed))
+            self._compare(cast("dict[str, Any]", resumed))
 
     def position(self) -> dict[str, Any]:
         """Returns the sampler's position, for ``resume``.

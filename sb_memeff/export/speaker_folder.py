@@ -13,11 +13,12 @@ import ruamel.yaml
 import ruamel.yaml.comments
 import torch
 from hyperpyyaml import load_hyperpyyaml
-from speechbrain.utils.checkpoints import Checkpoint, Checkpointer
+from speechbrain.utils.checkpoints import Checkpoint
 
 from sb_memeff.export.standalone import export_onnx
+from sb_memeff.utils.atomic_checkpoints import best_checkpoint
 
-__all__ = ["best_checkpoint", "export_speaker_model", "export_speaker_onnx"]
+__all__ = ["export_speaker_model", "export_speaker_onnx"]
 
 # Keys of a training's hyperparams.yaml that inference needs.
 KEYS = (
@@ -48,25 +49,6 @@ pretrainer: !new:speechbrain.utils.parameter_transfer.Pretrainer
         classifier: !ref <classifier>
         label_encoder: !ref <label_encoder>
 """
-
-
-def best_checkpoint(save_folder: str | Path) -> Checkpoint | None:
-    """Finds the checkpoint with the lowest ErrorRate.
-
-    Arguments
-    ---------
-    save_folder : str
-        The ``save`` folder of a training.
-
-    Returns
-    -------
-    Checkpoint or None
-        None if no epoch has finished.
-    """
-    # Checkpointer would create a folder that does not exist.
-    if not Path(save_folder).is_dir():
-        return None
-    return Checkpointer(save_folder).find_checkpoint(min_key="ErrorRate")
 
 
 def export_speaker_model(

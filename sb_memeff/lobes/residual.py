@@ -12,10 +12,10 @@ from typing import cast
 import torch
 from torch import nn
 
-from sb_memeff.lobes.features import check_features, for_tensor_cores
+from sb_memeff.lobes.network_input import check_features, for_tensor_cores
 from sb_memeff.lobes.presets import Presets
 from sb_memeff.nnet.padding import mask, padding_masks
-from sb_memeff.nnet.pooling import TemporalStatisticsPooling
+from sb_memeff.nnet.statistics_pooling import TemporalStatisticsPooling
 
 __all__ = [
     "BasicBlock",
@@ -80,7 +80,7 @@ def stride_pairs(
     [(1, 1), (1, 2)]
     """
     return cast(
-        list[tuple[int, int]],
+        "list[tuple[int, int]]",
         [
             tuple(stride)
             if isinstance(stride, (list, tuple))
@@ -365,9 +365,7 @@ class StagedNetwork(Presets, nn.Module):
         self.activation = make_activation(activation)
         width = stem_channels
         self.stages = nn.ModuleList()
-        for out, size, stride in zip(
-            channels, block_sizes, strides, strict=True
-        ):
+        for out, size, stride in zip(channels, block_sizes, strides):
             stage = make_stage(width, out, size, stride, activation)
             self.stages.append(nn.ModuleList(stage))
             width = out
@@ -379,7 +377,7 @@ class StagedNetwork(Presets, nn.Module):
             if isinstance(block, ResidualBlock):
                 # Each block begins as its shortcut (Goyal et al., 2017).
                 nn.init.zeros_(
-                    cast(BasicBlock | Bottleneck, block).last_norm.weight
+                    cast("BasicBlock | Bottleneck", block).last_norm.weight
                 )
 
     def forward(
@@ -415,7 +413,7 @@ class StagedNetwork(Presets, nn.Module):
         x = for_tensor_cores(self.conv1(x))
         x = self.activation(mask(self.bn1(x), masks[0]))
         for stage, blocks in enumerate(
-            cast(Iterable[nn.ModuleList], self.stages)
+            cast("Iterable[nn.ModuleList]", self.stages)
         ):
             padding_in, padding = masks[stage], masks[stage + 1]
             for block in blocks:

@@ -10,11 +10,11 @@ from typing import cast
 import torch
 from torch import nn
 
-from sb_memeff.lobes.features import for_tensor_cores
+from sb_memeff.lobes.network_input import for_tensor_cores
 from sb_memeff.lobes.residual import conv1x1, conv3x3, make_activation
 from sb_memeff.nnet.norm_relu_conv import KINDS, norm_relu_conv
 from sb_memeff.nnet.padding import mask
-from sb_memeff.nnet.pooling import TemporalStatisticsPooling
+from sb_memeff.nnet.statistics_pooling import TemporalStatisticsPooling
 from sb_memeff.nnet.weight_casts import cast_weights
 
 __all__ = ["NormActConv", "PooledStatistics", "ResidualBody", "Stem"]
@@ -215,13 +215,11 @@ class ResidualBody(nn.Module):
         torch.Tensor
             [N, out_channels, T', F'], zero in padded frames.
         """
-        layers = cast(Sequence[NormActConv], self.layers)
+        layers = cast("Sequence[NormActConv]", self.layers)
         weights: Sequence[torch.Tensor | None] = [None for _ in layers]
         if all(layer.is_fusible for layer in layers):
             weights = cast_weights([layer.conv for layer in layers])
-        for layer, weight, stage in zip(
-            layers, weights, self.stages, strict=True
-        ):
+        for layer, weight, stage in zip(layers, weights, self.stages):
             padding = None if masks is None else masks[stage]
             x = layer(x, padding, weight)
         # There is at least one layer.

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import nn
 
-from sb_memeff.lobes.features import check_features
+from sb_memeff.lobes.network_input import check_features
 from sb_memeff.lobes.presets import Presets
 from sb_memeff.lobes.residual import (
     EmbeddingHead,

@@ -71,16 +71,11 @@ def fake_tensors() -> Generator[None, None, None]:
     """
     fake = FakeTensorMode()
     # Small random tensors are really drawn, so restore the random state.
-    with (
-        torch.random.fork_rng([]),
-        _quiet(),
-        fake,
-        _KnownValues(fake),
-        fused_attention(),
+    with torch.random.fork_rng([]), _quiet(), fake, _KnownValues(fake):
         # Constants of imported modules outlive the context.
-        around_imports(lambda module: _disable_current_modes()),
-    ):
-        yield
+        imports = around_imports(lambda module: _disable_current_modes())
+        with fused_attention(), imports:
+            yield
 
 
 @contextlib.contextmanager
@@ -245,9 +240,7 @@ class _KnownValues(TorchDispatchMode):
 
     def remember(self, result: Any, values: Any) -> None:
         """Attaches values to fakes."""
-        for tensor, value in zip(
-            tree_leaves(result), tree_leaves(values), strict=True
-        ):
+        for tensor, value in zip(tree_leaves(result), tree_leaves(values)):
             if isinstance(tensor, FakeTensor):
                 cast(Any, tensor)._sb_memeff_value = value
 
@@ -325,7 +318,7 @@ _FAKE_FORMS: dict[OpOverload, Callable[..., Any]] = {
 }
 
 
-@functools.cache
+@functools.lru_cache(maxsize=None)
 def _overwritten(func: OpOverload) -> list[tuple[int, str]]:
     return [
         (number, argument.name)

@@ -154,8 +154,8 @@ class _Snapshot:
             self._hold(plain, map(dict.copy, plain))
 
     def _hold(self, containers: list[Any], copies: Iterable[Any]) -> None:
-        pairs = zip(containers, copies, strict=True)
-        self._contents.update(zip(map(id, containers), pairs, strict=True))
+        pairs = zip(containers, copies)
+        self._contents.update(zip(map(id, containers), pairs))
 
     def release(self) -> None:
         """Releases all objects."""
@@ -337,7 +337,7 @@ def _read(
     return values
 
 
-@functools.cache
+@functools.lru_cache(maxsize=None)
 def _slots(kind: type) -> tuple[types.MemberDescriptorType, ...]:
     """The slots of a class and its bases."""
     return tuple(

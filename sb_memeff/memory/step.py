@@ -179,11 +179,8 @@ def _measure(
         torch.cuda.reset_peak_memory_stats(device)
         others = torch.cuda.memory_allocated(device)
     modules = ModuleTracker()
-    with (
-        fake_tensors() if fake else contextlib.nullcontext(),
-        StorageTracker(modules=modules) as tracker,
-        modules,
-    ):
+    mode = fake_tensors() if fake else contextlib.nullcontext()
+    with mode, StorageTracker(modules=modules) as tracker, modules:
         model = build_model()
         if not fake:
             model.to(device)
@@ -259,7 +256,7 @@ def _highest(timeline: Timeline) -> int:
     return max(
         sum(sizes)
         for kinds in timeline.values()
-        for sizes in zip(*kinds.values(), strict=True)
+        for sizes in zip(*kinds.values())
     )
 
 

@@ -8,7 +8,7 @@ import bisect
 import weakref
 from collections import Counter
 from collections.abc import Collection, Iterable
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -231,16 +231,16 @@ class StorageTracker(TorchDispatchMode):
                 if died <= end:
                     changes[block.kind][died - begin] -= block.size
         alive = {kind: list(accumulate(x)) for kind, x in changes.items()}
-        totals = [sum(sizes) for sizes in zip(*alive.values(), strict=True)]
+        totals = [sum(sizes) for sizes in zip(*alive.values())]
         found = {}
-        for phase, (first, last) in zip(starts, pairwise(times), strict=True):
+        for phase, (first, last) in zip(starts, zip(times, times[1:])):
             moments = range(first - begin, last - begin + 1)
             count = min(POINTS, len(moments))
             cuts = [len(moments) * i // count for i in range(count + 1)]
             # Keep each part's peak.
             shown = [
                 max(moments[i:j], key=totals.__getitem__)
-                for i, j in pairwise(cuts)
+                for i, j in zip(cuts, cuts[1:])
             ]
             found[phase] = {
                 kind: [sizes[i] for i in shown] for kind, sizes in alive.items()

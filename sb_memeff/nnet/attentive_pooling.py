@@ -239,7 +239,7 @@ class _OverChannels(torch.autograd.Function):
             dx = torch.zeros_like(x)
         d_shared = [torch.zeros_like(t) for t in shared]
         d_weights = [torch.zeros_like(t) for t in weights]
-        slices = zip(_slices(x, weights), _slices(dx, d_weights), strict=True)
+        slices = zip(_slices(x, weights), _slices(dx, d_weights))
         start = 0
         for (part, *parts), targets in slices:
             inputs = [
@@ -254,6 +254,6 @@ class _OverChannels(torch.autograd.Function):
                 start += value.shape[1]
             found = torch.autograd.grad(value, inputs, upstream.to(value.dtype))
             del value
-            for target, more in zip((*targets, *d_shared), found, strict=True):
+            for target, more in zip((*targets, *d_shared), found):
                 target.add_(more)
         return None, None, None, dx, *d_shared, *d_weights

@@ -266,6 +266,8 @@ class _Settings(NamedTuple):
 
 
 class _NormReLUConv(torch.autograd.Function):
+    """Makes the activation again in backward, from the input of the norm."""
+
     @staticmethod
     def forward(
         ctx: Any,

@@ -53,6 +53,8 @@ def cast_weights(
 
 
 class _Cast(torch.autograd.Function):
+    """Converts several weights in one launch, and back in backward."""
+
     @staticmethod
     def forward(
         ctx: Any, dtype: torch.dtype, *weights: torch.Tensor
@@ -62,7 +64,7 @@ class _Cast(torch.autograd.Function):
         casts = [torch.empty_like(w, dtype=dtype) for w in weights]
         torch._foreach_copy_(casts, weights)
         needed = ctx.needs_input_grad[1:]
-        frozen = [c for c, n in zip(casts, needed, strict=True) if not n]
+        frozen = [c for c, n in zip(casts, needed) if not n]
         ctx.mark_non_differentiable(*frozen)
         return tuple(casts)
 
@@ -73,7 +75,7 @@ class _Cast(torch.autograd.Function):
         found = [g for g in gradients if g is not None]
         wide = [
             None if g is None else torch.empty_like(g, dtype=dtype)
-            for g, dtype in zip(gradients, ctx.dtypes, strict=True)
+            for g, dtype in zip(gradients, ctx.dtypes)
         ]
         torch._foreach_copy_([w for w in wide if w is not None], found)
         return None, *wide

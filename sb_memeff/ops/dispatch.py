@@ -136,7 +136,7 @@ def has_values(tensor: torch.Tensor) -> bool:
     return not isinstance(tensor, FakeTensor) and tensor.device.type != "meta"
 
 
-@functools.cache
+@functools.lru_cache(maxsize=None)
 def _available(switch: str) -> bool:
     """Checks once for each value of the switch, and logs why not."""
     if switch == "0":

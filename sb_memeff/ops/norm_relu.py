@@ -72,7 +72,7 @@ def batch_statistics(
     mean, variance = torch.batch_norm_update_stats(
         x, wide_mean, wide_variance, momentum
     )
-    for before, now in zip(running, (wide_mean, wide_variance), strict=True):
+    for before, now in zip(running, (wide_mean, wide_variance)):
         if before is not None and now is not before:
             before.copy_(now)
     return mean, variance

@@ -187,7 +187,7 @@ class Summaries:
             magnitudes = table.view(torch.float32)[:, 0]
             scalars = magnitudes.unbind(), table[:, 1].unbind()
             summaries = map(TensorSummary, *scalars)
-            self._rows = zip(table.unbind(), summaries, strict=True)
+            self._rows = zip(table.unbind(), summaries)
             row = next(self._rows)
         return row
 

@@ -17,6 +17,8 @@ __all__ = ["Adam8bit", "AdamW8bit"]
 
 
 class _Adam8bit(Optimizer8bit):
+    """The states and the update that Adam8bit and AdamW8bit share."""
+
     states = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
     needed = frozenset(states[:3])
     signed = {

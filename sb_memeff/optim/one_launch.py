@@ -190,7 +190,7 @@ class OneLaunch:
         )
 
     def _grads(self) -> list[torch.Tensor]:
-        return cast(list[torch.Tensor], [p.grad for p in self.params])
+        return cast("list[torch.Tensor]", [p.grad for p in self.params])
 
     def gradients(self) -> list[int]:
         """Returns the addresses of the gradients.

@@ -229,7 +229,7 @@ class Optimizer8bit(Checkpoints8bit):
 
     def _step_direct(self, group: Group, params: list[torch.Tensor]) -> None:
         states = [self.state.get(p, {}) for p in params]
-        grads = cast(list[torch.Tensor], [p.grad for p in params])
+        grads = cast("list[torch.Tensor]", [p.grad for p in params])
         self._update(group, params, grads, states)
         for p, state in zip(params, states):
             if state:

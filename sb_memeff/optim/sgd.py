@@ -74,7 +74,7 @@ class SGD8bit(Optimizer8bit, torch.optim.SGD):
                 "bitsandbytes' SGD8bit saves its momentum and 0, and eps=0"
             )
         names = ("lr", "weight_decay", "params")
-        return {name: group[name] for name in names} | {"momentum": momentum}
+        return {**{name: group[name] for name in names}, "momentum": momentum}
 
     def _update(
         self,

@@ -54,7 +54,7 @@ def keep_32bit_states(modules: nn.Module | dict[str, nn.Module]) -> None:
 
     The gradient of an embedding is zero in all but a few rows, whose magnitudes
     differ widely. Call this before the optimizer is created.
-    ``sb_memeff.core.MemEffBrain`` does; with another Brain add a line to the yaml
+    ``sb_memeff.brain.MemEffBrain`` does; with another Brain add a line to the yaml
     file::
 
         __keep: !apply:sb_memeff.optim.keep_32bit_states [!ref <modules>]

@@ -1,1 +1,1 @@
-"""Around training: checkpoints."""
+"""Around training: checkpoints and hooks."""

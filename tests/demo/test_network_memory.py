@@ -43,6 +43,8 @@ def test_networks_are_compared_with_the_first_of_their_size(capsys):
     )
     _, title, head, *lines = capsys.readouterr().out.splitlines()
     assert title == "depth 34, width 8, batch 32 x 200 frames x 80 bands"
+    assert head.split()[-2:] == ["ratio", "s/step"]
+    assert "s/step" not in lines[4]
     assert lines[1].split()[-4:] == ["150", "MB", "1/4.0", "1.00"]
     assert {len(line) for line in lines[:2]} == {len(head)}
     assert "depth 293" in lines[3] and "2.00 GB  1/30.0" in lines[6]

@@ -13,10 +13,13 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
+import soundfile
 import speechbrain as sb
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
+FLAGS = "test_debug_flags"
 # benchmarks/gpu.py runs the same recipes on a GPU.
 DEVICE = os.environ.get("SB_MEMEFF_TEST_DEVICE") or "cpu"
 
@@ -26,7 +29,7 @@ DEVICE = os.environ.get("SB_MEMEFF_TEST_DEVICE") or "cpu"
 # CUDA does not survive a fork: on a GPU each script imports for itself.)
 ONE_AFTER_THE_OTHER = """
 import json, os, runpy, sys
-import speechbrain, torchaudio, sb_memeff.core, sb_memeff.export.speaker_folder
+import speechbrain, torchaudio, sb_memeff.brain, sb_memeff.export.speaker_folder
 for argv, output in json.load(sys.stdin):
     child = os.fork()
     if not child:
@@ -89,23 +92,53 @@ class Recipe:
         assert (done.returncode != 0) == fails, done.stdout[-3000:]
         return done.stdout
 
-    def run_table(self, place):
-        """Every line, with its flags: yaml name to line, folder, output."""
+    def run_table(self, place, data, on_samples):
+        """Runs every line of the table on a corpus, some on samples too.
+
+        Arguments
+        ---------
+        place : Path
+            Working folder.
+        data : callable
+            Maps the name of a yaml file to the flags (a dict) for the corpus.
+            They take the place of those for SpeechBrain's tests/samples.
+        on_samples : list of str
+            Names of yaml files whose line also runs as it is, on samples like
+            SpeechBrain's.
+
+        Returns
+        -------
+        dict
+            Maps the name of each yaml file to the line, the output folder and
+            the printed text, and "samples/<name>" to those on the samples.
+        """
+        write_samples(place)
         lines, jobs = {}, []
         for row in self.rows():
             script, hparams = (
                 Path(row[c]).name for c in ("Script_file", "Hparam_file")
             )
-            folder = place / "results" / hparams
-            _, *argv = self.command(
-                script,
-                hparams,
-                *row["test_debug_flags"].split(),
-                f"--device={DEVICE}",
-                f"--output_folder={folder}",
-            )
-            lines[hparams] = row, folder
-            jobs.append((argv, str(place / f"{hparams}.txt")))
+            samples = dict(f.split("=", 1) for f in row[FLAGS].split())
+            kept = {
+                key: value
+                for key, value in samples.items()
+                if key != "--skip_prep" and "tests/samples/" not in value
+            }
+            runs = {hparams: {**kept, **data(hparams)}}
+            if hparams in on_samples:
+                runs[f"samples/{hparams}"] = samples
+            for name, flags in runs.items():
+                folder = place / "results" / name
+                _, *argv = self.command(
+                    script,
+                    hparams,
+                    *(f"{key}={value}" for key, value in flags.items()),
+                    f"--device={DEVICE}",
+                    f"--output_folder={folder}",
+                )
+                lines[name] = row, folder
+                printed = place / f"{name.replace('/', '_')}.txt"
+                jobs.append((argv, str(printed)))
         if DEVICE != "cpu":
             with ThreadPoolExecutor(6) as pool:
                 outputs = list(
@@ -127,10 +160,8 @@ class Recipe:
             ]
             assert not done.returncode, outputs[-1:] and outputs[-1][-3000:]
         return {
-            hparams: (*line, text)
-            for (hparams, line), text in zip(
-                lines.items(), outputs, strict=True
-            )
+            name: (*line, text)
+            for (name, line), text in zip(lines.items(), outputs, strict=True)
         }
 
     def check_table(self):
@@ -194,6 +225,33 @@ def deterministic(place, hparams):
         "    mode: True\n    warn_only: True\n"
     )
     return path
+
+
+def write_samples(place):
+    """Two utterances and their lists, like those in SpeechBrain's tests/samples.
+
+    The sentences have as many different characters as the two there.
+    """
+    annotation = place / "tests" / "samples" / "annotation"
+    audio = place / "tests" / "samples" / "ASR"
+    annotation.mkdir(parents=True)
+    audio.mkdir()
+    noise = np.random.default_rng(0)
+    rows = []
+    for name, text in (
+        ("spk1_snt1", "the child almost hurt the small dog"),
+        ("spk1_snt2", "drop the tue when you add the figures"),
+    ):
+        wav = f"tests/samples/ASR/{name}.wav"
+        soundfile.write(place / wav, 0.1 * noise.standard_normal(45920), 16000)
+        rows.append([name, "2.87", "0", "16000", wav, "spk1", text])
+    with open(annotation / "ASR_train.csv", "w", newline="") as f:
+        writer = csv.writer(f)
+        columns = ["ID", "duration", "start", "stop", "wav", "spk_id", "wrd"]
+        writer.writerows([columns, *rows])
+    (annotation / "verification.txt").write_text(
+        "1 spk1_snt1 spk1_snt1.wav\n0 spk1_snt1 spk1_snt2.wav\n"
+    )
 
 
 def check_files(row, folder):

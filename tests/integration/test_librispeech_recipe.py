@@ -1,10 +1,11 @@
 """The LibriSpeech transducer recipe, run as a user runs it, on spoken tones.
 
-The debug flags of tests/recipes/LibriSpeech.csv are for the corpora that
+The lines of tests/recipes/LibriSpeech.csv are for the samples in SpeechBrain's
+repository. Here they run on corpora with the layout of LibriSpeech, which
 
     python tests/integration/test_librispeech_recipe.py data
 
-writes.
+writes, and one on such samples.
 
 Authors
  * The sb_memeff authors 2026
@@ -37,7 +38,7 @@ from tests.integration.runs import (
     steps_of,
 )
 
-RECIPE = Recipe("LibriSpeech/ASR/transducer", "LibriSpeech.csv")
+RECIPE = Recipe("LibriSpeech/ASR/transducer_memeff", "LibriSpeech.csv")
 
 
 RATE = 16000
@@ -96,16 +97,35 @@ def make_corpora(folder):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A working folder with the corpora in the paths of the table's flags."""
+    """A working folder with the corpora."""
     place = tmp_path_factory.mktemp("librispeech")
     make_corpora(place / "data")
     return place
 
 
+# The flags of each line for its corpus.
+CORPORA = {
+    "conformer_transducer.yaml": {
+        "--data_folder": "data/tiny_librispeech",
+        "--train_splits": '["train-clean-100"]',
+        "--token_type": "unigram",
+        "--output_neurons": 12,
+        "--max_batch_len": 10,
+        "--num_bucket": 5,
+    },
+    "digits_transducer.yaml": {
+        "--data_folder": "data/tiny_digits",
+        "--output_neurons": 11,
+        "--max_batch_len": 8,
+    },
+}
+
+
 @pytest.fixture(scope="module")
 def runs(place):
-    """Every line of the table, run with its flags."""
-    return RECIPE.run_table(place)
+    """Every line of the table, run on its corpus, and one on samples."""
+    on_samples = ["conformer_transducer.yaml"]
+    return RECIPE.run_table(place, CORPORA.get, on_samples)
 
 
 def digits(place, name, *flags):
@@ -149,10 +169,18 @@ def test_every_key_is_used():
     RECIPE.check_keys(loops)
 
 
-@pytest.mark.parametrize("kind", ["conformer", "digits"])
-def test_debug_flags(runs, kind):
-    row, folder, _ = runs[f"{kind}_transducer.yaml"]
+def test_a_line_on_samples(runs):
+    row, folder, _ = runs["samples/conformer_transducer.yaml"]
     check_files(row, folder)
+
+
+@pytest.mark.parametrize("kind", ["conformer", "digits"])
+def test_lines_on_the_corpora(runs, kind):
+    _, folder, _ = runs[f"{kind}_transducer.yaml"]
+    digits = kind == "digits"
+    splits = ["test"] if digits else ["test-clean", "test-other"]
+    for split in ("train", "dev" if digits else "dev-clean", *splits):
+        assert (folder / f"{split}.csv").is_file()
     log = (folder / "train_log.txt").read_text()
     losses, steps = losses_of(log), steps_of(log)
     assert len(losses) == 2 and losses[1] < losses[0]
@@ -160,8 +188,7 @@ def test_debug_flags(runs, kind):
     tests = re.findall(
         r"test: (\S+), averaged checkpoints: 2 .*WER: (\S+)", log
     )
-    names = ["test"] if kind == "digits" else ["test-clean", "test-other"]
-    assert [name for name, _ in tests] == names
+    assert [name for name, _ in tests] == splits
     for name, wer in tests:
         report = (folder / f"wer_{name}.txt").read_text()
         assert float(re.search(r"WER (\S+)", report)[1]) == pytest.approx(

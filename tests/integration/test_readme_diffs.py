@@ -11,12 +11,12 @@ import pytest
 import torch
 from hyperpyyaml import load_hyperpyyaml
 
-from sb_memeff.core import MemEffBrain
+from sb_memeff.brain import MemEffBrain
 from sb_memeff.lobes.models.RevResNet import RevResNet
 from sb_memeff.nnet.recompute import store_blocks
-from sb_memeff.nnet.transducer import TransducerJointLoss
+from sb_memeff.nnet.transducer_loss import TransducerJointLoss
 from sb_memeff.ops.blocks_8bit import Quantized8bit
-from sb_memeff.utils.checkpoints import AtomicCheckpointer
+from sb_memeff.utils.atomic_checkpoints import AtomicCheckpointer
 from tests.integration.stand_ins import (
     CONFORMER,
     DIFFS,

@@ -1,6 +1,7 @@
 """The VoxCeleb recipe, run as a user runs it, on eight synthetic voices.
 
-The debug flags of tests/recipes/VoxCeleb.csv are for the corpus that
+The lines of tests/recipes/VoxCeleb.csv are for the samples in SpeechBrain's
+repository. Here most run on a corpus with the layout of VoxCeleb, which
 
     python tests/integration/test_voxceleb_recipe.py data/tiny_voxceleb
 
@@ -40,7 +41,7 @@ from tests.integration.runs import (
     steps_of,
 )
 
-RECIPE = Recipe("VoxCeleb/SpeakerRec", "VoxCeleb.csv")
+RECIPE = Recipe("VoxCeleb/SpeakerRec_memeff", "VoxCeleb.csv")
 
 
 RATE = 16000
@@ -112,7 +113,7 @@ def make_corpus(folder):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A working folder with the corpus where the csv's flags say it is."""
+    """A working folder with the corpus."""
     place = tmp_path_factory.mktemp("voxceleb")
     make_corpus(place / "data" / "tiny_voxceleb")
     return place
@@ -135,17 +136,41 @@ def test_every_key_is_used():
     )
 
 
+ON_SAMPLES = ["train_revnet.yaml", "verification_revnet.yaml"]
+
+
 @pytest.fixture(scope="module")
 def runs(place):
-    """Every line of the table, run with its flags."""
-    return RECIPE.run_table(place)
+    """Every line of the table, run on the corpus, and two on samples."""
+
+    def corpus(hparams):
+        flags = {"--data_folder": "data/tiny_voxceleb"}
+        if hparams.startswith("train"):
+            small = hparams == "train_resnet.yaml"
+            flags["--batch_size"] = 8 if small else 16
+            flags["--out_n_neurons"] = SPEAKERS - TEST_SPEAKERS
+        return flags
+
+    return RECIPE.run_table(place, corpus, ON_SAMPLES)
+
+
+@pytest.mark.parametrize("name", ON_SAMPLES)
+def test_lines_on_samples(runs, name):
+    row, folder, _ = runs[f"samples/{name}"]
+    check_files(row, folder)
+    assert not list(folder.glob("save/*.csv"))
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
-def test_debug_flags(runs, kind):
-    for task in ("train", "verification"):
+def test_lines_on_the_corpus(runs, kind):
+    for task, splits in (
+        ("train", ["train", "dev"]),
+        ("verification", ["enrol", "test"]),
+    ):
         row, folder, _ = runs[f"{task}_{kind}.yaml"]
         check_files(row, folder)
+        for split in splits:
+            assert (folder / "save" / f"{split}.csv").is_file()
     _, folder, _ = runs[f"train_{kind}.yaml"]
     log = (folder / "train_log.txt").read_text()
     losses = [float(x) for x in re.findall(r"train loss: ([\d.e+-]+)", log)]
@@ -435,6 +460,11 @@ def test_a_run_without_a_list_of_trials(place):
     [
         ({"score_norm": "x-norm"}, ValueError, "s-norm or null, got 'x-norm'"),
         ({"pretrain_path": "/no/save"}, FileNotFoundError, "in /no/save: set"),
+        (
+            {"skip_prep": True, "enrol_data": "/no/enrol.csv"},
+            FileNotFoundError,
+            "no /no/enrol.csv: with skip_prep",
+        ),
     ],
 )
 def test_verification_errors(place, change, error, sentence):
@@ -443,6 +473,7 @@ def test_verification_errors(place, change, error, sentence):
         "data_folder": str(data),
         "verification_file": str(data / "veri_test2.txt"),
         "save_folder": "unused",
+        "skip_prep": False,
         "score_norm": None,
         "pretrain_path": None,
     }

@@ -14,11 +14,11 @@ from speechbrain.lobes.models import ECAPA_TDNN as speechbrain_ecapa
 
 from sb_memeff.analysis.families.step import TrainingStep, Variant
 from sb_memeff.lobes.models.DFResNet import DFResNet
-from sb_memeff.lobes.models.ECAPA_TDNN import ECAPA_TDNN
-from sb_memeff.lobes.models.ResNet import ResNet
+from sb_memeff.lobes.models.RecomputedECAPA_TDNN import ECAPA_TDNN
 from sb_memeff.lobes.models.RevDFResNet import RevDFResNet
 from sb_memeff.lobes.models.RevECAPA_TDNN import RevECAPA_TDNN
 from sb_memeff.lobes.models.RevResNet import RevResNet
+from sb_memeff.lobes.models.WeSpeakerResNet import ResNet
 from sb_memeff.lobes.presets import Presets
 from sb_memeff.nnet.recompute import recompute_blocks
 
@@ -33,7 +33,7 @@ TYPES = {"strided": "Type I", "invertible": "Type II"}
 ECAPAS = (speechbrain_ecapa.ECAPA_TDNN, ECAPA_TDNN, RevECAPA_TDNN)
 # Blocks that per-block checkpointing recomputes, and blocks in a segment.
 BLOCKS = {
-    "sb_memeff.lobes.models.ResNet.ResNet": ("stages.*.*", 1),
+    "sb_memeff.lobes.models.WeSpeakerResNet.ResNet": ("stages.*.*", 1),
     "sb_memeff.lobes.models.DFResNet.DFResNet": ("stages.*.*", 1),
     "speechbrain.lobes.models.ResNet.ResNet": ("layer?.*", 1),
     "speechbrain.lobes.models.ECAPA_TDNN.ECAPA_TDNN": ("blocks.*", 1),

@@ -16,7 +16,7 @@ from sb_memeff.analysis.families.step import (
     recomputed_variant,
 )
 from sb_memeff.nnet.recompute.fit import Recomputation
-from sb_memeff.nnet.transducer.joint_loss import TransducerJointLoss
+from sb_memeff.nnet.transducer_loss.joint_loss import TransducerJointLoss
 
 if TYPE_CHECKING:
     from sb_memeff.analysis.recipe import Recipe

@@ -238,7 +238,7 @@ class RevDFResNet(ReversibleNetwork):
         if inner_channels is None:
             inner_channels = [2 * c for c in channels]
         check_stages(strides, slices=slices, inner_channels=inner_channels)
-        if any(c % s for c, s in zip(inner_channels, slices, strict=True)):
+        if any(c % s for c, s in zip(inner_channels, slices)):
             raise ValueError(
                 f"slices={list(slices)} must divide "
                 f"inner_channels={list(inner_channels)}."

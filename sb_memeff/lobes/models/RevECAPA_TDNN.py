@@ -25,7 +25,7 @@ from speechbrain.lobes.models.ECAPA_TDNN import (
 )
 from torch import nn
 
-from sb_memeff.lobes.models.ECAPA_TDNN import (
+from sb_memeff.lobes.models.RecomputedECAPA_TDNN import (
     AggregationTerm,
     Stem,
     aggregate,
@@ -134,7 +134,7 @@ class RevECAPA_TDNN(nn.Module):
     It has the call signature of
     ``speechbrain.lobes.models.ECAPA_TDNN.ECAPA_TDNN`` and as many parameters,
     but it is another function and cannot load its weights: train it from
-    scratch. For pretrained weights use ``sb_memeff.lobes.models.ECAPA_TDNN``.
+    scratch. For pretrained weights use ``sb_memeff.lobes.models.RecomputedECAPA_TDNN``.
     With few blocks or small batches that network also needs less memory under
     bf16 autocast, since the streams here are float32.
 
@@ -347,7 +347,7 @@ def check_kernels(
     ValueError
         If one does not.
     """
-    for kernel, dilation in zip(kernel_sizes, dilations, strict=True):
+    for kernel, dilation in zip(kernel_sizes, dilations):
         if (kernel - 1) * dilation % 2:
             raise ValueError(
                 f"A kernel of {kernel} with a dilation of {dilation} would "
@@ -391,7 +391,7 @@ def matching_width(
         return res2net + tdnn + (2 * se_channels + 1) * outer + se_channels
 
     target = num_parameters(channels, channels)
-    step = math.lcm(res2net_scale, groups)
+    step = _channel_step(res2net_scale, groups)
     return min(
         range(step, 2 * channels + step, step),
         key=lambda inner: abs(
@@ -419,9 +419,15 @@ def check_inner_channels(
     ValueError
         If they cannot be split evenly.
     """
-    step = math.lcm(res2net_scale, groups)
+    step = _channel_step(res2net_scale, groups)
     if inner_channels < 1 or inner_channels % step:
         raise ValueError(
             f"inner_channels={inner_channels} must be a multiple of {step}: "
             f"res2net_scale={res2net_scale}, groups={groups}."
         )
+
+
+def _channel_step(res2net_scale: int, groups: int) -> int:
+    """The least number of channels that Res2Net and groups can both split."""
+    # math.lcm needs Python 3.9.
+    return res2net_scale * groups // math.gcd(res2net_scale, groups)

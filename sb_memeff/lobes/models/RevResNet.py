@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from sb_memeff.lobes.models.ResNet import BLOCKS
+from sb_memeff.lobes.models.WeSpeakerResNet import BLOCKS
 from sb_memeff.lobes.residual import check_block, conv1x1, stride_pairs
 from sb_memeff.lobes.reversible_blocks import ResidualBody
 from sb_memeff.lobes.reversible_network import ReversibleNetwork

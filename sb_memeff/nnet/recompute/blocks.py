@@ -24,6 +24,7 @@ from sb_memeff.nnet.recompute.outputs import first_output_of
 from sb_memeff.nnet.recompute.pieces import BatchPieces
 from sb_memeff.nnet.recompute.segment import Segment
 from sb_memeff.nnet.recompute.selection import find_segments, refuse_nested
+from sb_memeff.utils.settings import check_switches
 
 __all__ = ["apply_to_blocks", "is_split", "recompute_blocks", "store_blocks"]
 
@@ -110,7 +111,8 @@ def recompute_blocks(
     Raises
     ------
     TypeError
-        If module is neither a torch.nn.Module nor a dict of them.
+        If module is neither a torch.nn.Module nor a dict of them, or if
+        enabled or first_output_only is neither True nor False.
     ValueError
         If a name matches nothing (the message lists the candidates) or a
         module that cannot be recomputed, if every, segment_length or split is
@@ -126,6 +128,7 @@ def recompute_blocks(
     ['blocks.0', 'blocks.1', 'blocks.2', 'blocks.3', 'mfa']
     >>> net(torch.rand(2, 50, 80)).sum().backward()
     """
+    check_switches(enabled=enabled, first_output_only=first_output_only)
     if not enabled:
         return []
     names = apply_to_blocks(
@@ -392,7 +395,7 @@ def _recompute_in_graph(
     return result
 
 
-@functools.cache
+@functools.lru_cache(maxsize=None)
 def _prepare_compiler() -> None:
     """Registers how torch.compile treats the call of a block.
 
@@ -442,7 +445,7 @@ def _change_class(
     block.__class__ = type(cls)(cls.__name__, (base,), namespace)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=None)
 def _recomputing(original: type[nn.Module]) -> type[nn.Module]:
     """Derives a class from ``original`` whose forward is recomputed.
 

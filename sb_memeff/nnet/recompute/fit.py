@@ -131,7 +131,7 @@ def cheapest_recomputation(
     >>> cheapest_recomputation(peak, 3, 2)
     Recomputation(every=1, first_output_only=False, split=4)
     """
-    peak = functools.cache(peak)
+    peak = functools.lru_cache(maxsize=None)(peak)
     if peak(None) <= limit:
         return None
     whole = Recomputation(first_output_only=True)
@@ -271,7 +271,7 @@ def fit_recompute(
         network_name = ", ".join(module)
         module = nn.ModuleDict(dict(module))
 
-    @functools.cache
+    @functools.lru_cache(maxsize=None)
     def peak(how: Recomputation | None) -> int:
         def build() -> nn.Module:
             network = without_data(module)

@@ -77,7 +77,7 @@ def dependent_input(
     0
     """
     inputs = {}
-    for i, (leaf, split) in enumerate(zip(leaves, per_sample, strict=True)):
+    for i, (leaf, split) in enumerate(zip(leaves, per_sample)):
         if split and leaf.is_floating_point():
             inputs.setdefault(id(leaf), (i, leaf.detach().requires_grad_()))
     # Copies, because the function may change its input in place, which is refused
@@ -87,13 +87,11 @@ def dependent_input(
     leaves = [copies.get(id(x), x) for x in leaves]
     tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
     recorder = Recorder(tensors[0].device)
-    with (
-        torch.enable_grad(),
-        recorder.recording(block, leaves) as recording,
-        without_trace(block),
-        # An enclosing segment must not count these tensors.
-        saved_tensors_hooks(lambda x: x, lambda x: x),
-    ):
+    recorded = recorder.recording(block, leaves)
+    # An enclosing segment must not count these tensors.
+    hooks = saved_tensors_hooks(lambda x: x, lambda x: x)
+    no_trace = without_trace(block)
+    with torch.enable_grad(), recorded as recording, no_trace, hooks:
         args, kwargs = tree_unflatten(leaves, structure)
         result = function(*args, **kwargs)
         shapes = [
@@ -129,7 +127,7 @@ def _dependent(
             retain_graph=True,
             allow_unused=True,
         )
-        for (index, x), gradient in zip(inputs, gradients, strict=True):
+        for (index, x), gradient in zip(inputs, gradients):
             if gradient is not None:
                 rows = gradient.unflatten(0, (2, len(x) // 2))[other]
                 # NaN comes from zero times the infinity of a masked score.

@@ -77,8 +77,13 @@ first_output_only=False, or do not use this output in training.
     __call__ = __int__ = __float__ = __index__ = __array__ = _raise
     __neg__ = __invert__ = __abs__ = _raise
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _raise
-    __truediv__ = __rtruediv__ = __matmul__ = __rmatmul__ = __pow__ = _raise
-    __lt__ = __le__ = __gt__ = __ge__ = __and__ = __or__ = _raise
+    __truediv__ = __rtruediv__ = __floordiv__ = __rfloordiv__ = _raise
+    __mod__ = __rmod__ = __pow__ = __rpow__ = _raise
+    __matmul__ = __rmatmul__ = __setitem__ = __complex__ = _raise
+    __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __ne__ = _raise
+    __and__ = __rand__ = __or__ = __ror__ = __xor__ = __rxor__ = _raise
+    # As a tensor's: by identity. (A class that defines == has no hash.)
+    __hash__ = object.__hash__
 
     @classmethod
     def __torch_function__(

@@ -275,14 +275,14 @@ class BatchPieces:
         self._independent.add(block.training)
 
     def _joined(self, results: list[Any], sizes: list[int]) -> Any:
-        leaves, structures = zip(*map(tree_flatten, results), strict=True)
+        leaves, structures = zip(*map(tree_flatten, results))
         if any(one != structures[0] for one in structures):
             self._refuse("its outputs differ in their structure")
         whole = []
-        for parts in zip(*leaves, strict=True):
+        for parts in zip(*leaves):
             first = parts[0]
             if isinstance(first, torch.Tensor):
-                for part, size in zip(parts, sizes, strict=True):
+                for part, size in zip(parts, sizes):
                     if not part.dim() or len(part) != size:
                         self._refuse_output(size, part.shape)
                     if part.shape[1:] != first.shape[1:]:
@@ -368,7 +368,7 @@ def _named(
         names.append(parameter.name)
     # The others are items of *args, the last one.
     names += names[-1:] * (len(args) - len(names))
-    for name, value in (*zip(names, args, strict=False), *kwargs.items()):
+    for name, value in (*zip(names, args), *kwargs.items()):
         for leaf in tree_leaves(value):
             yield _Argument(name, leaf)
 

@@ -158,7 +158,7 @@ class Segment:
         origins = [self._origin(leaf) for leaf in leaves]
         stored = {
             id(leaf): leaf
-            for leaf, origin in zip(leaves, origins, strict=True)
+            for leaf, origin in zip(leaves, origins)
             if isinstance(leaf, torch.Tensor) and origin is None
         }
         versions = [x._version for x in stored.values()]
@@ -189,10 +189,8 @@ class Segment:
             call.slots.append((weakref.ref(slot), tensor.shape, tensor.dtype))
             return slot
 
-        with (
-            call.recorder.recording(block, leaves) as call.recording,
-            saved_tensors_hooks(pack, _open),
-        ):
+        recorded = call.recorder.recording(block, leaves)
+        with recorded as call.recording, saved_tensors_hooks(pack, _open):
             result = function(*args, **kwargs)
         if versions != [x._version for x in stored.values()]:
             raise _changes_its_input(name)
@@ -379,9 +377,7 @@ class _Call:
                 map(torch.ne, _checksums(stored), self.input_checksums)
             )
         leaves = []
-        for (kind, source), needed in zip(
-            self.sources, self.requires_grad, strict=True
-        ):
+        for (kind, source), needed in zip(self.sources, self.requires_grad):
             if kind == "stored":
                 source = stored[source]
             elif kind == "computed":
@@ -416,12 +412,11 @@ class _Call:
             count += 1
 
         args, kwargs = self.arguments(results)
-        with (
-            self.recorder.replay(self.block, cast(Recording, self.recording)),
-            _parameters_copied(self.block, self.written),
-            saved_tensors_hooks(keep, _open),
-        ):
-            result = self.function(*args, **kwargs)
+        recording = cast(Recording, self.recording)
+        copied = _parameters_copied(self.block, self.written)
+        with self.recorder.replay(self.block, recording), copied:
+            with saved_tensors_hooks(keep, _open):
+                result = self.function(*args, **kwargs)
         if count != len(self.slots):
             self._does_not_repeat(f"saved {count} tensors")
         self._compare(_checksums(result))
@@ -435,7 +430,7 @@ class _Call:
             name=self.name, reason="its output differs from that of forward"
         )
         by_device = {}
-        for a, b in zip(self.checksums, checksums, strict=True):
+        for a, b in zip(self.checksums, checksums):
             if a.device != b.device or a.dtype != b.dtype:
                 self._does_not_repeat("returned another dtype or device")
             by_device.setdefault(a.device, []).append(a != b)
@@ -533,7 +528,7 @@ def _sources(
     leaves: list[Any], origins: list[tuple[int, int] | None], stored: list[int]
 ) -> list[tuple[str, Any]]:
     found: list[tuple[str, Any]] = []
-    for leaf, origin in zip(leaves, origins, strict=True):
+    for leaf, origin in zip(leaves, origins):
         if origin is not None:
             found.append(("computed", origin))
         elif isinstance(leaf, torch.Tensor):

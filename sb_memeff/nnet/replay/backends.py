@@ -106,14 +106,14 @@ def _write(flags: dict[str, Any]) -> None:
             setattr(*_locate(name), value)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=None)
 def _known_flags() -> list[str]:
     # The older interface first, because it changes the newer one's values.
     others = [name for name in _FLAGS + _TF32 if hasattr(*_locate(name))]
     return [_MATMUL, *_OLDER_TF32, *others]
 
 
-@functools.cache
+@functools.lru_cache(maxsize=None)
 def _locate(name: str) -> tuple[Any, str]:
     """The object in torch.backends that has a flag, and the flag's name."""
     *path, flag = name.split(".")

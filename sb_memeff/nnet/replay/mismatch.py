@@ -16,12 +16,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, TypeGuard
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from speechbrain.utils.logger import get_logger
 
 from sb_memeff.ops.summary import checksum
+
+if TYPE_CHECKING:
+    # Of Python 3.10.
+    from typing import TypeGuard
 
 __all__ = [
     "Summary",
@@ -108,7 +112,7 @@ class Summary:
         """
         before, now = (
             torch.stack([x for summary in side for x in summary.sums])
-            for side in zip(*pairs, strict=True)
+            for side in zip(*pairs)
         )
         return (before != now).view(len(pairs), -1).any(1)
 
@@ -385,7 +389,7 @@ class _Pending:
         if not differs.any():
             return
         sizes = [report.differs.numel() for report in reports]
-        for report, part in zip(reports, differs.split(sizes), strict=True):
+        for report, part in zip(reports, differs.split(sizes)):
             for number in part.nonzero().flatten().tolist():
                 self._act(report.describe(number))
 

@@ -286,11 +286,11 @@ def _other_contents(now: Any, kept: Any) -> bool:
         return True
     if isinstance(now, dict):
         return list(now) != list(kept) or any(
-            a is not b for a, b in zip(now.values(), kept.values(), strict=True)
+            a is not b for a, b in zip(now.values(), kept.values())
         )
     if isinstance(now, set):
         return now != kept
-    return any(a is not b for a, b in zip(now, kept, strict=True))
+    return any(a is not b for a, b in zip(now, kept))
 
 
 def _put(values: dict[str, Any], name: str, value: object) -> None:

@@ -112,7 +112,7 @@ def forked_generators(device: torch.device) -> Generator[None, None, None]:
     try:
         yield
     finally:
-        for source, state in zip(sources, states, strict=True):
+        for source, state in zip(sources, states):
             source.write(state)
 
 
@@ -179,7 +179,7 @@ def generators_among(values: Iterable[object]) -> list[object]:
     for value in values:
         if isinstance(value, dict):
             inside = value.values()
-        elif isinstance(value, list | tuple):
+        elif isinstance(value, (list, tuple)):
             inside = value
         else:
             inside = (value,)
@@ -246,11 +246,11 @@ class _NumpyGlobal:
         if (
             now is None
             or now != self._bytes
-            or cast(dict[str, Any], self._state)["has_gauss"]
+            or cast("dict[str, Any]", self._state)["has_gauss"]
         ):
             self._state = np.random.get_state(legacy=False)
             self._bytes = now
-        return cast(dict[str, Any], self._state)
+        return cast("dict[str, Any]", self._state)
 
     def write(self, state: dict[str, Any]) -> None:
         """Restores a state returned by ``read``."""

@@ -165,15 +165,12 @@ class Recorder:
         before = ModuleState(function)
         sources = self._sources(before.attribute_values(), arguments)
         states = [source.read() for source in sources]
-        with (
-            self.flags.applied(),
-            _without_cached_weights(),
-            keeping(recording.kept),
-        ):
-            yield recording
+        with self.flags.applied(), _without_cached_weights():
+            with keeping(recording.kept):
+                yield recording
         drawn = [
             (source, state)
-            for source, state in zip(sources, states, strict=True)
+            for source, state in zip(sources, states)
             if not equal_states(state, source.read())
         ]
         if drawn:
@@ -205,16 +202,12 @@ class Recorder:
         try:
             for source, state in drawn:
                 source.write(state)
-            with (
-                self.autocast(),
-                self.flags.applied(),
-                _without_cached_weights(),
-                without_trace(function, recording.changes),
-                replaying(recording.kept),
-            ):
-                yield
+            with self.autocast(), self.flags.applied(), _without_cached_weights():
+                no_trace = without_trace(function, recording.changes)
+                with no_trace, replaying(recording.kept):
+                    yield
         finally:
-            for (source, _), state in zip(drawn, now, strict=True):
+            for (source, _), state in zip(drawn, now):
                 source.write(state)
 
     def _sources(

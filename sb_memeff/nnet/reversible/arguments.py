@@ -3,10 +3,10 @@
 A chain may be called with more than its input: lengths, masks, conditions.
 Every function in it gets all of them, unless it declares those that it takes:
 
-    class Attention(torch.nn.Module):
-        takes_arguments = ("mask",)
-
-        def forward(self, x, mask=None): ...
+    >>> class Attention(torch.nn.Module):
+    ...     takes_arguments = ("mask",)
+    ...
+    ...     def forward(self, x, mask=None): ...
 
 Then it gets only these of the arguments that are passed by name. A name that no
 function declares is an error; so is one that a function without a declaration
@@ -146,7 +146,7 @@ class ExtraArguments(NamedTuple):
             replacements: Sequence[torch.Tensor],
         ) -> ExtraArguments:
             filled = list(leaves)
-            for i, tensor in zip(positions, replacements, strict=True):
+            for i, tensor in zip(positions, replacements):
                 filled[i] = tensor
             return ExtraArguments(*tree_unflatten(filled, structure))
 

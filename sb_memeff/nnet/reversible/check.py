@@ -110,10 +110,7 @@ def check_invertible(
 
     def step(save_memory: bool) -> tuple[dict[str, Any], dict[str, float]]:
         copied = copy.deepcopy(without_zeros)
-        with (
-            forked_generators(x.device),
-            inversion_errors(copied) as errors,
-        ):
+        with forked_generators(x.device), inversion_errors(copied) as errors:
             gradients = _gradients(copied, x, args, kwargs, save_memory)
         return {name: g.double() for name, g in gradients.items()}, errors
 
@@ -182,7 +179,7 @@ def _gradients(
     )
     return {
         name: gradient
-        for name, gradient in zip(leaves, gradients, strict=True)
+        for name, gradient in zip(leaves, gradients)
         if gradient is not None
     }
 

@@ -10,7 +10,7 @@ Authors
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Union
 
 import torch
 from torch import nn
@@ -29,7 +29,7 @@ from sb_memeff.nnet.reversible.grid import StreamFormat
 __all__ = ["Evaluator", "RecordingEvaluator", "ReplayingEvaluator"]
 
 # The argument of a module: one tensor, or both streams.
-ModuleInput = torch.Tensor | tuple[torch.Tensor, ...]
+ModuleInput = Union[torch.Tensor, tuple[torch.Tensor, ...]]
 
 
 class Evaluator:
@@ -401,7 +401,7 @@ class ReplayingEvaluator(Evaluator):
     def _parameters_of(self, function: str) -> dict[str, torch.Tensor]:
         prefix = f"{function}."
         return {
-            name.removeprefix(prefix): parameter
+            name[len(prefix) :]: parameter
             for name, parameter in self.parameters.items()
             if name.startswith(prefix)
         }
@@ -431,7 +431,7 @@ class ReplayingEvaluator(Evaluator):
         )
         of_streams = gradients[: len(streams)]
         self._used_storages.add(gradient.untyped_storage()._cdata)
-        for key, found in zip(leaves, gradients[len(streams) :], strict=True):
+        for key, found in zip(leaves, gradients[len(streams) :]):
             if found is not None:
                 total = self._gradients.get(key)
                 self._gradients[key] = (
@@ -439,7 +439,7 @@ class ReplayingEvaluator(Evaluator):
                 )
         return [
             torch.zeros_like(s) if g is None else g
-            for s, g in zip(streams, of_streams, strict=True)
+            for s, g in zip(streams, of_streams)
         ]
 
     def _own_storage(self, gradient: torch.Tensor) -> torch.Tensor:

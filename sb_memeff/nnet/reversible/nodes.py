@@ -88,7 +88,7 @@ def apply_invertible_blocks(
         One tensor, or two streams.
     """
     state = ChainState(named_blocks, stream_format, recorder, observers, extra)
-    extra_tensors = cast(Sequence[torch.Tensor], state.extra_tensors)
+    extra_tensors = cast("Sequence[torch.Tensor]", state.extra_tensors)
     token = _InputNode.apply(state, *tensors)
     for block in state.blocks:
         inputs = state, block, token, *state.inputs_with_gradients(block)
@@ -189,7 +189,7 @@ class ChainState:
 
     def inputs_with_gradients(self, block: _Block) -> list[torch.Tensor]:
         """Tensors for which a block's node returns gradients."""
-        extra_tensors = cast(Sequence[torch.Tensor], self.extra_tensors)
+        extra_tensors = cast("Sequence[torch.Tensor]", self.extra_tensors)
         return [x for x in extra_tensors if x.requires_grad] + [
             block.parameters[name] for name in block.trainable
         ]
@@ -215,7 +215,7 @@ class ChainState:
         tuple
             The value, and the record.
         """
-        extra_tensors = cast(Sequence[torch.Tensor], self.extra_tensors)
+        extra_tensors = cast("Sequence[torch.Tensor]", self.extra_tensors)
         evaluator = RecordingEvaluator(
             self.recorder,
             block.module,
@@ -281,9 +281,8 @@ class ChainState:
         extra_tensors = [
             x.detach().requires_grad_(needed)
             for x, needed in zip(
-                cast(Sequence[torch.Tensor], self.extra_tensors),
+                cast("Sequence[torch.Tensor]", self.extra_tensors),
                 self._need_gradients,
-                strict=True,
             )
         ]
         block = record.block
@@ -341,9 +340,7 @@ class _InputNode(torch.autograd.Function):
         ctx.state.end_backward()
         if len(ctx.dtypes) == 1:
             gradients = [ctx.state.format.join(*gradients)]
-        return None, *(
-            g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)
-        )
+        return None, *(g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes))
 
 
 class _BlockNode(torch.autograd.Function):
@@ -424,7 +421,7 @@ class _TapNode(torch.autograd.Function):
                 "read", gradient, *state.streams
             )
             state.gradients = [
-                a + b for a, b in zip(state.gradients, through_tap, strict=True)
+                a + b for a, b in zip(state.gradients, through_tap)
             ]
             input_gradients = evaluator.gradients()
         if not _token_needs_gradient(ctx):
@@ -490,12 +487,12 @@ class _OutputNode(torch.autograd.Function):
             if g is None
             # An alias, because blocks overwrite a gradient that has none.
             else _own_storage(g.detach().to(s.dtype))
-            for g, s in zip(output_gradients, streams, strict=True)
+            for g, s in zip(output_gradients, streams)
         ]
         del output_gradients
         streams = [
             _own_storage(_with_strides(s, strides))
-            for s, strides in zip(streams, ctx.strides, strict=True)
+            for s, strides in zip(streams, ctx.strides)
         ]
         state.begin_backward(extra_tensors, streams, stream_gradients)
         return (

@@ -24,6 +24,7 @@ from sb_memeff.nnet.reversible.observer import Observer
 from sb_memeff.nnet.reversible.space_to_depth import SpaceToDepth
 from sb_memeff.nnet.reversible.tap_sum import DetachedTapSum, TapSum
 from sb_memeff.ops.dispatch import has_values
+from sb_memeff.utils.settings import check_switches
 
 __all__ = ["ReversibleSequence"]
 
@@ -67,6 +68,8 @@ class ReversibleSequence(nn.Module):
 
     Raises
     ------
+    TypeError
+        If save_memory or exact is neither True nor False.
     ValueError
         If there are no blocks, grid_bits is not in 1...23, axis is that of
         the batch, or a block moves space into another axis.
@@ -99,6 +102,7 @@ class ReversibleSequence(nn.Module):
         axis: int = 1,
     ):
         super().__init__()
+        check_switches(save_memory=save_memory, exact=exact)
         self.blocks = nn.ModuleList(blocks)
         if len(self.blocks) == 0:
             raise ValueError("ReversibleSequence: there are no blocks.")
@@ -252,7 +256,7 @@ class ReversibleSequence(nn.Module):
         self, last: tuple[int, ...], input_shape: tuple[int, ...] | None
     ) -> list[torch.Size]:
         """Shape of a stream before each block, from that after the last."""
-        blocks = cast(Sequence[Invertible], self.blocks)
+        blocks = cast("Sequence[Invertible]", self.blocks)
         if input_shape is None:
             shape = last
             for block in reversed(blocks):

@@ -56,7 +56,7 @@ class SpaceToDepth(Invertible):
     def __init__(self, factor: int | Sequence[int] = 2):
         super().__init__()
         factors = cast(
-            Sequence[int],
+            "Sequence[int]",
             factor if isinstance(factor, (tuple, list)) else (factor,),
         )
         if any(int(f) != f or f < 1 for f in factors):
@@ -85,15 +85,13 @@ class SpaceToDepth(Invertible):
     def forward_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """See ``Invertible.forward_shape``."""
         factors = self._factors(shape)
-        sizes = (
-            math.ceil(s / f) for s, f in zip(shape[2:], factors, strict=True)
-        )
+        sizes = (math.ceil(s / f) for s, f in zip(shape[2:], factors))
         return (shape[0], shape[1] * math.prod(factors), *sizes)
 
     def inverse_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """See ``Invertible.inverse_shape``."""
         factors = self._factors(shape)
-        sizes = (s * f for s, f in zip(shape[2:], factors, strict=True))
+        sizes = (s * f for s, f in zip(shape[2:], factors))
         return (shape[0], shape[1] // math.prod(factors), *sizes)
 
     def downsample(self, x: torch.Tensor) -> torch.Tensor:

@@ -101,6 +101,8 @@ class DetachedTapSum(TapSum):
 
 
 class _AddNode(torch.autograd.Function):
+    """Adds the term of one tap; its output only orders the nodes."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -129,6 +131,8 @@ class _AddNode(torch.autograd.Function):
 
 
 class _ResultNode(torch.autograd.Function):
+    """Returns the sum, and keeps its gradient for all terms."""
+
     @staticmethod
     def forward(
         ctx: Any, tap_sum: DetachedTapSum, token: torch.Tensor

@@ -38,7 +38,9 @@ def launch(
     """
     first = args[0]
     for watcher in _watchers:
-        watcher(kernel.__name__, dict(zip(kernel.arg_names, args)) | constants)
+        watcher(
+            kernel.__name__, {**dict(zip(kernel.arg_names, args)), **constants}
+        )
     if not has_values(first):
         return
     if first.device.type == "cuda":

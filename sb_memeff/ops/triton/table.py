@@ -70,7 +70,7 @@ class Table:
     """
 
     def __init__(self, rows: list[list[torch.Tensor | None]]):
-        first = cast(list[torch.Tensor], rows[0])
+        first = cast("list[torch.Tensor]", rows[0])
         sizes = [x.numel() for x in first]
         programs = [triton.cdiv(size, BLOCKS * 256) for size in sizes]
         *first_programs, self.programs = itertools.accumulate(

@@ -7,9 +7,9 @@ Authors
 import pytest
 
 from sb_memeff.lobes.models.DFResNet import DFResNet
-from sb_memeff.lobes.models.ResNet import ResNet
 from sb_memeff.lobes.models.RevDFResNet import RevDFResNet
 from sb_memeff.lobes.models.RevResNet import RevResNet
+from sb_memeff.lobes.models.WeSpeakerResNet import ResNet
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from sb_memeff.analysis.recipe import read_recipe
 from sb_memeff.nnet.replay import recorder
 from sb_memeff.nnet.replay.mismatch import set_mismatch_action
 from sb_memeff.nnet.reversible import AdditiveCoupling
-from sb_memeff.nnet.transducer.passes import TiledPass
+from sb_memeff.nnet.transducer_loss.passes import TiledPass
 from tests.unittests.analysis.yaml_files import (
     LIBRISPEECH,
     SMALL_TRANSDUCER,

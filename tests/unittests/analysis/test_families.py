@@ -12,15 +12,15 @@ from sb_memeff.analysis.families.speaker import reversible_twin
 from sb_memeff.analysis.profile import profile
 from sb_memeff.analysis.recipe import read_recipe
 from sb_memeff.lobes.models.DFResNet import DFResNet
-from sb_memeff.lobes.models.ECAPA_TDNN import ECAPA_TDNN
-from sb_memeff.lobes.models.ResNet import ResNet
+from sb_memeff.lobes.models.RecomputedECAPA_TDNN import ECAPA_TDNN
 from sb_memeff.lobes.models.RevDFResNet import RevDFResNet
 from sb_memeff.lobes.models.RevECAPA_TDNN import RevECAPA_TDNN
 from sb_memeff.lobes.models.RevResNet import RevResNet
+from sb_memeff.lobes.models.WeSpeakerResNet import ResNet
 from sb_memeff.memory.fake import fake_tensors
 from sb_memeff.nnet.recompute import store_blocks
 from sb_memeff.nnet.recompute.blocks import is_split
-from sb_memeff.nnet.transducer.joint_loss import TransducerJointLoss
+from sb_memeff.nnet.transducer_loss.joint_loss import TransducerJointLoss
 from tests.unittests.analysis.shallow import shallow  # noqa: F401
 from tests.unittests.analysis.yaml_files import (
     LIBRISPEECH,

@@ -6,7 +6,7 @@ from hyperpyyaml import load_hyperpyyaml
 from sb_memeff.analysis.fit import fit, usable, yaml_line
 from sb_memeff.analysis.profile import Profile, profile
 from sb_memeff.analysis.recipe import read_recipe
-from sb_memeff.lobes.models.ResNet import ResNet
+from sb_memeff.lobes.models.WeSpeakerResNet import ResNet
 from sb_memeff.memory.step import StepMemory
 from sb_memeff.nnet.recompute.blocks import is_split
 from sb_memeff.nnet.recompute.fit import Recomputation

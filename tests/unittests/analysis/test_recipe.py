@@ -91,7 +91,7 @@ def test_default_batches():
 def test_shipped_files_are_built_as_shipped(path):
     with FakeTensorMode():
         step = read_recipe(path).build()
-        speaker = path.parent.parent.name == "SpeakerRec"
+        speaker = path.parent.parent.name == "SpeakerRec_memeff"
         assert isinstance(step, SpeakerStep if speaker else TransducerStep)
         assert step.training
         assert step.copies == 1

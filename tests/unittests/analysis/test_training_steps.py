@@ -11,7 +11,7 @@ from hyperpyyaml import load_hyperpyyaml
 
 from sb_memeff.analysis.recipe import read_recipe
 from sb_memeff.nnet.recompute.blocks import is_split
-from sb_memeff.nnet.transducer.logits_loss import transducer_loss
+from sb_memeff.nnet.transducer_loss.logits_loss import transducer_loss
 from sb_memeff.optim import SGD8bit
 from tests.unittests.analysis.brains import (
     Batch,

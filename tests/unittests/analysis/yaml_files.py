@@ -7,8 +7,8 @@ Authors
 from pathlib import Path
 
 RECIPES = Path(__file__).resolve().parents[3] / "recipes"
-VOXCELEB = RECIPES / "VoxCeleb/SpeakerRec"
-LIBRISPEECH = RECIPES / "LibriSpeech/ASR/transducer"
+VOXCELEB = RECIPES / "VoxCeleb/SpeakerRec_memeff"
+LIBRISPEECH = RECIPES / "LibriSpeech/ASR/transducer_memeff"
 
 SPEAKER_NETWORKS = [
     "resnet",

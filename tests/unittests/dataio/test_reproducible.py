@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
+from sb_memeff.dataio.recoverables import SamplerPosition
 from sb_memeff.dataio.reproducible import (
     NumberedSampler,
     SeededDataset,
@@ -19,7 +20,6 @@ from sb_memeff.dataio.reproducible import (
     seeded,
     set_epoch,
 )
-from sb_memeff.utils.checkpoints import SamplerPosition
 
 
 class Noise(Dataset):

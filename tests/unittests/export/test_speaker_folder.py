@@ -19,13 +19,13 @@ from speechbrain.inference.classifiers import EncoderClassifier
 from speechbrain.inference.speaker import SpeakerRecognition
 
 from sb_memeff.cli import main
-from sb_memeff.export.speaker_folder import (
-    best_checkpoint,
-    export_speaker_model,
-)
+from sb_memeff.export.speaker_folder import export_speaker_model
+from sb_memeff.utils.atomic_checkpoints import best_checkpoint
 from tests.unittests.weights import without_zeros
 
-RECIPE = Path(__file__).parents[3] / "recipes" / "VoxCeleb" / "SpeakerRec"
+RECIPE = (
+    Path(__file__).parents[3] / "recipes" / "VoxCeleb" / "SpeakerRec_memeff"
+)
 
 
 OVERRIDES = {

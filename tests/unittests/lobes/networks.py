@@ -10,11 +10,11 @@ from functools import cache, partial
 import torch
 
 from sb_memeff.lobes.models.DFResNet import DFResNet
-from sb_memeff.lobes.models.ECAPA_TDNN import ECAPA_TDNN
-from sb_memeff.lobes.models.ResNet import ResNet
+from sb_memeff.lobes.models.RecomputedECAPA_TDNN import ECAPA_TDNN
 from sb_memeff.lobes.models.RevDFResNet import RevDFResNet
 from sb_memeff.lobes.models.RevECAPA_TDNN import RevECAPA_TDNN
 from sb_memeff.lobes.models.RevResNet import RevResNet
+from sb_memeff.lobes.models.WeSpeakerResNet import ResNet
 from tests.unittests.weights import without_zeros
 
 MELS = 20

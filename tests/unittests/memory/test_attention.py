@@ -56,10 +56,8 @@ def test_the_kernel_needs_aligned_masks(frames, copies):
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_shapes_and_dtypes(autocast):
-    with (
-        fake_tensors(),
-        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
-    ):
+    half = torch.autocast("cpu", torch.bfloat16, enabled=autocast)
+    with fake_tensors(), half:
         # Small tensors have values, which the kernel cannot compute.
         x = torch.rand(2, 4, 5, 8)
         for arguments in (

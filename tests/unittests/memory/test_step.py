@@ -5,9 +5,9 @@ import torch
 from speechbrain.nnet.transducer.transducer_joint import Transducer_joint
 from torch import nn
 
-from sb_memeff.lobes.models.ResNet import ResNet
 from sb_memeff.lobes.models.RevECAPA_TDNN import RevECAPA_TDNN
 from sb_memeff.lobes.models.RevResNet import RevResNet
+from sb_memeff.lobes.models.WeSpeakerResNet import ResNet
 from sb_memeff.memory.step import training_step_memory
 from sb_memeff.memory.tracker import (
     KINDS,
@@ -15,7 +15,7 @@ from sb_memeff.memory.tracker import (
     ModuleTracker,
     StorageTracker,
 )
-from sb_memeff.nnet.transducer.joint_loss import TransducerJointLoss
+from sb_memeff.nnet.transducer_loss.joint_loss import TransducerJointLoss
 from sb_memeff.optim import SGD8bit
 from tests.unittests.allocator import allocator_peak, assert_near_allocator
 from tests.unittests.one_analysis import one_analysis  # noqa: F401

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sb_memeff.nnet.transducer import transducer_loss
+from sb_memeff.nnet.transducer_loss import transducer_loss
 from sb_memeff.ops import dispatch
 
 

@@ -234,11 +234,8 @@ def test_fake_tensors_are_counted_as_on_a_gpu():
     from sb_memeff.memory.fake import fake_tensors
 
     names = []
-    with (
-        fake_tensors(),
-        fused_on_fake_tensors(),
-        watch_launches(lambda name, arguments: names.append(name)),
-    ):
+    launches = watch_launches(lambda name, arguments: names.append(name))
+    with fake_tensors(), fused_on_fake_tensors(), launches:
         x = torch.zeros(2, 3)
         summaries = Summaries()
         y = add_on_grid(x, x.half(), 12, summaries)

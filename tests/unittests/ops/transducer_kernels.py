@@ -8,7 +8,7 @@ import torch
 from speechbrain.nnet.transducer.transducer_joint import Transducer_joint
 from torch import nn
 
-from sb_memeff.nnet.transducer.joint_loss import TransducerJointLoss
+from sb_memeff.nnet.transducer_loss.joint_loss import TransducerJointLoss
 from sb_memeff.ops import (
     lattice,
     logit_rows as rows,

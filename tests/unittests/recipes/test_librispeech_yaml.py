@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).resolve().parents[3]
-RECIPE = ROOT / "recipes/LibriSpeech/ASR/transducer"
+RECIPE = ROOT / "recipes/LibriSpeech/ASR/transducer_memeff"
 # Keys and defaults of SpeechBrain 1.1's conformer_transducer.yaml, a line each.
 UPSTREAM = ROOT / "tests/data/upstream/conformer_transducer_keys.txt"
 

@@ -21,10 +21,12 @@ from speechbrain.processing.features import InputNormalization
 from speechbrain.utils.metric_stats import EER, minDCF
 from torch import nn
 
-from sb_memeff.lobes.models.ResNet import ResNet
+from sb_memeff.lobes.models.WeSpeakerResNet import ResNet
 from tests.unittests.weights import without_zeros
 
-FOLDER = Path(__file__).parents[3] / "recipes" / "VoxCeleb" / "SpeakerRec"
+FOLDER = (
+    Path(__file__).parents[3] / "recipes" / "VoxCeleb" / "SpeakerRec_memeff"
+)
 
 
 RATE = 16000

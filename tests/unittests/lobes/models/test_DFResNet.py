@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from sb_memeff.lobes.models.DFResNet import DFResNet
-from sb_memeff.lobes.models.ResNet import ResNet
 from sb_memeff.lobes.models.RevDFResNet import RevDFResNet
 from sb_memeff.lobes.models.RevResNet import RevResNet
+from sb_memeff.lobes.models.WeSpeakerResNet import ResNet
 
 # Millions of parameters. Gemini: README of Tianchi Liu's repository with the
 # trained networks of the paper. DFResNet56 and 233: the comparison in the

@@ -5,8 +5,8 @@ import torch
 from hyperpyyaml import load_hyperpyyaml
 from torch import nn
 
-from sb_memeff.lobes.models.ResNet import ResNet
 from sb_memeff.lobes.models.RevResNet import RevResNet, StridedCoupling
+from sb_memeff.lobes.models.WeSpeakerResNet import ResNet
 from sb_memeff.lobes.residual import stride_pairs
 from sb_memeff.memory.step import training_step_memory
 from sb_memeff.nnet.padding import mask, padding_masks

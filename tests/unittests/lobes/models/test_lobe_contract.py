@@ -19,11 +19,11 @@ from speechbrain.lobes.models.ResNet import ResNet as SpeechBrainResNet
 from torch import nn
 
 from sb_memeff.lobes.models.DFResNet import DFResNet, DownSampling
-from sb_memeff.lobes.models.ECAPA_TDNN import ECAPA_TDNN
-from sb_memeff.lobes.models.ResNet import ResNet
+from sb_memeff.lobes.models.RecomputedECAPA_TDNN import ECAPA_TDNN
 from sb_memeff.lobes.models.RevDFResNet import RevDFResNet
 from sb_memeff.lobes.models.RevECAPA_TDNN import RevECAPA_TDNN
 from sb_memeff.lobes.models.RevResNet import RevResNet, StridedCoupling
+from sb_memeff.lobes.models.WeSpeakerResNet import ResNet
 from sb_memeff.lobes.residual import ResidualBlock
 from sb_memeff.lobes.reversible_blocks import ResidualBody
 from sb_memeff.memory.fake import fake_tensors

@@ -14,7 +14,10 @@ import torch
 from speechbrain.lobes.models.transformer.Branchformer import (
     BranchformerEncoder,
 )
-from speechbrain.lobes.models.transformer.Conformer import ConformerEncoder
+from speechbrain.lobes.models.transformer.Conformer import (
+    ConformerDecoder,
+    ConformerEncoder,
+)
 from speechbrain.lobes.models.transformer.Transformer import (
     TransformerDecoder,
     TransformerEncoder,
@@ -66,9 +69,10 @@ def test_encoders_train_alike_without_attention_weights(name):
         assert torch.equal(a, b)
 
 
-def test_decoders_too():
+@pytest.mark.parametrize("kind", [TransformerDecoder, ConformerDecoder])
+def test_decoders_too(kind):
     torch.manual_seed(0)
-    net = TransformerDecoder(d_ffn=16, **SIZES)
+    net = kind(d_ffn=16, attention_type="regularMHA", **SIZES)
     twin = copy.deepcopy(net)
     recompute_blocks(net, "layers.*", first_output_only=True)
     x, memory = torch.rand(3, 4, 8), torch.rand(3, 10, 8)
@@ -162,6 +166,13 @@ def test_numbers_and_nested_tensors():
         lambda a: bool(a),
         lambda a: 2 * a,
         lambda a: a + 1,
+        lambda a: a // 2,
+        lambda a: a % 2,
+        lambda a: 2**a,
+        lambda a: a == 0,
+        lambda a: a != torch.ones(2),
+        lambda a: a ^ True,
+        lambda a: a.__setitem__(0, 1),
         lambda a: torch.ones(2) * a,
         lambda a: torch.stack([torch.ones(2), a]),
         lambda a: nn.functional.softmax(a, -1),

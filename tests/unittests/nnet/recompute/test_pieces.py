@@ -549,6 +549,6 @@ def test_pieces_of_other_widths_are_refused():
 
 def test_shared_arguments_that_do_not_exist_are_refused():
     net = nn.Sequential(nn.Linear(3, 3))
-    recompute_blocks(net, "0", split=2, shared=["lenghts"])
-    with pytest.raises(SplitError, match="shared names lenghts.* input"):
+    recompute_blocks(net, "0", split=2, shared=["lengths"])
+    with pytest.raises(SplitError, match="shared names lengths.* input"):
         net(torch.randn(4, 3, requires_grad=True))

@@ -15,11 +15,9 @@ cudnn = torch.backends.cudnn
 @pytest.fixture(autouse=True)
 def flags():
     """Puts back what the tests change."""
-    with (
-        cudnn.flags(enabled=True, benchmark=True, allow_tf32=True),
-        torch.backends.mkldnn.flags(enabled=True),
-    ):
-        yield
+    with cudnn.flags(enabled=True, benchmark=True, allow_tf32=True):
+        with torch.backends.mkldnn.flags(enabled=True):
+            yield
 
 
 # Outside the module: its own list would be put back after the replay.

@@ -25,7 +25,7 @@ class Event:
 
 
 @pytest.fixture
-def device():
+def slow_device():
     """Pending comparisons of a slow device, and its events."""
     events = []
 
@@ -137,8 +137,8 @@ def test_a_difference_is_an_error_at_once_on_the_cpu():
         )
 
 
-def test_a_device_is_read_when_it_is_ready(device):
-    pending, events = device
+def test_a_device_is_read_when_it_is_ready(slow_device):
+    pending, events = slow_device
     pending.report(torch.tensor([True]), "block {}".format)
     pending.next_forward()
     events[0].done = True
@@ -147,8 +147,8 @@ def test_a_device_is_read_when_it_is_ready(device):
     assert events[0].waits == 0
 
 
-def test_finished_copies_are_read_at_the_next_forward(device):
-    _, events = device
+def test_finished_copies_are_read_at_the_next_forward(slow_device):
+    _, events = slow_device
     events.append(Event())
     events[0].done = True
     pending = mismatch._Pending(lambda differs: (differs, events[0]))
@@ -157,8 +157,8 @@ def test_finished_copies_are_read_at_the_next_forward(device):
         pending.next_forward()
 
 
-def test_a_device_is_read_in_the_next_backward_at_the_latest(device):
-    pending, events = device
+def test_a_device_is_read_in_the_next_backward_at_the_latest(slow_device):
+    pending, events = slow_device
     pending.report(torch.tensor([False]), "block {}".format)
     pending.report(torch.tensor([True]), "block {}".format)
     assert events == []
@@ -168,8 +168,8 @@ def test_a_device_is_read_in_the_next_backward_at_the_latest(device):
         pending.report(torch.tensor([False]), "other {}".format)
 
 
-def test_a_step_without_a_difference_never_waits_within_itself(device):
-    pending, events = device
+def test_a_step_without_a_difference_never_waits_within_itself(slow_device):
+    pending, events = slow_device
     for step in range(3):
         pending.next_forward()
         for _ in range(4):
@@ -178,8 +178,8 @@ def test_a_step_without_a_difference_never_waits_within_itself(device):
         assert [e.waits for e in events] == [1] * step
 
 
-def test_reading_waits_for_all(device):
-    pending, events = device
+def test_reading_waits_for_all(slow_device):
+    pending, events = slow_device
     pending.report(torch.tensor([True]), "block {}".format)
     with pytest.raises(RuntimeError, match="block 0"):
         pending.read()
@@ -187,9 +187,9 @@ def test_reading_waits_for_all(device):
     pending.read()
 
 
-def test_an_error_is_raised_once(device):
+def test_an_error_is_raised_once(slow_device):
     """After the error is caught, that step raises no further errors."""
-    pending, _ = device
+    pending, _ = slow_device
     pending.report(torch.tensor([True]), "first {}".format)
     pending.next_forward()
     with pytest.raises(RuntimeError, match="first 0"):
@@ -198,8 +198,8 @@ def test_an_error_is_raised_once(device):
     pending.read()
 
 
-def test_warnings_are_logged_once(device, caplog):
-    pending, _ = device
+def test_warnings_are_logged_once(slow_device, caplog):
+    pending, _ = slow_device
     pending.action = "warn"
     for _ in range(2):
         pending.report(torch.tensor([True]), "block {} differs".format)
@@ -214,23 +214,23 @@ def test_an_unknown_action_is_refused_without_effect(monkeypatch):
     assert mismatch.mismatch_action() == "warn"
 
 
-def test_the_message_is_that_of_the_comparison(device):
-    pending, _ = device
+def test_the_message_is_that_of_the_comparison(slow_device):
+    pending, _ = slow_device
     pending.report(torch.tensor([False, False]), "first {}".format)
     pending.report(torch.tensor([False, True]), "second {}".format)
     with pytest.raises(RuntimeError, match="^second 1$"):
         pending.read()
 
 
-def test_all_differences_of_one_report_are_logged(device, caplog):
-    pending, _ = device
+def test_all_differences_of_one_report_are_logged(slow_device, caplog):
+    pending, _ = slow_device
     pending.action = "warn"
     pending.report(torch.tensor([True, False, True]), "block {}".format)
     pending.read()
     assert "block 0" in caplog.text and "block 2" in caplog.text
 
 
-def test_comparisons_of_several_devices(device):
+def test_comparisons_of_several_devices(slow_device):
     """Each device sends its own, in one copy."""
     copied = []
 
@@ -249,9 +249,9 @@ def test_comparisons_of_several_devices(device):
 
 
 @pytest.mark.parametrize("sent", [False, True])
-def test_an_error_drops_what_else_was_waiting(device, sent):
+def test_an_error_drops_what_else_was_waiting(slow_device, sent):
     """Reports of the same step, and copies of other steps."""
-    pending, events = device
+    pending, events = slow_device
     pending.report(torch.tensor([True]), "first {}".format)
     pending.next_forward()
     events[0].done = True

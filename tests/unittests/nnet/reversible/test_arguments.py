@@ -129,10 +129,10 @@ def test_an_argument_that_no_function_takes_is_refused_at_once(save_memory):
     net = declaring(save_memory=save_memory)
     net.blocks[0].register_forward_hook(lambda *_: calls.append(1))
     x = torch.rand(2, 4, 3).double()
-    message = r"takes the argument 'ofset'; they take offset, gain, bias"
+    message = r"takes the argument 'offsets'; they take offset, gain, bias"
     named = {"offset": 1.0, "gain": 1.0}
     with pytest.raises(TypeError, match=message):
-        net(x, ofset=1.0, **named)
+        net(x, offsets=1.0, **named)
     assert not calls
     net(x, **named)
     assert calls

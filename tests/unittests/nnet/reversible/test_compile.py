@@ -84,7 +84,9 @@ def test_compiled_functions(backend, how, autocast):
     net.zero_grad()
     y, ours, state = gradients(net, x, autocast=autocast)
     ours = [g.clone() for g in ours]
-    norms = {k: v.clone() for k, v in net.state_dict().items() if "runn" in k}
+    norms = {
+        k: v.clone() for k, v in net.state_dict().items() if "running" in k
+    }
     # The same code, with activations stored.
     reference_net = compiled(bodies(), how, backend)
     reference_net.save_memory = False

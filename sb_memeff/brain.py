@@ -1,0 +1,354 @@
+"""A Brain whose trainings can be killed and resumed with the same result.
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from types import SimpleNamespace
+from typing import Any, cast
+
+import speechbrain as sb
+import torch
+from speechbrain.augment.time_domain import AddNoise, AddReverb
+from speechbrain.dataio.batch import PaddedBatch
+from speechbrain.dataio.dataloader import SaveableDataLoader
+from speechbrain.dataio.dataset import DynamicItemDataset
+from speechbrain.utils.logger import get_logger
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
+
+from sb_memeff.dataio.recoverables import (
+    NoisePosition,
+    RandomState,
+    SamplerPosition,
+)
+from sb_memeff.dataio.reproducible import (
+    NumberedSampler,
+    SeededDataset,
+    SeededSampler,
+    set_epoch,
+)
+from sb_memeff.nnet.replay.mismatch import read_mismatches
+from sb_memeff.optim import keep_32bit_states
+from sb_memeff.optim.misfit import name_parameters
+
+__all__ = ["MemEffBrain"]
+
+logger = get_logger(__name__)
+
+
+class MemEffBrain(sb.core.Brain):
+    """A Brain for long runs; use it in place of SpeechBrain's.
+
+    It differs from SpeechBrain 1.1.2 as follows:
+
+    * A resumed training ends with the weights of an uninterrupted one, bit for
+      bit on a CPU: checkpoints include the random states and the positions in
+      the lists of noises and room impulse responses, and random numbers in the
+      data pipeline depend only on the seed, the epoch and the item's number.
+    * No checkpoint is saved within a gradient accumulation, whose gradients a
+      checkpoint does not contain.
+    * Gradients of all parameter groups are clipped, not only of the first. A
+      negative max_grad_norm disables clipping (in SpeechBrain it reverses the
+      gradient).
+    * Distributed training on CPUs does not convert BatchNorm to SyncBatchNorm,
+      which needs a GPU.
+    * The epoch of samplers and batch samplers is set on one GPU too. (In
+      SpeechBrain, DynamicBatchSampler then repeats its batches in every epoch,
+      and ReproducibleRandomSampler its order.) A sampler that draws from the
+      global generators yields the same order on all processes.
+    * A mismatch between forward and recomputation, which a GPU reports late,
+      raises its error in the step where it occurs.
+    * skip_nonfinite_grads checks gradients before clipping, which would spread
+      one NaN to all of them, and names the parameter.
+    * --optimizer_step_limit works on the command line.
+    * 8-bit optimizers keep 32-bit states for embeddings.
+    * An optimizer's checkpoint that does not fit the modules is refused. The
+      error names the parameter.
+
+    Use it with AtomicCheckpointer (sb_memeff.utils.atomic_checkpoints), whose
+    checkpoints cannot be half-written. The random numbers of an
+    IterableDataset, a LoopedLoader, a DataLoader not made by
+    ``make_dataloader`` and shuffled validation data are left unchanged.
+
+    Arguments
+    ---------
+    *args : tuple
+        As Brain's.
+    **kwargs : dict
+        As Brain's.
+
+    Raises
+    ------
+    ValueError
+        If max_grad_norm is 0.
+
+    Example
+    -------
+    >>> class Regression(MemEffBrain):
+    ...     def compute_forward(self, batch, stage):
+    ...         return self.modules.net(batch[0])
+    ...
+    ...     def compute_objectives(self, predictions, batch, stage):
+    ...         return torch.nn.functional.mse_loss(predictions, batch[1])
+    >>> brain = Regression(
+    ...     {"net": torch.nn.Linear(4, 1)},
+    ...     opt_class=lambda params: torch.optim.SGD(params, lr=0.1),
+    ...     run_opts={"device": "cpu", "max_grad_norm": -1},
+    ... )
+    >>> data = [[torch.randn(8, 4), torch.randn(8, 1)]]
+    >>> brain.fit(range(1), data, progressbar=False)
+    >>> brain.optimizer_step
+    1
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if self.max_grad_norm == 0:
+            raise ValueError(
+                "max_grad_norm=0 would make all gradients 0. A negative value "
+                "disables clipping."
+            )
+        if self.optimizer_step_limit is not None:
+            # A string if given on the command line.
+            self.optimizer_step_limit = int(self.optimizer_step_limit)
+        # Loaded with a checkpoint, but used only to continue training.
+        self._positions = {}
+        if self.checkpointer is not None:
+            self.checkpointer.add_recoverable(
+                "random_state", RandomState(), optional_load=True
+            )
+            for number, noise in enumerate(self._noises()):
+                position = NoisePosition(noise, self.device)
+                self._add_position(f"noise_position_{number}", position)
+
+    def _add_position(
+        self, name: str, position: NoisePosition | SamplerPosition
+    ) -> None:
+        self._positions[name] = position
+        self.checkpointer.add_recoverable(name, position, optional_load=True)
+
+    def _noises(self) -> list[AddNoise | AddReverb]:
+        """The augmentations that read a list of files."""
+        hparams = vars(getattr(self, "hparams", SimpleNamespace()))
+        return [
+            module
+            for module in _modules_in([hparams, self.modules], set())
+            if isinstance(module, (AddNoise, AddReverb)) and module.csv_file
+        ]
+
+    def init_optimizers(self) -> None:
+        """Makes the optimizer, with 32-bit states for embeddings."""
+        keep_32bit_states(self.modules)
+        super().init_optimizers()
+        for optimizer in (self.optimizers_dict or {}).values():
+            name_parameters(optimizer, self.modules)
+
+    def on_fit_start(self) -> None:
+        """Prepares the modules, loads a checkpoint and logs its position."""
+        super().on_fit_start()
+        for position in self._positions.values():
+            position.resume()
+        if self.optimizer_step:
+            logger.info(
+                f"Resumed: {self.step} batches of the epoch and "
+                f"{self.optimizer_step} optimizer steps are done."
+            )
+
+    def make_dataloader(
+        self,
+        dataset: Any,
+        stage: sb.Stage,
+        ckpt_prefix: str | None = "dataloader-",
+        **loader_kwargs: Any,
+    ) -> Any:
+        """Makes a DataLoader; arguments as Brain's.
+
+        The random numbers of an item depend on the seed, the epoch (in
+        training) and the item's number in the epoch. In training, the order
+        depends on the seed and the epoch, with any sampler.
+        """
+        shuffled = stage != sb.Stage.TRAIN and loader_kwargs.get("shuffle")
+        if not isinstance(dataset, IterableDataset) and not shuffled:
+            if isinstance(dataset, DynamicItemDataset):
+                loader_kwargs.setdefault("collate_fn", PaddedBatch)
+            rank = int(os.environ.get("RANK", 0))
+            dataset = SeededDataset(dataset, _run_seed(), rank)
+            if stage != sb.Stage.TRAIN:
+                loader_kwargs = _numbered(loader_kwargs, dataset)
+        loader = super().make_dataloader(
+            dataset, stage, ckpt_prefix, **loader_kwargs
+        )
+        if (
+            self.checkpointer is not None
+            and ckpt_prefix is not None
+            and stage == sb.Stage.TRAIN
+            # A LoopedLoader's epochs begin anywhere in its sampler's order.
+            and isinstance(loader, SaveableDataLoader)
+            and isinstance(dataset, SeededDataset)
+        ):
+            self._add_position(
+                f"{ckpt_prefix}{stage.name}-sampler",
+                SamplerPosition(_sampler_of(loader)),
+            )
+        return loader
+
+    def _train_loader_specifics(
+        self, dataset: Any, loader_kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        loader_kwargs = super()._train_loader_specifics(dataset, loader_kwargs)
+        if isinstance(dataset, SeededDataset):
+            loader_kwargs = _numbered(loader_kwargs, dataset, _run_seed())
+        return loader_kwargs
+
+    def _fit_train(
+        self, train_set: Iterable[Any], epoch: int, enable: bool
+    ) -> None:
+        loader = getattr(train_set, "loader", train_set)
+        if isinstance(loader, DataLoader):
+            if isinstance(loader.dataset, SeededDataset):
+                loader.dataset.set_epoch(epoch)
+            # Brain does not set the epoch of all samplers, nor of those within
+            # others.
+            if loader.batch_sampler is None:
+                set_epoch(loader.sampler, epoch)
+            else:
+                set_epoch(loader.batch_sampler, epoch)
+            if loader.generator is None:
+                # Starting an iteration draws a number. With the global
+                # generator, a resumed training would draw one more.
+                loader.generator = torch.Generator().manual_seed(_run_seed())
+        super()._fit_train(train_set, epoch, enable)
+
+    def fit_batch(self, batch: Any) -> torch.Tensor:
+        """Fits one batch, as Brain does.
+
+        Arguments
+        ---------
+        batch : object
+            A batch of the train loader.
+
+        Returns
+        -------
+        torch.Tensor
+            The loss, detached, on the CPU.
+
+        Raises
+        ------
+        RuntimeError
+            If recomputation in backward differs from forward.
+        """
+        loss = super().fit_batch(batch)
+        # The loss is on the CPU, so reading does not wait for the device.
+        read_mismatches()
+        return loss
+
+    def _should_save_intra_epoch_ckpt(
+        self, last_ckpt_time: float, steps_since_ckpt: int
+    ) -> bool:
+        accumulating = self.step % self.grad_accumulation_factor != 0
+        return not accumulating and super()._should_save_intra_epoch_ckpt(
+            last_ckpt_time, steps_since_ckpt
+        )
+
+    def _wrap_distributed(self) -> None:
+        if not (self.distributed_launch and self.device_type == "cpu"):
+            super()._wrap_distributed()
+            return
+        for name, module in self.modules.items():
+            if any(p.requires_grad for p in module.parameters()):
+                self.modules[name] = DistributedDataParallel(
+                    module, find_unused_parameters=self.find_unused_parameters
+                )
+
+    def check_gradients(self) -> None:
+        """Drops gradients with NaN or infinity, and names their parameters."""
+        for name, param in self.modules.named_parameters():
+            if param.grad is not None and not param.grad.isfinite().all():
+                param.grad = None
+                logger.warning(
+                    f"The gradient of {name} is not finite and is skipped."
+                )
+
+    def optimizers_step(self) -> None:
+        """Unscales and clips the gradients, updates the parameters."""
+        if self.optimizers_dict is not None:
+            optimizers = self.freeze_optimizers(self.optimizers_dict).values()
+        elif self.opt_class is not None:
+            optimizers = [self.optimizer]
+        else:
+            return
+        for optimizer in optimizers:
+            self.scaler.unscale_(optimizer)
+        if self.skip_nonfinite_grads and not self.scaler.is_enabled():
+            self.check_gradients()
+        if self.max_grad_norm > 0:
+            for optimizer in optimizers:
+                torch.nn.utils.clip_grad_norm_(
+                    [p for g in optimizer.param_groups for p in g["params"]],
+                    self.max_grad_norm,
+                )
+        for optimizer in optimizers:
+            self.scaler.step(optimizer)
+        self.scaler.update()
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        self.optimizer_step += 1
+
+
+def _modules_in(value: object, found: set[int]) -> Iterator[torch.nn.Module]:
+    """Yields all modules within a value, recursively.
+
+    ``modules()`` would miss the augmentations of SpeechBrain's Augmenter, which
+    are in a dict.
+    """
+    if id(value) in found:
+        return
+    if isinstance(value, torch.nn.Module):
+        yield value
+        children = vars(value).values()
+    elif isinstance(value, dict):
+        children = value.values()
+    elif isinstance(value, (list, tuple)):
+        children = value
+    else:
+        return
+    found.add(id(value))
+    for child in children:
+        yield from _modules_in(child, found)
+
+
+def _numbered(
+    loader_kwargs: dict[str, Any], dataset: Any, seed: int | None = None
+) -> dict[str, Any]:
+    """Wraps the sampler among a DataLoader's arguments in a NumberedSampler.
+
+    With a seed, its order depends on the seed and the epoch.
+    """
+    kind = "batch_sampler"
+    sampler = loader_kwargs.get(kind)
+    if sampler is None:
+        kind = "sampler"
+        sampler = loader_kwargs.get(kind)
+    if sampler is None:
+        sampler = SequentialSampler(dataset)
+    if seed is not None:
+        size = loader_kwargs.get("batch_size", 1)
+        ahead = 1 if kind == "batch_sampler" or size is None else size
+        sampler = SeededSampler(sampler, seed, ahead)
+    return {**loader_kwargs, kind: NumberedSampler(sampler)}
+
+
+def _sampler_of(loader: DataLoader[Any]) -> SeededSampler:
+    """The SeededSampler of a loader that was made with ``_numbered``."""
+    numbered = loader.batch_sampler
+    if not isinstance(numbered, NumberedSampler):
+        numbered = loader.sampler
+    return cast(SeededSampler, cast(NumberedSampler, numbered).sampler)
+
+
+def _run_seed() -> int:
+    # Set by seed_everything; SpeechBrain's samplers use it too.
+    return int(os.environ.get("SB_GLOBAL_SEED", 563375142))

@@ -1,0 +1,175 @@
+"""Placing the files into a small stand-in of SpeechBrain's repository.
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+import csv
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import speechbrain
+
+from contrib import place
+
+DATA = place.ROOT / "tests" / "data" / "upstream"
+# SpeechBrain's settings: strictest where ours are not.
+RUFF = """
+target-version = "py38"
+line-length = 80
+[lint]
+select = ["E", "W", "F", "I", "B", "C4", "UP"]
+ignore = ["B006", "B008", "C408", "E203", "E501"]
+[lint.isort]
+combine-as-imports = true
+force-wrap-aliases = true
+known-first-party = ["speechbrain"]
+split-on-trailing-comma = false
+[lint.per-file-ignores]
+"__init__.py" = ["F401"]
+"""
+# Imports the placed modules as parts of the installed package, and uses one.
+IMPORT_ALL = """
+import importlib, sys
+from pathlib import Path
+import speechbrain, torch
+
+root = Path(sys.argv[1])
+installed = Path(speechbrain.__file__).parents[1]
+paths = [p.relative_to(root) for p in sorted(root.glob("speechbrain/**/*"))]
+for path in [Path("speechbrain"), *paths]:
+    if (root / path).is_dir() and (installed / path).is_dir():
+        name = ".".join(path.parts)
+        importlib.import_module(name).__path__.append(str(root / path))
+for path in paths:
+    if path.suffix == ".py" and path.name not in ("__init__.py", "core.py"):
+        importlib.import_module(".".join(path.with_suffix("").parts))
+assert not any(name.startswith("sb_memeff") for name in sys.modules)
+from speechbrain.lobes.models.RevResNet import RevResNet
+
+net = RevResNet.from_preset("RevNet34", base_channels=2, input_size=16)
+net(torch.rand(2, 20, 16)).sum().backward()
+"""
+
+
+def before_the_patch():
+    """The lines of SpeechBrain's files that the patch shows, by path."""
+    texts = {}
+    for line in place.PATCH.read_text().splitlines(keepends=True):
+        if line.startswith("--- a/"):
+            lines = texts.setdefault(line[6:].strip(), [])
+        elif line[0] in " -":
+            lines.append(line[1:])
+    return {path: "".join(lines) for path, lines in texts.items()}
+
+
+def write(checkout):
+    """Writes the stand-in."""
+    tables = (place.ROOT / "tests" / "recipes").glob("*.csv")
+    header = next(tables).read_text().splitlines(keepends=True)[0]
+    for path, text in {
+        **before_the_patch(),
+        "ruff.toml": RUFF,
+        "speechbrain/core.py": "",
+        "speechbrain/nnet/__init__.py": '"""Of SpeechBrain."""\n',
+        "tests/recipes/LibriSpeech.csv": header,
+        "tests/recipes/VoxCeleb.csv": header + "theirs" + "," * 10 + "\n",
+    }.items():
+        (checkout / path).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / path).write_text(text)
+    return checkout
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """The stand-in, with our files."""
+    checkout = write(tmp_path_factory.mktemp("speechbrain"))
+    place.main([str(checkout)])
+    return checkout
+
+
+def test_no_file_has_the_path_of_one_of_speechbrains():
+    root = Path(speechbrain.__file__).parents[1]
+    theirs = {p.relative_to(DATA).parent for p in DATA.glob("recipes/**/*.*")}
+    for target in place.files().values():
+        assert not (root / target).exists() or target.endswith("__init__.py")
+        assert not theirs.intersection(Path(target).parents)
+
+
+def test_packages_that_speechbrain_has_keep_their_docstring(checkout):
+    text = (checkout / "speechbrain" / "nnet" / "__init__.py").read_text()
+    assert text == '"""Of SpeechBrain."""\n'
+    # Nothing but a docstring is lost.
+    root = Path(speechbrain.__file__).parents[1]
+    for source, target in place.files().items():
+        if (root / target).exists():
+            assert (place.ROOT / source).read_text().count("\n") == 1
+
+
+def test_a_file_of_that_name_is_not_replaced(tmp_path):
+    theirs = write(tmp_path) / "speechbrain" / "ops" / "grid.py"
+    theirs.parent.mkdir()
+    theirs.write_text("theirs")
+    with pytest.raises(FileExistsError, match="has a speechbrain/ops/grid.py"):
+        place.main([str(tmp_path)])
+    assert theirs.read_text() == "theirs"
+    assert not (tmp_path / "recipes").exists()
+
+
+def test_another_folder_is_refused(tmp_path):
+    with pytest.raises(SystemExit, match="is not a checkout of SpeechBrain"):
+        place.main([str(tmp_path)])
+
+
+def test_names_are_speechbrains(checkout):
+    found = set()
+    for path in checkout.rglob("*"):
+        if path.suffix in place.SUFFIXES:
+            found |= set(re.findall(r".*\bsb_memeff\b.*", path.read_text()))
+    assert {line.strip(" #*") for line in found} == {
+        "The sb_memeff authors 2026",
+        "Authors: The sb_memeff authors 2026",
+    }
+
+
+def test_speechbrains_ruff_finds_nothing(checkout):
+    for command in (["check"], ["format", "--check"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "ruff", *command, "."],
+            cwd=checkout,
+            capture_output=True,
+            text=True,
+        )
+        assert not done.returncode, done.stdout
+
+
+def test_modules_can_be_imported(checkout):
+    subprocess.run(
+        [sys.executable, "-c", IMPORT_ALL, str(checkout)],
+        check=True,
+        timeout=300,
+    )
+
+
+@pytest.mark.parametrize("name", ["LibriSpeech", "VoxCeleb"])
+def test_lines_of_recipes(name, checkout):
+    with open(checkout / "tests" / "recipes" / f"{name}.csv") as f:
+        rows = [row for row in csv.DictReader(f) if row["Task"] != "theirs"]
+    listed = {row["Hparam_file"] for row in rows}
+    placed = checkout.glob(f"recipes/{name}/**/*.yaml")
+    assert listed == {str(p.relative_to(checkout)) for p in placed}
+    for row in rows:
+        for field in ("Script_file", "Data_prep_file", "Readme_file"):
+            assert (checkout / row[field]).is_file()
+
+
+def test_patch_requires_what_we_require(checkout):
+    ours = (place.ROOT / "pyproject.toml").read_text()
+    for name in ("torch", "torchaudio", "bitsandbytes"):
+        (least,) = re.findall(rf'"{name}>=([\d.]+)[",]', ours)
+        for path in ("pyproject.toml", "requirements.txt"):
+            text = (checkout / path).read_text()
+            assert re.findall(rf"\b{name}>=([\d.]+)", text) == [least]
