@@ -26,7 +26,7 @@ STEPS = 50
 # The first run is the reference.
 RUNS = {
     "nothing": ["--transducer_method=batched"],
-    "tiled, CNN and encoder in 2 pieces": [
+    "everything": [
         "--transducer_method=tiled",
         "--recompute=True",
         "--recompute_split=2",
@@ -36,6 +36,7 @@ NETWORK = """
     --d_model=144 --nhead=4 --num_encoder_layers=6 --d_ffn=576
     --joint_dim=320 --dec_dim=320 --output_neurons=200
     --transformer_dropout=0 --dec_emb_dropout=0 --dec_dropout=0
+    --CNN={'dropout':0}
     --precision=fp32 --device=cpu
 """
 DATA = """
@@ -114,9 +115,8 @@ def main():
         "CPU time of a step",
     )
     for label, flags in RUNS.items():
-        folder = arguments.output_folder / label.replace(" ", "_")
-        row = measure(flags, arguments.corpus, folder)
-        rows.append({"label": label, **row})
+        row = measure(flags, arguments.corpus, arguments.output_folder / label)
+        rows.append({"saved": label, **row})
         losses = row["losses"]
         pairs = zip(losses, rows[0]["losses"])
         difference = max(abs(a / b - 1) for a, b in pairs)
