@@ -109,8 +109,16 @@ def _write(flags: dict[str, Any]) -> None:
 @functools.lru_cache(maxsize=None)
 def _known_flags() -> list[str]:
     # The older interface first, because it changes the newer one's values.
-    others = [name for name in _FLAGS + _TF32 if hasattr(*_locate(name))]
+    others = filter(_exists, _FLAGS + _TF32)
     return [_MATMUL, *_OLDER_TF32, *others]
+
+
+def _exists(name: str) -> bool:
+    try:
+        return hasattr(*_locate(name))
+    except AttributeError:
+        # torch 2.8 has no torch.backends.cudnn.conv.
+        return False
 
 
 @functools.lru_cache(maxsize=None)

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sb_memeff.lobes import residual, reversible_blocks
 from sb_memeff.lobes.models.RevResNet import RevResNet
 from sb_memeff.lobes.models.WeSpeakerResNet import ResNet
 from sb_memeff.lobes.network_input import check_features, for_tensor_cores
@@ -53,13 +52,12 @@ def test_channels_are_last_in_half_precision_on_a_gpu(kind, dtype):
 
 
 @pytest.mark.parametrize(
-    "network, module", [(ResNet, residual), (RevResNet, reversible_blocks)]
+    "network, module", [(ResNet, "residual"), (RevResNet, "reversible_blocks")]
 )
 def test_layers_keep_channels_last(monkeypatch, network, module):
     """A convolution that gets another format would transpose."""
     monkeypatch.setattr(
-        module,
-        "for_tensor_cores",
+        f"sb_memeff.lobes.{module}.for_tensor_cores",
         lambda x: x.contiguous(memory_format=torch.channels_last),
     )
     options = {"base_channels": 8}

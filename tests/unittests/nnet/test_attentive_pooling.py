@@ -8,7 +8,6 @@ from speechbrain.lobes.models.ECAPA_TDNN import AttentiveStatisticsPooling
 from torch import nn
 
 from sb_memeff.memory.step import training_step_memory
-from sb_memeff.nnet import attentive_pooling
 from sb_memeff.nnet.attentive_pooling import attentive_statistics_pooling
 from tests.unittests.nnet.reversible.chains import (
     assert_same_state,
@@ -39,7 +38,7 @@ def pooling(channels=11, global_context=True):
 @pytest.fixture(autouse=True)
 def narrow_slices(monkeypatch):
     """Three slices of 11 channels, the last one narrower."""
-    monkeypatch.setattr(attentive_pooling, "WIDTH", 4)
+    monkeypatch.setattr("sb_memeff.nnet.attentive_pooling.WIDTH", 4)
 
 
 def batch(dtype=torch.float64):

@@ -9,7 +9,6 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sb_memeff.lobes.reversible_blocks import ResidualBody
-from sb_memeff.nnet import weight_casts
 from sb_memeff.nnet.norm_relu_conv import one_by_one
 from sb_memeff.nnet.recompute import recompute_blocks
 from sb_memeff.nnet.reversible import AdditiveCoupling, ReversibleSequence
@@ -21,7 +20,9 @@ HALF = torch.bfloat16
 
 def force(monkeypatch, forced=True):
     """As on a GPU, or as on a CPU."""
-    monkeypatch.setattr(weight_casts, "is_on_gpu", lambda x: forced)
+    monkeypatch.setattr(
+        "sb_memeff.nnet.weight_casts.is_on_gpu", lambda x: forced
+    )
 
 
 def body():

@@ -67,6 +67,19 @@ def test_flags_come_back_after_an_error():
     assert cudnn.benchmark
 
 
+def test_flags_that_an_older_torch_lacks(monkeypatch):
+    """With torch 2.8, cudnn.conv and the attribute of cuda.matmul."""
+    lacking = ["cudnn.attention.fp32_precision", "cudnn.fp32_rounding"]
+    monkeypatch.setattr(backends, "_TF32", lacking)
+    backends._known_flags.cache_clear()
+    try:
+        with BackendFlags().applied():
+            assert not cudnn.benchmark
+        assert not set(lacking).intersection(backends._known_flags())
+    finally:
+        backends._known_flags.cache_clear()
+
+
 def test_both_interfaces_of_tf32_may_have_been_used():
     """torch raises an error if the older one is read after the newer."""
     before = cudnn.rnn.fp32_precision
