@@ -12,6 +12,7 @@ Authors
 import argparse
 import json
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -98,10 +99,24 @@ SYSTEMS = [
     ("ECAPA-TDNN", "Adam"),
     ("RevECAPA-TDNN", "Adam"),
 ]
-# Several seeds for two systems, to see whether they really differ.
-SEEDS = dict.fromkeys(
-    [("ResNet34", "SGD"), ("ResNet34", "SGD8bit")], (1986, 1987, 1988)
-)
+FIRST_SEED = 1986
+# Eight seeds where systems are compared: EERs of one system lie up to 2 points apart.
+EIGHT_SEEDS = [
+    (network, optimizer)
+    for network in ("ResNet34", "RevNet34 Type II")
+    for optimizer in OPTIMIZERS
+] + [("RevNet34 Type I", "SGD")]
+# System and reference: pairs of the same seed.
+PAIRS = [
+    ((network, f"{optimizer}8bit"), (network, optimizer))
+    for network in ("ResNet34", "RevNet34 Type II")
+    for optimizer in ("SGD", "Adam")
+] + [
+    ((f"RevNet34 Type {kind}", "SGD"), ("ResNet34", "SGD"))
+    for kind in ("I", "II")
+]
+# The last file of a system, in its output folder.
+TRAINED = "trained/results.json"
 TRAINING = [
     "--out_n_neurons=207",
     "--batch_size=16",
@@ -110,6 +125,12 @@ TRAINING = [
     "--warmup_epochs=1",
     "--decay_factor=0.01",
 ]
+
+
+def seeds(network, optimizer):
+    """The seeds of a system's trainings."""
+    number = 8 if (network, optimizer) in EIGHT_SEEDS else 1
+    return range(FIRST_SEED, FIRST_SEED + number)
 
 
 def run_script(script, hparams, *flags):
@@ -182,14 +203,15 @@ def measure(network, optimizer, seed, corpus, folder):
         f"--seed={seed}",
         *flags,
     ]
-    run_script(
-        "train_speaker_embeddings.py",
-        with_optimizer(f"train_{kind}.yaml", optimizer, folder),
-        *common,
-        *TRAINING,
-        f"--lr={rate}",
-        f"--output_folder={folder}",
-    )
+    if not (folder / TRAINED).is_file():
+        run_script(
+            "train_speaker_embeddings.py",
+            with_optimizer(f"train_{kind}.yaml", optimizer, folder),
+            *common,
+            *TRAINING,
+            f"--lr={rate}",
+            f"--output_folder={folder}",
+        )
     log = (folder / "train_log.txt").read_text(encoding="utf-8")
     row = {
         "network": network,
@@ -291,6 +313,59 @@ def costs(rounds=7):
     return found
 
 
+def mean_and_error(values):
+    """Mean and its standard error."""
+    return statistics.mean(values), statistics.stdev(values) / len(
+        values
+    ) ** 0.5
+
+
+def report_pairs(rows):
+    """Prints a Markdown table of systems with several seeds.
+
+    Arguments
+    ---------
+    rows : list of dict
+        Results of ``measure``.
+
+    Returns
+    -------
+    list of dict
+        EERs of both systems and their difference: mean and standard error.
+    """
+    eers = {}
+    for row in rows:
+        system = eers.setdefault((row["network"], row["optimizer"]), {})
+        system[row["seed"]] = row["trained"]["eer"]
+    found = []
+    print_head("system", "EER", "reference", "EER", "difference", "seeds")
+    for system, reference in PAIRS:
+        both = sorted(eers.get(system, {}).keys() & eers.get(reference, {}))
+        if len(both) < 2:
+            continue
+        ours = [eers[system][seed] for seed in both]
+        theirs = [eers[reference][seed] for seed in both]
+        differences = [a - b for a, b in zip(ours, theirs)]
+        row = {
+            "system": system,
+            "reference": reference,
+            "seeds": both,
+            "eer": mean_and_error(ours),
+            "reference_eer": mean_and_error(theirs),
+            "difference": mean_and_error(differences),
+        }
+        found.append(row)
+        print_row(
+            " ".join(system),
+            "{:.2f} ± {:.2f} %".format(*row["eer"]),
+            " ".join(reference),
+            "{:.2f} ± {:.2f} %".format(*row["reference_eer"]),
+            "{:+.2f} ± {:.2f}".format(*row["difference"]),
+            str(len(both)),
+        )
+    return found
+
+
 def main():
     """Trains, verifies, prints a Markdown table, writes the result file."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -301,24 +376,28 @@ def main():
         default="0/1",
         help="K/N trains every Nth system, starting with K, and writes no results",
     )
+    parser.add_argument(
+        "--done",
+        action="store_true",
+        help="report the trainings that are done, and train nothing",
+    )
     arguments = parser.parse_args()
     part, parts = map(int, arguments.part.split("/"))
     jobs = [
         (network, optimizer, seed)
         for network, optimizer in SYSTEMS
-        for seed in SEEDS.get((network, optimizer), (1986,))
+        for seed in seeds(network, optimizer)
     ]
-    rows = [
-        measure(
-            network,
-            optimizer,
-            seed,
-            arguments.corpus.resolve(),
-            arguments.output_folder.resolve()
-            / f"{network} {optimizer} {seed}".replace(" ", "_"),
-        )
-        for network, optimizer, seed in jobs[part::parts]
-    ]
+    corpus, output = (
+        arguments.corpus.resolve(),
+        arguments.output_folder.resolve(),
+    )
+    rows = []
+    for network, optimizer, seed in jobs[part::parts]:
+        folder = output / f"{network} {optimizer} {seed}".replace(" ", "_")
+        if arguments.done and not (folder / TRAINED).is_file():
+            continue
+        rows.append(measure(network, optimizer, seed, corpus, folder))
     if parts > 1:
         return
     measured = costs()
@@ -347,7 +426,8 @@ def main():
             f"{row['peak_bytes'] / 1e6:.0f} MB",
             f"{row['step_s']:.2f}",
         )
-    write_results(__file__, rows)
+    print()
+    write_results(__file__, {"runs": rows, "pairs": report_pairs(rows)})
 
 
 if __name__ == "__main__":
