@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from sb_memeff.analysis.families.batching import DynamicBatching
 from sb_memeff.analysis.families.step import (
     Variant,
     recomputed_variant,
@@ -113,10 +114,11 @@ def fit(
     """Finds the largest training step of a recipe within a limit.
 
     Without ``batch`` it finds the largest batch or, for a recipe with dynamic
-    batching, the largest max_batch_len for utterances of any length up to
-    ``seconds``. With only ``batch`` it finds the longest utterances. With
-    ``batch`` and ``seconds`` it finds the deepest preset or, for a
-    transducer, the recomputation that takes the least time.
+    batching, the largest length of a batch (max_batch_len) for utterances of any
+    length up to ``seconds``. With only ``batch`` it finds the longest
+    utterances. With ``batch`` and ``seconds`` it finds the deepest preset or,
+    for a transducer or a transformer, the recomputation that takes the least
+    time.
 
     Arguments
     ---------
@@ -171,9 +173,11 @@ def fit(
     try:
         # Entered once for all profiles.
         with no_leftovers():
-            if batch is None and recipe.settings.get("dynamic_batching"):
+            if batch is None and recipe.dynamic_batching:
                 longest = LONGEST if seconds is None else seconds
-                return _longest_batch(recipe, limit, longest, measure)
+                return _longest_batch(
+                    recipe.dynamic_batching, limit, longest, measure
+                )
             if batch is None:
                 return _largest_batch(recipe, limit, seconds, measure)
             if seconds is None:
@@ -211,14 +215,14 @@ def _largest_batch(
 
 
 def _longest_batch(
-    recipe: Recipe,
+    batching: DynamicBatching,
     limit: int,
     longest: float,
     measure: Callable[..., Profile],
 ) -> Fit:
     def worst(length: int) -> Profile:
         # Either as many of the longest utterances as fit, or one more
-        # utterance, which fills max_batch_len.
+        # utterance, which fills the batch.
         count = max(int(length // longest), 1)
         return max(
             measure(count, longest),
@@ -229,7 +233,7 @@ def _longest_batch(
     length, _ = largest(
         lambda n: worst(n).memory.peak_bytes, limit, math.ceil(longest)
     )
-    return Fit(worst(length), limit, {"max_batch_len": length})
+    return Fit(worst(length), limit, batching.override(length))
 
 
 def _longest_utterance(

@@ -1,0 +1,77 @@
+"""Dynamic batches: as many utterances as fit into a length.
+
+Authors
+ * The sb_memeff authors 2026
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["DynamicBatching", "dynamic_batching"]
+
+# SpeechBrain's recipes name the length of a batch differently.
+LENGTHS = ("max_batch_len", "max_batch_length_train", "max_batch_length")
+
+
+@dataclass(frozen=True)
+class DynamicBatching:
+    """The length of a recipe's dynamic batches.
+
+    Arguments
+    ---------
+    key : str
+        Its key in the yaml file.
+    unit : float
+        Seconds of one unit of this length.
+    """
+
+    key: str
+    unit: float = 1.0
+
+    def override(self, seconds: int) -> dict[str, int]:
+        """Makes the override for a length.
+
+        Arguments
+        ---------
+        seconds : int
+            Length of a batch.
+
+        Returns
+        -------
+        dict
+            Key to value.
+
+        Example
+        -------
+        >>> DynamicBatching("max_batch_length", unit=0.01).override(150)
+        {'max_batch_length': 15000}
+        """
+        return {self.key: round(seconds / self.unit)}
+
+
+def dynamic_batching(settings: Mapping[str, Any]) -> DynamicBatching | None:
+    """Finds out how a recipe makes its batches.
+
+    Arguments
+    ---------
+    settings : dict
+        Plain values of the yaml file.
+
+    Returns
+    -------
+    DynamicBatching or None
+        None if each batch has ``batch_size`` utterances.
+
+    Example
+    -------
+    >>> dynamic_batching({"dynamic_batching": True, "max_batch_len": 150})
+    DynamicBatching(key='max_batch_len', unit=1.0)
+    >>> dynamic_batching({"batch_size": 8, "max_batch_len": 150})
+    """
+    # PeoplesSpeech has no switch, and no other size.
+    if not settings.get("dynamic_batching", "batch_size" not in settings):
+        return None
+    key = next((key for key in LENGTHS if key in settings), LENGTHS[0])
+    # Recipes that state the hop count its frames.
+    return DynamicBatching(key, settings.get("feats_hop_size", 1.0))
