@@ -4,6 +4,7 @@ Authors
  * The sb_memeff authors 2026
 """
 
+import contextlib
 import math
 import pydoc
 from collections.abc import Callable, Sequence
@@ -220,6 +221,9 @@ def _longest_batch(
     longest: float,
     measure: Callable[..., Profile],
 ) -> Fit:
+    def peak(count: int) -> int:
+        return measure(count, longest).memory.peak_bytes
+
     def worst(length: int) -> Profile:
         # Either as many of the longest utterances as fit, or one more
         # utterance, which fills the batch.
@@ -230,8 +234,16 @@ def _longest_batch(
             key=lambda one: one.memory.peak_bytes,
         )
 
+    first, known = math.ceil(longest), {}
+    with contextlib.suppress(DoesNotFit):
+        # The number of the longest utterances, which is quick to find, is a
+        # bound.
+        count, _ = largest(peak, limit)
+        bound = math.ceil((count + 1) * longest)
+        if bound > first:
+            known[bound] = peak(count + 1)
     length, _ = largest(
-        lambda n: worst(n).memory.peak_bytes, limit, math.ceil(longest)
+        lambda n: worst(n).memory.peak_bytes, limit, first, known=known
     )
     return Fit(worst(length), limit, batching.override(length))
 
