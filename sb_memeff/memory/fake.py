@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import (
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sb_memeff.memory.attention import FUSED_ATTENTION, fused_attention
+from sb_memeff.memory.filters import real_filters
 from sb_memeff.memory.imports import around_imports
 
 __all__ = ["fake_tensors", "without_data"]
@@ -77,6 +78,7 @@ def fake_tensors() -> Generator[None, None, None]:
         fake,
         _KnownValues(fake),
         fused_attention(),
+        real_filters(),
         # Constants of imported modules outlive the context.
         around_imports(lambda module: _disable_current_modes()),
     ):

@@ -30,6 +30,8 @@ class CTCStep(TranscribedStep):
 
     layouts = ({"compute_features", "normalize", "model", "output"},)
     others = frozenset()
+    # TIMIT's longest have 7.8 seconds.
+    seconds = 8
 
     normalize: torch.nn.Module
     model: torch.nn.Module

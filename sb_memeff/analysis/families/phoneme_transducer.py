@@ -36,6 +36,8 @@ class PhonemeTransducerStep(TransducerStep):
         _ENCODERS | {"Tjoint", "output"},
     )
     others = frozenset()
+    # TIMIT's longest have 7.8 seconds.
+    seconds = 8
     numbers = (*TranscribedStep.numbers, "blank_index")
     recomputable = ()
     _classifier = "output"

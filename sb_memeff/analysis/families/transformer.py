@@ -57,13 +57,14 @@ class TransformerCTCStep(TranscribedStep):
         )
         feats = self._call("normalize", feats, wav_lens, epoch=1)
         src = self.CNN(feats)
+        # Without a decoder the second is the attention weights, which stay.
         encoded, decoded = self._transform(src, tokens_bos, wav_lens)
         logits = self.ctc_lin(encoded)
         outputs = {
             "p_ctc": self._call("log_softmax", logits),
             "wav_lens": wav_lens,
         }
-        if decoded is not None:
+        if hasattr(self, "seq_lin"):
             logits = self.seq_lin(decoded)
             outputs["p_seq"] = self._call("log_softmax", logits)
         return outputs
@@ -73,7 +74,7 @@ class TransformerCTCStep(TranscribedStep):
         src: torch.Tensor,
         tokens_bos: torch.Tensor,
         wav_lens: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, Any]:
         """Encodes, and decodes if there is a decoder."""
         return self.Transformer(src, tgt=None, wav_len=wav_lens)
 
@@ -136,7 +137,7 @@ class TransformerStep(TransformerCTCStep):
         src: torch.Tensor,
         tokens_bos: torch.Tensor,
         wav_lens: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         return self.Transformer(
             src, tokens_bos, wav_lens, pad_idx=self.settings.get("pad_index", 0)
         )

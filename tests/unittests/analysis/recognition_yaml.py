@@ -41,7 +41,8 @@ ctc_cost: !name:speechbrain.nnet.losses.ctc_loss
 _CRDNN = """!new:speechbrain.lobes.models.CRDNN.CRDNN
     input_size: !ref <n_mels>
     cnn_blocks: 1
-    cnn_channels: [16]
+    cnn_channels: [4]
+    inter_layer_pooling_size: [2]
     time_pooling: True
     time_pooling_size: 4
     rnn_class: !name:speechbrain.nnet.RNN.LSTM
@@ -153,11 +154,13 @@ compute_cost: !name:speechbrain.nnet.losses.transducer_loss
 _TRANSFORMER = (
     _COMMON
     + _CTC_COST
-    + _LINEAR.format(name="ctc_lin", size=16)
+    + _LINEAR.format(name="ctc_lin", size="!ref <d_model>")
     + """
 dynamic_batching: True
 max_batch_length_train: 60
 num_decoder_layers: 0
+d_model: 16
+d_ffn: 32
 attention_type: RelPosMHAXL
 
 CNN: !new:speechbrain.lobes.models.convolution.ConvolutionFrontEnd
@@ -168,15 +171,16 @@ CNN: !new:speechbrain.lobes.models.convolution.ConvolutionFrontEnd
     kernel_sizes: (3, 3)
     strides: (2, 2)
     residuals: (False, False)
+    dropout: 0.0
 
 Transformer: !new:speechbrain.lobes.models.transformer.TransformerASR.TransformerASR
     input_size: 80
     tgt_vocab: !ref <output_neurons>
-    d_model: 16
+    d_model: !ref <d_model>
     nhead: 2
     num_encoder_layers: 2
     num_decoder_layers: !ref <num_decoder_layers>
-    d_ffn: 32
+    d_ffn: !ref <d_ffn>
     dropout: 0.0
     encoder_module: conformer
     attention_type: !ref <attention_type>
@@ -197,7 +201,7 @@ model_opt_class: !name:torch.optim.AdamW
 # Here the normalizer is not among the modules.
 TRANSFORMER = (
     _TRANSFORMER.replace("num_decoder_layers: 0", "num_decoder_layers: 1")
-    + _LINEAR.format(name="seq_lin", size=16)
+    + _LINEAR.format(name="seq_lin", size="!ref <d_model>")
     + """
 ctc_weight: 0.3
 bos_index: 1
