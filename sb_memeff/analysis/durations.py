@@ -15,6 +15,7 @@ from typing import Any
 
 from speechbrain.dataio.sampler import DynamicBatchSampler
 
+from sb_memeff.analysis.families.batching import sampler_options
 from sb_memeff.analysis.recipe import Recipe
 
 __all__ = ["LoaderBatch", "loader_batches", "read_durations"]
@@ -179,10 +180,7 @@ def _indices(recipe: Recipe, lengths: list[float]) -> list[list[int]]:
         size = recipe.number("batch_size")
         whole = list(range(len(lengths)))
         return [whole[i : i + size] for i in range(0, len(whole), size)]
-    options = recipe.settings.get(
-        "dynamic_batch_sampler_train",
-        recipe.settings.get("dynamic_batch_sampler", {}),
-    )
+    options = sampler_options(recipe.settings)
     if "num_buckets" not in options:
         raise ValueError(
             f"{recipe.path} has no dynamic_batch_sampler with num_buckets."
@@ -194,6 +192,6 @@ def _indices(recipe: Recipe, lengths: list[float]) -> list[list[int]]:
         lengths_list=[length / batching.unit for length in lengths],
         shuffle=False,
         batch_ordering="descending",
-        max_batch_ex=options.get("max_batch_ex"),
+        max_batch_ex=batching.most,
     )
     return list(sampler)

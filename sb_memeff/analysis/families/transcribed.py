@@ -77,7 +77,8 @@ class TranscribedStep(TrainingStep):
         if dynamic is None:
             return recipe.number("batch_size"), seconds
         length = recipe.number(dynamic.key) * dynamic.unit
-        return max(int(length // seconds), 1), seconds
+        count = min(length // seconds, dynamic.most)
+        return max(int(count), 1), seconds
 
     def batch(
         self, batch: int, seconds: float, tokens: int | None = None

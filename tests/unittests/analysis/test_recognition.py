@@ -167,6 +167,10 @@ def test_default_batches(read):
     assert read(SEQ2SEQ).default_batch(2) == (6, 2)
     # Its maximum is in frames of 10 ms.
     assert read(SEQ2SEQ, dynamic_batching=True).default_batch(2) == (30, 2)
+    # The sampler may limit the number of utterances, too.
+    text = TRANSFORMER + "dynamic_batch_sampler_train: {max_batch_ex: 7}\n"
+    assert read(text).default_batch(1) == (7, 1)
+    assert read(text).default_batch(15) == (4, 15)
     # Without a size, batches are dynamic.
     text = TRANSFORMER.replace("dynamic_batching: True\n", "")
     text = text.replace("batch_size: 6\n", "")
