@@ -32,6 +32,7 @@ class CTCStep(TranscribedStep):
     others = frozenset()
     # TIMIT's longest have 7.8 seconds.
     seconds = 8
+    _ctc_cost = "compute_cost"
 
     normalize: torch.nn.Module
     model: torch.nn.Module
@@ -46,7 +47,7 @@ class CTCStep(TranscribedStep):
             "compute_features",
             "normalize",
             "log_softmax",
-            "compute_cost",
+            cls._ctc_cost,
         ]
 
     def _compute_forward(
@@ -60,22 +61,6 @@ class CTCStep(TranscribedStep):
         out = self.model(feats)
         out = self.output(out)
         return {"p_ctc": self._call("log_softmax", out), "wav_lens": wav_lens}
-
-    def _compute_objectives(
-        self,
-        tokens: torch.Tensor,
-        token_lens: torch.Tensor,
-        tokens_eos: torch.Tensor,
-        token_eos_lens: torch.Tensor,
-    ) -> torch.Tensor:
-        outputs = self.outputs
-        return self._call(
-            "compute_cost",
-            outputs["p_ctc"],
-            tokens,
-            outputs["wav_lens"],
-            token_lens,
-        )
 
     @classmethod
     def label(cls, recipe: "Recipe") -> str:

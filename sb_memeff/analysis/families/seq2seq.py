@@ -79,22 +79,6 @@ class Seq2SeqStep(TranscribedStep):
             outputs["p_ctc"] = self._call("log_softmax", logits)
         return outputs
 
-    def _compute_objectives(
-        self,
-        tokens: torch.Tensor,
-        token_lens: torch.Tensor,
-        tokens_eos: torch.Tensor,
-        token_eos_lens: torch.Tensor,
-    ) -> torch.Tensor:
-        loss = self._call(
-            "seq_cost", self.outputs["p_seq"], tokens_eos, length=token_eos_lens
-        )
-        if "p_ctc" not in self.outputs:
-            return loss
-        weight = self.settings["ctc_weight"]
-        loss_ctc = weight * self._ctc_loss(tokens, token_lens)
-        return loss_ctc + (1 - weight) * loss
-
     @classmethod
     def label(cls, recipe: "Recipe") -> str:
         """See TrainingStep."""

@@ -61,6 +61,8 @@ class TranscribedStep(TrainingStep):
     # Default length of utterances. LibriSpeech's longest have 15 to 17 seconds,
     # except for a few.
     seconds = 15
+    # Key of the CTC loss.
+    _ctc_cost = "ctc_cost"
 
     @classmethod
     def default_batch(
@@ -161,7 +163,16 @@ class TranscribedStep(TrainingStep):
         tokens_eos: torch.Tensor,
         token_eos_lens: torch.Tensor,
     ) -> torch.Tensor:
-        raise NotImplementedError
+        if "p_seq" not in self.outputs:
+            return self._ctc_loss(tokens, token_lens)
+        loss_seq = self._call(
+            "seq_cost", self.outputs["p_seq"], tokens_eos, length=token_eos_lens
+        )
+        if "p_ctc" not in self.outputs:
+            return loss_seq
+        loss_ctc = self._ctc_loss(tokens, token_lens)
+        weight = self.settings["ctc_weight"]
+        return weight * loss_ctc + (1 - weight) * loss_seq
 
     def _features(
         self, wavs: torch.Tensor, *labels: torch.Tensor
@@ -180,7 +191,7 @@ class TranscribedStep(TrainingStep):
     ) -> torch.Tensor:
         outputs = self.outputs
         return self._call(
-            "ctc_cost",
+            self._ctc_cost,
             outputs["p_ctc"],
             tokens,
             outputs["wav_lens"],

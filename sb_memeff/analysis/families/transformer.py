@@ -33,6 +33,7 @@ class TransformerCTCStep(TranscribedStep):
     layouts = (_LAYOUT,)
     others = frozenset()
     recomputable = ("CNN", "Transformer.encoder.layers.*")
+    _losses = "CTC"
 
     CNN: torch.nn.Module
     Transformer: torch.nn.Module
@@ -78,22 +79,12 @@ class TransformerCTCStep(TranscribedStep):
         """Encodes, and decodes if there is a decoder."""
         return self.Transformer(src, tgt=None, wav_len=wav_lens)
 
-    def _compute_objectives(
-        self,
-        tokens: torch.Tensor,
-        token_lens: torch.Tensor,
-        tokens_eos: torch.Tensor,
-        token_eos_lens: torch.Tensor,
-    ) -> torch.Tensor:
-        return self._ctc_loss(tokens, token_lens)
-
     @classmethod
     def label(cls, recipe: "Recipe") -> str:
         """See TrainingStep."""
-        encoder = recipe.modules["Transformer"].get("encoder_module")
-        return f"{encoder or 'transformer'} with {cls.losses}"
-
-    losses = "CTC"
+        given = recipe.modules["Transformer"]
+        encoder = isinstance(given, dict) and given.get("encoder_module")
+        return f"{encoder or 'transformer'} with {cls._losses}"
 
 
 class TransformerStep(TransformerCTCStep):
@@ -116,7 +107,7 @@ class TransformerStep(TransformerCTCStep):
         *TransformerCTCStep.recomputable,
         "Transformer.decoder.layers.*",
     )
-    losses = "CTC and attention"
+    _losses = "CTC and attention"
 
     @classmethod
     def needs(
@@ -141,17 +132,3 @@ class TransformerStep(TransformerCTCStep):
         return self.Transformer(
             src, tokens_bos, wav_lens, pad_idx=self.settings.get("pad_index", 0)
         )
-
-    def _compute_objectives(
-        self,
-        tokens: torch.Tensor,
-        token_lens: torch.Tensor,
-        tokens_eos: torch.Tensor,
-        token_eos_lens: torch.Tensor,
-    ) -> torch.Tensor:
-        loss_seq = self._call(
-            "seq_cost", self.outputs["p_seq"], tokens_eos, length=token_eos_lens
-        )
-        loss_ctc = self._ctc_loss(tokens, token_lens)
-        weight = self.settings["ctc_weight"]
-        return weight * loss_ctc + (1 - weight) * loss_seq
