@@ -154,6 +154,8 @@ def fit(
     """
     require_positive(batch=batch, seconds=seconds, tokens=tokens)
     recipe = read_recipe(path, overrides)
+    if batch is not None and recipe.dynamic_batching:
+        recipe.number("batch_size", "omit --batch")
     profiles: dict[tuple[Any, ...], Profile] = {}
 
     def measure(

@@ -137,12 +137,12 @@ class Recipe:
                 f"with SpeechBrain's Brain."
             )
         self.settings = self._plain(tree)
+        self.family, self.step_class = self._recognise(modules, tree)
         if "sample_rate" not in tree:
             logger.warning(
                 f"{path} has no sample_rate: {SAMPLE_RATE} Hz are assumed."
             )
             self.settings["sample_rate"] = SAMPLE_RATE
-        self.family, self.step_class = self._recognise(modules, tree)
         for key in self.step_class.numbers:
             self.number(key)
         try:

@@ -73,12 +73,13 @@ def dynamic_batching(settings: Mapping[str, Any]) -> DynamicBatching | None:
     DynamicBatching(key='max_batch_len', unit=1.0, most=inf)
     >>> dynamic_batching({"batch_size": 8, "max_batch_len": 150})
     """
-    # PeoplesSpeech has no switch, and no other size.
-    if not settings.get("dynamic_batching", "batch_size" not in settings):
+    key = next((key for key in LENGTHS if key in settings), None)
+    # PeoplesSpeech has a length, but no switch and no size.
+    only_length = key is not None and "batch_size" not in settings
+    if not settings.get("dynamic_batching", only_length):
         return None
-    key = next((key for key in LENGTHS if key in settings), LENGTHS[0])
     return DynamicBatching(
-        key,
+        key or LENGTHS[0],
         # Recipes that state the hop count its frames.
         settings.get("feats_hop_size", 1.0),
         sampler_options(settings).get("max_batch_ex") or math.inf,

@@ -65,10 +65,10 @@ class SpeakerStep(TrainingStep):
         As TrainingStep's.
     """
 
-    _networks = {"compute_features", "embedding_model", "classifier"}
+    _parts = {"compute_features", "embedding_model", "classifier"}
     layouts = (
-        _networks | {"mean_var_norm"},
-        _networks | {"mean_var_norm_input"},
+        _parts | {"mean_var_norm"},
+        _parts | {"mean_var_norm_input"},
     )
     numbers = ("sample_rate",)
     # Batch norm cannot train on one utterance.
@@ -80,7 +80,7 @@ class SpeakerStep(TrainingStep):
         super().__init__(*args, **kwargs)
         package = type(self.embedding_model).__module__.split(".")[0]
         self.ours = package == "sb_memeff"
-        (self._normalize,) = (
+        self._normalize = next(
             name
             for name in ("mean_var_norm", "mean_var_norm_input")
             if hasattr(self, name)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from sb_memeff.analysis.fit import fit
 from sb_memeff.analysis.profile import profile
 from sb_memeff.analysis.recipe import read_recipe
 from sb_memeff.nnet.recompute import store_blocks
@@ -174,7 +175,10 @@ def test_default_batches(read):
     # Without a size, batches are dynamic.
     text = TRANSFORMER.replace("dynamic_batching: True\n", "")
     text = text.replace("batch_size: 6\n", "")
-    assert read(text).default_batch() == (4, 15)
+    recipe = read(text)
+    assert recipe.default_batch() == (4, 15)
+    with pytest.raises(ValueError, match="no number batch_size.*omit --batch"):
+        fit(recipe.path, {}, 10**9, batch=2)
 
 
 # --- what is refused ---------------------------------------------------------
