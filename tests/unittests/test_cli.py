@@ -271,8 +271,8 @@ def test_fit_names_the_batches_that_do_not_fit(tmp_path, capsys):
         )
     )
     arguments = [*DIGITS, "--dynamic_batching=False", "--batch_size=2"]
-    arguments += [f"--durations={path}", "--margin=0MB"]
-    assert main(["fit", *arguments, "--budget=1MB"]) == 0
+    arguments += [f"--durations={path}", "--margin=1MB"]
+    assert main(["fit", *arguments, "--budget=2MB"]) == 0
     captured = capsys.readouterr()
     head, titles, *rows = captured.out.splitlines()
     assert head == (
@@ -289,9 +289,6 @@ def test_fit_names_the_batches_that_do_not_fit(tmp_path, capsys):
     assert lines[0].startswith("tiled, batch 2 x 3.5 s with 18 tokens: ")
     size = lines[0].rpartition(": ")[2]
     assert size in rows[0] and len(lines) == 3
-    # With as much memory as the largest takes, all fit.
-    assert main(["fit", *arguments, "--budget=1GB"]) == 0
-    assert capsys.readouterr().out.startswith("All 3 batches fit into 1.00 GB")
 
 
 @pytest.mark.parametrize("option", ["--batch=2", "--seconds=1"])

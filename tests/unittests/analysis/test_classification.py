@@ -116,7 +116,17 @@ def test_the_loss_is_the_scripts(text, tmp_path):
         outputs = step.softmax(outputs)
     expected = step._functions["compute_cost"](outputs, labels)
     torch.testing.assert_close(loss, expected)
-    assert profile(recipe, 2, 0.5).memory.peak_bytes > 0
+
+
+@pytest.mark.parametrize("text", [MEL, LEAF], ids=["mel", "leaf"])
+def test_features_on_fake_tensors(text, tmp_path):
+    """Functions that read values, or learn."""
+    path = tmp_path / "train.yaml"
+    path.write_text(text)
+    found = profile(read_recipe(path), 2, 0.5)
+    assert found.rows == 10
+    learned = "compute_features" in {x for x, _ in found.memory.split}
+    assert learned == (text is LEAF)
 
 
 def test_16_kilohertz_are_assumed(tmp_path, caplog):
@@ -132,8 +142,8 @@ def test_a_length_that_is_missing_is_an_option(tmp_path):
     path.write_text(changed(ECAPA, ("sentence_len: 3.0\n", "")))
     recipe = read_recipe(path)
     with pytest.raises(ValueError, match="no number sentence_len.*--seconds"):
-        profile(recipe)
-    assert profile(recipe, 2, 0.5).seconds == 0.5
+        recipe.default_batch()
+    assert recipe.default_batch(0.5) == (32, 0.5)
 
 
 def test_features_that_are_missing(tmp_path):
