@@ -50,8 +50,8 @@ class Oversized:
         else:
             least = min(batch.seconds for batch in self.oversized)
             head = (
-                f"{len(self.oversized)} of {self.batches} batches exceed "
-                f"{limit}, none of them without an utterance of {least:g} s or "
+                f"Too large for {limit}: {len(self.oversized)} of "
+                f"{self.batches} batches, with utterances of {least:g} s or "
                 f"more. The largest:"
             )
         rows = [("utterances", "seconds", "peak", "longest utterance")]
@@ -100,8 +100,8 @@ def find_oversized(
     -------
     >>> batches = [LoaderBatch(1, 60.0, "a"), LoaderBatch(5, 12.0, "b")]
     >>> print(find_oversized(batches, lambda n, s: int(n * s**2), 3000))
-    1 of 2 batches exceed 3.00 kB, none of them without an utterance of 60 s \
-or more. The largest:
+    Too large for 3.00 kB: 1 of 2 batches, with utterances of 60 s or more. \
+The largest:
     utterances  seconds     peak  longest utterance
              1       60  3.60 kB  a
     """

@@ -276,8 +276,8 @@ def test_fit_names_the_batches_that_do_not_fit(tmp_path, capsys):
     captured = capsys.readouterr()
     head, titles, *rows = captured.out.splitlines()
     assert head == (
-        "3 of 3 batches exceed 1.00 MB, none of them without an utterance of "
-        "1.5 s or more. The largest:"
+        "Too large for 1.00 MB: 3 of 3 batches, with utterances of 1.5 s or "
+        "more. The largest:"
     )
     assert [row.split()[:2] for row in rows] == [
         ["2", "3.5"],

@@ -60,7 +60,8 @@ SOFTMAX = changed(
     (
         "compute_cost:",
         "softmax: !new:speechbrain.nnet.activations.Softmax\n"
-        "    apply_log: True\n\ncompute_cost:",
+        # Twice the logarithm would be the same as once.
+        "    apply_log: False\n\ncompute_cost:",
     ),
 )
 LEAF = changed(

@@ -45,8 +45,8 @@ def test_the_text():
     found = find_oversized(BATCHES, peak, 30_000)
     head, titles, *rows = str(found).splitlines()
     assert head == (
-        f"{len(found.oversized)} of 43 batches exceed 30.0 kB, none of them "
-        f"without an utterance of 130 s or more. The largest:"
+        f"Too large for 30.0 kB: {len(found.oversized)} of 43 batches, with "
+        f"utterances of 130 s or more. The largest:"
     )
     assert titles.split() == [
         "utterances",
