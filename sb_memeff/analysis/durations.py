@@ -116,7 +116,7 @@ def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
 def loader_batches(
     recipe: Recipe, durations: Mapping[str, float]
 ) -> list[LoaderBatch]:
-    """Makes the batches of a recipe's data loader, those with the longest first.
+    """Makes the batches of a recipe's data loader, the longest first.
 
     A shuffled order makes other batches in each epoch. These are the extreme
     ones: the longest utterances of the data set, or of each bucket of dynamic

@@ -79,8 +79,8 @@ def find_oversized(
     """Finds the batches whose training step exceeds a limit.
 
     A few batches are measured. The peak of the others is predicted: it is linear
-    in the number of utterances and at most quadratic in their length. What is
-    predicted to lie next to the limit is measured too, as is all that is listed.
+    in the number of utterances and at most quadratic in their length. The batches
+    next to the limit and those that are listed are measured too.
 
     Arguments
     ---------

@@ -154,8 +154,8 @@ class TrainingStep(torch.nn.Module):
         batch.
     """
 
-    # Sets of parts that identify the family; a recipe has all of one set among
-    # its modules, or beside them those that Brain need not train.
+    # A recipe of the family has all parts of one set: as modules or, where Brain
+    # need not train them, beside the modules.
     layouts: tuple[set[str], ...] = ()
     # Further modules that a recipe may have; None if any.
     others: frozenset[str] | None = None
