@@ -18,11 +18,13 @@ import torch
 
 from sb_memeff.analysis import plot
 from sb_memeff.analysis.check import check_recipe
+from sb_memeff.analysis.durations import loader_batches, read_durations
 from sb_memeff.analysis.families.speaker import RESNETS, TYPES
 from sb_memeff.analysis.fit import (
     fit as find_fit,
     usable,
 )
+from sb_memeff.analysis.oversized import find_oversized
 from sb_memeff.analysis.profile import (
     Profile,
     comparison,
@@ -153,11 +155,16 @@ def _plain(result: Profile) -> dict[str, Any]:
 def fit(arguments: argparse.Namespace) -> None:
     """Finds the largest batch that fits on a GPU.
 
-    With dynamic batching it finds the largest max_batch_len, with --batch the
-    longest utterances. With --batch and --seconds it finds the deepest preset
-    or, for a transducer, the recomputation that takes the least time.
+    With dynamic batching it finds the largest length of a batch, with --batch
+    the longest utterances. With --batch and --seconds it finds the deepest
+    preset or, for a transducer or transformer, the recomputation that takes the
+    least time. With --durations it names the batches of a data set that do not
+    fit.
     """
     limit = usable(arguments.budget, arguments.margin)
+    if arguments.durations is not None:
+        _fit_durations(arguments, limit)
+        return
     result = find_fit(
         arguments.hparams,
         arguments.overrides,
@@ -166,11 +173,7 @@ def fit(arguments: argparse.Namespace) -> None:
         arguments.seconds,
         arguments.tokens,
         arguments.precision,
-        progress=lambda one: print(
-            f"{one.label}, {one.batch_text}: "
-            f"{format_bytes(one.memory.peak_bytes)}",
-            file=sys.stderr,
-        ),
+        progress=_print_progress,
     )
     print(
         f"{arguments.budget} less the margin: {format_bytes(result.limit)}\n"
@@ -183,6 +186,36 @@ def fit(arguments: argparse.Namespace) -> None:
             f"and in the yaml file, after modules and in place of any other "
             f"__recompute,\n{result.yaml}"
         )
+
+
+def _fit_durations(arguments: argparse.Namespace, limit: int) -> None:
+    for option in ("batch", "seconds"):
+        if getattr(arguments, option) is not None:
+            raise ValueError(
+                f"--durations takes the batches from the yaml file: override "
+                f"its keys instead of giving --{option}."
+            )
+    recipe = read_recipe(arguments.hparams, arguments.overrides)
+    batches = loader_batches(recipe, read_durations(arguments.durations))
+
+    def measure(utterances: int, seconds: float) -> int:
+        result = analyse(
+            recipe, utterances, seconds, arguments.tokens, arguments.precision
+        )
+        _print_progress(result)
+        return result.memory.peak_bytes
+
+    # Entered once for all analyses.
+    with no_leftovers():
+        print(find_oversized(batches, measure, limit))
+
+
+def _print_progress(result: Profile) -> None:
+    print(
+        f"{result.label}, {result.batch_text}: "
+        f"{format_bytes(result.memory.peak_bytes)}",
+        file=sys.stderr,
+    )
 
 
 def check(arguments: argparse.Namespace) -> int:
@@ -294,6 +327,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="memory to leave free; by default 500 MB for CUDA's context and "
         "5 %% of the rest for fragmentation and workspaces",
     )
+    command.add_argument(
+        "--durations",
+        metavar="FILE",
+        help="csv (SpeechBrain's) or jsonl (lhotse's cuts) with the durations of "
+        "a data set's utterances: name the batches that exceed the budget",
+    )
     command = _add_recipe(commands, "check", check)
     command.add_argument("--batch", type=int, default=2, help="utterances")
     command.add_argument("--seconds", type=float, default=1.0, help="of each")
@@ -326,9 +365,7 @@ def _add_lengths(command: argparse.ArgumentParser) -> None:
         "--batch", type=int, help="utterances in a batch of the data loader"
     )
     command.add_argument("--seconds", type=float, help="length of an utterance")
-    command.add_argument(
-        "--tokens", type=int, help="length of a transcript (transducer)"
-    )
+    command.add_argument("--tokens", type=int, help="length of a transcript")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,6 +4,7 @@ Authors
  * The sb_memeff authors 2026
 """
 
+import contextlib
 import math
 import pydoc
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from sb_memeff.analysis.families.batching import DynamicBatching
 from sb_memeff.analysis.families.step import (
     Variant,
     recomputed_variant,
@@ -113,10 +115,11 @@ def fit(
     """Finds the largest training step of a recipe within a limit.
 
     Without ``batch`` it finds the largest batch or, for a recipe with dynamic
-    batching, the largest max_batch_len for utterances of any length up to
-    ``seconds``. With only ``batch`` it finds the longest utterances. With
-    ``batch`` and ``seconds`` it finds the deepest preset or, for a
-    transducer, the recomputation that takes the least time.
+    batching, the largest length of a batch (max_batch_len) for utterances of any
+    length up to ``seconds``. With only ``batch`` it finds the longest
+    utterances. With ``batch`` and ``seconds`` it finds the deepest preset or,
+    for a transducer or a transformer, the recomputation that takes the least
+    time.
 
     Arguments
     ---------
@@ -151,6 +154,8 @@ def fit(
     """
     require_positive(batch=batch, seconds=seconds, tokens=tokens)
     recipe = read_recipe(path, overrides)
+    if batch is not None and recipe.dynamic_batching:
+        recipe.number("batch_size", "omit --batch")
     profiles: dict[tuple[Any, ...], Profile] = {}
 
     def measure(
@@ -171,9 +176,11 @@ def fit(
     try:
         # Entered once for all profiles.
         with no_leftovers():
-            if batch is None and recipe.settings.get("dynamic_batching"):
+            if batch is None and recipe.dynamic_batching:
                 longest = LONGEST if seconds is None else seconds
-                return _longest_batch(recipe, limit, longest, measure)
+                return _longest_batch(
+                    recipe.dynamic_batching, limit, longest, measure
+                )
             if batch is None:
                 return _largest_batch(recipe, limit, seconds, measure)
             if seconds is None:
@@ -211,14 +218,17 @@ def _largest_batch(
 
 
 def _longest_batch(
-    recipe: Recipe,
+    batching: DynamicBatching,
     limit: int,
     longest: float,
     measure: Callable[..., Profile],
 ) -> Fit:
+    def peak(count: int) -> int:
+        return measure(count, longest).memory.peak_bytes
+
     def worst(length: int) -> Profile:
         # Either as many of the longest utterances as fit, or one more
-        # utterance, which fills max_batch_len.
+        # utterance, which fills the batch.
         count = max(int(length // longest), 1)
         return max(
             measure(count, longest),
@@ -226,10 +236,18 @@ def _longest_batch(
             key=lambda one: one.memory.peak_bytes,
         )
 
+    first, known = math.ceil(longest), {}
+    with contextlib.suppress(DoesNotFit):
+        # The number of the longest utterances, which is quick to find, is a
+        # bound.
+        count, _ = largest(peak, limit)
+        bound = math.ceil((count + 1) * longest)
+        if bound > first:
+            known[bound] = peak(count + 1)
     length, _ = largest(
-        lambda n: worst(n).memory.peak_bytes, limit, math.ceil(longest)
+        lambda n: worst(n).memory.peak_bytes, limit, first, known=known
     )
-    return Fit(worst(length), limit, {"max_batch_len": length})
+    return Fit(worst(length), limit, batching.override(length))
 
 
 def _longest_utterance(

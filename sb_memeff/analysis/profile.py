@@ -43,7 +43,7 @@ class Profile:
     seconds : float
         Length of each utterance.
     tokens : int or None
-        Length of each transcript, for a transducer.
+        Length of each transcript, if there are transcripts.
     precision : str
         fp32, bf16 or fp16.
     optimizer : str
@@ -99,7 +99,7 @@ def profile(
     seconds : float, optional
         Their length; the recipe's by default.
     tokens : int, optional
-        Length of each transcript of a transducer recipe.
+        Length of each transcript of a recipe for speech recognition.
     precision : str, optional
         fp32, bf16 or fp16; the recipe's by default.
     variant : Variant, optional

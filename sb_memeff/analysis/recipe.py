@@ -24,7 +24,15 @@ from torch.nn import Module
 
 from sb_memeff.analysis.augmentation import largest_copies
 from sb_memeff.analysis.families import FAMILIES
-from sb_memeff.analysis.families.step import TrainingStep, Variant
+from sb_memeff.analysis.families.batching import (
+    DynamicBatching,
+    dynamic_batching,
+)
+from sb_memeff.analysis.families.step import (
+    TrainingStep,
+    Variant,
+    class_label,
+)
 
 __all__ = ["Recipe", "read_recipe"]
 
@@ -32,6 +40,12 @@ logger = get_logger(__name__)
 
 # Replaces a !PLACEHOLDER without an override.
 PLACEHOLDER = "/PLACEHOLDER/{}/"
+# Parts that some recipes have among the modules and others beside them.
+BESIDE = ("compute_features", "normalize")
+# Keys of the optimizer's class, in order of preference.
+OPTIMIZERS = ("opt_class", "Adam", "model_opt_class")
+# In Hz, unless the yaml file states another.
+SAMPLE_RATE = 16000
 # They create folders and download. Functions with these arguments are not called.
 NOT_BUILT = ("checkpointer", "pretrainer", "train_logger")
 
@@ -39,7 +53,7 @@ NOT_BUILT = ("checkpointer", "pretrainer", "train_logger")
 def read_recipe(
     path: str | Path, overrides: dict[str, Any] | None = None
 ) -> "Recipe":
-    """Reads a yaml file of a speaker or transducer recipe.
+    """Reads a yaml file of a recipe of a known family.
 
     Its objects are not constructed until ``Recipe.build``.
 
@@ -47,7 +61,8 @@ def read_recipe(
     ---------
     path : str or Path
         SpeechBrain's or our VoxCeleb/SpeakerRec/hparams/train_*.yaml or
-        LibriSpeech/ASR/transducer/hparams/*.yaml, or a similar file.
+        LibriSpeech/ASR/transducer/hparams/*.yaml, another file of a family in
+        sb_memeff.analysis.families, or a similar file.
     overrides : dict, optional
         Maps top-level keys to plain values. Strings are parsed as yaml, like
         a recipe's command line. Placeholders that the step does not need
@@ -105,7 +120,7 @@ class Recipe:
     Attributes
     ----------
     family : str
-        "speaker" or "transducer".
+        Such as "speaker" or "transducer"; a key of FAMILIES.
     settings : dict
         The plain values of the file: numbers, strings, lists, ...
     """
@@ -122,25 +137,36 @@ class Recipe:
                 f"with SpeechBrain's Brain."
             )
         self.settings = self._plain(tree)
-        self.family, self.step_class = self._recognise(modules)
+        self.family, self.step_class = self._recognise(modules, tree)
+        if "sample_rate" not in tree:
+            logger.warning(
+                f"{path} has no sample_rate: {SAMPLE_RATE} Hz are assumed."
+            )
+            self.settings["sample_rate"] = SAMPLE_RATE
         for key in self.step_class.numbers:
-            self._number(key)
-        parts, objects = self.step_class.needs(modules, self.settings)
+            self.number(key)
+        try:
+            parts, objects = self.step_class.needs(modules, self.settings)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
         for name in parts:
             if name not in modules:
                 raise ValueError(
                     f"{path}: the enabled losses need {name} "
                     f"among the modules, which are {', '.join(modules)}."
                 )
-        self._objects = list(dict.fromkeys(objects))
-        for key in ("opt_class", *self._objects):
+        self._objects = [x for x in dict.fromkeys(objects) if x not in modules]
+        self._optimizer = next(
+            (key for key in OPTIMIZERS if key in tree), OPTIMIZERS[0]
+        )
+        for key in (self._optimizer, *self._objects):
             if key not in tree:
                 raise ValueError(
                     f"{path} has no {key}, which the training step of a "
                     f"{self.family} recipe needs: add it."
                 )
         self.modules = modules
-        kept = _with_applied(tree, ["modules", "opt_class", *self._objects])
+        kept = _with_applied(tree, ["modules", self._optimizer, *self._objects])
         for key in _placeholders_in(kept):
             raise ValueError(self._placeholder_message(key))
         self._text = _dump(kept)
@@ -182,7 +208,7 @@ class Recipe:
             return self.step_class(
                 objects["modules"],
                 functions,
-                objects["opt_class"],
+                objects[self._optimizer],
                 self.settings,
                 copies,
             )
@@ -205,6 +231,21 @@ class Recipe:
         kind, _, path = _tag(self.modules[module]).partition(":")
         called = kind in ("!new", "!apply")
         return path if called and isinstance(self.modules[module], dict) else ""
+
+    def network(self, module: str) -> str:
+        """Names the network of a module, for tables.
+
+        Arguments
+        ---------
+        module : str
+            Name of the module.
+
+        Returns
+        -------
+        str
+            Name of its class, or the module's if no class constructs it.
+        """
+        return class_label(self.callee(module)) or module
 
     def arguments(self, module: str) -> dict[str, Any]:
         """Constructs the arguments of a module.
@@ -252,7 +293,12 @@ class Recipe:
         tuple
             Utterances, seconds of each.
         """
-        return self.step_class.default_batch(self._number, seconds)
+        return self.step_class.default_batch(self, seconds)
+
+    @property
+    def dynamic_batching(self) -> DynamicBatching | None:
+        """The length of its dynamic batches; None if they have a size."""
+        return dynamic_batching(self.settings)
 
     def own_variant(self) -> Variant:
         """Returns the unchanged recipe as a variant.
@@ -270,7 +316,8 @@ class Recipe:
         Speaker recipes have the vanilla network, with stored activations and
         with recomputed blocks, and its reversible counterparts, if any.
         Transducer recipes have the methods of the loss, and the last method
-        with recomputed encoder layers.
+        with recomputed encoder layers. Transformers have their layers
+        recomputed.
 
         Returns
         -------
@@ -290,25 +337,45 @@ class Recipe:
         return load_hyperpyyaml(_dump(plain)) if plain else {}
 
     def _recognise(
-        self, modules: dict[str, Any]
+        self, modules: dict[str, Any], tree: dict[str, Any]
     ) -> tuple[str, type[TrainingStep]]:
+        beside = {key for key in BESIDE if key in tree}
         for family, step in FAMILIES.items():
-            if any(layout <= set(modules) for layout in step.layouts):
+            if step.recognises(modules, beside):
                 return family, step
         raise ValueError(
             f"{self.path} has the modules {', '.join(modules)}, which are not "
-            f"those of a known family ({' or '.join(FAMILIES)}): for any other "
+            f"those of a known family ({', '.join(FAMILIES)}): for any other "
             f"network pass a step function of your own to "
             f"sb_memeff.memory.step.training_step_memory."
         )
 
-    def _number(self, key: str) -> Any:
+    def number(self, key: str, remedy: str = "add it") -> Any:
+        """Returns a number of the yaml file.
+
+        Arguments
+        ---------
+        key : str
+            Its key.
+        remedy : str
+            What to do if there is no such key, for the message.
+
+        Returns
+        -------
+        int or float
+            The number.
+
+        Raises
+        ------
+        ValueError
+            If there is none.
+        """
         if key in self._placeholders:
             raise ValueError(self._placeholder_message(key))
         if key not in self.settings:
             raise ValueError(
                 f"{self.path} has no number {key}, which the training step of "
-                f"a {self.family} recipe needs: add it."
+                f"a {self.family} recipe needs: {remedy}."
             )
         if not isinstance(self.settings[key], (int, float)):
             raise ValueError(

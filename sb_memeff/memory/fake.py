@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import (
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sb_memeff.memory.attention import FUSED_ATTENTION, fused_attention
+from sb_memeff.memory.filters import real_filters
 from sb_memeff.memory.imports import around_imports
 
 __all__ = ["fake_tensors", "without_data"]
@@ -74,7 +75,7 @@ def fake_tensors() -> Generator[None, None, None]:
     with torch.random.fork_rng([]), _quiet(), fake, _KnownValues(fake):
         # Constants of imported modules outlive the context.
         imports = around_imports(lambda module: _disable_current_modes())
-        with fused_attention(), imports:
+        with fused_attention(), real_filters(), imports:
             yield
 
 

@@ -5,18 +5,24 @@ Authors
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 __all__ = ["DoesNotFit", "largest"]
 
 
 def largest(
-    peak: Callable[[int], int], limit: int, first: int = 1, most: int = 2**20
+    peak: Callable[[int], int],
+    limit: int,
+    first: int = 1,
+    most: int = 2**20,
+    known: Mapping[int, int] | None = None,
 ) -> tuple[int, int]:
     """Finds the largest integer whose peak is within a limit.
 
-    It bisects. If the peak grows linearly, as it does with the batch, linear
-    interpolation finds the number in a few steps.
+    Memory is nearly linear in a batch above some size. A line through the two
+    known peaks closest to the limit predicts the answer. It is the answer if its
+    peak is within the limit and that of the next integer is not. Where
+    prediction fails, the search bisects.
 
     Arguments
     ---------
@@ -28,6 +34,8 @@ def largest(
         The smallest number to try.
     most : int
         The largest number to try.
+    known : dict, optional
+        Peaks that are known already.
 
     Returns
     -------
@@ -44,28 +52,46 @@ def largest(
     >>> largest(lambda n: 100 + 7 * n, 1000)
     (128, 996)
     """
-    low, low_peak = first, peak(first)
-    if low_peak > limit:
-        raise DoesNotFit(low_peak)
-    high, high_peak, slope = most + 1, math.inf, math.inf
-    trial, tried = min(max(2 * first, first + 1), most), 1
+    known = dict(known or {})
+    low = max((n for n in known if known[n] <= limit), default=first - 1)
+    high = min((n for n in known if known[n] > limit), default=most + 1)
+    trial, failures = _predicted(known, low, high, limit) or first, 0
     while high - low > 1:
-        trial_peak = peak(trial)
-        tried += 1
-        if trial_peak > limit:
-            high, high_peak = trial, trial_peak
-        else:
-            slope = (trial_peak - low_peak) / (trial - low)
-            low, low_peak = trial, trial_peak
-        if high_peak < math.inf:
-            slope = (high_peak - low_peak) / (high - low)
-        if slope > 0 and (tried < 4 or tried % 2):
-            trial = low + int((limit - low_peak) / slope)
-        else:
-            # Not linear: halve the interval in every other step.
-            trial = min(2 * low, (low + high) // 2)
         trial = min(max(trial, low + 1), high - 1)
-    return low, low_peak
+        wide = (low + high) / 2 if high <= most else 2 * low
+        known[trial] = peak(trial)
+        if known[trial] <= limit:
+            low = trial
+        elif trial == first:
+            raise DoesNotFit(known[trial])
+        else:
+            high = trial
+        # Half of what is left, or twice as far.
+        done = low >= wide or high <= min(wide, most)
+        failures = 0 if done else failures + 1
+        trial = _predicted(known, low, high, limit)
+        if failures > 1 or trial is None:
+            middle = (low + high) // 2
+            trial = middle if high <= most else min(2 * low, middle)
+            failures = 0
+    return low, known[low]
+
+
+def _predicted(
+    known: dict[int, int], low: int, high: int, limit: int
+) -> int | None:
+    """The answer if memory is linear; None if that is unknown."""
+    near = sorted(known, key=lambda n: abs(known[n] - limit))
+    if len(known) == 1:
+        # In proportion; a part of the memory does not depend on the number.
+        return near[0] * limit // max(known[near[0]], 1)
+    for one, other in (near[:2], (low, high)) if known else ():
+        if one in known and other in known and known[one] != known[other]:
+            slope = (known[one] - known[other]) / (one - other)
+            found = one + math.floor((limit - known[one]) / slope)
+            if low <= found <= high:
+                return found
+    return None
 
 
 class DoesNotFit(ValueError):

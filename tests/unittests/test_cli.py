@@ -263,6 +263,41 @@ def test_fit_names_the_smallest_step_if_it_does_not_fit(capsys):
     assert not captured.out
 
 
+def test_fit_names_the_batches_that_do_not_fit(tmp_path, capsys):
+    path = tmp_path / "cuts.jsonl"
+    path.write_text(
+        "".join(
+            f'{{"id": "u{i}", "duration": {1 + i / 2}}}\n' for i in range(6)
+        )
+    )
+    arguments = [*DIGITS, "--dynamic_batching=False", "--batch_size=2"]
+    arguments += [f"--durations={path}", "--margin=1MB"]
+    assert main(["fit", *arguments, "--budget=2MB"]) == 0
+    captured = capsys.readouterr()
+    head, titles, *rows = captured.out.splitlines()
+    assert head == (
+        "Too large for 1.00 MB: 3 of 3 batches, with utterances of 1.5 s or "
+        "more. The largest:"
+    )
+    assert [row.split()[:2] for row in rows] == [
+        ["2", "3.5"],
+        ["2", "2.5"],
+        ["2", "1.5"],
+    ]
+    assert [row.split()[-1] for row in rows] == ["u5", "u3", "u1"]
+    lines = captured.err.splitlines()
+    assert lines[0].startswith("tiled, batch 2 x 3.5 s with 18 tokens: ")
+    size = lines[0].rpartition(": ")[2]
+    assert size in rows[0] and len(lines) == 3
+
+
+@pytest.mark.parametrize("option", ["--batch=2", "--seconds=1"])
+def test_durations_are_of_the_recipes_batches(option, capfd):
+    arguments = [*DIGITS, "--budget=1GB", "--durations=none.csv"]
+    refuse(["fit", *arguments, option], "override its keys instead of", capfd)
+    refuse(["fit", *arguments], "no file none.csv of durations", capfd)
+
+
 # --- bad input of both -------------------------------------------------------
 
 

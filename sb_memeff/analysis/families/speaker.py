@@ -5,14 +5,19 @@ Authors
 """
 
 import contextlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from speechbrain.lobes.features import Leaf
 from speechbrain.lobes.models import ECAPA_TDNN as speechbrain_ecapa
 
-from sb_memeff.analysis.families.step import TrainingStep, Variant
+from sb_memeff.analysis.families.step import (
+    TrainingStep,
+    Variant,
+    class_label,
+)
 from sb_memeff.lobes.models.DFResNet import DFResNet
 from sb_memeff.lobes.models.RecomputedECAPA_TDNN import ECAPA_TDNN
 from sb_memeff.lobes.models.RevDFResNet import RevDFResNet
@@ -31,11 +36,12 @@ __all__ = ["RESNETS", "TYPES", "SpeakerStep", "reversible_twin"]
 RESNETS = ((ResNet, RevResNet), (DFResNet, RevDFResNet))
 TYPES = {"strided": "Type I", "invertible": "Type II"}
 ECAPAS = (speechbrain_ecapa.ECAPA_TDNN, ECAPA_TDNN, RevECAPA_TDNN)
+SPEECHBRAINS_RESNET = "speechbrain.lobes.models.ResNet.ResNet"
 # Blocks that per-block checkpointing recomputes, and blocks in a segment.
 BLOCKS = {
     "sb_memeff.lobes.models.WeSpeakerResNet.ResNet": ("stages.*.*", 1),
     "sb_memeff.lobes.models.DFResNet.DFResNet": ("stages.*.*", 1),
-    "speechbrain.lobes.models.ResNet.ResNet": ("layer?.*", 1),
+    SPEECHBRAINS_RESNET: ("layer?.*", 1),
     "speechbrain.lobes.models.ECAPA_TDNN.ECAPA_TDNN": ("blocks.*", 1),
     # Convolution, activation, norm.
     "speechbrain.lobes.models.Xvector.Xvector": ("blocks.*", 3),
@@ -45,9 +51,11 @@ BLOCKS = {
 class SpeakerStep(TrainingStep):
     """Speaker embeddings: VoxCeleb/SpeakerRec, SpeechBrain's and ours.
 
-    The embedding model's class determines which recipe it is. Ours has a
-    network of sb_memeff: its Brain passes lengths to the network and runs the
-    classifier in float32, outside autocast. SpeechBrain's does neither.
+    SpeechBrain's recipes that classify languages, sounds, commands and emotions
+    by an embedding have the same step. The embedding model's class determines
+    which recipe it is. Ours has a network of sb_memeff: its Brain passes lengths
+    to the network and runs the classifier in float32, outside autocast.
+    SpeechBrain's does neither.
 
     Arguments
     ---------
@@ -57,14 +65,14 @@ class SpeakerStep(TrainingStep):
         As TrainingStep's.
     """
 
+    _parts = {"compute_features", "embedding_model", "classifier"}
     layouts = (
-        {"compute_features", "mean_var_norm", "embedding_model", "classifier"},
+        _parts | {"mean_var_norm"},
+        _parts | {"mean_var_norm_input"},
     )
     numbers = ("sample_rate",)
     # Batch norm cannot train on one utterance.
     min_batch = 2
-    compute_features: torch.nn.Module
-    mean_var_norm: torch.nn.Module
     embedding_model: torch.nn.Module
     classifier: torch.nn.Module
 
@@ -72,22 +80,29 @@ class SpeakerStep(TrainingStep):
         super().__init__(*args, **kwargs)
         package = type(self.embedding_model).__module__.split(".")[0]
         self.ours = package == "sb_memeff"
+        self._normalize = next(
+            name
+            for name in ("mean_var_norm", "mean_var_norm_input")
+            if hasattr(self, name)
+        )
 
     @classmethod
     def needs(
         cls, modules: Collection[str], settings: dict[str, Any]
     ) -> tuple[list[str], list[str]]:
         """See TrainingStep."""
-        return [], ["compute_cost"]
+        return [], ["compute_features", "compute_cost"]
 
     @classmethod
     def default_batch(
-        cls, number: Callable[[str], Any], seconds: float | None = None
+        cls, recipe: "Recipe", seconds: float | None = None
     ) -> tuple[int, float]:
         """See TrainingStep."""
         if seconds is None:
-            seconds = number("sentence_len")
-        return number("batch_size"), seconds
+            seconds = recipe.number(
+                "sentence_len", "give the length of the utterances by --seconds"
+            )
+        return recipe.number("batch_size"), seconds
 
     def batch(
         self, batch: int, seconds: float, tokens: int | None = None
@@ -141,14 +156,28 @@ class SpeakerStep(TrainingStep):
         self, wavs: torch.Tensor, lens: torch.Tensor
     ) -> torch.Tensor:
         wavs, lens = self._augmented("wav_augment", wavs, lens)
-        feats = self.compute_features(wavs)
-        feats = self.mean_var_norm(feats, lens)
+        feats = self._features(wavs, lens)
         if not self.ours:
             embeddings = self.embedding_model(feats)
-            return self.classifier(embeddings)
+            outputs = self.classifier(embeddings)
+            # Of the Speech Commands.
+            softmax = getattr(self, "softmax", None)
+            return outputs if softmax is None else softmax(outputs)
         embeddings = self.embedding_model(feats, lens)
         with _without_autocast(embeddings.device.type):
             return self.classifier(embeddings.float())
+
+    def _features(self, wavs: torch.Tensor, lens: torch.Tensor) -> torch.Tensor:
+        if self.settings.get("use_tacotron2_mel_spec"):
+            feats = self._call("compute_features", audio=wavs)
+            feats = feats.transpose(1, 2)
+        elif isinstance(getattr(self, "compute_features", None), Leaf):
+            # Learned filters, of normalised waveforms.
+            wavs = self._call(self._normalize, wavs, lens)
+            return self._call("compute_features", wavs)
+        else:
+            feats = self._call("compute_features", wavs)
+        return self._call(self._normalize, feats, lens)
 
     @classmethod
     def label(cls, recipe: "Recipe") -> str:
@@ -161,7 +190,7 @@ class SpeakerStep(TrainingStep):
                 # The default is Type I.
                 kind = TYPES.get(given.get("downsampling", "strided"), "")
             return f"{given.get('name', '')} {kind}".strip()
-        return _label(path) or "embedding_model"
+        return recipe.network("embedding_model")
 
     @classmethod
     def variants(cls, recipe: "Recipe") -> list[Variant]:
@@ -203,9 +232,30 @@ def _networks(recipe: "Recipe") -> list[Variant]:
     if path in map(_path, ECAPAS):
         return _ecapas(recipe.arguments("embedding_model"))
     own = Variant(SpeakerStep.label(recipe))
+    rows = [own]
     if path in BLOCKS:
-        return [own, Variant(f"{own.label}, blocks recomputed", _recompute)]
-    return [own]
+        rows.append(Variant(f"{own.label}, blocks recomputed", _recompute))
+    if path == SPEECHBRAINS_RESNET:
+        rows += _like_resnet(**recipe.arguments("embedding_model"))
+    return rows
+
+
+def _like_resnet(
+    input_size: int = 80,
+    block_sizes: Sequence[int] = (3, 4, 6, 3),
+    lin_neurons: int = 256,
+    **others: Any,
+) -> list[Variant]:
+    """Reversible networks instead of SpeechBrain's ResNet, as deep."""
+    deep = [
+        name
+        for name, preset in ResNet.PRESETS.items()
+        if preset["block_sizes"] == list(block_sizes)
+    ]
+    name = deep[0] if deep else next(iter(ResNet.PRESETS))
+    return _reversible(
+        RevResNet, name, input_size=input_size, lin_neurons=lin_neurons
+    )
 
 
 def _resnets(
@@ -225,13 +275,25 @@ def _resnets(
             f"{plain}, blocks recomputed", _with_network(build, recompute=True)
         ),
     ]
-    for kind, label in TYPES.items():
-        twin = reversible_twin(plain)
-        build = partial(
-            reversible.from_preset, twin, downsampling=kind, **arguments
+    return rows + _reversible(reversible, plain, **arguments)
+
+
+def _reversible(
+    network: type[Presets], plain: str, **arguments: Any
+) -> list[Variant]:
+    """Both types of the reversible counterpart of a preset."""
+    twin = reversible_twin(plain)
+    return [
+        Variant(
+            f"{twin} {label}",
+            _with_network(
+                partial(
+                    network.from_preset, twin, downsampling=kind, **arguments
+                )
+            ),
         )
-        rows.append(Variant(f"{twin} {label}", _with_network(build)))
-    return rows
+        for kind, label in TYPES.items()
+    ]
 
 
 def _ecapas(arguments: dict[str, Any]) -> list[Variant]:
@@ -241,7 +303,7 @@ def _ecapas(arguments: dict[str, Any]) -> list[Variant]:
         arguments.pop(own, None)
     for network in ECAPAS:
         build = partial(network, **arguments)
-        label = _label(_path(network))
+        label = class_label(_path(network))
         rows.append(Variant(label, _with_network(build)))
         if not rows[1:]:
             rows.append(
@@ -276,11 +338,6 @@ def _path(network: type) -> str:
 
 def _preset(network: type) -> str:
     return f"{_path(network)}.from_preset"
-
-
-def _label(path: str) -> str:
-    owner = "SpeechBrain's " if path.startswith("speechbrain.") else ""
-    return owner + path.rpartition(".")[2]
 
 
 def _without_autocast(

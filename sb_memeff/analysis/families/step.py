@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "TrainingStep",
     "Variant",
+    "class_label",
     "recomputed_variant",
     "require_positive",
 ]
@@ -72,6 +73,28 @@ class Variant:
 
     label: str
     change: Callable[[Any], None] | None = None
+
+
+def class_label(path: str) -> str:
+    """Names a class in tables.
+
+    Arguments
+    ---------
+    path : str
+        Its full name.
+
+    Returns
+    -------
+    str
+        Its name, and whether it is SpeechBrain's.
+
+    Example
+    -------
+    >>> class_label("speechbrain.lobes.models.ResNet.ResNet")
+    "SpeechBrain's ResNet"
+    """
+    owner = "SpeechBrain's " if path.startswith("speechbrain.") else ""
+    return owner + path.rpartition(".")[2]
 
 
 def recomputed_variant(
@@ -131,8 +154,11 @@ class TrainingStep(torch.nn.Module):
         batch.
     """
 
-    # Sets of modules that identify the family; a recipe has all of one set.
+    # A recipe of the family has all parts of one set: as modules or, where Brain
+    # need not train them, beside the modules.
     layouts: tuple[set[str], ...] = ()
+    # Further modules that a recipe may have; None if any.
+    others: frozenset[str] | None = None
     # The augmentations that the recipe's Brain uses.
     augmentations: tuple[str, ...] = ("wav_augment",)
     # Top-level numbers of the yaml file that the step needs.
@@ -173,10 +199,33 @@ class TrainingStep(torch.nn.Module):
                 self.add_module(name, module)
 
     @classmethod
+    def recognises(cls, modules: Collection[str], beside: set[str]) -> bool:
+        """Whether a recipe is of this family.
+
+        Arguments
+        ---------
+        modules : collection of str
+            Names of the yaml file's modules.
+        beside : set of str
+            Names of parts outside of them.
+
+        Returns
+        -------
+        bool
+            Whether it is.
+        """
+        parts = {*modules, *beside}
+        return any(
+            layout <= parts
+            and (cls.others is None or set(modules) <= layout | cls.others)
+            for layout in cls.layouts
+        )
+
+    @classmethod
     def needs(
         cls, modules: Collection[str], settings: dict[str, Any]
     ) -> tuple[list[str], list[str]]:
-        """Lists keys that the step needs besides its modules and opt_class.
+        """Lists keys that the step needs besides its layout and opt_class.
 
         Arguments
         ---------
@@ -188,20 +237,26 @@ class TrainingStep(torch.nn.Module):
         Returns
         -------
         tuple of list of str
-            Modules that the settings require; objects outside the modules.
+            Modules that the settings require; objects, which may also be
+            among the modules.
+
+        Raises
+        ------
+        ValueError
+            If the recipe's script does more than this step.
         """
         raise NotImplementedError
 
     @classmethod
     def default_batch(
-        cls, number: Callable[[str], Any], seconds: float | None = None
+        cls, recipe: "Recipe", seconds: float | None = None
     ) -> tuple[int, float]:
         """Returns the recipe's batch.
 
         Arguments
         ---------
-        number : callable
-            Returns the number of a key in the yaml file.
+        recipe : Recipe
+            The recipe.
         seconds : float, optional
             Length of each utterance; the recipe's by default.
 
@@ -302,8 +357,10 @@ class TrainingStep(torch.nn.Module):
         )
 
     def _call(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        """Calls a function of the yaml file."""
-        return self._functions[name](*args, **kwargs)
+        """Calls a function or module of the yaml file."""
+        if name in self._functions:
+            return self._functions[name](*args, **kwargs)
+        return self.get_submodule(name)(*args, **kwargs)
 
     def _augmented(
         self, name: str, *tensors: torch.Tensor

@@ -4,17 +4,14 @@ Authors
  * The sb_memeff authors 2026
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from sb_memeff.analysis.families.step import (
-    TrainingStep,
-    Variant,
-    recomputed_variant,
-)
+from sb_memeff.analysis.families.step import Variant, recomputed_variant
+from sb_memeff.analysis.families.transcribed import TranscribedStep
 from sb_memeff.nnet.recompute.fit import Recomputation
 from sb_memeff.nnet.transducer_loss.joint_loss import TransducerJointLoss
 
@@ -31,12 +28,11 @@ METHODS: tuple[Literal["batched", "samplewise", "tiled"], ...] = (
 ENCODER_LAYERS = "enc.transformer.encoder.layers.*"
 
 
-class TransducerStep(TrainingStep):
-    """Neural transducer: LibriSpeech/ASR/transducer, SpeechBrain's and ours.
+class TransducerStep(TranscribedStep):
+    """Neural transducer: */ASR/transducer, SpeechBrain's and ours.
 
-    It is a step of the first epoch: the normalizer updates its statistics, and
-    CTC is enabled if the recipe has it. The whole utterance is one chunk, the
-    largest that dynamic chunk training draws.
+    The whole utterance is one chunk, the largest that dynamic chunk training
+    draws.
 
     Arguments
     ---------
@@ -46,26 +42,24 @@ class TransducerStep(TrainingStep):
         As TrainingStep's.
     """
 
-    _encoders = {"CNN", "enc", "emb", "dec", "proj_enc", "proj_dec"}
+    _encoders = {
+        *("normalize", "CNN", "enc", "emb", "dec"),
+        *("proj_enc", "proj_dec"),
+    }
     layouts = (
-        _encoders | {"normalize", "transducer_loss"},
-        _encoders | {"normalize", "Tjoint", "transducer_lin"},
+        _encoders | {"transducer_loss"},
+        _encoders | {"Tjoint", "transducer_lin"},
     )
-    augmentations = ("wav_augment", "fea_augment")
     numbers = (
-        *("sample_rate", "output_neurons", "dec_emb_dropout", "dec_dropout"),
+        *TranscribedStep.numbers,
+        *("dec_emb_dropout", "dec_dropout"),
         *("blank_index", "bos_index", "eos_index", "pad_index"),
         *("ctc_weight", "number_of_ctc_epochs", "ce_weight"),
     )
-
-    has_transcripts = True
     recomputable = ("CNN", ENCODER_LAYERS)
-    # Assumed tokens in a second of speech. LibriSpeech's train-clean-100 has 5.3
-    # with 500 unigrams (95 % of the utterances at most 7), and fewer with 1000.
-    token_rate = 5
-    # Default length of utterances. LibriSpeech's longest have 15 to 17 seconds,
-    # except for a few.
-    seconds = 15
+    # Keys of the last layer and of the loss of its logits.
+    _classifier = "transducer_lin"
+    _cost = "transducer_cost"
 
     # Modules of either layout.
     normalize: torch.nn.Module
@@ -90,9 +84,9 @@ class TransducerStep(TrainingStep):
         cls, modules: Collection[str], settings: dict[str, Any]
     ) -> tuple[list[str], list[str]]:
         """See TrainingStep."""
-        parts, objects = [], ["compute_features"]
+        parts, objects = [], ["compute_features", "normalize"]
         if "transducer_loss" not in modules:
-            objects.append("transducer_cost")
+            objects.append(cls._cost)
         if _uses_ctc(settings):
             parts.append("proj_ctc")
             objects += ["ctc_cost", "log_softmax"]
@@ -101,87 +95,14 @@ class TransducerStep(TrainingStep):
             objects += ["ce_cost", "log_softmax"]
         return parts, objects
 
-    @classmethod
-    def default_batch(
-        cls, number: Callable[[str], Any], seconds: float | None = None
-    ) -> tuple[int, float]:
-        """See TrainingStep; 15 s by default.
-
-        With dynamic batching, as many utterances as fit into max_batch_len,
-        but at least one.
-        """
-        if seconds is None:
-            seconds = cls.seconds
-        if number("dynamic_batching"):
-            return max(int(number("max_batch_len") // seconds), 1), seconds
-        return number("batch_size"), seconds
-
-    def batch(
-        self, batch: int, seconds: float, tokens: int | None = None
-    ) -> tuple[torch.Tensor, ...]:
-        """Makes a batch of noise and arbitrary tokens, as the data loader's.
-
-        Arguments
-        ---------
-        batch : int
-            Utterances.
-        seconds : float
-            Length of each.
-        tokens : int, optional
-            Length of each transcript; by default 5 a second, as for unigrams
-            on LibriSpeech. There are about three times as many characters.
-
-        Returns
-        -------
-        tuple of torch.Tensor
-            Waveforms [B, samples], their relative lengths [B]; tokens
-            [B, U + 1] after a bos; tokens [B, U], their relative lengths [B];
-            tokens [B, U + 1] before an eos, their relative lengths [B].
-        """
-        if tokens is None:
-            tokens = max(round(seconds * self.token_rate), 1)
-        wavs, ones = self._waveforms(batch, seconds)
-        vocabulary = self.settings["output_neurons"]
-        ids = [i % (vocabulary - 1) for i in range(tokens)]
-        ids = [i + (i >= self.settings["blank_index"]) for i in ids]
-
-        def rows(row: list[int]) -> torch.Tensor:
-            return torch.tensor(row, device=wavs.device).repeat(batch, 1)
-
-        with_bos = rows([self.settings["bos_index"], *ids])
-        with_eos = rows([*ids, self.settings["eos_index"]])
-        return wavs, ones, with_bos, rows(ids), ones, with_eos, ones
-
-    def forward(
-        self,
-        wavs: torch.Tensor,
-        wav_lens: torch.Tensor,
-        tokens_bos: torch.Tensor,
-        tokens: torch.Tensor,
-        token_lens: torch.Tensor,
-        tokens_eos: torch.Tensor,
-        token_eos_lens: torch.Tensor,
-    ) -> torch.Tensor:
-        """Computes the loss of a batch, as returned by ``batch``."""
-        self.outputs = None
-        self.outputs = self._compute_forward(wavs, wav_lens, tokens_bos)
-        labels = tokens, token_lens, tokens_eos, token_eos_lens
-        for name in self.augmentations:
-            labels = self._augmented(name, *labels)
-        return self._compute_objectives(*labels)
-
     def _compute_forward(
         self,
         wavs: torch.Tensor,
         wav_lens: torch.Tensor,
         tokens_bos: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
-        wavs, wav_lens, tokens_bos = self._augmented(
-            "wav_augment", wavs, wav_lens, tokens_bos
-        )
-        feats = self._call("compute_features", wavs)
-        feats, wav_lens, tokens_bos = self._augmented(
-            "fea_augment", feats, wav_lens, tokens_bos
+        wavs, feats, wav_lens, tokens_bos = self._features(
+            wavs, wav_lens, tokens_bos
         )
         feats = self.normalize(feats, wav_lens, epoch=1)
         encoded = self.enc(
@@ -201,12 +122,7 @@ class TransducerStep(TrainingStep):
         )
         predicted = self.proj_dec(predicted)
 
-        outputs = {"wav_lens": wav_lens}
-        if self.has_joint_loss:
-            outputs.update(encoded=encoded, predicted=predicted)
-        else:
-            joint = self.Tjoint(encoded.unsqueeze(2), predicted.unsqueeze(1))
-            outputs["logits"] = self.transducer_lin(joint)
+        outputs = {"wav_lens": wav_lens, **self._joined(encoded, predicted)}
         if _uses_ctc(self.settings):
             p_ctc = self._call("log_softmax", self.proj_ctc(encoded))
             outputs["p_ctc"] = p_ctc
@@ -223,25 +139,37 @@ class TransducerStep(TrainingStep):
         token_eos_lens: torch.Tensor,
     ) -> torch.Tensor:
         outputs = self.outputs
-        lengths = outputs["wav_lens"], token_lens
-        if self.has_joint_loss:
-            loss = self.transducer_loss(
-                outputs["encoded"], outputs["predicted"], tokens, *lengths
-            )
-        else:
-            loss = self.logits_loss(outputs["logits"], tokens, *lengths)
+        loss = self._transducer_loss(tokens, token_lens)
         ctc_weight = self.settings["ctc_weight"]
         ce_weight = self.settings["ce_weight"]
         loss = (1 - (ctc_weight + ce_weight)) * loss
         if "p_ctc" in outputs:
-            loss = loss + ctc_weight * self._call(
-                "ctc_cost", outputs["p_ctc"], tokens, *lengths
-            )
+            loss = loss + ctc_weight * self._ctc_loss(tokens, token_lens)
         if "p_ce" in outputs:
             loss = loss + ce_weight * self._call(
                 "ce_cost", outputs["p_ce"], tokens_eos, length=token_eos_lens
             )
         return loss
+
+    def _joined(
+        self, encoded: torch.Tensor, predicted: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """The outputs that the transducer loss needs."""
+        if self.has_joint_loss:
+            return {"encoded": encoded, "predicted": predicted}
+        joint = self.Tjoint(encoded.unsqueeze(2), predicted.unsqueeze(1))
+        return {"logits": self._call(self._classifier, joint)}
+
+    def _transducer_loss(
+        self, tokens: torch.Tensor, token_lens: torch.Tensor
+    ) -> torch.Tensor:
+        outputs = self.outputs
+        lengths = outputs["wav_lens"], token_lens
+        if not self.has_joint_loss:
+            return self.logits_loss(outputs["logits"], tokens, *lengths)
+        return self.transducer_loss(
+            outputs["encoded"], outputs["predicted"], tokens, *lengths
+        )
 
     def logits_loss(
         self,
@@ -271,14 +199,7 @@ class TransducerStep(TrainingStep):
         torch.Tensor
             A scalar.
         """
-        return self._call(
-            "transducer_cost", logits, tokens, wav_lens, token_lens
-        )
-
-    @property
-    def tokens(self) -> int | None:
-        """See TrainingStep."""
-        return None if self.inputs is None else self.inputs[3].shape[1]
+        return self._call(self._cost, logits, tokens, wav_lens, token_lens)
 
     def imitate_gpu(self) -> None:
         """Replaces SpeechBrain's loss by a function with the same memory."""
@@ -297,6 +218,8 @@ class TransducerStep(TrainingStep):
         rows = [Variant(m, partial(_with_method, method=m)) for m in METHODS]
         if "transducer_loss" not in recipe.modules:
             rows.insert(0, Variant(cls.label(recipe)))
+        if not cls.recomputable:
+            return rows
         recomputed = {
             "encoder recomputed": ([ENCODER_LAYERS], Recomputation()),
             "CNN and encoder recomputed": (
@@ -323,7 +246,7 @@ def _with_method(
         return
     step.transducer_loss = TransducerJointLoss(
         step.Tjoint,
-        step.transducer_lin,
+        step.get_submodule(step._classifier),
         step.settings["blank_index"],
         method=method,
     )

@@ -6,9 +6,12 @@ Authors
 
 import dataclasses
 import functools
+import io
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import ruamel.yaml
 import torch
 from speechbrain.utils.autocast import AMPConfig
 from speechbrain.utils.logger import get_logger
@@ -48,6 +51,8 @@ class Recomputation:
     -------
     >>> print(Recomputation(split=8).yaml(["CNN", "enc.layers.*"]))
     blocks: [CNN, enc.layers.*], split: 8
+    >>> print(Recomputation(every=2).yaml("*", segment_length=3))
+    blocks: '*', every: 2, segment_length: 3
     """
 
     every: float = 1
@@ -69,23 +74,38 @@ class Recomputation:
             if value != default[key]
         }
 
-    def yaml(self, blocks: str | Sequence[str]) -> str:
+    def yaml(self, blocks: str | Sequence[str], segment_length: int = 1) -> str:
         """Writes the keys for a yaml file on one line.
 
         Arguments
         ---------
         blocks : str or list of str
             Names of the blocks.
+        segment_length : int
+            See ``recompute_blocks``.
 
         Returns
         -------
         str
             Pairs of key and value, without braces.
         """
-        if not isinstance(blocks, str):
-            blocks = f"[{', '.join(blocks)}]"
-        options = {"blocks": blocks, **self.options()}
+        options = {"blocks": _flow_style(blocks), **self.options()}
+        if segment_length > 1:
+            options["segment_length"] = segment_length
         return ", ".join(f"{key}: {value}" for key, value in options.items())
+
+
+def _flow_style(names: str | Sequence[str]) -> str:
+    """Writes names as yaml, with quotes where it needs them."""
+    alone = isinstance(names, str)
+    writer = ruamel.yaml.YAML(typ="safe", pure=True)
+    writer.default_flow_style = True
+    writer.width = sys.maxsize
+    stream = io.StringIO()
+    # A name within brackets needs more quotes than outside.
+    writer.dump([names] if alone else list(names), stream)
+    text = stream.getvalue().strip()
+    return text[1:-1] if alone else text
 
 
 def cheapest_recomputation(
@@ -310,7 +330,7 @@ def fit_recompute(
         f"{network_name}: a step takes {format_bytes(peak(found))} of "
         f"{format_bytes(limit)} ({stored} with all activations stored) with "
         f"!apply:sb_memeff.nnet.recompute.recompute_blocks "
-        f"{{{found.yaml(blocks)}}}."
+        f"{{{found.yaml(blocks, segment_length)}}}."
     )
     recompute_blocks(
         module, blocks, segment_length=segment_length, **found.options()

@@ -10,6 +10,7 @@ from sb_memeff.lobes.models.WeSpeakerResNet import ResNet
 from sb_memeff.memory.step import StepMemory
 from sb_memeff.nnet.recompute.blocks import is_split
 from sb_memeff.nnet.recompute.fit import Recomputation
+from tests.unittests.analysis.recognition_yaml import SEQ2SEQ, TRANSFORMER
 from tests.unittests.analysis.yaml_files import (
     LIBRISPEECH,
     SMALL_TRANSDUCER,
@@ -228,6 +229,17 @@ def test_a_batch_that_is_given_is_not_dynamic(monkeypatch):
     assert recipe.default_batch(10.0) == (2, 10.0)
 
 
+def test_a_length_in_frames(tmp_path, monkeypatch):
+    imitate(monkeypatch, lambda seconds: 1000 * seconds)
+    path = tmp_path / "train.yaml"
+    path.write_text(SEQ2SEQ)
+    # A batch of three utterances has up to 60 s.
+    dynamic = {"dynamic_batching": True}
+    found = fit(path, dynamic, 60_999, seconds=20.0)
+    assert found.overrides == {"max_batch_length": 6000}
+    assert (found.profile.batch, found.profile.seconds) == (3, 20.0)
+
+
 # --- the cheapest recomputation ----------------------------------------------
 
 
@@ -273,6 +285,24 @@ def test_the_cheapest_recomputation(limit, chosen, monkeypatch):
     assert found.yaml == (
         "__recompute: !apply:sb_memeff.nnet.recompute.recompute_blocks "
         f"{{module: !ref <modules>, {options}}}"
+    )
+
+
+def test_the_recomputation_of_a_transformer(tmp_path, monkeypatch):
+    def fake_profile(recipe, batch, seconds, tokens, precision, variant):
+        size = 500 if "blocks: " in variant.label else 1000
+        memory = StepMemory(0, 0, 0, size, "", "", {("", "activations"): size})
+        return Profile("", batch, batch, seconds, tokens, "", "", memory)
+
+    monkeypatch.setattr("sb_memeff.analysis.fit.profile", fake_profile)
+    path = tmp_path / "train.yaml"
+    path.write_text(TRANSFORMER)
+    found = fit(path, {}, 600, 4, 2.0)
+    assert found.overrides == {"batch_size": 4, "dynamic_batching": False}
+    assert found.yaml == (
+        "__recompute: !apply:sb_memeff.nnet.recompute.recompute_blocks "
+        "{module: !ref <modules>, blocks: [CNN, Transformer.encoder.layers.*, "
+        "Transformer.decoder.layers.*], every: 4.0}"
     )
 
 

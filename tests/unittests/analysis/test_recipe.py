@@ -273,7 +273,7 @@ def test_unknown_family(tmp_path):
     refuse(
         path,
         "modules net,",
-        "speaker or transducer",
+        "speaker, transducer, ",
         "sb_memeff.memory.step.training_step_memory",
     )
 
@@ -347,10 +347,17 @@ def test_a_module_by_a_name_that_is_taken(upstream):
     refuse(upstream, "'optimizer'", "rename the module", build=True)
 
 
-@pytest.mark.parametrize("key", ["compute_cost", "opt_class", "sample_rate"])
+@pytest.mark.parametrize("key", ["compute_cost", "opt_class"])
 def test_a_key_that_is_missing(key, upstream):
     upstream.write_text(upstream.read_text().replace(f"\n{key}:", "\nother:"))
-    refuse(upstream, f"has no {'number ' * (key == 'sample_rate')}{key}")
+    refuse(upstream, f"has no {key}")
+
+
+def test_a_number_that_is_missing(tmp_path):
+    path = changed(DIGITS, tmp_path, ("\nce_weight:", "\nother:"))
+    refuse(
+        path, "has no number ce_weight, which", "transducer recipe", "add it"
+    )
 
 
 def test_a_batch_that_is_missing(upstream):

@@ -87,6 +87,27 @@ def test_a_straight_line_takes_few_steps():
         assert len(peak.asked) <= 5
 
 
+def test_known_peaks_are_not_asked_for():
+    """They bound the answer, and the line through them predicts it."""
+    rng = random.Random(0)
+    for kind in (straight, quadratic, any_growth):
+        for _ in range(100):
+            peak = Peak(kind(rng))
+            peaks = [peak.function(n) for n in range(MOST + 1)]
+            limit = rng.randrange(peaks[1], peaks[-1] + 2)
+            given = sorted(rng.sample(range(1, MOST), rng.randrange(1, 4)))
+            known = {n: peaks[n] for n in given}
+            found = largest(peak, limit, 1, MOST, known)
+            assert found[0] == max(
+                n for n in range(1, MOST + 1) if peaks[n] <= limit
+            )
+            assert found[1] == peaks[found[0]]
+            assert not {*peak.asked} & {*given}
+            assert known == {n: peaks[n] for n in given}
+            if kind is straight and len(given) > 1:
+                assert len(peak.asked) <= 6
+
+
 def test_without_a_limit_the_largest_number_is_found():
     peak = Peak(lambda n: 7)
     assert largest(peak, 7) == (2**20, 7)

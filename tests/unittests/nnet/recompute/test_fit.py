@@ -114,8 +114,16 @@ def peak(recomputed):
     return training_step_memory(build, [1000, 100]).peak_bytes
 
 
+def logged_names(caplog, maker):
+    """The names of the blocks that a yaml file with the logged line recomputes."""
+    (line,) = [r.message for r in caplog.records if "a step takes" in r.message]
+    text = line[line.index("!apply:") : line.rindex(".")]
+    text = text.replace("{", "{module: !ref <net>, ")
+    return load_hyperpyyaml(f"net: !apply:{maker} []\nnames: {text}\n")["names"]
+
+
 @no_leftovers()  # looks at all objects of the process once
-def test_a_budget_for_segments_of_two_blocks():
+def test_a_budget_for_segments_of_two_blocks(caplog):
     """As few segments as fit, each a whole one."""
     budget = (peak(1) + peak(2)) // 2
     assert peak(2) < budget < peak(1)
@@ -125,6 +133,17 @@ def test_a_budget_for_segments_of_two_blocks():
     found = store_blocks(net)
     assert found == recompute_blocks(net, "*", 2, segment_length=2)
     assert len(found) == 4
+    assert logged_names(caplog, f"{__name__}.network") == found
+
+
+@pytest.mark.parametrize(
+    "blocks", ["*", "[ab].*", ["*", "CNN"], ["layer?.*", "0", "a, b", "{x}: y"]]
+)
+def test_names_in_yaml(blocks):
+    """Some mean something else to yaml unless they are quoted."""
+    text = Recomputation(split=2).yaml(blocks)
+    found = load_hyperpyyaml(f"how: {{{text}}}")["how"]
+    assert found == {"blocks": blocks, "split": 2}
 
 
 @no_leftovers()  # looks at all objects of the process once
@@ -148,11 +167,5 @@ def test_a_budget_for_pieces(caplog):
     options = fit_recompute(net, LAYERS, (whole + pieces) // 2, step)
     assert options == {"every": 1, "split": 2}
     assert is_split(net.transformer.encoder.layers[0])
-    (line,) = [r.message for r in caplog.records if "a step takes" in r.message]
-    text = line[line.index("!apply:") : line.rindex(".")]
-    text = text.replace("{", "{module: !ref <net>, ")
-    names = load_hyperpyyaml(
-        "net: !apply:tests.unittests.nnet.speech_networks.conformer []\n"
-        f"names: {text}\n"
-    )["names"]
-    assert len(names) == 3
+    maker = "tests.unittests.nnet.speech_networks.conformer"
+    assert len(logged_names(caplog, maker)) == 3
