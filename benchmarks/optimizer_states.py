@@ -2,15 +2,18 @@
 
 Compares torch's, bitsandbytes' and our classes: bytes of the states, time of
 ``step()`` alone (all parameters of a network, random gradients), and peak memory of
-a whole training step.
+a whole training step. On a CPU it is the time that the process computes, which
+other processes change little. Threads that wait count, too, so that one thread is
+best.
 
-    python benchmarks/optimizer_states.py [--depth 34 101 293]
+    OMP_NUM_THREADS=1 python benchmarks/optimizer_states.py [--depth 34 101 293]
 
 Authors
  * The sb_memeff authors 2026
 """
 
 import argparse
+import time
 
 import bitsandbytes
 import torch
@@ -61,7 +64,8 @@ def measure(depth, device, rounds):
             p.grad = torch.randn_like(p)
         optimizers[name] = kind(parameters, **options)
     steps = {name: optimizer.step for name, optimizer in optimizers.items()}
-    medians = median_seconds(steps, rounds)
+    clock = time.process_time if device == "cpu" else time.perf_counter
+    medians = median_seconds(steps, rounds, clock)
     return [
         {
             "optimizer": name,

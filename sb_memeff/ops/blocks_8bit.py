@@ -170,18 +170,18 @@ class Codebook:
         high_bits = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32)
         ends = torch.stack([high_bits << 16, (high_bits << 16) | 0xFFFF])
         lowest = ends.view(torch.float32).amin(0)
-        self._lower = torch.bucketize(lowest, middles).to(
+        self.lower = torch.bucketize(lowest, middles).to(
             device=device, dtype=torch.uint8
         )
         self.middles = torch.cat([middles, middles.new_tensor([torch.inf])])
         self.middles = self.middles.to(device)
         # The same for the code below a value, the next one and the gap to it.
-        self._below = torch.bucketize(lowest, values[1:], right=True).to(
+        self.below = torch.bucketize(lowest, values[1:], right=True).to(
             device=device, dtype=torch.uint8
         )
         following = torch.cat([values[1:], values.new_tensor([torch.inf])])
-        self._following = following.to(device)
-        self._gaps = values.diff(append=values[-1:]).to(device)
+        self.following = following.to(device)
+        self.gaps = values.diff(append=values[-1:]).to(device)
         columns = torch.arange(BLOCK, dtype=torch.float64) * R2[0]
         self.columns = columns.frac().float().to(device)
 
@@ -263,6 +263,10 @@ class Codebook:
         scales = scales.to(flat.device, torch.float32, copy=True)
         codes = torch.empty_like(flat, dtype=torch.uint8)
         self._search(flat, scales, codes)
+        if not self.signed:
+            # The least code of quantize(). bitsandbytes' 0 stays in other blocks.
+            is_zero = (scales == 0).repeat_interleave(BLOCK)[: len(codes)]
+            codes.masked_fill_(is_zero, 1)
         return Quantized8bit(codes.view(x.shape), scales)
 
     def dequantize(self, packed: Quantized8bit) -> torch.Tensor:
@@ -281,6 +285,21 @@ class Codebook:
         return torch.ops.bitsandbytes.dequantize_blockwise(
             packed.codes, packed.scales, self.values, BLOCK, torch.float32
         )
+
+    def dither(self, phase: torch.Tensor) -> torch.Tensor:
+        """Returns the random numbers of a block's values.
+
+        Arguments
+        ---------
+        phase : torch.Tensor
+            Scalar of ``dither_phase``.
+
+        Returns
+        -------
+        torch.Tensor
+            [256], from 0 to 1.
+        """
+        return (self.columns + phase) % 1
 
     def _search(
         self,
@@ -304,17 +323,17 @@ class Codebook:
                 torch.div(block, of_block[:, None], out=out)
             high_bits = (scaled.view(torch.int32) >> 16).add_(1 << 15)
             if phase is None:
-                code = self._lower.index_select(0, high_bits)
+                code = self.lower.index_select(0, high_bits)
                 limit = self.middles.index_select(0, code.to(torch.int32))
             else:
-                code = self._below.index_select(0, high_bits)
-                limit = self._following.index_select(0, code.to(torch.int32))
+                code = self.below.index_select(0, high_bits)
+                limit = self.following.index_select(0, code.to(torch.int32))
                 code += scaled >= limit
                 index = code.to(torch.int32)
                 limit = self.values.index_select(0, index)
-                dither = (self.columns + phase) % 1
+                dither = self.dither(phase)
                 limit.addcmul_(
-                    self._gaps.index_select(0, index),
+                    self.gaps.index_select(0, index),
                     dither.repeat(len(scale))[: part.numel()],
                 )
             torch.add(code, (scaled > limit).view(torch.uint8), out=found)

@@ -1,4 +1,4 @@
-"""Chooses between the plain torch form of an operation and a Triton kernel.
+"""Chooses between the plain torch form of an operation and a compiled one.
 
 Authors
  * The sb_memeff authors 2026
@@ -18,6 +18,7 @@ __all__ = [
     "fused_on_fake_tensors",
     "has_values",
     "is_on_gpu",
+    "package_of_kernels",
     "runs_fused",
 ]
 
@@ -57,7 +58,40 @@ def runs_fused(*tensors: torch.Tensor) -> bool:
         and x.dtype in DTYPES
         and is_on_gpu(x)
         for x in tensors
-    ) and _available(os.environ.get(SWITCH, "1"))
+    ) and _available("triton", os.environ.get(SWITCH, "1"))
+
+
+def package_of_kernels(*tensors: torch.Tensor) -> str | None:
+    """Decides who compiles an operation that has kernels for GPUs and CPUs.
+
+    On CPUs numba does, in single precision. The switch is that of ``runs_fused``.
+
+    Arguments
+    ---------
+    *tensors : torch.Tensor
+        Tensors that the kernel reads.
+
+    Returns
+    -------
+    str or None
+        "triton" or "numba", the name of a folder in ``sb_memeff.ops``; None for
+        the plain form.
+
+    Example
+    -------
+    >>> package_of_kernels(torch.zeros(3).double())
+    """
+    if runs_fused(*tensors):
+        return "triton"
+    is_eager = not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+    runs_compiled = is_eager and all(
+        type(x) in (torch.Tensor, torch.nn.Parameter)
+        and (x.dtype, x.device.type) == (torch.float32, "cpu")
+        for x in tensors
+    )
+    if runs_compiled and _available("numba", os.environ.get(SWITCH, "1")):
+        return "numba"
+    return None
 
 
 def is_on_gpu(x: torch.Tensor) -> bool:
@@ -137,13 +171,29 @@ def has_values(tensor: torch.Tensor) -> bool:
 
 
 @functools.lru_cache(maxsize=None)
-def _available(switch: str) -> bool:
+def _available(package: str, switch: str) -> bool:
     """Checks once for each value of the switch, and logs why not."""
     if switch == "0":
         reason = f"{SWITCH}=0"
-    elif importlib.util.find_spec("triton") is None:
-        reason = "Triton is not installed"
+    elif importlib.util.find_spec(package) is None:
+        name = {"triton": "Triton"}.get(package, package)
+        reason = f"{name} is not installed"
+    elif package == "numba":
+        reason = _numba_fault()
     else:
-        return True
-    logger.info(f"sb_memeff: plain torch instead of fused kernels ({reason}).")
-    return False
+        reason = ""
+    if reason:
+        logger.info(
+            f"sb_memeff: plain torch instead of fused kernels ({reason})."
+        )
+    return not reason
+
+
+def _numba_fault() -> str:
+    """Why numba cannot compile; empty if it can."""
+    try:
+        # Takes a second.
+        import numba
+    except Exception as error:  # of another version of numpy, for example
+        return f"numba cannot be imported: {error}"
+    return "NUMBA_DISABLE_JIT is set" if numba.config.DISABLE_JIT else ""

@@ -3,7 +3,8 @@
 Between steps the states are 8-bit tensors (``ops.blocks_8bit``). A step
 dequantizes the states of a few parameters at a time to float32, calls torch's
 own update function, and quantizes them again. Arguments therefore have the same
-effect as in torch's class of the same name.
+effect as in torch's class of the same name. Compiled kernels do the same in one
+pass: Triton's on a GPU, numba's on a CPU.
 
 Source: Dettmers et al., 8-bit Optimizers via Block-wise Quantization
 (arXiv 2110.02861); for speaker networks Liu and Qian (arXiv 2412.01195).

@@ -79,6 +79,16 @@ class _Adam8bit(Optimizer8bit):
             fused=group["fused"],
         )
 
+    def _make_finite(self, state: State) -> None:
+        """Restarts the moments of values whose second moment is infinite.
+
+        The gradient was beyond 1e19, and moved nothing. In 8 bits it would stop
+        the values of its block for ever. (torch's class stops the value.)
+        """
+        infinite = state["exp_avg_sq"] > torch.finfo(torch.float32).max
+        for name in self.signed.keys() & state.keys():
+            state[name].masked_fill_(infinite, 0)
+
     def _add_residual(
         self,
         group: Group,
@@ -93,19 +103,17 @@ class _Adam8bit(Optimizer8bit):
         weight.sub_(residual)
 
     def _update_fused(self, group: Group, one: OneLaunch) -> None:
-        from sb_memeff.ops.triton.adam_8bit import adam_8bit
-
         signed, unsigned = (
             self._codebook(name, one.table.device) for name in self.bitsandbytes
         )
         steps = cast(torch.Tensor, one.steps)
         steps += 1
-        adam_8bit(
+        one.kernel("adam_8bit")(
             one.table,
             one.gradients(),
             steps,
-            (signed.values, signed.middles),
-            (unsigned.values, unsigned.middles, unsigned.columns),
+            signed,
+            unsigned,
             lr=group["lr"],
             residual_rate=_residual_rate(group),
             betas=group["betas"],

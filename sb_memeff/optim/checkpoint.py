@@ -171,7 +171,7 @@ class Checkpoints8bit(States8bit):
                 f"has the states {sorted(names)} of parameter {number}, not "
                 f"{sorted(self.states)}"
             )
-        state = {}
+        state: State = {}
         for name in self.states:
             value = found.get(name)
             if value is None:
@@ -180,10 +180,12 @@ class Checkpoints8bit(States8bit):
                 value = step_tensor(value, group, p)
             else:
                 value = laid_out_like(p, value.clone())
-                if self._in_8bit(group, p):
-                    scales = found.get(_scales(name))
-                    value = self._packed(name, value, scales)
             state[name] = value
+        if self._in_8bit(group, p):
+            self._make_finite(state)
+            for name in self.signed.keys() & state.keys():
+                scales = found.get(_scales(name))
+                state[name] = self._packed(name, state[name], scales)
         return state
 
     def _settings_from_bitsandbytes(self, group: Group) -> Group:

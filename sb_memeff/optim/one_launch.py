@@ -1,27 +1,28 @@
 """Parameters that a kernel updates in one launch, with a table that is built once.
 
 Between two steps the parameters, their states and the settings of a group are
-usually the same objects in the same memory. The table then stays in the GPU's
+usually the same objects in the same memory. The table then stays in the device's
 memory, and a step passes on only the addresses of the gradients.
 
 Authors
  * The sb_memeff authors 2026
 """
 
+import importlib
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import torch
 
 from sb_memeff.ops.blocks_8bit import Quantized8bit
-from sb_memeff.ops.dispatch import has_values, runs_fused
+from sb_memeff.ops.dispatch import has_values, package_of_kernels
 from sb_memeff.optim.layout import State
 
 # The states of each parameter.
 States = Mapping[torch.Tensor, State]
 
-__all__ = ["OneLaunch", "fits", "same_objects"]
+__all__ = ["OneLaunch", "contiguous_copy", "fits", "same_objects"]
 
 
 def fits(
@@ -47,15 +48,46 @@ def fits(
         the states.
     """
     grad = cast(torch.Tensor, p.grad)
+    package = package_of_kernels(p, grad)
     return (
-        runs_fused(p, grad)
-        and _layout(p) == (torch.float32, p.device, p.numel(), True)
+        # On a CPU torch's own function updates 32-bit states: it is as fast, and
+        # its square roots are not always the nearest numbers.
+        (package == "triton" or (package == "numba" and in_8bit))
+        and _layout(p) == (torch.float32, p.device, p.shape, True)
         and _layout(grad) == _layout(p)
         and all(
             name in state and _state_fits(p, state[name], in_8bit)
             for name in names
         )
     )
+
+
+def contiguous_copy(
+    p: torch.Tensor, state: State, names: list[str]
+) -> torch.Tensor | None:
+    """Returns a copy of a parameter on the CPU that a kernel can update.
+
+    Arguments
+    ---------
+    p : torch.Tensor
+        The parameter, with a gradient.
+    state : dict
+        Its states, in 8 bits.
+    names : list of str
+        Names of those that the kernel updates.
+
+    Returns
+    -------
+    torch.Tensor or None
+        With a gradient; the parameter's memory if it is contiguous. None if no
+        kernel can update the copy either.
+    """
+    grad = cast(torch.Tensor, p.grad)
+    if not state or package_of_kernels(p, grad) != "numba":
+        return None
+    copy = p.detach().contiguous()
+    copy.grad = grad.contiguous()
+    return copy if fits(copy, state, names, in_8bit=True) else None
 
 
 def _state_fits(p: torch.Tensor, value: Any, in_8bit: bool) -> bool:
@@ -67,8 +99,10 @@ def _state_fits(p: torch.Tensor, value: Any, in_8bit: bool) -> bool:
     return torch.is_tensor(value) and _layout(value) == _layout(p)
 
 
-def _layout(x: torch.Tensor) -> tuple[torch.dtype, torch.device, int, bool]:
-    return x.dtype, x.device, x.numel(), x.is_contiguous()
+def _layout(
+    x: torch.Tensor,
+) -> tuple[torch.dtype, torch.device, torch.Size, bool]:
+    return x.dtype, x.device, x.shape, x.is_contiguous()
 
 
 def same_objects(some: Iterable[Any], others: Iterable[Any]) -> bool:
@@ -129,9 +163,8 @@ class OneLaunch:
         states: States,
         names: list[str],
     ):
-        from sb_memeff.ops.triton.table import Table
-
         self.params = params
+        self._package = self._found_package()
         self.steps = _join_steps([states[p] for p in params])
         self._names = names if self.steps is None else [*names, "step"]
         self._values = self._found_values(states)
@@ -142,7 +175,7 @@ class OneLaunch:
             pairs = list(zip(values, packed))
             rows.append([x.codes if is_8bit else x for x, is_8bit in pairs])
             rows.append([x.scales if is_8bit else None for x, is_8bit in pairs])
-        self.table = Table(rows)
+        self.table = self._import("table", "Table")(rows)
         self._tensors = [x for row in rows for x in row if x is not None]
         if self.steps is not None:
             self._tensors += self._values[len(names) :: len(self._names)]
@@ -176,18 +209,41 @@ class OneLaunch:
         bool
             False if a tensor was replaced, moved or converted.
         """
-        first = self.params[0]
-        expected = type(first.grad), torch.float32, first.device, True
+        grads = self._grads()
         return (
             same_objects(self._found_values(states), self._values)
             and self._found_memory() == self._memory
-            and runs_fused(first, cast(torch.Tensor, first.grad))
-            and {
-                (type(x), x.dtype, x.device, x.is_contiguous())
-                for x in self._grads()
-            }
-            == {expected}
+            and self._found_package() == self._package
+            and {*map(type, grads)} == {type(grads[0])}
+            and all(
+                _layout(p) == _layout(grad)
+                for p, grad in zip(self.params, grads)
+            )
         )
+
+    def kernel(self, name: str) -> Callable[..., None]:
+        """Returns the function that launches an optimizer's kernel.
+
+        Arguments
+        ---------
+        name : str
+            Its name, and that of its file.
+
+        Returns
+        -------
+        callable
+            The function, for the device of the parameters.
+        """
+        return self._import(name, name)
+
+    def _import(self, file: str, name: str) -> Any:
+        # Neither Triton nor numba is imported before it is needed.
+        module = f"sb_memeff.ops.{self._package}.{file}"
+        return getattr(importlib.import_module(module), name)
+
+    def _found_package(self) -> str | None:
+        first = self.params[0]
+        return package_of_kernels(first, cast(torch.Tensor, first.grad))
 
     def _grads(self) -> list[torch.Tensor]:
         return cast("list[torch.Tensor]", [p.grad for p in self.params])

@@ -15,7 +15,12 @@ from sb_memeff.ops.blocks_8bit import Quantized8bit, dither_phase
 from sb_memeff.ops.dispatch import has_values
 from sb_memeff.optim.checkpoint import Checkpoints8bit
 from sb_memeff.optim.layout import Group, State, dense, laid_out_like
-from sb_memeff.optim.one_launch import OneLaunch, fits, same_objects
+from sb_memeff.optim.one_launch import (
+    OneLaunch,
+    contiguous_copy,
+    fits,
+    same_objects,
+)
 
 __all__ = ["Optimizer8bit"]
 
@@ -125,12 +130,14 @@ class Optimizer8bit(Checkpoints8bit):
             launches, others = self._planned(number, group, params)
             for one in launches:
                 self._update_fused(group, one)
-                # autograd does not see Triton's writes.
+                # autograd does not see the writes of kernels.
                 torch.autograd.graph.increment_version(one.params)
             direct, others = self._split(group, others)
             self._step_direct(group, direct)
-            for chunk in _chunks(self._parts(group, others)):
-                self._step_unpacked(group, chunk)
+            others = self._step_copies(group, others)
+            for some in self._rounds(group, others):
+                for chunk in _chunks(self._parts(group, some)):
+                    self._step_unpacked(group, chunk)
         return loss
 
     def _check_shapes(self, ready: list[list[torch.Tensor]]) -> None:
@@ -152,14 +159,12 @@ class Optimizer8bit(Checkpoints8bit):
     def _planned(
         self, number: int, group: Group, params: list[torch.Tensor]
     ) -> tuple[list[OneLaunch], list[torch.Tensor]]:
-        """Launches of kernels, and the parameters that need the plain form.
+        """Launches of kernels, and the other parameters.
 
         What was found in the last step is used again if it still holds.
         """
-        # The host would wait for settings that are tensors on the GPU.
-        settings = [v for name, v in group.items() if name != "params"]
-        names = [name for name in self._names(group) if name in self.signed]
-        if not names or any(map(torch.is_tensor, tree_leaves(settings))):
+        names = self._names_for_kernels(group)
+        if not names:
             return [], params
         # The sizes are compared with those of the last step where it matters.
         bits = [getattr(p, "optim_bits", None) for p in params]
@@ -195,6 +200,36 @@ class Optimizer8bit(Checkpoints8bit):
         others = [p for p in params if id(p) not in done]
         self._plans[number] = _Plan(params, key, launches, others)
         return launches, others
+
+    def _names_for_kernels(self, group: Group) -> list[str]:
+        """Names of the states that a kernel updates; none if it cannot."""
+        # The host would wait for settings that are tensors on the GPU.
+        settings = [v for name, v in group.items() if name != "params"]
+        if any(map(torch.is_tensor, tree_leaves(settings))):
+            return []
+        return [name for name in self._names(group) if name in self.signed]
+
+    def _step_copies(
+        self, group: Group, params: list[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """Updates contiguous copies of parameters on a CPU; returns the others.
+
+        So the layout of a parameter does not change its update by a bit.
+        """
+        names = self._names_for_kernels(group)
+        others = []
+        for p in params:
+            state = self.state.get(p, {})
+            copy = None
+            if names and self._in_8bit(group, p):
+                copy = contiguous_copy(p, state, names)
+            if copy is None:
+                others.append(p)
+            else:
+                one = OneLaunch([copy], {copy: state}, names)
+                self._update_fused(group, one)
+                p.copy_(copy)
+        return others
 
     def _split(
         self, group: Group, params: list[torch.Tensor]
@@ -234,6 +269,26 @@ class Optimizer8bit(Checkpoints8bit):
         for p, state in zip(params, states):
             if state:
                 self.state[p] = state
+
+    def _rounds(
+        self, group: Group, params: list[torch.Tensor]
+    ) -> list[list[torch.Tensor]]:
+        """Parameters of the first update, the second one, and so on.
+
+        There is more than one round if a group lists a parameter more than once.
+        torch then updates it as often. Its 8-bit states are unpacked for each
+        update; torch updates 32-bit states in place.
+        """
+        rounds: list[list[torch.Tensor]] = [[]]
+        updates: dict[torch.Tensor, int] = {}
+        for p in params:
+            number = updates.get(p, 0)
+            if self._in_8bit(group, p):
+                updates[p] = number + 1
+            if number == len(rounds):
+                rounds.append([])
+            rounds[number].append(p)
+        return rounds
 
     def _parts(
         self, group: Group, params: list[torch.Tensor]
@@ -295,6 +350,8 @@ class Optimizer8bit(Checkpoints8bit):
     def _pack(
         self, group: Group, part: _Part, weight: torch.Tensor, state: State
     ) -> None:
+        if part.new:
+            self._make_finite(state)
         for name, value in state.items():
             packed = part.of(part.new.get(name))
             if not isinstance(packed, Quantized8bit):

@@ -111,14 +111,10 @@ class SGD8bit(Optimizer8bit, torch.optim.SGD):
         weight.sub_(residual.mul_(_residual_rate(group)))
 
     def _update_fused(self, group: Group, one: OneLaunch) -> None:
-        from sb_memeff.ops.triton.sgd_8bit import sgd_8bit
-
-        codebook = self._codebook("momentum_buffer", one.table.device)
-        sgd_8bit(
+        one.kernel("sgd_8bit")(
             one.table,
             one.gradients(),
-            codebook.values,
-            codebook.middles,
+            self._codebook("momentum_buffer", one.table.device),
             lr=group["lr"],
             residual_rate=_residual_rate(group),
             momentum=group["momentum"],

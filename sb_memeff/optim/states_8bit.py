@@ -12,7 +12,7 @@ from torch.optim.optimizer import ParamsT
 from torch.utils._pytree import tree_leaves
 
 from sb_memeff.ops.blocks_8bit import Codebook, Quantized8bit
-from sb_memeff.optim.layout import Group
+from sb_memeff.optim.layout import Group, State
 
 __all__ = ["States8bit", "keep_32bit_states", "state_bytes"]
 
@@ -102,7 +102,8 @@ class States8bit(torch.optim.Optimizer):
     Raises
     ------
     ValueError
-        If capturable or differentiable is set.
+        If capturable or differentiable is set, or if min_8bit_size is not a
+        number of values.
     """
 
     # All states; the states that a checkpoint must have; and the states that can
@@ -125,6 +126,7 @@ class States8bit(torch.optim.Optimizer):
         min_8bit_size: int = 4096,
         **kwargs: Any,
     ):
+        _check_min_8bit_size(min_8bit_size)
         super().__init__(params, *args, **kwargs)
         for name in ("capturable", "differentiable"):
             if self.defaults.get(name):
@@ -157,8 +159,10 @@ class States8bit(torch.optim.Optimizer):
         TypeError
             If a parameter does not have a floating-point dtype.
         ValueError
-            If values of a parameter share memory, as in an expanded tensor.
+            If values of a parameter share memory, as in an expanded tensor, or
+            if min_8bit_size is not a number of values.
         """
+        _check_min_8bit_size(param_group.get("min_8bit_size", 0))
         super().add_param_group(param_group)
         for p in self.param_groups[-1]["params"]:
             error = None
@@ -195,6 +199,9 @@ class States8bit(torch.optim.Optimizer):
             self._codebooks[key] = Codebook(*key)
         return self._codebooks[key]
 
+    def _make_finite(self, state: State) -> None:
+        """Changes unpacked states, in place, whose blocks would lack a scale."""
+
     def _packed(
         self, name: str, value: torch.Tensor, scales: torch.Tensor | None = None
     ) -> Quantized8bit:
@@ -215,3 +222,11 @@ class States8bit(torch.optim.Optimizer):
             Number of bytes.
         """
         return state_bytes(self)
+
+
+def _check_min_8bit_size(size: Any) -> None:
+    if not isinstance(size, int) or isinstance(size, bool) or size < 0:
+        raise ValueError(
+            f"min_8bit_size must be a number of values, an integer of at least "
+            f"0, not {size!r}."
+        )

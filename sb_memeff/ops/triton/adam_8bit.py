@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sb_memeff.ops.blocks_8bit import dither_phase
+from sb_memeff.ops.blocks_8bit import Codebook, dither_phase
 from sb_memeff.ops.triton.blocks_8bit import load_state, store_state
 from sb_memeff.ops.triton.table import (
     Table,
@@ -148,6 +148,9 @@ def _adam(
     root_correction = tl.broadcast_to(root_correction, square.shape)
     root = tl.div_rn(tl.sqrt_rn(square), root_correction) + eps
     weight = tl.fma(tl.div_rn(mean, root), -step_size, weight)
+    if tl.load(mean_ptr + tensors) != 0:
+        # Its second moment restarts, see store_state.
+        mean = tl.where(root == float("inf"), 0.0, mean)
     # Last, as it needs registers.
     residual = store_state(
         mean,
@@ -172,8 +175,8 @@ def adam_8bit(
     table: Table,
     gradients: list[int],
     steps: torch.Tensor,
-    signed: tuple[torch.Tensor, torch.Tensor],
-    unsigned: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    signed: Codebook,
+    unsigned: Codebook,
     *,
     lr: float,
     residual_rate: float,
@@ -198,9 +201,8 @@ def adam_8bit(
     steps : torch.Tensor
         The number of each parameter's step, starting at 1, on the CPU or on
         the parameters' device. Neither makes the host wait.
-    signed, unsigned : tuple of torch.Tensor
-        Values and middles of an ``ops.blocks_8bit.Codebook``; and columns of the
-        second one.
+    signed, unsigned : Codebook
+        Those of first and of second moments.
     lr, betas, eps, weight_decay : float
         See torch.optim.Adam.
     residual_rate : float
@@ -230,8 +232,11 @@ def adam_8bit(
         _adam,
         addresses,
         corrections,
-        *signed,
-        *unsigned,
+        signed.values,
+        signed.middles,
+        unsigned.values,
+        unsigned.middles,
+        unsigned.columns,
         1.0 - beta1,
         float(beta2),
         1.0 - beta2,

@@ -66,6 +66,9 @@ def store_state(
     address = tl.load(states_ptr)
     scales_address = tl.load(states_ptr + tensors)
     if scales_address != 0:
+        if not SIGNED:
+            # An infinite second moment restarts, or it would stop its block.
+            x = tl.where(x == float("inf"), 0.0, x)
         code, scale = _store_quantized(
             x,
             pointer_of(address, tl.uint8, ALIGNED),

@@ -6,10 +6,10 @@ Authors
  * The sb_memeff authors 2026
 """
 
-import torch
 import triton
 import triton.language as tl
 
+from sb_memeff.ops.blocks_8bit import Codebook
 from sb_memeff.ops.triton.blocks_8bit import load_state, store_state
 from sb_memeff.ops.triton.table import (
     Table,
@@ -90,8 +90,7 @@ def _sgd(
 def sgd_8bit(
     table: Table,
     gradients: list[int],
-    values: torch.Tensor,
-    middles: torch.Tensor,
+    codebook: Codebook,
     *,
     lr: float,
     residual_rate: float,
@@ -111,8 +110,8 @@ def sgd_8bit(
         float32 and contiguous.
     gradients : list of int
         Addresses of the gradients, which are like the parameters.
-    values, middles : torch.Tensor
-        Those of a signed ``ops.blocks_8bit.Codebook``.
+    codebook : Codebook
+        Signed.
     lr, momentum, dampening, weight_decay : float
         See torch.optim.SGD.
     residual_rate : float
@@ -125,8 +124,8 @@ def sgd_8bit(
     table.launch(
         _sgd,
         addresses,
-        values,
-        middles,
+        codebook.values,
+        codebook.middles,
         float(lr),
         float(residual_rate),
         float(momentum),

@@ -4,11 +4,14 @@ Authors
  * The sb_memeff authors 2026
 """
 
+from unittest import mock
+
 import torch
 from torch import nn
 
 from sb_memeff.ops.blocks_8bit import BLOCK, VALUES, Codebook, Quantized8bit
 from sb_memeff.ops.triton import blocks_8bit
+from sb_memeff.optim import one_launch
 from sb_memeff.optim.one_launch import OneLaunch
 from tests.unittests.ops.kernel import DEVICE, Kernel, fp32
 from tests.unittests.optim.optimizers import (
@@ -129,7 +132,11 @@ def step_of(kind):
     def fused(*inputs, **settings):
         optimizer, params = _resumed(kind, settings, *inputs)
         names = _moments(optimizer)
-        one = OneLaunch(params, optimizer.state, names)
+        # On a CPU too.
+        with mock.patch.object(
+            one_launch, "package_of_kernels", return_value="triton"
+        ):
+            one = OneLaunch(params, optimizer.state, names)
         optimizer._update_fused(optimizer.param_groups[0], one)
         states = [optimizer.state[p][n] for n in names for p in params]
         return [*(p.detach() for p in params), *_rounded(states)]

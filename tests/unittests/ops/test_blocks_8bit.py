@@ -202,6 +202,22 @@ def test_requantize_recovers_the_codes(signed):
         assert torch.equal(again.scales, packed.scales)
 
 
+@pytest.mark.parametrize("signed", [True, False])
+def test_requantize_recovers_the_codes_of_zeros(signed):
+    codebook = Codebook(signed, CPU)
+    x = sample(signed, 2 * BLOCK + 3)
+    x[BLOCK : 2 * BLOCK] = 0
+    x[-3:] = 0
+    packed = codebook.quantize(x)
+    again = codebook.requantize(codebook.dequantize(packed), packed.scales)
+    assert torch.equal(again.codes, packed.codes)
+    # The 0 of other blocks, which bitsandbytes has, stays 0.
+    packed.codes[5] = codebook.values.tolist().index(0)
+    values = codebook.dequantize(packed)
+    again = codebook.requantize(values, packed.scales)
+    assert torch.equal(codebook.dequantize(again), values)
+
+
 def test_requantize_recovers_scales_that_are_magnitudes():
     """As earlier versions and bitsandbytes save them."""
     codebook = Codebook(True, CPU)

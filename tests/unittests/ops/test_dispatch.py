@@ -1,10 +1,15 @@
 """Which form of an operation runs."""
 
+import sys
+
+import numba
 import pytest
 import torch
 
+from sb_memeff.memory.fake import fake_tensors
 from sb_memeff.nnet.transducer_loss import transducer_loss
 from sb_memeff.ops import dispatch
+from sb_memeff.optim import SGD8bit
 
 
 class OnCuda(torch.Tensor):
@@ -64,8 +69,6 @@ def test_without_triton(monkeypatch, caplog):
 
 
 def test_fake_tensors_run_plain_torch():
-    from sb_memeff.memory.fake import fake_tensors
-
     with fake_tensors():
         assert not dispatch.runs_fused(torch.zeros(3))
 
@@ -77,9 +80,62 @@ def test_subclasses_run_plain_torch(monkeypatch):
     assert x.is_cuda and not dispatch.runs_fused(x)
 
 
-def test_values_that_are_there():
-    from sb_memeff.memory.fake import fake_tensors
+def test_the_package_of_kernels(monkeypatch):
+    monkeypatch.delenv(dispatch.SWITCH, raising=False)
+    x = torch.zeros(3)
+    assert dispatch.package_of_kernels(x, torch.nn.Parameter(x)) == "numba"
+    for other in (x.double(), x.half(), x.to("meta"), x.as_subclass(OnCuda)):
+        assert dispatch.package_of_kernels(x, other) is None
+    with fake_tensors():
+        assert dispatch.package_of_kernels(torch.zeros(3)) is None
+    x = on_cuda(x, monkeypatch)
+    assert dispatch.package_of_kernels(x, x) == "triton"
 
+
+def no_switch(monkeypatch, folder):
+    monkeypatch.setenv(dispatch.SWITCH, "0")
+
+
+def no_numba(monkeypatch, folder):
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)
+
+
+def broken_numba(monkeypatch, folder):
+    (folder / "numba.py").write_text("raise AttributeError('row_stack')")
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, "numba", raising=False)
+
+
+def no_compiler(monkeypatch, folder):
+    monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (no_switch, "SB_MEMEFF_KERNELS=0"),
+        (no_numba, "numba is not installed"),
+        (broken_numba, "numba cannot be imported: row_stack"),
+        (no_compiler, "NUMBA_DISABLE_JIT"),
+    ],
+)
+def test_optimizers_without_numba(
+    monkeypatch, caplog, tmp_path, change, reason
+):
+    """The plain form runs, and the reason is logged once."""
+    monkeypatch.delenv(dispatch.SWITCH, raising=False)
+    change(monkeypatch, tmp_path)
+    weight = torch.nn.Parameter(torch.zeros(80, 80))
+    weight.grad = torch.ones(80, 80)
+    optimizer = SGD8bit([weight], lr=1.0, momentum=0.5)
+    with caplog.at_level("INFO"):
+        for _ in range(3):
+            optimizer.step()
+    assert caplog.text.count(reason) == 1
+    assert (weight == -(1 + 1.5 + 1.75)).all()
+
+
+def test_values_that_are_there():
     assert dispatch.has_values(torch.zeros(3))
     assert not dispatch.has_values(torch.zeros(3, device="meta"))
     with fake_tensors():

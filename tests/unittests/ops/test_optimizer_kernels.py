@@ -1,4 +1,7 @@
-"""Steps of 8-bit optimizers in one launch against their plain form."""
+"""Steps of 8-bit optimizers in one launch against their plain form.
+
+Those that numba compiles are also compared bit by bit, in test_numba_steps.py.
+"""
 
 import copy
 
@@ -26,7 +29,10 @@ def switch(monkeypatch):
     """A function that chooses the form of the steps that follow."""
 
     def choose(fused):
-        monkeypatch.setattr(one_launch, "runs_fused", lambda *tensors: fused)
+        package = "triton" if fused else None
+        monkeypatch.setattr(
+            one_launch, "package_of_kernels", lambda *tensors: package
+        )
 
     return choose
 
@@ -183,6 +189,30 @@ def test_what_is_not_finite_stays_in_its_block(switch, kind, bad):
         assert found[-1][0].sum() == 601 - 256
     for ours, theirs in zip(*found, strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [OPTIMIZERS["Adam-amsgrad"], OPTIMIZERS["AdamW-eps"]],
+    ids=["amsgrad", "AdamW"],
+)
+def test_an_infinite_second_moment_restarts(switch, kind):
+    """In 8 bits. In 32 bits it is torch's."""
+    found = []
+    for fused in (True, False):
+        switch(fused)
+        params = parameters([(601,), (100,)])
+        optimizer = made(kind, params)
+        for number in range(5):
+            for p in params:
+                p.grad = torch.full_like(p, 0.1 * number + 0.1)
+                if number == 2:
+                    p.grad[5] = 1e30
+            optimizer.step()
+        assert all(state.scales.isfinite().all() for state in states(optimizer))
+        found.append([*params, optimizer.state[params[1]]["exp_avg_sq"]])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
 @each_class

@@ -51,6 +51,36 @@ def test_large_steps_do_not_follow_small_gradients():
     assert (weight - before).abs().max() < 2e-3
 
 
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_an_infinite_second_moment_restarts(amsgrad):
+    """The gradient does not move it, as in torch. Others of its block go on."""
+    weight, other = (nn.Parameter(torch.zeros(4096)) for _ in range(2))
+    optimizer = Adam8bit([weight], lr=1e-3, amsgrad=amsgrad)
+    theirs = torch.optim.Adam([other], lr=1e-3, amsgrad=amsgrad)
+    torch.manual_seed(0)
+    for step in range(30):
+        weight.grad = torch.randn(4096)
+        if step == 10:
+            weight.grad[5] = 1e30
+        other.grad = weight.grad.clone()
+        before = weight.detach().clone()
+        optimizer.step()
+        theirs.step()
+        moved = (weight - before).abs()
+        assert moved.isfinite().all() and moved.max() < 0.01
+        assert (moved[5] == 0) == (step == 10)
+    is_other = torch.arange(4096) != 5
+    error = (weight - other)[is_other].norm() / other[is_other].norm()
+    assert error < 0.02
+    # torch's value stopped; it goes on here.
+    loaded = Adam8bit([other], lr=1e-3)
+    loaded.load_state_dict(theirs.state_dict())
+    before = other.detach().clone()
+    loaded.step()
+    moved = (other - before).abs()
+    assert moved.min() > 0 and moved.max() < 0.01
+
+
 @pytest.mark.parametrize("factor", [0.2, 5.0])
 def test_a_second_moment_follows_its_gradient(factor):
     """It changes by 0.1 % at a step. The gaps between codes are wider."""

@@ -1,6 +1,6 @@
 """One launch for all parameters of a group: never with a table that is stale.
 
-Without a GPU the kernels run in Triton's interpreter.
+Without a GPU Triton's kernels run in its interpreter, and numba's are tested too.
 
 Authors
  * The sb_memeff authors 2026
@@ -16,8 +16,8 @@ from torch import nn
 from triton.runtime import interpreter
 
 from sb_memeff.ops.blocks_8bit import Quantized8bit
-from sb_memeff.ops.triton.launch import watch_launches
-from sb_memeff.ops.triton.table import Table
+from sb_memeff.ops.numba import table as numba_table
+from sb_memeff.ops.triton import table as triton_table
 from sb_memeff.optim import Adam8bit, SGD8bit, one_launch
 from tests.unittests.ops.kernel import DEVICE
 from tests.unittests.optim.optimizers import CLASSES, OPTIMIZERS
@@ -25,18 +25,33 @@ from tests.unittests.optim.optimizers import CLASSES, OPTIMIZERS
 # Some have states in 8 bits, some in 32.
 SHAPES = [(16, 20), (7,), (300,)]
 SMALLEST = 200
+TABLES = {"triton": triton_table, "numba": numba_table}
+# On a CPU torch's own function updates parameters with states in 32 bits.
+TENSORS = {"triton": 3, "numba": 2}
 # AdamW8bit's code is Adam8bit's.
 each_kind = pytest.mark.parametrize(
     "kind", [CLASSES[SGD8bit], CLASSES[Adam8bit]], ids=["SGD8bit", "Adam8bit"]
 )
 
 
+@pytest.fixture(
+    autouse=True, params=["triton"] if DEVICE == "cuda" else ["triton", "numba"]
+)
+def package(request):
+    """Who compiles the kernels."""
+    return request.param
+
+
 @pytest.fixture(autouse=True)
-def fused(monkeypatch):
+def fused(monkeypatch, package):
     """All steps run as kernels; returns a function that changes it."""
 
     def choose(value):
-        monkeypatch.setattr(one_launch, "runs_fused", lambda *tensors: value)
+        monkeypatch.setattr(
+            one_launch,
+            "package_of_kernels",
+            lambda *tensors: package if value else None,
+        )
 
     choose(True)
     return choose
@@ -94,23 +109,39 @@ def assert_same(optimizer, other):
 
 
 @pytest.fixture
-def tables(monkeypatch):
+def tables(monkeypatch, package):
     """The number of tensors in each table that was built."""
     built = []
-    init = Table.__init__
+    cls = TABLES[package].Table
+    init = cls.__init__
 
     def counted(self, rows):
         built.append(len(rows[0]))
         init(self, rows)
 
-    monkeypatch.setattr(Table, "__init__", counted)
+    monkeypatch.setattr(cls, "__init__", counted)
     return built
 
 
+@pytest.fixture
+def launches(monkeypatch, package):
+    """The number of tensors of each launch."""
+    found = []
+    cls = TABLES[package].Table
+    launch = cls.launch
+
+    def counted(self, *args, **kwargs):
+        found.append(self.tensors)
+        launch(self, *args, **kwargs)
+
+    monkeypatch.setattr(cls, "launch", counted)
+    return found
+
+
 @each_kind
-def test_the_table_is_built_once(tables, kind):
+def test_the_table_is_built_once(tables, package, kind):
     optimizer, params = build(kind)
-    count = [len(SHAPES)]
+    count = [TENSORS[package]]
     # Those of Codebook.quantize, of one tensor each, need a GPU.
     assert tables == count
     for number in range(3, 6):
@@ -313,20 +344,17 @@ def test_gradients_in_the_same_and_in_other_memory(kind):
 
 
 @each_kind
-def test_two_groups_have_a_launch_each(tables, kind):
+def test_two_groups_have_a_launch_each(tables, launches, package, kind):
     optimizer, params = build(kind, groups=2)
     fresh, _ = build(kind, groups=2)
     for some in (optimizer, fresh):
         some.param_groups[1].update(lr=0.2, weight_decay=0.3)
-    found = []
     for number in range(3, 5):
-        with watch_launches(
-            lambda name, arguments: found.append(arguments["tensors"])
-        ):
-            step(optimizer, number)
+        launches.clear()
+        step(optimizer, number)
+        assert launches == [TENSORS[package]] * 2
         fresh._plans.clear()
         step(fresh, number)
-    assert found == [len(SHAPES)] * 4
     # Those of two groups; and of two groups in each step.
     assert len(tables) == 2 + 2 * 3
     assert_same(optimizer, fresh)
@@ -337,6 +365,21 @@ def test_two_groups_have_a_launch_each(tables, kind):
     for some in (optimizer, fresh):
         step(some, 6)
     assert_same(optimizer, fresh)
+
+
+@each_kind
+def test_gradients_of_another_shape_are_not_read(kind):
+    """As many values as the parameter's, or fewer: a kernel would not notice."""
+    for shape in ((20, 16), (4, 20)):
+        optimizer, params = build(kind)
+        before = params[0].detach().clone()
+
+        def change(params, shape=shape):
+            params[0].grad.data = torch.ones(shape, device=DEVICE)
+
+        with pytest.raises(RuntimeError):
+            step(optimizer, 3, change)
+        assert torch.equal(params[0], before)
 
 
 @each_kind

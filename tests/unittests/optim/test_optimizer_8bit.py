@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from sb_memeff.memory.tracker import StorageTracker
+from sb_memeff.ops.dispatch import SWITCH
 from sb_memeff.optim import optimizer_8bit
 from tests.unittests.optim.optimizers import each_class
 
@@ -16,6 +17,7 @@ from tests.unittests.optim.optimizers import each_class
 @each_class
 def test_a_step_holds_few_unpacked_states_at_a_time(kind, monkeypatch):
     """Of a chunk's values; not those of all."""
+    monkeypatch.setenv(SWITCH, "0")
     peaks = []
     weights = [nn.Parameter(torch.randn(64, 1024)) for _ in range(8)]
     for values in (1 << 16, 1 << 30):

@@ -18,6 +18,7 @@ from speechbrain.utils.optimizers import rm_vector_weight_decay
 from torch import nn
 
 from sb_memeff.ops.blocks_8bit import BLOCK, VALUES, Quantized8bit
+from sb_memeff.ops.dispatch import SWITCH
 from sb_memeff.optim import keep_32bit_states, state_bytes
 from tests.unittests.optim.optimizers import (
     assert_same_weights,
@@ -486,6 +487,50 @@ def test_settings_that_are_refused(kind):
     # The settings that bitsandbytes' classes take and drop.
     with pytest.raises(TypeError, match="percentile_clipping"):
         kind.make([weight], percentile_clipping=5)
+
+
+@pytest.mark.parametrize("size", [4096.0, "4096", -1, True, None])
+@each_class
+def test_sizes_that_are_refused(kind, size):
+    """Of all groups and of one."""
+    weight, other = (nn.Parameter(torch.zeros(2, 2)) for _ in range(2))
+    optimizer = kind.make([weight])
+    group = {"params": [other], "min_8bit_size": size}
+    for make in (
+        lambda: kind.make([weight], min_8bit_size=size),
+        lambda: kind.make([group]),
+        lambda: optimizer.add_param_group(group),
+    ):
+        with pytest.raises(ValueError, match=f"min_8bit_size.*{size!r}"):
+            make()
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group")
+@pytest.mark.parametrize("size", [10, 1 << 30], ids=["8bit", "32bit"])
+@pytest.mark.parametrize("kernels", ["0", "1"])
+@each_class
+def test_a_parameter_that_is_listed_twice_is_updated_twice(
+    monkeypatch, kind, kernels, size
+):
+    monkeypatch.setenv(SWITCH, kernels)
+    weight = nn.Parameter(torch.zeros(3, 100))
+    optimizer = kind.make([weight, weight], min_8bit_size=size)
+    # Moments are equal, so that rounding takes nothing from them.
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    other = copy.deepcopy(weight)
+    theirs = kind.make_torchs([other, other])
+    theirs.load_state_dict(optimizer.state_dict())
+    other.grad = weight.grad
+    for _ in range(3):
+        optimizer.step()
+        theirs.step()
+    torch.testing.assert_close(weight, other, rtol=1e-5, atol=1e-6)
+    (state,) = optimizer.state_dict()["state"].values()
+    for name in optimizer._names(optimizer.param_groups[0]):
+        expected = theirs.state[other][name]
+        torch.testing.assert_close(state[name], expected, rtol=1e-5, atol=0)
 
 
 @each_class

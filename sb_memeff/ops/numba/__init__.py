@@ -1,0 +1,1 @@
+"""Functions that numba compiles for CPUs; ``sb_memeff.ops.dispatch`` picks them."""
