@@ -39,6 +39,7 @@ def multiply_add(typing_context, a, b, c):
     x = types.float32
 
     def generate(context, builder, signature, arguments):
+        """Calls LLVM's operation."""
         number = ir.FloatType()
         function = builder.module.declare_intrinsic(
             "llvm.fmuladd", [number], ir.FunctionType(number, 3 * [number])
@@ -53,6 +54,7 @@ def as_float(typing_context, bits):
     """The float32 of these 32 bits."""
 
     def generate(context, builder, signature, arguments):
+        """Reads the bits as a float."""
         return builder.bitcast(arguments[0], ir.FloatType())
 
     return types.float32(types.int32), generate
@@ -61,6 +63,7 @@ def as_float(typing_context, bits):
 @intrinsic
 def _pointer(typing_context, address):
     def generate(context, builder, signature, arguments):
+        """Converts the address to a pointer."""
         pointer = context.get_value_type(types.voidptr)
         return builder.inttoptr(arguments[0], pointer)
 
