@@ -55,12 +55,8 @@ SOUNDS = 25
 RESNETS = ["resnet", "revnet", "dfresnet", "dfrevnet"]
 NETWORKS = [*RESNETS, "ecapa", "revecapa"]
 NETWORK = ["--base_channels=2", "--lin_neurons=16", "--n_mels=24"]
-FAST = [
-    *NETWORK,
-    "--num_workers=0",
-    "--sentence_len=0.5",
-    f"--device={DEVICE}",
-]
+RUN = [*NETWORK, "--num_workers=0", f"--device={DEVICE}"]
+FAST = [*RUN, "--sentence_len=0.5"]
 
 
 def voice(rng, pitch, formants, seconds):
@@ -203,14 +199,17 @@ def test_trained_verification_with_score_norm(place, runs):
         place,
         "speaker_verification_cosine.py",
         "verification_revnet.yaml",
-        *FAST,
+        *RUN,
         "--data_folder=data/tiny_voxceleb",
         f"--pretrain_path={trained / 'save'}",
         f"--output_folder={folder}",
         "--score_norm=s-norm",
         "--n_train_snts=30",
-        "--cohort_size=20",
+        "--cohort_size=4",
+        "--calibration_trials=100",
+        f"--det_curve={folder / 'det.png'}",
     )
+    assert (folder / "det.png").is_file()
     results = json.loads((folder / "results.json").read_text())
     checkpoint = Path(results["model"]).parent
     rates = [
@@ -219,6 +218,7 @@ def test_trained_verification_with_score_norm(place, runs):
     ]
     chosen = yaml.safe_load((checkpoint / "CKPT.yaml").read_text())
     assert chosen["ErrorRate"] == min(rates)
+    assert list(results["stages"]) == ["cosine", "s-norm", "qmf"]
     plain = runs["verification_revnet.yaml"][1] / "scores.txt"
     assert plain.read_text() != (folder / "scores.txt").read_text()
 
@@ -465,6 +465,17 @@ def test_a_run_without_a_list_of_trials(place):
             FileNotFoundError,
             "no /no/enrol.csv: with skip_prep",
         ),
+        (
+            {"score_norm": "s-norm"},
+            FileNotFoundError,
+            "no /no/train.csv: .* set train_data to the train.csv in the save",
+        ),
+        (
+            {"calibration_trials": 9},
+            ValueError,
+            "calibration_trials=9 .* set score_norm to s-norm",
+        ),
+        ({"det_curve": "det.txt"}, ValueError, "det_curve must end in .png"),
     ],
 )
 def test_verification_errors(place, change, error, sentence):
@@ -475,6 +486,9 @@ def test_verification_errors(place, change, error, sentence):
         "save_folder": "unused",
         "skip_prep": False,
         "score_norm": None,
+        "train_data": "/no/train.csv",
+        "calibration_trials": 0,
+        "det_curve": None,
         "pretrain_path": None,
     }
     verification.check_params(params)
