@@ -31,7 +31,7 @@ from voxceleb_prepare import (
 )
 
 from sb_memeff.dataio.preparation import open_atomic
-from sb_memeff.utils.atomic_checkpoints import best_checkpoint
+from sb_memeff.utils.atomic_checkpoints import trained_weights
 from sb_memeff.verification.calibration import (
     Calibration,
     calibration_trials,
@@ -62,7 +62,8 @@ def find_weights(pretrain_path):
     ---------
     pretrain_path : str or None
         Folder with embedding_model.ckpt, or the ``save`` folder of a
-        training, whose checkpoint with the lowest ErrorRate is used.
+        training. Without a mean of checkpoints there, the checkpoint with the
+        lowest ErrorRate is used.
 
     Returns
     -------
@@ -76,17 +77,14 @@ def find_weights(pretrain_path):
     """
     if pretrain_path is None:
         return None
-    path = Path(pretrain_path) / "embedding_model.ckpt"
-    if path.is_file():
-        return path
-    checkpoint = best_checkpoint(pretrain_path)
-    if checkpoint is None:
+    folder = trained_weights(pretrain_path)
+    if folder is None:
         raise FileNotFoundError(
             f"There is neither an embedding_model.ckpt nor a checkpoint of a "
             f"finished epoch in {pretrain_path}: set pretrain_path to the save "
             f"folder of a training, or to null for an untrained network."
         )
-    return checkpoint.path / "embedding_model.ckpt"
+    return folder / "embedding_model.ckpt"
 
 
 def load_weights(model, path):

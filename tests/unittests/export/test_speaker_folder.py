@@ -88,8 +88,9 @@ def offline(monkeypatch):
 
 def test_same_scores_as_the_recipe(run, wavs, tmp_path, offline):
     target = tmp_path / "model"
-    checkpoint = export_speaker_model(run, target)
-    assert checkpoint.meta["ErrorRate"] == 0.2
+    exported = export_speaker_model(run, target)
+    best = best_checkpoint(run / "save")
+    assert exported == best.path and best.meta["ErrorRate"] == 0.2
     assert {path.name for path in target.iterdir()} == {
         "hyperparams.yaml",
         "embedding_model.ckpt",
