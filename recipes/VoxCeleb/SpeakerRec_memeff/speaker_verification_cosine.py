@@ -11,6 +11,7 @@ Authors
  * The sb_memeff authors 2026
 """
 
+import csv
 import json
 import sys
 from pathlib import Path
@@ -339,18 +340,31 @@ def training_utterances(params, tested):
             f"set train_data to the train.csv in the save folder of the "
             f"training, or score_norm to null."
         )
+    # Of a million utterances and their segments, a dict for each row would take
+    # gigabytes.
     whole = {}
-    rows = load_data_csv(path, {"data_root": params["data_folder"]})
-    for row in rows.values():
-        if row["spk_id"] not in tested:
-            stop = round(row["duration"] * params["sample_rate"])
-            whole[row["wav"]] = {**row, "start": "0", "stop": str(stop)}
-    utterances = list(whole.values())
+    with open(path, newline="", encoding="utf-8") as f:
+        for row in csv.DictReader(f, skipinitialspace=True):
+            if row["spk_id"] not in tested:
+                speaker = sys.intern(row["spk_id"])
+                whole[row["wav"]] = float(row["duration"]), speaker
+    files = list(whole)
     order = torch.randperm(
-        len(utterances),
-        generator=torch.Generator().manual_seed(params["seed"]),
+        len(files), generator=torch.Generator().manual_seed(params["seed"])
     )
-    chosen = [utterances[n] for n in order[: params["n_train_snts"]]]
+    chosen = []
+    for number in order[: params["n_train_snts"]].tolist():
+        duration, speaker = whole[files[number]]
+        wav = files[number].replace("$data_root", str(params["data_folder"]))
+        chosen.append(
+            {
+                "wav": wav,
+                "start": "0",
+                "stop": str(round(duration * params["sample_rate"])),
+                "duration": duration,
+                "spk_id": speaker,
+            }
+        )
     speakers = {row["spk_id"] for row in chosen}
     size = params["cohort_size"]
     # Of one score there is no deviation, and in calibration a speaker is not
