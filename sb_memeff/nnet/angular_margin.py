@@ -32,8 +32,8 @@ class InterTopKMargin(AdditiveAngularMargin):
     k_top : int
         Number of wrong speakers to penalise.
     k_top_margin : float
-        Angle by which they come nearer; in proportion smaller while the margin
-        is smaller.
+        Angle by which they come nearer at the largest margin. It shrinks in
+        proportion to the margin.
 
     Example
     -------

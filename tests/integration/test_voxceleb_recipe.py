@@ -132,6 +132,15 @@ def test_every_key_is_used():
     )
 
 
+@pytest.mark.parametrize("script", [training, verification])
+def test_the_scripts_list_their_keys(script):
+    """All that they index with, so that a missing one has a sentence."""
+    text = Path(script.__file__).read_text()
+    used = set(re.findall(r'\bh?params\["(\w+)"\]', text))
+    used |= set(re.findall(r"\.hparams\.(\w+)", text))
+    assert used <= set(script.KEYS)
+
+
 ON_SAMPLES = ["train_revnet.yaml", "verification_revnet.yaml"]
 
 

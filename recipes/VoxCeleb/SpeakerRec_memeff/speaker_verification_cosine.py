@@ -24,6 +24,7 @@ from speechbrain.dataio.dataio import load_data_csv
 from speechbrain.utils.logger import get_logger
 from tqdm import tqdm
 from voxceleb_prepare import (
+    check_keys,
     check_prepared,
     fetch_list,
     prepare_voxceleb,
@@ -52,6 +53,14 @@ from sb_memeff.verification.scoring import (
 
 logger = get_logger(__name__)
 
+# Keys that the script uses.
+KEYS = """
+    batch_size calibration_trials cohort_size compute_features data_folder
+    det_curve embedding_model embeddings_folder enrol_data mean_var_norm
+    n_train_snts num_workers output_folder pretrain_path sample_rate
+    save_folder score_norm seed skip_prep test_data train_data
+    verification_file
+""".split()
 # From waveform to embedding.
 MODULES = ("compute_features", "mean_var_norm", "embedding_model")
 
@@ -549,6 +558,7 @@ def main(arguments):
     params_file, run_opts, overrides = sb.parse_arguments(arguments)
     with open(params_file, encoding="utf-8") as f:
         params = load_hyperpyyaml(f, overrides)
+    check_keys(params, KEYS, params_file)
     trials, weights, training = check_params(params)
     prepare_data(params)
     sb.core.create_experiment_directory(

@@ -29,6 +29,7 @@ from speechbrain.utils.checkpoints import average_checkpoints
 from speechbrain.utils.distributed import if_main_process, run_on_main
 from speechbrain.utils.logger import get_logger
 from voxceleb_prepare import (
+    check_keys,
     check_prepared,
     fetch_list,
     prepare_noise,
@@ -59,6 +60,18 @@ LARGE_MARGIN = {
     "decay_factor": 0.33,
     "avg_checkpoints": 1,
 }
+# Keys that the script uses.
+KEYS = """
+    NOISE_DATASET_URL RIR_DATASET_URL amp_th angular_margin augment_prob
+    avg_checkpoints batch_size checkpointer compute_cost data_folder
+    data_folder_noise data_folder_rir dataloader_options epoch_counter
+    error_stats initial_margin k_top large_margin lr_annealing margin
+    margin_epochs margin_schedule modules noise_annotation number_of_epochs
+    opt_class out_n_neurons output_folder random_chunk rir_annotation
+    sample_rate save_folder seed sentence_len skip_prep speeds split_ratio
+    sub_centers train_annotation train_logger valid_annotation
+    verification_file warmup_epochs wav_augment
+""".split()
 # What a training leaves for verification and for the large-margin stage.
 TRAINED = ("embedding_model", "classifier")
 
@@ -596,6 +609,7 @@ def main(arguments):
     sb.utils.distributed.ddp_init_group(run_opts)
     with open(hparams_file, encoding="utf-8") as f:
         hparams = load_hyperpyyaml(f, overrides)
+        check_keys(hparams, KEYS, hparams_file)
         if hparams["large_margin"] is not None:
             overrides = with_large_margin(overrides, hparams["large_margin"])
             f.seek(0)

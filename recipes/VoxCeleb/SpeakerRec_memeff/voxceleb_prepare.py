@@ -192,6 +192,31 @@ def wav_folders(data_folder):
     return folders
 
 
+def check_keys(hparams, keys, path):
+    """Checks that a yaml file has the keys that a script uses.
+
+    Arguments
+    ---------
+    hparams : dict
+        The loaded yaml file.
+    keys : list of str
+        The keys.
+    path : str
+        The yaml file.
+
+    Raises
+    ------
+    ValueError
+        If keys are missing.
+    """
+    missing = [key for key in keys if key not in hparams]
+    if missing:
+        raise ValueError(
+            f"{path} lacks {', '.join(missing)}: copy them from the yaml files "
+            f"in the recipe's folder hparams."
+        )
+
+
 def check_prepared(hparams, keys):
     """Checks that the csv files exist, which skip_prep does not write.
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 from voxceleb_prepare import (
+    check_keys,
     divide,
     prepare_noise,
     prepare_voxceleb,
@@ -294,3 +295,9 @@ def test_musan_and_rirs_noises_as_they_unpack(tmp_path):
         path = tmp_path / "save" / f"{key}.csv"
         prepare_noise(rirs, path, key)
         assert [r["ID"] for r in rows(path)] == [name]
+
+
+def test_a_yaml_file_without_a_key():
+    check_keys({"lr": 1, "speeds": [100]}, ["lr", "speeds"], "my.yaml")
+    with pytest.raises(ValueError, match="my.yaml lacks speeds, k_top: copy"):
+        check_keys({"lr": 1}, ["lr", "speeds", "k_top"], "my.yaml")
