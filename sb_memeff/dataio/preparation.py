@@ -13,7 +13,17 @@ from typing import Any, TextIO
 
 import soundfile
 
-__all__ = ["Prepared", "open_atomic", "read_header", "write_csv"]
+__all__ = [
+    "DamagedFile",
+    "Prepared",
+    "open_atomic",
+    "read_header",
+    "write_csv",
+]
+
+
+class DamagedFile(ValueError):
+    """An audio file that cannot be read."""
 
 
 class open_atomic:
@@ -46,6 +56,8 @@ class open_atomic:
         self.file.close()
         if kind is None:
             os.replace(self.partial, self.path)
+        else:
+            self.partial.unlink()
 
 
 def write_csv(
@@ -153,13 +165,15 @@ def read_header(path: str | Path, sample_rate: int) -> int:
 
     Raises
     ------
+    DamagedFile
+        If the file cannot be read.
     ValueError
-        If the file cannot be read or has another rate.
+        If it has another rate.
     """
     try:
         info = soundfile.info(str(path))
     except soundfile.LibsndfileError as error:
-        raise ValueError(
+        raise DamagedFile(
             f"{path} is not a readable audio file ({error}): remove or repair it."
         ) from error
     if info.samplerate != sample_rate:

@@ -13,10 +13,9 @@ import ruamel.yaml
 import ruamel.yaml.comments
 import torch
 from hyperpyyaml import load_hyperpyyaml
-from speechbrain.utils.checkpoints import Checkpoint
 
 from sb_memeff.export.standalone import export_onnx
-from sb_memeff.utils.atomic_checkpoints import best_checkpoint
+from sb_memeff.utils.atomic_checkpoints import trained_weights
 
 __all__ = ["export_speaker_model", "export_speaker_onnx"]
 
@@ -53,7 +52,7 @@ pretrainer: !new:speechbrain.utils.parameter_transfer.Pretrainer
 
 def export_speaker_model(
     output_folder: str | Path, destination: str | Path
-) -> Checkpoint:
+) -> Path:
     """Makes a folder for SpeakerRecognition and EncoderClassifier.
 
     Arguments
@@ -65,8 +64,9 @@ def export_speaker_model(
 
     Returns
     -------
-    Checkpoint
-        The checkpoint that was exported.
+    Path
+        The folder whose weights were exported: ``save`` with the mean of
+        checkpoints, or else the checkpoint with the lowest ErrorRate.
 
     Raises
     ------
@@ -85,16 +85,16 @@ def export_speaker_model(
     output_folder, destination = Path(output_folder), Path(destination)
     save_folder = output_folder / "save"
     hyperparams = output_folder / "hyperparams.yaml"
-    checkpoint = best_checkpoint(save_folder)
+    weights = trained_weights(save_folder)
     sources = {
         "hyperparams.yaml": hyperparams,
         "label_encoder.ckpt": save_folder / "label_encoder.txt",
     }
-    if checkpoint is not None:
+    if weights is not None:
         for name in ("embedding_model", "classifier"):
-            sources[f"{name}.ckpt"] = checkpoint.path / f"{name}.ckpt"
+            sources[f"{name}.ckpt"] = weights / f"{name}.ckpt"
     missing = [path for path in sources.values() if not path.is_file()]
-    if checkpoint is None or missing:
+    if weights is None or missing:
         missing_item = missing[0] if missing else f"checkpoint in {save_folder}"
         raise FileNotFoundError(
             f"There is no {missing_item}: export needs the output_folder of a "
@@ -108,7 +108,7 @@ def export_speaker_model(
             shutil.copyfile(path, destination / name)
     # Last, so that a folder with a yaml file is complete.
     (destination / "hyperparams.yaml").write_text(text, encoding="utf-8")
-    return checkpoint
+    return weights
 
 
 def export_speaker_onnx(folder: str | Path) -> Path:

@@ -287,6 +287,8 @@ class EmbeddingHead(nn.Module):
         Number of statistics.
     lin_neurons : int
         Size of the embedding.
+    norms : bool
+        If False, without the batch norms.
 
     Example
     -------
@@ -295,11 +297,12 @@ class EmbeddingHead(nn.Module):
     torch.Size([4, 8])
     """
 
-    def __init__(self, in_neurons: int, lin_neurons: int):
+    def __init__(self, in_neurons: int, lin_neurons: int, norms: bool = True):
         super().__init__()
-        self.norm_stats = nn.BatchNorm1d(in_neurons, affine=False)
+        norm = nn.BatchNorm1d if norms else nn.Identity
+        self.norm_stats = norm(in_neurons, affine=False)
         self.fc_embed = nn.Linear(in_neurons, lin_neurons)
-        self.norm_embed = nn.BatchNorm1d(lin_neurons, affine=False)
+        self.norm_embed = norm(lin_neurons, affine=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Computes the embedding.
@@ -343,6 +346,9 @@ class StagedNetwork(Presets, nn.Module):
     make_stage : callable
         (in_channels, channels, size, stride, activation) to a list of
         modules, each called like ``Bottleneck``.
+    published_head : bool
+        Pooling and embedding as in WeSpeaker: unbiased standard deviation, no
+        batch norm around the embedding.
     """
 
     def __init__(
@@ -355,6 +361,7 @@ class StagedNetwork(Presets, nn.Module):
         strides: Sequence[int | Sequence[int]],
         lin_neurons: int,
         make_stage: Callable[..., list[nn.Module]],
+        published_head: bool = False,
     ):
         super().__init__()
         strides = stride_pairs(strides)
@@ -369,9 +376,11 @@ class StagedNetwork(Presets, nn.Module):
             stage = make_stage(width, out, size, stride, activation)
             self.stages.append(nn.ModuleList(stage))
             width = out
-        self.pooling = TemporalStatisticsPooling()
+        self.pooling = TemporalStatisticsPooling(correction=int(published_head))
         pooled = 2 * width * output_bands(input_size, strides)
-        self.embedding = EmbeddingHead(pooled, lin_neurons)
+        self.embedding = EmbeddingHead(
+            pooled, lin_neurons, norms=not published_head
+        )
         initialise(self)
         for block in self.modules():
             if isinstance(block, ResidualBlock):

@@ -22,6 +22,9 @@ class TemporalStatisticsPooling(nn.Module):
     ---------
     eps : float
         Added to the variance, so that constant channels have a gradient.
+    correction : int
+        Subtracted from the number of frames in the variance; 1 makes it
+        unbiased.
 
     Example
     -------
@@ -30,9 +33,10 @@ class TemporalStatisticsPooling(nn.Module):
     torch.Size([2, 320])
     """
 
-    def __init__(self, eps: float = 1e-7):
+    def __init__(self, eps: float = 1e-7, correction: int = 0):
         super().__init__()
         self.eps = eps
+        self.correction = correction
 
     def forward(
         self, x: torch.Tensor, padding: torch.Tensor | None = None
@@ -54,12 +58,12 @@ class TemporalStatisticsPooling(nn.Module):
         # Sums over hundreds of frames need more than the 8 bits of bf16.
         x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         if padding is None:
-            var, mean = torch.var_mean(x, dim=2, correction=0)
+            var, mean = torch.var_mean(x, dim=2, correction=self.correction)
         else:
             # masked_fill instead of a product, because 0 * NaN is NaN.
             count = (~padding).sum(dim=2)
             mean = x.masked_fill(padding, 0.0).sum(dim=2) / count
             centred = mask(x - mean.unsqueeze(2), padding)
-            var = centred.square().sum(dim=2) / count
+            var = centred.square().sum(dim=2) / (count - self.correction)
         std = (var + self.eps).sqrt()
         return torch.cat((mean.flatten(1), std.flatten(1)), dim=1)

@@ -15,7 +15,7 @@ from speechbrain.utils.checkpoints import Checkpoint, Checkpointer
 from speechbrain.utils.distributed import ddp_barrier
 from speechbrain.utils.logger import get_logger
 
-__all__ = ["AtomicCheckpointer", "best_checkpoint"]
+__all__ = ["AtomicCheckpointer", "best_checkpoint", "trained_weights"]
 
 logger = get_logger(__name__)
 
@@ -153,3 +153,24 @@ def best_checkpoint(save_folder: str | Path) -> Checkpoint | None:
     if not Path(save_folder).is_dir():
         return None
     return Checkpointer(save_folder).find_checkpoint(min_key="ErrorRate")
+
+
+def trained_weights(save_folder: str | Path) -> Path | None:
+    """Finds the weights that a training ended with.
+
+    Arguments
+    ---------
+    save_folder : str
+        The ``save`` folder of a training.
+
+    Returns
+    -------
+    Path or None
+        The folder that holds embedding_model.ckpt: save_folder, if the mean of
+        checkpoints was saved there, or else the checkpoint with the lowest
+        ErrorRate. None if no epoch has finished.
+    """
+    if (Path(save_folder) / "embedding_model.ckpt").is_file():
+        return Path(save_folder)
+    checkpoint = best_checkpoint(save_folder)
+    return None if checkpoint is None else checkpoint.path

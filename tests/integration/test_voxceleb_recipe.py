@@ -55,12 +55,8 @@ SOUNDS = 25
 RESNETS = ["resnet", "revnet", "dfresnet", "dfrevnet"]
 NETWORKS = [*RESNETS, "ecapa", "revecapa"]
 NETWORK = ["--base_channels=2", "--lin_neurons=16", "--n_mels=24"]
-FAST = [
-    *NETWORK,
-    "--num_workers=0",
-    "--sentence_len=0.5",
-    f"--device={DEVICE}",
-]
+RUN = [*NETWORK, "--num_workers=0", f"--device={DEVICE}"]
+FAST = [*RUN, "--sentence_len=0.5"]
 
 
 def voice(rng, pitch, formants, seconds):
@@ -136,6 +132,15 @@ def test_every_key_is_used():
     )
 
 
+@pytest.mark.parametrize("script", [training, verification])
+def test_the_scripts_list_their_keys(script):
+    """All that they index with, so that a missing one has a sentence."""
+    text = Path(script.__file__).read_text()
+    used = set(re.findall(r'\bh?params\["(\w+)"\]', text))
+    used |= set(re.findall(r"\.hparams\.(\w+)", text))
+    assert used <= set(script.KEYS)
+
+
 ON_SAMPLES = ["train_revnet.yaml", "verification_revnet.yaml"]
 
 
@@ -203,14 +208,17 @@ def test_trained_verification_with_score_norm(place, runs):
         place,
         "speaker_verification_cosine.py",
         "verification_revnet.yaml",
-        *FAST,
+        *RUN,
         "--data_folder=data/tiny_voxceleb",
         f"--pretrain_path={trained / 'save'}",
         f"--output_folder={folder}",
         "--score_norm=s-norm",
         "--n_train_snts=30",
-        "--cohort_size=20",
+        "--cohort_size=4",
+        "--calibration_trials=100",
+        f"--det_curve={folder / 'det.png'}",
     )
+    assert (folder / "det.png").is_file()
     results = json.loads((folder / "results.json").read_text())
     checkpoint = Path(results["model"]).parent
     rates = [
@@ -219,6 +227,7 @@ def test_trained_verification_with_score_norm(place, runs):
     ]
     chosen = yaml.safe_load((checkpoint / "CKPT.yaml").read_text())
     assert chosen["ErrorRate"] == min(rates)
+    assert list(results["stages"]) == ["cosine", "s-norm", "qmf"]
     plain = runs["verification_revnet.yaml"][1] / "scores.txt"
     assert plain.read_text() != (folder / "scores.txt").read_text()
 
@@ -226,9 +235,9 @@ def test_trained_verification_with_score_norm(place, runs):
 def test_killed_run_continues(place):
     """SIGKILL within an epoch, then the same command again.
 
-    Noise, echo, dropped frequencies and chunks in every batch, an 8-bit
-    optimizer: the weights are those of a run that was not interrupted, bit
-    for bit.
+    Noise, echo, dropped frequencies and chunks in every batch, other speeds, a
+    rising margin, an 8-bit optimizer: the weights are those of a run that was
+    not interrupted, bit for bit. So is the mean of both epochs.
     """
     folder, straight = (place / "results" / n for n in ("killed", "straight"))
     data = place / "data" / "tiny_voxceleb"
@@ -239,13 +248,18 @@ def test_killed_run_continues(place):
         f"--data_folder={data}",
         f"--data_folder_noise={data / 'noise'}",
         f"--data_folder_rir={data / 'rir'}",
-        "--out_n_neurons=6",
+        "--out_n_neurons=18",
         "--number_of_epochs=2",
         "--warmup_epochs=1",
         f"--batch_size={BATCH}",
         "--ckpt_interval_minutes=0",
         "--ckpt_interval_steps=3",
         "--wav_augment={min_augmentations: 4, max_augmentations: 4}",
+        "--augment_prob=1.0",
+        "--speeds=[100, 90, 110]",
+        "--initial_margin=0.0",
+        "--margin_epochs=[1, 2]",
+        "--avg_checkpoints=2",
         f"--output_folder={folder}",
     )
     killed = subprocess.Popen(
@@ -291,12 +305,13 @@ def test_killed_run_continues(place):
     }
     RECIPE.output_of(place, *(others.get(a, a) for a in arguments[1:]))
     for name in ("embedding_model", "classifier"):
-        ours, theirs = (
-            torch.load(last_checkpoint(f) / f"{name}.ckpt")
-            for f in (folder, straight)
-        )
-        for key, value in theirs.items():
-            assert torch.equal(ours[key], value), key
+        for there in (last_checkpoint, lambda f: f / "save"):
+            ours, theirs = (
+                torch.load(there(f) / f"{name}.ckpt")
+                for f in (folder, straight)
+            )
+            for key, value in theirs.items():
+                assert torch.equal(ours[key], value), key
 
 
 def load(place, hparams, *overrides):
@@ -346,10 +361,12 @@ def test_schedule_follows_the_data(place):
         "--number_of_epochs=4",
         "--warmup_epochs=1",
         "--lr=0.5",
+        "--initial_margin=0.1",
+        "--margin_epochs=[2, 4]",
     )
     weight = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([weight], lr=9.0)
-    annealing = training.schedule(hparams, 11, 2)
+    annealing, margin = training.schedules(hparams, 11, 2)
     rates = []
     for _ in range(21):
         annealing(optimizer)
@@ -358,8 +375,15 @@ def test_schedule_follows_the_data(place):
     assert rates[0] == 0 and rates[4] == pytest.approx(0.4)
     assert max(rates) == rates[5] == 0.5
     assert rates[20] == pytest.approx(0.5 * hparams["decay_factor"])
+    margins = []
+    for step in (0, 5, 10, 14, 15, 19):
+        margin(step)
+        margins.append(hparams["angular_margin"].margin)
+    # Rises in the second and third epoch.
+    assert margins[:2] == [0.1, 0.1] and margins[4:] == [0.2, 0.2]
+    assert 0.1 < margins[2] < margins[3] < 0.2
     with pytest.raises(ValueError, match="1 full batches, too few"):
-        training.schedule(hparams, 1, 2)
+        training.schedules(hparams, 1, 2)
 
 
 def test_augmentation_keeps_the_batch(place):
@@ -387,6 +411,98 @@ def test_augmentation_keeps_the_batch(place):
         assert out.shape == wavs.shape and torch.equal(out_lens, lens)
         unchanged += torch.equal(out, wavs)
     assert 0 < unchanged < 12
+
+
+def test_perturbed_speeds_are_other_speakers(place):
+    """A voice at 90 % is lower, and has a class of its own."""
+    hparams, _ = load(
+        place, "train_resnet.yaml", "--speeds=[100, 90, 110]", "--save_folder=s"
+    )
+    hparams["save_folder"] = str(place / "speeds")
+    training.prepare_data(hparams)
+    path = Path(hparams["save_folder"])
+    hparams["train_annotation"] = str(path / "train.csv")
+    hparams["valid_annotation"] = str(path / "dev.csv")
+    train_data, valid_data, encoder = training.dataio_prep(hparams)
+    speakers = SPEAKERS - TEST_SPEAKERS
+    assert len(encoder) == 3 * speakers
+    # The large-margin stage takes over the first classes.
+    assert [encoder.ind2lab[n] for n in range(speakers)] == sorted(
+        {row["spk_id"] for row in train_data.data.values()}
+    )
+    item = train_data[0]
+    found = {}
+    for seed in range(12):
+        torch.manual_seed(seed)
+        item = train_data[0]
+        assert len(item["sig"]) == 8000
+        label = encoder.decode_torch(item["spk_id_encoded"])[0]
+        spectrum = torch.fft.rfft(item["sig"]).abs()
+        centre = (spectrum * torch.arange(4001)).sum() / spectrum.sum()
+        found.setdefault(label, []).append(float(centre))
+    name = train_data.data[train_data.data_ids[0]]["spk_id"]
+    slow, plain, fast = (
+        sum(found[key]) / len(found[key])
+        for key in (f"{name}_speed90", name, f"{name}_speed110")
+    )
+    assert len(found) == 3 and slow < 0.97 * plain < 0.95 * fast
+    for number in range(len(valid_data)):
+        label = valid_data[number]["spk_id_encoded"]
+        assert int(label) < speakers
+
+
+def test_large_margin_stage(place):
+    """It goes on from the embedding model and the speakers' prototypes."""
+    data = place / "data" / "tiny_voxceleb"
+    first = place / "results" / "first"
+    common = [*FAST, f"--data_folder={data}", "--batch_size=16"]
+    RECIPE.run(
+        place,
+        "train_speaker_embeddings.py",
+        "train_revnet.yaml",
+        *common,
+        "--speeds=[100, 90]",
+        "--out_n_neurons=12",
+        "--number_of_epochs=2",
+        "--warmup_epochs=1",
+        "--avg_checkpoints=2",
+        f"--output_folder={first}",
+    )
+    checkpoints = [p.parent for p in first.glob("save/CKPT*/CKPT.yaml")]
+    assert len(checkpoints) == 2
+    for name in training.TRAINED:
+        mean = torch.load(first / "save" / f"{name}.ckpt")
+        states = [torch.load(c / f"{name}.ckpt") for c in checkpoints]
+        for key, value in mean.items():
+            expected = sum(state[key].double() for state in states) / 2
+            torch.testing.assert_close(value.double(), expected)
+    arguments = [
+        "train_speaker_embeddings.py",
+        "train_revnet.yaml",
+        *common,
+        f"--large_margin={first / 'save'}",
+        # So low a rate that the weights hardly move.
+        "--lr=0.00000001",
+        "--number_of_epochs=2",
+    ]
+    text = RECIPE.run(place, *arguments, "--out_n_neurons=6")
+    assert f"starts from {first / 'save'}" in text
+    second = first / "large_margin"
+    log = (second / "train_log.txt").read_text()
+    assert re.findall(r"margin: ([\d.e+-]+)", log) == ["5.00e-01"] * 2
+    saved = yaml.safe_load(
+        re.sub(r"!\S+", "", (second / "hyperparams.yaml").read_text())
+    )
+    assert saved["sentence_len"] == 0.5 and saved["speeds"] == [100]
+    for name in training.TRAINED:
+        before = torch.load(first / "save" / f"{name}.ckpt")
+        after = torch.load(last_checkpoint(second) / f"{name}.ckpt")
+        for key, value in after.items():
+            if "running" in key or "batches" in key:
+                continue
+            torch.testing.assert_close(
+                value, before[key][: len(value)], rtol=0, atol=1e-5
+            )
 
 
 def test_output_folder_of_other_data(place):
@@ -442,6 +558,34 @@ def test_missing_data_raises_one_sentence_and_writes_no_file(place):
             ValueError,
             "warmup_epochs=2 must be less than number_of_epochs=2",
         ),
+        (
+            ["--avg_checkpoints=61"],
+            ValueError,
+            "avg_checkpoints=61 must be 1 to number_of_epochs=60",
+        ),
+        (["--speeds=[90]"], ValueError, "percentages, 100 among them"),
+        (["--speeds=[100, 90, 90]"], ValueError, "different percentages"),
+        (
+            ["--initial_margin=0.3"],
+            ValueError,
+            "initial_margin=0.3 must be 0 to margin=0.2",
+        ),
+        (
+            ["--initial_margin=0", "--margin_epochs=[20, 61]"],
+            ValueError,
+            "up to number_of_epochs=60",
+        ),
+        (["--augment_prob=1.5"], ValueError, "augment_prob=1.5 must be 0 to 1"),
+        (
+            ["--k_top=7", "--out_n_neurons=7"],
+            ValueError,
+            "k_top=7 must be less than out_n_neurons=7",
+        ),
+        (
+            ["--large_margin=/no/save"],
+            FileNotFoundError,
+            "no finished training in /no/save: set large_margin",
+        ),
     ],
 )
 def test_training_errors(place, overrides, error, sentence):
@@ -465,6 +609,17 @@ def test_a_run_without_a_list_of_trials(place):
             FileNotFoundError,
             "no /no/enrol.csv: with skip_prep",
         ),
+        (
+            {"score_norm": "s-norm"},
+            FileNotFoundError,
+            "no /no/train.csv: .* set train_data to the train.csv in the save",
+        ),
+        (
+            {"calibration_trials": 9},
+            ValueError,
+            "calibration_trials=9 .* set score_norm to s-norm",
+        ),
+        ({"det_curve": "det.txt"}, ValueError, "det_curve must end in .png"),
     ],
 )
 def test_verification_errors(place, change, error, sentence):
@@ -475,6 +630,9 @@ def test_verification_errors(place, change, error, sentence):
         "save_folder": "unused",
         "skip_prep": False,
         "score_norm": None,
+        "train_data": "/no/train.csv",
+        "calibration_trials": 0,
+        "det_curve": None,
         "pretrain_path": None,
     }
     verification.check_params(params)

@@ -1,28 +1,30 @@
 #!/usr/bin/env python3
-"""Speaker verification with the cosine of two embeddings: EER and minDCF.
+"""Speaker verification: scores, calibration and error rates.
 
     python speaker_verification_cosine.py hparams/verification_revnet.yaml \\
         --data_folder=/path/to/VoxCeleb --pretrain_path=results/.../save
 
-Each utterance of the list of trials is embedded once.
+Each utterance is embedded once. Embeddings are kept, so that a killed run
+continues, and other lists of trials need only the utterances that are new.
 
 Authors
  * The sb_memeff authors 2026
 """
 
+import csv
 import json
 import sys
 from pathlib import Path
 
 import speechbrain as sb
 import torch
-import torch.nn.functional as F
 from hyperpyyaml import load_hyperpyyaml
 from speechbrain.dataio import audio_io
 from speechbrain.dataio.dataio import load_data_csv
 from speechbrain.utils.logger import get_logger
 from tqdm import tqdm
 from voxceleb_prepare import (
+    check_keys,
     check_prepared,
     fetch_list,
     prepare_voxceleb,
@@ -31,15 +33,36 @@ from voxceleb_prepare import (
 )
 
 from sb_memeff.dataio.preparation import open_atomic
-from sb_memeff.utils.atomic_checkpoints import best_checkpoint
+from sb_memeff.utils.atomic_checkpoints import trained_weights
+from sb_memeff.verification.calibration import (
+    Calibration,
+    calibration_trials,
+    check_scikit_learn,
+    quality_measures,
+)
+from sb_memeff.verification.det import check_picture, plot_det
+from sb_memeff.verification.embeddings import EmbeddingStore, fingerprint
+from sb_memeff.verification.errors import evaluate
+from sb_memeff.verification.scoring import (
+    SCORE_NORMS,
+    CohortStatistics,
+    cosine_scores,
+    normalize_scores,
+    speaker_means,
+)
 
 logger = get_logger(__name__)
 
-SCORE_NORMS = ("z-norm", "t-norm", "s-norm")
-# Rows of a matrix product computed at a time; bounds the memory.
-ROWS = 4096
-# Prior of a target trial in minDCF, SpeechBrain's default.
-P_TARGET = 0.01
+# Keys that the script uses.
+KEYS = """
+    batch_size calibration_trials cohort_size compute_features data_folder
+    det_curve embedding_model embeddings_folder enrol_data mean_var_norm
+    n_train_snts num_workers output_folder pretrain_path sample_rate
+    save_folder score_norm seed skip_prep test_data train_data
+    verification_file
+""".split()
+# From waveform to embedding.
+MODULES = ("compute_features", "mean_var_norm", "embedding_model")
 
 
 def find_weights(pretrain_path):
@@ -49,7 +72,8 @@ def find_weights(pretrain_path):
     ---------
     pretrain_path : str or None
         Folder with embedding_model.ckpt, or the ``save`` folder of a
-        training, whose checkpoint with the lowest ErrorRate is used.
+        training. Without a mean of checkpoints there, the checkpoint with the
+        lowest ErrorRate is used.
 
     Returns
     -------
@@ -63,17 +87,14 @@ def find_weights(pretrain_path):
     """
     if pretrain_path is None:
         return None
-    path = Path(pretrain_path) / "embedding_model.ckpt"
-    if path.is_file():
-        return path
-    checkpoint = best_checkpoint(pretrain_path)
-    if checkpoint is None:
+    folder = trained_weights(pretrain_path)
+    if folder is None:
         raise FileNotFoundError(
             f"There is neither an embedding_model.ckpt nor a checkpoint of a "
             f"finished epoch in {pretrain_path}: set pretrain_path to the save "
             f"folder of a training, or to null for an untrained network."
         )
-    return checkpoint.path / "embedding_model.ckpt"
+    return folder / "embedding_model.ckpt"
 
 
 def load_weights(model, path):
@@ -142,8 +163,8 @@ def make_loader(items, batch_size, num_workers):
 
 
 @torch.inference_mode()
-def embed(params, items, device):
-    """Computes embeddings of norm 1.
+def compute_embeddings(params, items, device):
+    """Computes embeddings, with a progress bar.
 
     Arguments
     ---------
@@ -154,60 +175,64 @@ def embed(params, items, device):
     device : str
         Where to compute.
 
-    Returns
-    -------
-    dict
-        Maps each ID to its row.
+    Yields
+    ------
+    list of str
+        IDs of a batch.
     torch.Tensor
-        Embeddings [utterances, dimensions], on the CPU.
+        Their embeddings [batch, dimensions].
     """
-    ids, embeddings = [], []
     loader = make_loader(items, params["batch_size"], params["num_workers"])
     for batch in tqdm(loader, "Embeddings", dynamic_ncols=True):
         wavs, lens = batch.sig
         wavs, lens = wavs.to(device), lens.to(device)
         feats = params["compute_features"](wavs)
         feats = params["mean_var_norm"](feats, lens)
-        out = params["embedding_model"](feats, lens).reshape(len(wavs), -1)
-        ids += batch.id
-        embeddings.append(F.normalize(out.float(), dim=1).cpu())
-    return {name: n for n, name in enumerate(ids)}, torch.cat(embeddings)
+        embeddings = params["embedding_model"](feats, lens)
+        yield batch.id, embeddings.reshape(len(wavs), -1)
 
 
-def cohort_statistics(embeddings, cohort, cohort_size):
-    """Mean and deviation of each embedding's scores against a cohort.
+def embed(params, items, device):
+    """Reads the embeddings of utterances, and computes those that are missing.
 
     Arguments
     ---------
-    embeddings : torch.Tensor
-        [utterances, dimensions], of norm 1.
-    cohort : torch.Tensor
-        [impostors, dimensions], of norm 1.
-    cohort_size : int or None
-        Number of highest scores to use; None for all.
+    params : dict
+        The loaded yaml file.
+    items : list of dict
+        Rows of csv files.
+    device : str
+        Where to compute.
 
     Returns
     -------
-    tuple of torch.Tensor
-        Mean and standard deviation, [utterances] each.
+    torch.Tensor
+        Embeddings [items, dimensions], on the CPU.
     """
-    means, deviations = [], []
-    for rows in embeddings.split(ROWS):
-        scores = rows @ cohort.T
-        if cohort_size is not None and cohort_size < len(cohort):
-            scores = scores.topk(cohort_size, dim=1).values
-        means.append(scores.mean(1))
-        deviations.append(scores.std(1))
-    return torch.cat(means), torch.cat(deviations)
+    modules = [params[key] for key in MODULES]
+    store = EmbeddingStore(
+        Path(params["embeddings_folder"]) / fingerprint(modules)
+    )
+    # By file, so that other lists of trials and cohorts find it.
+    names = [f"{row['wav']}:{row['start']}:{row['stop']}" for row in items]
+    by_name = dict(zip(names, items))
+    embeddings = store.get(
+        list(by_name),
+        lambda missing: compute_embeddings(
+            params, {name: by_name[name] for name in missing}, device
+        ),
+    )
+    rows = {name: row for row, name in enumerate(by_name)}
+    return embeddings[[rows[name] for name in names]]
 
 
-def rows_of(rows, files):
+def rows_of(items, files):
     """The rows of the embeddings of files.
 
     Arguments
     ---------
-    rows : dict
-        Maps each ID to its row.
+    items : dict
+        Rows of the csv files by ID, in the order of the embeddings.
     files : list of str
         Files of the list of trials. In csv files that SpeechBrain has prepared
         an ID lacks the file's suffix.
@@ -216,108 +241,23 @@ def rows_of(rows, files):
     -------
     torch.Tensor
         [files].
-    """
-    return torch.tensor(
-        [
-            rows[name if name in rows else str(Path(name).with_suffix(""))]
-            for name in files
-        ]
-    )
-
-
-def score_trials(embeddings, enrol, test, score_norm=None, statistics=None):
-    """Computes the scores of all trials.
-
-    Arguments
-    ---------
-    embeddings : torch.Tensor
-        [utterances, dimensions], of norm 1.
-    enrol : torch.Tensor
-        Row of each trial's first utterance.
-    test : torch.Tensor
-        Row of its second.
-    score_norm : str, optional
-        z-norm, t-norm or s-norm.
-    statistics : tuple of torch.Tensor, optional
-        Result of ``cohort_statistics``, for score_norm.
-
-    Returns
-    -------
-    torch.Tensor
-        [trials].
-    """
-    scores = torch.cat(
-        [
-            (embeddings[a] * embeddings[b]).sum(1)
-            for a, b in zip(enrol.split(ROWS), test.split(ROWS))
-        ]
-    )
-    if score_norm is None:
-        return scores
-    mean, deviation = statistics
-    z = (scores - mean[enrol]) / deviation[enrol]
-    t = (scores - mean[test]) / deviation[test]
-    return {"z-norm": z, "t-norm": t, "s-norm": (z + t) / 2}[score_norm]
-
-
-def error_rates(positive, negative):
-    """EER and minDCF as SpeechBrain defines them.
-
-    SpeechBrain's functions compare every score with every threshold: the
-    580 818 trials of VoxCeleb1-E would take days and hundreds of GB. Sorting
-    gives the same result. If miss and false alarm are equally close at two
-    thresholds, the lower threshold is used; in SpeechBrain the rounding of
-    float32 decides.
-
-    Arguments
-    ---------
-    positive : torch.Tensor
-        Scores of trials with one speaker.
-    negative : torch.Tensor
-        Scores of trials with two speakers.
-
-    Returns
-    -------
-    tuple of float
-        EER and minDCF (c_miss=1, c_fa=1, p_target=0.01).
 
     Raises
     ------
     ValueError
-        If there are no trials of one kind, or scores that are not finite.
-
-    Example
-    -------
-    >>> error_rates(torch.tensor([0.6, 0.7, 0.1]), torch.tensor([0.2, 0.3]))
-    (0.4166..., 0.0033...)
+        If the csv files lack a file.
     """
-    if not len(positive) or not len(negative):
-        raise ValueError(
-            f"EER needs trials of both kinds, got {len(positive)} trials with "
-            f"one speaker and {len(negative)} with two."
-        )
-    scores = torch.cat([positive, negative])
-    broken = int((~scores.isfinite()).sum())
-    if broken:
-        raise ValueError(
-            f"{broken} of {len(scores)} scores are not finite: the embeddings "
-            f"or the statistics of the cohort contain NaN. Did the "
-            f"training diverge, or is cohort_size 1?"
-        )
-    positive, negative = positive.sort().values, negative.sort().values
-    # The rates change only at scores.
-    thresholds = scores.unique()
-    missed = torch.searchsorted(positive, thresholds, right=True)
-    accepted = len(negative) - torch.searchsorted(
-        negative, thresholds, right=True
-    )
-    # In integers, so that rounding does not decide between two thresholds.
-    gap = (accepted * len(positive) - missed * len(negative)).abs()
-    best = (gap == gap.min()).nonzero()[0]
-    miss = missed.double() / len(positive)
-    alarm = accepted.double() / len(negative)
-    cost = miss * P_TARGET + alarm * (1 - P_TARGET)
-    return float((alarm + miss)[best] / 2), float(cost.min())
+    rows = {name: row for row, name in enumerate(items)}
+    found = []
+    for name in files:
+        row = rows.get(name, rows.get(str(Path(name).with_suffix(""))))
+        if row is None:
+            raise ValueError(
+                f"enrol_data and test_data lack {name} of the list of trials: "
+                f"run without skip_prep to write them for this list."
+            )
+        found.append(row)
+    return torch.tensor(found)
 
 
 def check_params(params):
@@ -334,13 +274,17 @@ def check_params(params):
         The trials.
     Path or None
         The weights.
+    list of dict
+        The training utterances; none without score_norm.
 
     Raises
     ------
     FileNotFoundError
-        If the corpus, the list or the weights are missing.
+        If the corpus, a list or the weights are missing.
+    ImportError
+        If a setting needs a package that is missing.
     ValueError
-        If a setting or the list is invalid.
+        If a setting or a list is invalid.
     """
     norm = params["score_norm"]
     if norm is not None and norm not in SCORE_NORMS:
@@ -348,9 +292,18 @@ def check_params(params):
             f"score_norm must be {', '.join(SCORE_NORMS)} or null, got "
             f"{norm!r}."
         )
+    if params["calibration_trials"]:
+        check_scikit_learn()
+        if norm is None:
+            raise ValueError(
+                f"calibration_trials={params['calibration_trials']} calibrates "
+                f"normalized scores: set score_norm to s-norm, or "
+                f"calibration_trials to 0."
+            )
+    if params["det_curve"] is not None:
+        check_picture(params["det_curve"])
     if params["skip_prep"]:
-        keys = ["enrol_data", "test_data"]
-        check_prepared(params, keys + ["train_data"] * (norm is not None))
+        check_prepared(params, ["enrol_data", "test_data"])
     else:
         wav_folders(params["data_folder"])
     path = fetch_list(params["verification_file"], params["save_folder"])
@@ -360,40 +313,178 @@ def check_params(params):
             f"All trials of {path} have the label {trials[0][0]}, but EER needs "
             f"trials of both kinds."
         )
-    return trials, find_weights(params["pretrain_path"])
+    training = []
+    if norm is not None:
+        tested = {name.split("/")[0] for trial in trials for name in trial[1:]}
+        training = training_utterances(params, tested)
+    return trials, find_weights(params["pretrain_path"]), training
+
+
+def training_utterances(params, tested):
+    """The first n_train_snts utterances of a seeded shuffle of train_data.
+
+    Arguments
+    ---------
+    params : dict
+        The loaded yaml file.
+    tested : set of str
+        Speakers of the trials, who are left out.
+
+    Returns
+    -------
+    list of dict
+        Rows like those of train.csv, but each with a whole utterance.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no train_data.
+    ValueError
+        If there are too few speakers for a cohort.
+    """
+    path = Path(params["train_data"])
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"There is no {path}: score_norm needs the training speakers, so "
+            f"set train_data to the train.csv in the save folder of the "
+            f"training, or score_norm to null."
+        )
+    # Of a million utterances and their segments, a dict for each row would take
+    # gigabytes.
+    whole = {}
+    with open(path, newline="", encoding="utf-8") as f:
+        for row in csv.DictReader(f, skipinitialspace=True):
+            if row["spk_id"] not in tested:
+                speaker = sys.intern(row["spk_id"])
+                whole[row["wav"]] = float(row["duration"]), speaker
+    files = list(whole)
+    order = torch.randperm(
+        len(files), generator=torch.Generator().manual_seed(params["seed"])
+    )
+    chosen = []
+    for number in order[: params["n_train_snts"]].tolist():
+        duration, speaker = whole[files[number]]
+        wav = files[number].replace("$data_root", str(params["data_folder"]))
+        chosen.append(
+            {
+                "wav": wav,
+                "start": "0",
+                "stop": str(round(duration * params["sample_rate"])),
+                "duration": duration,
+                "spk_id": speaker,
+            }
+        )
+    speakers = {row["spk_id"] for row in chosen}
+    size = params["cohort_size"]
+    # Of one score there is no deviation, and in calibration a speaker is not
+    # an impostor to itself.
+    if len(speakers) < 3 or (size is not None and size < 2):
+        raise ValueError(
+            f"score_norm needs a cohort of three speakers and cohort_size of "
+            f"two, got cohort_size={size} and {len(speakers)} speakers of "
+            f"{path} that do not occur in the trials."
+        )
+    return chosen
+
+
+class Cohort:
+    """The training speakers: impostors, and trials for the calibration.
+
+    Arguments
+    ---------
+    params : dict
+        The loaded yaml file.
+    utterances : list of dict
+        Result of ``training_utterances``.
+    device : str
+        Where to compute.
+    """
+
+    def __init__(self, params, utterances, device):
+        self.params = params
+        self.utterances = utterances
+        self.embeddings = embed(params, utterances, device)
+        names = sorted({row["spk_id"] for row in utterances})
+        numbers = {name: number for number, name in enumerate(names)}
+        self.speakers = torch.tensor(
+            [numbers[row["spk_id"]] for row in utterances]
+        )
+        self.means = speaker_means(self.embeddings, self.speakers)
+
+    def measures(self, embeddings, items, enrol, test, own=None):
+        """Normalized scores of trials, and their quality measures.
+
+        Arguments
+        ---------
+        embeddings : torch.Tensor
+            [utterances, dimensions].
+        items : list of dict
+            Their rows of the csv files.
+        enrol : torch.Tensor
+            Row of each trial's first utterance.
+        test : torch.Tensor
+            Row of its second.
+        own : torch.Tensor, optional
+            Speaker of each utterance, if they are of this cohort.
+
+        Returns
+        -------
+        torch.Tensor
+            The scores [trials].
+        torch.Tensor
+            The measures [trials, measures].
+        """
+        statistics = CohortStatistics.of(
+            embeddings, self.means, self.params["cohort_size"], own
+        )
+        scores = normalize_scores(
+            cosine_scores(embeddings, enrol, test),
+            enrol,
+            test,
+            statistics,
+            self.params["score_norm"],
+        )
+        return scores, quality_measures(
+            scores,
+            enrol,
+            test,
+            torch.tensor([row["duration"] for row in items]),
+            embeddings.norm(dim=1),
+            statistics.mean,
+        )
+
+    def calibration(self):
+        """Learns the calibration from trials of the training speakers.
+
+        Returns
+        -------
+        Calibration
+            Maps measures to scores.
+        """
+        labels, enrol, test = calibration_trials(
+            self.speakers,
+            self.params["calibration_trials"],
+            self.params["seed"],
+        )
+        _, measures = self.measures(
+            self.embeddings, self.utterances, enrol, test, self.speakers
+        )
+        return Calibration(measures, labels)
 
 
 def prepare_data(params):
-    """Writes the csv files of the trials and, if needed, of the cohort."""
-    common = {
-        "data_folder": params["data_folder"],
-        "save_folder": params["save_folder"],
-        "verification_file": params["verification_file"],
-        "split_ratio": params["split_ratio"],
-        "seg_dur": params["sentence_len"],
-        "amp_th": params["amp_th"],
-        "sample_rate": params["sample_rate"],
-        "seed": params["seed"],
-        "skip_prep": params["skip_prep"],
-    }
-    splits = ["enrol", "test"]
-    if params["score_norm"] is not None:
-        splits += ["train", "dev"]
-    prepare_voxceleb(splits=splits, **common)
-
-
-def cohort_items(params):
-    """The first n_train_snts segments of a seeded shuffle of train.csv."""
-    rows = load_data_csv(params["train_data"])
-    order = torch.randperm(
-        len(rows), generator=torch.Generator().manual_seed(params["seed"])
+    """Writes the csv files of the trials."""
+    prepare_voxceleb(
+        data_folder=params["data_folder"],
+        save_folder=params["save_folder"],
+        verification_file=params["verification_file"],
+        splits=["enrol", "test"],
+        sample_rate=params["sample_rate"],
+        skip_prep=params["skip_prep"],
     )
-    names = list(rows)
-    chosen = [names[n] for n in order[: params["n_train_snts"]]]
-    return {name: rows[name] for name in chosen}
 
 
-def verify(params, trials, weights, device):
+def verify(params, trials, weights, training, device):
     """Scores the trials and writes scores.txt and results.json.
 
     Arguments
@@ -404,6 +495,8 @@ def verify(params, trials, weights, device):
         Label, first and second utterance.
     weights : Path or None
         State of the embedding model.
+    training : list of dict
+        Result of ``training_utterances``; only used with score_norm.
     device : str
         Where to compute.
 
@@ -413,43 +506,44 @@ def verify(params, trials, weights, device):
         Contents of results.json.
     """
     load_weights(params["embedding_model"], weights)
-    for key in ("compute_features", "mean_var_norm", "embedding_model"):
+    for key in MODULES:
         params[key].to(device).eval()
     replacements = {"data_root": params["data_folder"]}
     items = load_data_csv(params["enrol_data"], replacements)
     items.update(load_data_csv(params["test_data"], replacements))
-    rows, embeddings = embed(params, items, device)
-    statistics = None
-    if params["score_norm"] is not None:
-        _, cohort = embed(params, cohort_items(params), device)
-        statistics = cohort_statistics(
-            embeddings, cohort, params["cohort_size"]
+    labels, enrol, test = zip(*trials)
+    labels = torch.tensor(labels)
+    enrol, test = rows_of(items, enrol), rows_of(items, test)
+    embeddings = embed(params, items.values(), device)
+    # Each stage replaces the scores of the one before.
+    stages = {"cosine": cosine_scores(embeddings, enrol, test)}
+    norm = params["score_norm"]
+    if norm is not None:
+        cohort = Cohort(params, training, device)
+        stages[norm], measures = cohort.measures(
+            embeddings, items.values(), enrol, test
         )
-    labels = torch.tensor([label for label, _, _ in trials])
-    scores = score_trials(
-        embeddings,
-        rows_of(rows, [enrol for _, enrol, _ in trials]),
-        rows_of(rows, [test for _, _, test in trials]),
-        params["score_norm"],
-        statistics,
-    )
+        if params["calibration_trials"]:
+            stages["qmf"] = cohort.calibration()(measures)
+    figures = {name: evaluate(s, labels) for name, s in stages.items()}
+    last = list(stages)[-1]
     output_folder = Path(params["output_folder"])
     with open_atomic(output_folder / "scores.txt") as f:
-        for (label, enrol, test), score in zip(trials, scores.tolist()):
-            f.write(f"{enrol} {test} {label} {score:.6f}\n")
-    eer, min_dcf = error_rates(scores[labels == 1], scores[labels == 0])
+        for trial, score in zip(trials, stages[last].tolist()):
+            f.write(f"{trial[1]} {trial[2]} {trial[0]} {score:.6f}\n")
     results = {
-        "eer": round(100 * eer, 4),
-        # Divided by the cost of rejecting everything, as papers state it.
-        "min_dcf": round(min_dcf / P_TARGET, 4),
+        **figures[last],
         "trials": len(trials),
         "utterances": len(items),
-        "score_norm": params["score_norm"],
+        "score_norm": norm,
         "model": None if weights is None else str(weights),
         "verification_file": str(params["verification_file"]),
+        "stages": figures,
     }
     with open_atomic(output_folder / "results.json") as f:
         json.dump(results, f, indent=1)
+    if params["det_curve"] is not None:
+        plot_det(stages, labels, params["det_curve"])
     return results
 
 
@@ -464,7 +558,8 @@ def main(arguments):
     params_file, run_opts, overrides = sb.parse_arguments(arguments)
     with open(params_file, encoding="utf-8") as f:
         params = load_hyperpyyaml(f, overrides)
-    trials, weights = check_params(params)
+    check_keys(params, KEYS, params_file)
+    trials, weights, training = check_params(params)
     prepare_data(params)
     sb.core.create_experiment_directory(
         experiment_directory=params["output_folder"],
@@ -472,11 +567,13 @@ def main(arguments):
         overrides=overrides,
     )
     device = run_opts["device"] or sb.utils.distributed.infer_device()
-    results = verify(params, trials, weights, device)
-    logger.info(
-        f"EER(%)={results['eer']:.2f} minDCF={results['min_dcf']:.4f} "
-        f"({results['trials']} trials)"
-    )
+    results = verify(params, trials, weights, training, device)
+    for stage, figures in results["stages"].items():
+        logger.info(
+            f"{stage}: EER(%)={figures['eer']:.2f} "
+            f"minDCF={figures['min_dcf']:.4f} Cllr={figures['cllr']:.3f} "
+            f"({results['trials']} trials)"
+        )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Data preparation for VoxCeleb: csv files for training and verification.
 
 The corpus has the layout of the published VoxCeleb:
-``wav/<speaker>/<session>/<utterance>.wav``. VoxCeleb1 and VoxCeleb2 can be
-merged in one such folder, or given as a list: ``/data/vox1,/data/vox2``.
+``wav/<speaker>/<session>/<utterance>.wav`` (or .flac). VoxCeleb1 and VoxCeleb2
+can be merged in one such folder, or given as a list: ``/data/vox1,/data/vox2``.
 
 Nothing is downloaded unless a URL is given. Missing files are reported before
 anything is written.
@@ -24,6 +24,7 @@ from speechbrain.utils.logger import get_logger
 from tqdm import tqdm
 
 from sb_memeff.dataio.preparation import (
+    DamagedFile,
     Prepared,
     read_header,
     write_csv,
@@ -33,6 +34,16 @@ logger = get_logger(__name__)
 
 FIELDS = ["ID", "duration", "wav", "start", "stop", "spk_id"]
 OPTIONS_FILE = "voxceleb_prepare.json"
+SUFFIXES = (".wav", ".flac")
+LEFT_OUT = "left_out.csv"
+# Where RIRS_NOISES has noises and impulse responses.
+SUBFOLDERS = {
+    "data_folder_noise": "pointsource_noises",
+    "data_folder_rir": "simulated_rirs",
+}
+# AddNoise loads whole files: longer ones are cut into pieces of PIECE seconds.
+MAX_NOISE = 20
+PIECE = 10
 # Shorter files are too short to identify a speaker.
 MIN_SECONDS = 0.5
 
@@ -55,7 +66,8 @@ def prepare_voxceleb(
     the end is dropped. An utterance shorter than ``seg_dur`` is one segment
     (batches are padded and the networks mask the padding); shorter than half
     a second, it is dropped. Segments with a mean amplitude below ``amp_th``
-    are dropped as silence.
+    are dropped as silence, and files that cannot be read. left_out.csv lists
+    them all.
 
     The speakers of ``verification_file`` are excluded from train.csv and
     dev.csv. Utterances are divided at random between the two, but each
@@ -120,7 +132,7 @@ def prepare_voxceleb(
         logger.info(f"The csv files in {save_folder} are up to date.")
         return
 
-    rows = {}
+    rows, left_out = {}, []
     if {"train", "dev"} & set(splits):
         held_out = {name.split("/")[0] for t in trials for name in t[1:]}
         utterances = find_utterances(folders, held_out)
@@ -129,7 +141,7 @@ def prepare_voxceleb(
         ):
             if split in splits:
                 rows[split] = list_segments(
-                    part, seg_dur, amp_th, sample_rate, split
+                    part, seg_dur, amp_th, sample_rate, split, left_out
                 )
     for column, split in enumerate(("enrol", "test"), start=1):
         if split in splits:
@@ -139,6 +151,14 @@ def prepare_voxceleb(
     with prepared:
         for split, lines in rows.items():
             write_csv(files[split], FIELDS, lines)
+        write_csv(save_folder / LEFT_OUT, ["wav", "reason"], left_out)
+    if left_out:
+        # A warning is shown even before the recipe has set up its logging.
+        reasons = Counter(reason for _, reason in left_out)
+        logger.warning(
+            f"{save_folder / LEFT_OUT} lists what is left out: "
+            + ", ".join(f"{n} {reason}" for reason, n in reasons.items())
+        )
 
 
 def wav_folders(data_folder):
@@ -170,6 +190,31 @@ def wav_folders(data_folder):
             )
         folders.append(folder / "wav")
     return folders
+
+
+def check_keys(hparams, keys, path):
+    """Checks that a yaml file has the keys that a script uses.
+
+    Arguments
+    ---------
+    hparams : dict
+        The loaded yaml file.
+    keys : list of str
+        The keys.
+    path : str
+        The yaml file.
+
+    Raises
+    ------
+    ValueError
+        If keys are missing.
+    """
+    missing = [key for key in keys if key not in hparams]
+    if missing:
+        raise ValueError(
+            f"{path} lacks {', '.join(missing)}: copy them from the yaml files "
+            f"in the recipe's folder hparams."
+        )
 
 
 def check_prepared(hparams, keys):
@@ -292,19 +337,22 @@ def find_utterances(folders, held_out):
     for folder in folders:
         speakers = (d for d in folder.iterdir() if d.is_dir())
         for speaker in tqdm(sorted(speakers), f"Files of {folder}"):
-            if speaker.name in held_out:
+            label = speaker.name
+            if label in held_out:
                 excluded += 1
                 continue
-            for path in speaker.glob("*/*.wav"):
-                name = path.relative_to(folder).with_suffix("")
-                found.append((speaker.name, "--".join(name.parts), path))
+            for path in speaker.glob("*/*"):
+                if path.suffix in SUFFIXES:
+                    name = f"{label}--{path.parent.name}--{path.stem}"
+                    # A million Path objects would take a GB.
+                    found.append((label, name, str(path)))
     if found:
         return sorted(found)
     for folder in folders:
         if next(folder.glob("*/*/*.m4a"), None) is not None:
             raise ValueError(
-                f"{folder} contains .m4a files and no .wav: convert them first, "
-                f"for example with ffmpeg -i x.m4a -ar 16000 -ac 1 x.wav."
+                f"{folder} contains .m4a files and no .wav: convert them first "
+                f"with python voxceleb_convert.py {folder} {folder.parent}."
             )
     if excluded:
         raise ValueError(
@@ -362,8 +410,8 @@ def divide(utterances, split_ratio, seed):
     return sorted(train), sorted(dev)
 
 
-def list_segments(utterances, seg_dur, amp_th, sample_rate, split):
-    """Rows of train.csv or dev.csv.
+def list_segments(utterances, seg_dur, amp_th, sample_rate, split, left_out):
+    """Rows of train.csv or dev.csv, one at a time.
 
     Arguments
     ---------
@@ -377,58 +425,57 @@ def list_segments(utterances, seg_dur, amp_th, sample_rate, split):
         Samples per second.
     split : str
         Name for the progress bar.
+    left_out : list
+        Takes a pair (file, reason) for each utterance or segment that is left
+        out.
 
-    Returns
-    -------
-    list of tuple
-        The rows.
+    Yields
+    ------
+    tuple
+        A row.
 
     Raises
     ------
     ValueError
         If no segment is left.
     """
-    rows, short, silent = [], 0, 0
     length = round(seg_dur * sample_rate)
+    number, left_before = 0, len(left_out)
     for speaker, name, path in tqdm(utterances, f"{split}.csv"):
-        frames = read_header(path, sample_rate)
-        if frames < MIN_SECONDS * sample_rate:
-            short += 1
-            continue
-        starts = range(0, max(frames - length, 0) + 1, length)
         samples = None
-        if amp_th > 0:
-            samples, _ = soundfile.read(
-                str(path), dtype="float32", always_2d=True
-            )
-        for start in starts:
+        try:
+            frames = read_header(path, sample_rate)
+            if amp_th > 0:
+                samples, _ = soundfile.read(
+                    path, dtype="float32", always_2d=True
+                )
+        except (DamagedFile, soundfile.LibsndfileError):
+            left_out.append((path, "damaged files"))
+            continue
+        if frames < MIN_SECONDS * sample_rate:
+            left_out.append((path, f"files shorter than {MIN_SECONDS} s"))
+            continue
+        for start in range(0, max(frames - length, 0) + 1, length):
             stop = min(start + length, frames)
             if samples is not None and abs(samples[start:stop]).mean() < amp_th:
-                silent += 1
+                left_out.append((path, "silent segments"))
                 continue
-            rows.append(
-                (
-                    f"{name}_{start}_{stop}",
-                    frames / sample_rate,
-                    str(path),
-                    start,
-                    stop,
-                    speaker,
-                )
+            number += 1
+            yield (
+                f"{name}_{start}_{stop}",
+                frames / sample_rate,
+                path,
+                start,
+                stop,
+                speaker,
             )
-    if short or silent:
-        # A warning is shown even before the recipe has set up its logging.
-        logger.warning(
-            f"{split}.csv omits {short} utterances shorter than "
-            f"{MIN_SECONDS} s and {silent} silent segments."
-        )
-    if utterances and not rows:
+    if utterances and not number:
+        reasons = Counter(reason for _, reason in left_out[left_before:])
         raise ValueError(
-            f"No segment is left for {split}.csv: {short} utterances are "
-            f"shorter than {MIN_SECONDS} s and {silent} segments have a mean "
-            f"amplitude below amp_th={amp_th}."
+            f"No segment is left for {split}.csv: "
+            + ", ".join(f"{n} {reason}" for reason, n in reasons.items())
+            + f" (a mean amplitude below amp_th={amp_th} is silence)."
         )
-    return rows
 
 
 def list_whole(names, folders, sample_rate, split):
@@ -457,7 +504,11 @@ def list_whole(names, folders, sample_rate, split):
     """
     paths = {}
     for name in names:
-        candidates = (folder / name for folder in folders)
+        candidates = [
+            (folder / name).with_suffix(suffix)
+            for folder in folders
+            for suffix in SUFFIXES
+        ]
         paths[name] = next((p for p in candidates if p.is_file()), None)
     missing = [name for name, path in paths.items() if path is None]
     if missing:
@@ -477,8 +528,11 @@ def list_whole(names, folders, sample_rate, split):
 def prepare_noise(folder, csv_file, key, url=None, sample_rate=16000):
     """Writes a csv file of noises or room impulse responses.
 
-    SpeechBrain's AddNoise loads whole files, so cut recordings of minutes
-    into pieces first.
+    MUSAN (OpenSLR 17) and RIRS_NOISES (OpenSLR 28) are used as they unpack: of
+    RIRS_NOISES the point-source noises or the simulated impulse responses.
+    Recordings longer than MAX_NOISE seconds, such as MUSAN's music and speech,
+    are cut into pieces, which are written to a folder beside the csv file.
+    Damaged and silent files are left out, and listed there.
 
     Arguments
     ---------
@@ -509,17 +563,88 @@ def prepare_noise(folder, csv_file, key, url=None, sample_rate=16000):
     folder = Path(folder).expanduser().absolute()
     if url is not None and not folder.is_dir():
         download_file(url, folder / "data.zip", unpack=True)
+    if (folder / SUBFOLDERS[key]).is_dir():
+        folder = folder / SUBFOLDERS[key]
     paths = sorted(folder.rglob("*.wav"))
     if not paths:
         raise FileNotFoundError(
             f"There are no wav files below {folder}: set {key} to a folder "
             f"with wav files, or to null to train without."
         )
-    rows = []
-    for path in tqdm(paths, f"Files of {folder}"):
-        seconds = read_header(path, sample_rate) / sample_rate
-        name = path.relative_to(folder).with_suffix("")
-        rows.append((str(name), seconds, str(path), "wav", ""))
+    csv_file = Path(csv_file)
+    # Next to the csv file's: noise.csv has noise/ and noise_left_out.csv.
+    pieces_folder = csv_file.with_suffix("")
+    left_out = []
+    csv_file.parent.mkdir(parents=True, exist_ok=True)
     fields = ["ID", "duration", "wav", "wav_format", "wav_opts"]
-    Path(csv_file).parent.mkdir(parents=True, exist_ok=True)
-    write_csv(Path(csv_file), fields, rows)
+    write_csv(
+        csv_file,
+        fields,
+        (
+            (name, seconds, path, Path(path).suffix[1:], "")
+            for source in tqdm(paths, f"Files of {folder}")
+            for name, seconds, path in noises_of(
+                source, folder, pieces_folder, sample_rate, left_out
+            )
+        ),
+    )
+    if left_out:
+        path = csv_file.with_name(f"{csv_file.stem}_{LEFT_OUT}")
+        write_csv(path, ["wav", "reason"], left_out)
+        logger.warning(
+            f"{len(left_out)} files are left out: {path} lists them."
+        )
+
+
+def noises_of(source, folder, pieces_folder, sample_rate, left_out):
+    """A noise, or the pieces of a long one.
+
+    Arguments
+    ---------
+    source : Path
+        The recording.
+    folder : Path
+        Folder above it.
+    pieces_folder : Path
+        Folder for pieces. Those that exist are kept.
+    sample_rate : int
+        Required sample rate.
+    left_out : list
+        Takes a pair (file, reason) if the recording is left out.
+
+    Yields
+    ------
+    str
+        ID.
+    float
+        Seconds.
+    str
+        File.
+    """
+    name = source.relative_to(folder).with_suffix("")
+    try:
+        frames = read_header(source, sample_rate)
+        if frames <= MAX_NOISE * sample_rate:
+            samples, _ = soundfile.read(str(source), dtype="float32")
+            if not samples.any():
+                left_out.append((str(source), "silent"))
+                return
+            yield str(name), frames / sample_rate, str(source)
+            return
+        length = PIECE * sample_rate
+        for start in range(0, frames - length + 1, length):
+            path = pieces_folder / f"{name}_{start}.flac"
+            if not path.is_file():
+                piece, _ = soundfile.read(
+                    str(source), length, start, dtype="int16"
+                )
+                if not piece.any():
+                    left_out.append((str(source), f"silent from {start}"))
+                    continue
+                path.parent.mkdir(parents=True, exist_ok=True)
+                partial = path.with_name(path.name + ".partial")
+                soundfile.write(partial, piece, sample_rate, format="FLAC")
+                os.replace(partial, path)
+            yield f"{name}_{start}", PIECE, str(path)
+    except (DamagedFile, soundfile.LibsndfileError):
+        left_out.append((str(source), "damaged"))

@@ -62,6 +62,10 @@ class ResNet(StagedNetwork):
         Size of the embedding.
     block : str
         "basic" or "bottleneck".
+    published_head : bool
+        Pooling and embedding exactly as in WeSpeaker, whose published weights
+        need them (``sb_memeff.export.wespeaker``): unbiased standard deviation,
+        no batch norm around the embedding.
 
     Raises
     ------
@@ -119,6 +123,7 @@ class ResNet(StagedNetwork):
         strides: Sequence[int | Sequence[int]] = (1, 2, 2, 2),
         lin_neurons: int = 256,
         block: Literal["basic", "bottleneck"] = "basic",
+        published_head: bool = False,
     ):
         check_block(block, BLOCKS)
         check_stages(strides, channels=channels, block_sizes=block_sizes)
@@ -137,6 +142,7 @@ class ResNet(StagedNetwork):
             strides,
             lin_neurons,
             partial(residual_stage, kind),
+            published_head,
         )
 
 

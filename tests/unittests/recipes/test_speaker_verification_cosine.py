@@ -5,11 +5,9 @@ Authors
 """
 
 import csv
-import doctest
 import itertools
 import json
 import math
-from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -31,6 +29,8 @@ FOLDER = (
 
 RATE = 16000
 SECONDS = [1.0, 0.71, 0.93, 0.52]
+# Of six training utterances of three speakers.
+TRAINING = [0.5, 0.75, 0.6, 0.55, 0.8, 0.65]
 MELS = 24
 
 
@@ -49,19 +49,31 @@ class WithDropout(nn.Module):
 
 @pytest.fixture
 def place(tmp_path):
-    """Four utterances of noise of two colours, and lists of them."""
+    """Utterances of noise of some colours, and lists of them."""
     torch.manual_seed(0)
-    rows = []
-    for number, seconds in enumerate(SECONDS):
+    rows, segments = [], []
+    for number, seconds in enumerate(SECONDS + TRAINING):
         path = tmp_path / f"{number}.wav"
         wav = 0.1 * torch.randn(int(seconds * RATE))
-        wav[::2] *= 1 + number
+        wav[::2] *= 1 + number % 4
         soundfile.write(path, wav.numpy(), RATE)
         rows.append([f"u{number}", seconds, str(path), 0, len(wav), number % 2])
+        half = RATE // 4
+        for start in (0, half):
+            segments.append(
+                [
+                    f"{number}_{start}",
+                    seconds,
+                    str(path),
+                    start,
+                    start + half,
+                    f"train{number % 3}",
+                ]
+            )
     for name, part in (
         ("enrol", rows[:2]),
-        ("test", rows[2:]),
-        ("train", rows),
+        ("test", rows[2:4]),
+        ("train", segments[8:]),
     ):
         with open(tmp_path / f"{name}.csv", "w", newline="") as f:
             writer = csv.writer(f)
@@ -84,9 +96,13 @@ def params_of(place, **changes):
         "verification_file": "list.txt",
         "batch_size": 1,
         "num_workers": 0,
+        "embeddings_folder": str(place / "embeddings"),
+        "sample_rate": RATE,
         "score_norm": None,
-        "n_train_snts": 3,
+        "n_train_snts": None,
         "cohort_size": 2,
+        "calibration_trials": 0,
+        "det_curve": None,
         "seed": 5,
         "compute_features": Fbank(n_mels=MELS, sample_rate=RATE),
         "mean_var_norm": InputNormalization(
@@ -115,9 +131,17 @@ def embedding(params, place, number):
         return params["embedding_model"](feats, torch.ones(1))[0]
 
 
+def verify(params, weights=None):
+    """Runs verify with the training utterances that the yaml file asks for."""
+    training = []
+    if params["score_norm"] is not None:
+        training = verification.training_utterances(params, tested=set())
+    return verification.verify(params, TRIALS, weights, training, "cpu")
+
+
 def scores_of(params):
     """Runs verify; the scores that it writes."""
-    verification.verify(params, TRIALS, None, "cpu")
+    verify(params)
     lines = (Path(params["output_folder"]) / "scores.txt").read_text()
     found = [line.split() for line in lines.splitlines()]
     assert [(int(n), a, b) for a, b, n, _ in found] == TRIALS
@@ -159,7 +183,7 @@ def test_every_module_is_in_eval_mode(place, key, score_norm):
         )
     )
     scores_of(params)
-    assert len(modes) == (4 if score_norm is None else 7)
+    assert len(modes) == (4 if score_norm is None else 10)
     assert not any(itertools.chain(*modes))
 
 
@@ -187,10 +211,11 @@ def test_results(place):
     torch.save(trained["embedding_model"].state_dict(), weights)
     params = params_of(place)
     without_zeros(params["embedding_model"].apply(_zero))
-    results = verification.verify(params, TRIALS, weights, "cpu")
+    results = verify(params, weights)
     expected = expected_scores(trained, place)
     labels = torch.tensor([label for label, _, _ in TRIALS])
-    eer, cost, _ = brute_force(expected[labels == 1], expected[labels == 0])
+    scores = expected[labels == 1], expected[labels == 0]
+    eer, cost = EER(*scores)[0], minDCF(*scores)[0]
     assert results["eer"] == pytest.approx(100 * eer, abs=1e-3)
     assert results["min_dcf"] == pytest.approx(cost / 0.01, abs=1e-3)
     assert results["trials"] == 6 and results["utterances"] == 4
@@ -207,95 +232,7 @@ def test_a_diverged_network_gives_no_rates(place):
     params = params_of(place)
     nn.init.constant_(params["embedding_model"].net.conv1.weight, math.nan)
     with pytest.raises(ValueError, match="6 of 6 scores are not finite"):
-        verification.verify(params, TRIALS, None, "cpu")
-
-
-def brute_force(positive, negative):
-    """EER, minDCF and the EERs at all thresholds where the rates differ least.
-
-    A trial is accepted above a threshold; of equally good ones the lowest is
-    taken.
-    """
-    positive, negative = positive.tolist(), negative.tolist()
-    levels = sorted({*positive, *negative})
-    levels += [(a + b) / 2 for a, b in zip(levels, levels[1:])]
-    rates = []
-    for threshold in sorted(levels):
-        missed = sum(p <= threshold for p in positive)
-        accepted = sum(n > threshold for n in negative)
-        rates.append(
-            (Fraction(missed, len(positive)), Fraction(accepted, len(negative)))
-        )
-    gap = min(abs(miss - alarm) for miss, alarm in rates)
-    best = [float(m + a) / 2 for m, a in rates if abs(m - a) == gap]
-    cost = min(float(miss + 99 * alarm) / 100 for miss, alarm in rates)
-    return best[0], cost, best
-
-
-def cases():
-    """Few levels, so that ties, swaps and gaps of every kind occur."""
-    generator = torch.Generator().manual_seed(0)
-
-    def whole(high):
-        return int(torch.randint(1, high, (), generator=generator))
-
-    for number in range(400):
-        levels = whole(8)
-        positive, negative = (
-            torch.randint(levels, (whole(7),), generator=generator).float()
-            for _ in "pn"
-        )
-        positive += number % 5 - 2  # apart, mixed, or the wrong way round
-        yield positive / 8, negative / 8
-
-
-def test_error_rates_are_those_of_every_threshold():
-    seen = set()
-    for positive, negative in cases():
-        found = verification.error_rates(positive, negative)
-        eer, cost, equally_good = brute_force(positive, negative)
-        assert found == pytest.approx((eer, cost), abs=1e-9)
-        theirs = EER(positive, negative)[0]
-        assert min(abs(theirs - e) for e in equally_good) < 1e-6
-        theirs = minDCF(positive, negative)[0]
-        assert cost == pytest.approx(theirs, abs=1e-6)
-        seen.add("equally good" if len(set(equally_good)) > 1 else 0)
-        seen.add(
-            "tie" if set(positive.tolist()) & set(negative.tolist()) else 0
-        )
-        seen.add("apart" if positive.min() > negative.max() else 0)
-        seen.add("swapped" if positive.max() < negative.min() else 0)
-        seen.add(
-            "one level"
-            if len({*positive.tolist(), *negative.tolist()}) == 1
-            else 0
-        )
-    assert seen == {0, "equally good", "tie", "apart", "swapped", "one level"}
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_error_rates_of_many_scores(seed):
-    torch.manual_seed(seed)
-    positive, negative = torch.randn(60) + 1, torch.randn(300)
-    if seed % 2:  # ties
-        positive, negative = (
-            positive.round(decimals=1),
-            negative.round(decimals=1),
-        )
-    eer, min_dcf = verification.error_rates(positive, negative)
-    assert eer == pytest.approx(EER(positive, negative)[0], abs=1e-6)
-    assert min_dcf == pytest.approx(minDCF(positive, negative)[0], abs=1e-7)
-
-
-def test_error_rates_of_what_cannot_be_ordered():
-    some = torch.tensor([0.5, 0.7])
-    broken = torch.tensor([0.5, math.nan, math.inf])
-    with pytest.raises(ValueError, match="2 of 5 scores are not finite"):
-        verification.error_rates(broken, some)
-    with pytest.raises(ValueError, match="2 of 5 scores are not finite"):
-        verification.error_rates(some, broken)
-    with pytest.raises(ValueError, match="2 trials with one speaker and 0"):
-        verification.error_rates(some, torch.tensor([]))
+        verify(params)
 
 
 def test_weights_of_another_network(tmp_path):
@@ -307,35 +244,91 @@ def test_weights_of_another_network(tmp_path):
         verification.load_weights(torch.nn.Linear(2, 4), path)
 
 
-def test_score_norm_is_that_of_a_loop():
-    torch.manual_seed(0)
-    normalize = torch.nn.functional.normalize
-    embeddings = normalize(torch.randn(6, 8), dim=1)
-    cohort = normalize(torch.randn(20, 8), dim=1)
-    enrol, test = torch.tensor([0, 1, 2]), torch.tensor([3, 4, 5])
-    statistics = verification.cohort_statistics(embeddings, cohort, 7)
-    cosine = torch.nn.CosineSimilarity(dim=-1)
-    for norm in (None, *verification.SCORE_NORMS):
-        scores = verification.score_trials(
-            embeddings, enrol, test, norm, statistics
+def test_whole_training_utterances(place):
+    found = verification.training_utterances(params_of(place), tested={"x"})
+    assert [row["start"] for row in found] == ["0"] * 6
+    lengths = sorted(int(row["stop"]) for row in found)
+    assert lengths == sorted(int(s * RATE) for s in TRAINING)
+    some = params_of(place, n_train_snts=4)
+    found = verification.training_utterances(some, tested=set())
+    assert len(found) == 4
+
+
+def test_every_utterance_is_embedded_once(place):
+    """Also by a run with another list, and not with other weights."""
+    computed = []
+
+    def embedded(params):
+        params["compute_features"].register_forward_hook(
+            lambda *_: computed.append(1)
         )
-        for n in range(3):
-            a, b = embeddings[enrol[n]], embeddings[test[n]]
-            score = cosine(a, b)
-            parts = {}
-            for key, x in (("z", a), ("t", b)):
-                best = cosine(x[None], cohort).sort().values[-7:]
-                parts[key] = (score - best.mean()) / best.std()
-            expected = {
-                None: score,
-                "z-norm": parts["z"],
-                "t-norm": parts["t"],
-                "s-norm": (parts["z"] + parts["t"]) / 2,
-            }[norm]
-            assert scores[n] == pytest.approx(expected.item(), rel=1e-4)
+        scores = scores_of(params)
+        count = len(computed)
+        computed.clear()
+        return scores, count
+
+    first, count = embedded(params_of(place))
+    assert count == 4
+    second, count = embedded(params_of(place))
+    assert count == 0 and torch.equal(second, first)
+    _, count = embedded(params_of(place, score_norm="s-norm"))
+    assert count == 6
+    other = params_of(place)
+    nn.init.ones_(other["embedding_model"].net.bn1.weight)
+    with torch.no_grad():
+        other["embedding_model"].net.bn1.weight *= 2
+    assert embedded(other)[1] == 4
 
 
-def test_examples():
-    """The recipe's files lie outside what pytest collects doctests from."""
-    result = doctest.testmod(verification, optionflags=doctest.ELLIPSIS)
-    assert result.attempted and not result.failed
+def test_normalized_and_calibrated(place):
+    """By hand: AS-Norm with the speakers' means of whole utterances."""
+    pytest.importorskip("sklearn")
+    params = params_of(
+        place,
+        score_norm="s-norm",
+        calibration_trials=200,
+        det_curve=str(place / "det.png"),
+    )
+    results = verify(params)
+    assert (place / "det.png").is_file()
+    normalize = nn.functional.normalize
+    rows = normalize(
+        torch.stack([embedding(params, place, n) for n in range(10)]), dim=1
+    )
+    # Utterance 4 is of train1, 5 of train2, 6 of train0.
+    means = [rows[[n, n + 3]].mean(0) for n in (4, 5, 6)]
+    cohort = normalize(torch.stack(means), dim=1)
+    expected = []
+    for _, *pair in TRIALS:
+        a, b = (rows[int(name[1])] for name in pair)
+        best = [(cohort @ x).sort().values[-2:] for x in (a, b)]
+        expected.append(
+            sum(float((a @ b - x.mean()) / x.std()) for x in best) / 2
+        )
+    labels = torch.tensor([label for label, _, _ in TRIALS])
+    assert list(results["stages"]) == ["cosine", "s-norm", "qmf"]
+    figures = verification.evaluate(torch.tensor(expected), labels)
+    for key, value in results["stages"]["s-norm"].items():
+        assert value == pytest.approx(figures[key], rel=1e-2, abs=1e-2), key
+    last = results["stages"]["qmf"]
+    assert {key: results[key] for key in last} == last
+    assert last["cllr"] != results["stages"]["s-norm"]["cllr"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "tested"),
+    [
+        ({"cohort_size": 1}, set()),
+        ({"n_train_snts": 1}, set()),
+        ({}, {"train0"}),
+    ],
+)
+def test_a_cohort_that_is_too_small(place, changes, tested):
+    params = params_of(place, **changes)
+    with pytest.raises(ValueError, match="a cohort of three speakers and"):
+        verification.training_utterances(params, tested)
+
+
+def test_csv_files_of_another_list():
+    with pytest.raises(ValueError, match="lack no.wav of the list of trials"):
+        verification.rows_of({"u0": {}}, ["u0.wav", "no.wav"])

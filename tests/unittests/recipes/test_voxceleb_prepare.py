@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 from voxceleb_prepare import (
+    check_keys,
     divide,
     prepare_noise,
     prepare_voxceleb,
@@ -192,14 +193,59 @@ def test_no_speaker_left(corpus):
         prepare(corpus)
 
 
-def test_bad_audio(corpus):
+def test_damaged_and_silent_files_are_listed(corpus):
     path = corpus / "wav" / "a" / "s" / "bad.wav"
     path.write_bytes(b"not audio")
-    with pytest.raises(ValueError, match="bad.wav is not a readable audio"):
-        prepare(corpus, verification_file=None)
+    silent = corpus / "wav" / "a" / "s" / "silent.wav"
+    write(silent, 2.6, gain=1e-5)
+    tiny = corpus / "wav" / "b" / "s" / "tiny.wav"
+    write(tiny, 0.3)
+    save = prepare(corpus, verification_file=None)
+    both = rows(save / "train.csv") + rows(save / "dev.csv")
+    assert len({r["wav"] for r in both}) == 15
+    found = sorted((r["wav"], r["reason"]) for r in rows(save / "left_out.csv"))
+    assert found == [
+        (str(path), "damaged files"),
+        (str(silent), "silent segments"),
+        (str(silent), "silent segments"),
+        (str(tiny), "files shorter than 0.5 s"),
+    ]
+
+
+def test_a_damaged_file_of_the_trials(corpus):
+    """A trial cannot be left out."""
+    (corpus / "wav" / "c" / "s" / "0.wav").write_bytes(b"not audio")
+    with pytest.raises(ValueError, match="0.wav is not a readable audio"):
+        prepare(corpus, splits=["enrol", "test"])
+
+
+def test_another_sample_rate(corpus):
+    path = corpus / "wav" / "a" / "s" / "bad.wav"
     write(path, 2.0, rate=8000)
     with pytest.raises(ValueError, match="bad.wav has 8000 Hz and not 16000"):
         prepare(corpus, verification_file=None)
+    assert not list((corpus.parent / "save").glob("*.csv*"))
+
+
+def test_nothing_but_damaged_files(tmp_path):
+    for n in range(3):
+        path = tmp_path / "wav" / "a" / "s" / f"{n}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"not audio")
+    with pytest.raises(ValueError, match="train.csv: 2 damaged files"):
+        prepare_voxceleb(tmp_path, tmp_path / "save", split_ratio=[67, 33])
+
+
+def test_flac(corpus):
+    for path in (corpus / "wav" / "c").rglob("*.wav"):
+        samples, rate = soundfile.read(path)
+        soundfile.write(path.with_suffix(".flac"), samples, rate)
+        path.unlink()
+    save = prepare(corpus, splits=["train", "dev", "enrol", "test"])
+    assert rows(save / "enrol.csv")[0]["wav"].endswith("c/s/0.flac")
+    save = prepare(corpus, verification_file=None)
+    both = rows(save / "train.csv") + rows(save / "dev.csv")
+    assert len({r["wav"] for r in both}) == 15
 
 
 def test_noise(tmp_path):
@@ -214,3 +260,44 @@ def test_noise(tmp_path):
         prepare_noise(tmp_path / "no", csv_file, "data_folder_noise")
     with pytest.raises(ValueError, match="set data_folder_noise"):
         prepare_noise(None, csv_file, "data_folder_noise", url="http://x")
+
+
+def test_musan_and_rirs_noises_as_they_unpack(tmp_path):
+    musan, rirs = tmp_path / "musan", tmp_path / "RIRS_NOISES"
+    write(musan / "noise" / "free-sound" / "short.wav", 3)
+    write(musan / "music" / "fma" / "long.wav", 25)
+    write(musan / "speech" / "librivox" / "silent.wav", 1, gain=0)
+    (musan / "noise" / "bad.wav").write_bytes(b"not audio")
+    (musan / "README").write_text("Several wav files")
+    csv_file = tmp_path / "save" / "noise.csv"
+    prepare_noise(musan, csv_file, "data_folder_noise")
+    found = rows(csv_file)
+    assert [(r["ID"], float(r["duration"])) for r in found] == [
+        ("music/fma/long_0", 10),
+        ("music/fma/long_160000", 10),
+        ("noise/free-sound/short", 3),
+    ]
+    source, _ = soundfile.read(musan / "music" / "fma" / "long.wav")
+    piece, _ = soundfile.read(found[1]["wav"])
+    assert found[1]["wav_format"] == "flac"
+    assert np.abs(piece - source[160000:320000]).max() < 1e-4
+    left_out = rows(tmp_path / "save" / "noise_left_out.csv")
+    names = sorted((Path(r["wav"]).stem, r["reason"]) for r in left_out)
+    assert names == [("bad", "damaged"), ("silent", "silent")]
+
+    write(rirs / "simulated_rirs" / "smallroom" / "Room001" / "a.wav", 0.5)
+    write(rirs / "pointsource_noises" / "b.wav", 1)
+    write(rirs / "real_rirs_isotropic_noises" / "c.wav", 1)
+    for key, name in (
+        ("data_folder_rir", "smallroom/Room001/a"),
+        ("data_folder_noise", "b"),
+    ):
+        path = tmp_path / "save" / f"{key}.csv"
+        prepare_noise(rirs, path, key)
+        assert [r["ID"] for r in rows(path)] == [name]
+
+
+def test_a_yaml_file_without_a_key():
+    check_keys({"lr": 1, "speeds": [100]}, ["lr", "speeds"], "my.yaml")
+    with pytest.raises(ValueError, match="my.yaml lacks speeds, k_top: copy"):
+        check_keys({"lr": 1}, ["lr", "speeds", "k_top"], "my.yaml")

@@ -19,6 +19,7 @@ from speechbrain.utils.checkpoints import (
 from sb_memeff.utils.atomic_checkpoints import (
     AtomicCheckpointer,
     best_checkpoint,
+    trained_weights,
 )
 
 
@@ -219,3 +220,14 @@ def test_the_best_checkpoint_has_the_lowest_error_rate(tmp_path):
     assert best_checkpoint(tmp_path).meta["ErrorRate"] == 0.1
     assert best_checkpoint(tmp_path / "none") is None
     assert not (tmp_path / "none").exists()
+
+
+def test_the_mean_of_checkpoints_comes_first(tmp_path):
+    assert trained_weights(tmp_path / "none") is None
+    net = torch.nn.Linear(1, 1)
+    checkpointer = AtomicCheckpointer(tmp_path, {"embedding_model": net})
+    for rate in (0.3, 0.1, 0.2):
+        checkpointer.save_checkpoint({"ErrorRate": rate})
+    assert trained_weights(tmp_path) == best_checkpoint(tmp_path).path
+    torch.save(net.state_dict(), tmp_path / "embedding_model.ckpt")
+    assert trained_weights(tmp_path) == tmp_path

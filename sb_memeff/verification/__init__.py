@@ -1,0 +1,1 @@
+"""Speaker verification: embeddings, scores, calibration and error rates."""
