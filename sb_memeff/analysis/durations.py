@@ -143,9 +143,7 @@ def loader_batches(
     Example
     -------
     >>> from sb_memeff.analysis.recipe import read_recipe
-    >>> path = (
-    ...     "recipes/LibriSpeech/ASR/transducer/hparams/digits_transducer.yaml"
-    ... )
+    >>> path = "recipes/LibriSpeech/ASR/transducer_memeff/hparams/digits_transducer.yaml"
     >>> recipe = read_recipe(path, {"dynamic_batching": False, "batch_size": 2})
     >>> loader_batches(recipe, {"a": 2.0, "b": 16.0, "c": 5.0})[0]
     LoaderBatch(utterances=2, seconds=16.0, longest='b')
