@@ -161,7 +161,8 @@ class Codebook:
     """
 
     def __init__(self, signed: bool, device: torch.device):
-        values = torch.tensor(VALUES[signed])
+        # Whatever torch.set_default_dtype says.
+        values = torch.tensor(VALUES[signed], dtype=torch.float32)
         middles = (values[1:] + values[:-1]) / 2
         self.signed = signed
         self.values = values.to(device)

@@ -173,8 +173,8 @@ def has_values(tensor: torch.Tensor) -> bool:
 @functools.lru_cache(maxsize=None)
 def _available(package: str, switch: str) -> bool:
     """Checks once for each value of the switch, and logs why not."""
-    if switch == "0":
-        reason = f"{SWITCH}=0"
+    if switch.strip().lower() in ("0", "false", "no", "off"):
+        reason = f"{SWITCH}={switch}"
     elif importlib.util.find_spec(package) is None:
         name = {"triton": "Triton"}.get(package, package)
         reason = f"{name} is not installed"

@@ -53,7 +53,7 @@ def fits(
         # On a CPU torch's own function updates 32-bit states: it is as fast, and
         # its square roots are not always the nearest numbers.
         (package == "triton" or (package == "numba" and in_8bit))
-        and _layout(p) == (torch.float32, p.device, p.shape, True)
+        and _layout(p) == (torch.float32, p.device, p.shape, True, False)
         and _layout(grad) == _layout(p)
         and all(
             name in state and _state_fits(p, state[name], in_8bit)
@@ -85,8 +85,8 @@ def contiguous_copy(
     grad = cast(torch.Tensor, p.grad)
     if not state or package_of_kernels(p, grad) != "numba":
         return None
-    copy = p.detach().contiguous()
-    copy.grad = grad.contiguous()
+    copy = p.detach().contiguous().resolve_neg()
+    copy.grad = grad.contiguous().resolve_neg()
     return copy if fits(copy, state, names, in_8bit=True) else None
 
 
@@ -101,8 +101,10 @@ def _state_fits(p: torch.Tensor, value: Any, in_8bit: bool) -> bool:
 
 def _layout(
     x: torch.Tensor,
-) -> tuple[torch.dtype, torch.device, torch.Size, bool]:
-    return x.dtype, x.device, x.shape, x.is_contiguous()
+) -> tuple[torch.dtype, torch.device, torch.Size, bool, bool]:
+    # With a negative bit (of x.conj().imag, for example) the memory has the other
+    # sign.
+    return x.dtype, x.device, x.shape, x.is_contiguous(), x.is_neg()
 
 
 def same_objects(some: Iterable[Any], others: Iterable[Any]) -> bool:
@@ -165,7 +167,9 @@ class OneLaunch:
     ):
         self.params = params
         self._package = self._found_package()
-        self.steps = _join_steps([states[p] for p in params])
+        # Later steps may be outside of an inference mode.
+        with torch.inference_mode(False):
+            self.steps = _join_steps([states[p] for p in params])
         self._names = names if self.steps is None else [*names, "step"]
         self._values = self._found_values(states)
         rows: list[list[torch.Tensor | None]] = [[*params]]

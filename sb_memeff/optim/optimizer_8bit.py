@@ -110,7 +110,7 @@ class Optimizer8bit(Checkpoints8bit):
         ------
         RuntimeError
             If a gradient is sparse, or if a parameter has another shape than
-            its 8-bit states. Nothing has changed then.
+            its gradient or its 8-bit states. Nothing has changed then.
         """
         loss = None
         if closure is not None:
@@ -143,6 +143,13 @@ class Optimizer8bit(Checkpoints8bit):
     def _check_shapes(self, ready: list[list[torch.Tensor]]) -> None:
         for number, params in enumerate(ready):
             for i, p in enumerate(params):
+                grad = cast(torch.Tensor, p.grad)
+                if grad.shape != p.shape:
+                    raise RuntimeError(
+                        f"Parameter {i} with a gradient in group {number} has "
+                        f"the shape {tuple(p.shape)}, its gradient "
+                        f"{tuple(grad.shape)}: one of them was replaced."
+                    )
                 for name in self.signed:
                     value = self.state.get(p, {}).get(name)
                     if (
@@ -248,8 +255,7 @@ class Optimizer8bit(Checkpoints8bit):
             grad = cast(torch.Tensor, p.grad)
             same = (
                 not self._in_8bit(group, p)
-                and p.dtype in (torch.float32, torch.float64)
-                and p.is_contiguous()
+                and _is_plain(p)
                 and grad.is_contiguous()
                 and grad.dtype == p.dtype
                 and all(
@@ -275,16 +281,24 @@ class Optimizer8bit(Checkpoints8bit):
     ) -> list[list[torch.Tensor]]:
         """Parameters of the first update, the second one, and so on.
 
-        There is more than one round if a group lists a parameter more than once.
-        torch then updates it as often. Its 8-bit states are unpacked for each
-        update; torch updates 32-bit states in place.
+        There is more than one round if a parameter is listed more than once, or
+        if parameters overlap in memory. torch then updates the same values more
+        than once. Here an update of unpacked copies would overwrite another.
         """
-        rounds: list[list[torch.Tensor]] = [[]]
-        updates: dict[torch.Tensor, int] = {}
+        if not _overlap(params):
+            return [params]
+        rounds: list[list[torch.Tensor]] = []
+        updated: list[tuple[int, tuple[str, int, int]]] = []
         for p in params:
-            number = updates.get(p, 0)
-            if self._in_8bit(group, p):
-                updates[p] = number + 1
+            number = 0
+            # torch updates the others in place.
+            if self._in_8bit(group, p) or not _is_plain(p):
+                place = _memory_range(p)
+                number = 1 + max(
+                    (n for n, other in updated if _meet(place, other)),
+                    default=-1,
+                )
+                updated.append((number, place))
             if number == len(rounds):
                 rounds.append([])
             rounds[number].append(p)
@@ -398,10 +412,35 @@ class Optimizer8bit(Checkpoints8bit):
 
 
 def _share_memory(params: list[torch.Tensor]) -> bool:
-    """Whether two programs would update one parameter at the same time."""
-    return all(map(has_values, params)) and len(
-        {p.data_ptr() for p in params}
-    ) < len(params)
+    """Whether two programs would update one value at the same time."""
+    return all(map(has_values, params)) and _overlap(params)
+
+
+def _overlap(params: list[torch.Tensor]) -> bool:
+    ranges = sorted(map(_memory_range, params))
+    return any(map(_meet, ranges, ranges[1:]))
+
+
+def _meet(some: tuple[str, int, int], others: tuple[str, int, int]) -> bool:
+    """Whether two ranges of memory overlap."""
+    (device, start, stop), (other_device, other_start, other_stop) = (
+        some,
+        others,
+    )
+    return device == other_device and start < other_stop and other_start < stop
+
+
+def _is_plain(p: torch.Tensor) -> bool:
+    """Whether torch can update a parameter without a copy."""
+    return p.dtype in (torch.float32, torch.float64) and p.is_contiguous()
+
+
+def _memory_range(x: torch.Tensor) -> tuple[str, int, int]:
+    """Device, address of the first byte, and address behind the last one."""
+    last = sum((n - 1) * s for n, s in zip(x.shape, x.stride()))
+    values = last + 1 if x.numel() else 0
+    start = x.data_ptr() if has_values(x) else id(x)
+    return str(x.device), start, start + values * x.element_size()
 
 
 def _reusable(p: torch.Tensor, value: Any) -> Quantized8bit:

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from sb_memeff.ops.blocks_8bit import Codebook, Quantized8bit
 from sb_memeff.optim.layout import Group, State
+from sb_memeff.utils.settings import check_switches
 
 __all__ = ["States8bit", "keep_32bit_states", "state_bytes"]
 
@@ -128,6 +129,8 @@ class States8bit(torch.optim.Optimizer):
     ):
         _check_min_8bit_size(min_8bit_size)
         super().__init__(params, *args, **kwargs)
+        switches = {"nesterov", "maximize", "amsgrad"} & self.defaults.keys()
+        check_switches(**{name: self.defaults[name] for name in switches})
         for name in ("capturable", "differentiable"):
             if self.defaults.get(name):
                 raise ValueError(

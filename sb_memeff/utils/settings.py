@@ -32,7 +32,8 @@ def check_switches(**settings: object) -> None:
     """
     for name, value in settings.items():
         if not isinstance(value, (bool, int)) or value not in (0, 1):
+            hint = " (in yaml, no and off are text)"
             raise TypeError(
-                f"{name}={value!r} must be True or False (in yaml, no and off "
-                f"are text)."
+                f"{name}={value!r} must be True or False"
+                f"{hint if isinstance(value, str) else ''}."
             )

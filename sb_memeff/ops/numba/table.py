@@ -85,7 +85,15 @@ class Table:
             function(self._numbers, addresses, first, last, *arguments)
 
         if threads == 1:
-            run(*bounds)
-        else:
-            with ThreadPoolExecutor(threads) as pool:
-                list(pool.map(run, bounds[:-1], bounds[1:]))
+            return run(*bounds)
+        with ThreadPoolExecutor(threads) as pool:
+            try:
+                parts = [
+                    pool.submit(run, *part) for part in zip(bounds, bounds[1:])
+                ]
+            except RuntimeError:
+                # At the end of the program no thread starts any more.
+                run(bounds[0], bounds[-1])
+            else:
+                for part in parts:
+                    part.result()
