@@ -4,9 +4,10 @@
 
 Files keep their paths: sb_memeff/nnet becomes speechbrain/nnet. Imports and names
 become SpeechBrain's, lines of tests/recipes are appended to its tables, and
-contrib/upstream.patch is applied. No other file of the checkout changes. Ruff
-then sorts the imports, with the settings of the checkout. To put everything
-aside: ``git stash --include-untracked`` in the checkout.
+contrib/upstream.patch is applied. No other file of the checkout changes, and
+nothing changes if a part would fail. Ruff then sorts the imports, with the settings
+of the checkout. To put everything aside: ``git stash --include-untracked`` in the
+checkout.
 
 Authors
  * The sb_memeff authors 2026
@@ -77,8 +78,8 @@ def rewritten(text: str) -> str:
     return re.sub(r"\bsb_memeff\b(?! authors)", "speechbrain", text)
 
 
-def place(checkout: Path) -> list[Path]:
-    """Writes the files that move.
+def placed(checkout: Path) -> dict[Path, str]:
+    """The files that move.
 
     Arguments
     ---------
@@ -87,13 +88,13 @@ def place(checkout: Path) -> list[Path]:
 
     Returns
     -------
-    list of Path
-        The Python files.
+    dict
+        Maps paths to texts.
 
     Raises
     ------
     FileExistsError
-        If SpeechBrain has one of them; then nothing is written.
+        If SpeechBrain has one of them.
     """
     texts = {}
     for source, target in files().items():
@@ -103,20 +104,53 @@ def place(checkout: Path) -> list[Path]:
             texts[path] = rewritten(text)
         # Packages that SpeechBrain has too keep their docstring.
         elif path.name != "__init__.py":
-            raise FileExistsError(f"SpeechBrain has a {target} already.")
+            raise FileExistsError(
+                f"SpeechBrain has a {target} already. If it is from an earlier "
+                f"run: git stash --include-untracked."
+            )
     # Files of one name in several folders are modules of packages to pytest.
     tests = checkout / "tests" / "unittests"
     for folder in {path.parent for path in texts if tests in path.parents}:
         if folder != tests:
             texts[folder / "__init__.py"] = ""
-    for path, text in texts.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    return [path for path in texts if path.suffix == ".py"]
+    return texts
 
 
-def append_rows(checkout: Path) -> None:
-    """Appends our lines to SpeechBrain's tables of recipes.
+def tables(checkout: Path) -> dict[Path, str]:
+    """SpeechBrain's tables of recipes, with our lines at the end.
+
+    Arguments
+    ---------
+    checkout : Path
+        Root of SpeechBrain's repository.
+
+    Returns
+    -------
+    dict
+        Maps paths to texts.
+
+    Raises
+    ------
+    ValueError
+        If a table is missing or has other columns.
+    """
+    texts = {}
+    for table in sorted((ROOT / "tests" / "recipes").glob("*.csv")):
+        header, *rows = table.read_text(encoding="utf-8").splitlines(True)
+        path = checkout / "tests" / "recipes" / table.name
+        lines = (
+            path.read_text(encoding="utf-8").splitlines()
+            if path.is_file()
+            else []
+        )
+        if lines[:1] != [header.rstrip()]:
+            raise ValueError(f"{path} is missing or has other columns.")
+        texts[path] = "\n".join([*lines, *map(str.rstrip, rows)]) + "\n"
+    return texts
+
+
+def check_tools(checkout: Path) -> None:
+    """Checks that git and ruff will do their part.
 
     Arguments
     ---------
@@ -126,15 +160,20 @@ def append_rows(checkout: Path) -> None:
     Raises
     ------
     ValueError
-        If a table has other columns.
+        If not; the message has git's or ruff's reason.
     """
-    for table in sorted((ROOT / "tests" / "recipes").glob("*.csv")):
-        header, *rows = table.read_text(encoding="utf-8").splitlines(True)
-        path = checkout / "tests" / "recipes" / table.name
-        text = path.read_text(encoding="utf-8")
-        if text.splitlines(True)[0] != header:
-            raise ValueError(f"{path} has other columns.")
-        path.write_text(text + "".join(rows), encoding="utf-8")
+    for command in (
+        ["git", "apply", "--check", str(PATCH)],
+        [sys.executable, "-m", "ruff", "--version"],
+    ):
+        found = subprocess.run(
+            command, cwd=checkout, capture_output=True, text=True, check=False
+        )
+        if found.returncode:
+            raise ValueError(f"{' '.join(command)}: {found.stderr.strip()}")
+    # git apply passes over files outside of a repository's subfolder.
+    if not (checkout / ".git").exists():
+        raise ValueError(f"{checkout} is not the root of a git repository.")
 
 
 def tidy(checkout: Path, paths: list[Path]) -> None:
@@ -174,12 +213,21 @@ def main(arguments: list[str]) -> None:
     arguments : list of str
         The path of the checkout.
     """
-    (checkout,) = map(Path, arguments)
-    checkout = checkout.resolve()
+    if len(arguments) != 1:
+        sys.exit("Usage: python contrib/place.py /path/to/speechbrain")
+    checkout = Path(arguments[0]).resolve()
     if not (checkout / "speechbrain" / "core.py").is_file():
         sys.exit(f"{checkout} is not a checkout of SpeechBrain.")
-    paths = place(checkout)
-    append_rows(checkout)
+    try:
+        texts = placed(checkout)
+        paths = [path for path in texts if path.suffix == ".py"]
+        texts.update(tables(checkout))
+        check_tools(checkout)
+    except (FileExistsError, ValueError) as error:
+        sys.exit(f"Nothing was written. {error}")
+    for path, text in texts.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
     subprocess.run(["git", "apply", PATCH], cwd=checkout, check=True)
     tidy(checkout, paths)
     print(f"{len(paths)} Python files placed in {checkout}")

@@ -6,6 +6,7 @@ Authors
 
 import csv
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +81,7 @@ def write(checkout):
     }.items():
         (checkout / path).parent.mkdir(parents=True, exist_ok=True)
         (checkout / path).write_text(text)
+    subprocess.run(["git", "init", "--quiet"], cwd=checkout, check=True)
     return checkout
 
 
@@ -113,15 +115,50 @@ def test_a_file_of_that_name_is_not_replaced(tmp_path):
     theirs = write(tmp_path) / "speechbrain" / "ops" / "grid.py"
     theirs.parent.mkdir()
     theirs.write_text("theirs")
-    with pytest.raises(FileExistsError, match="has a speechbrain/ops/grid.py"):
+    with pytest.raises(SystemExit, match="has a speechbrain/ops/grid.py"):
         place.main([str(tmp_path)])
     assert theirs.read_text() == "theirs"
     assert not (tmp_path / "recipes").exists()
 
 
+@pytest.mark.parametrize(
+    "path, text, reason",
+    [
+        ("requirements.txt", "others\n", "patch does not apply"),
+        ("tests/recipes/VoxCeleb.csv", None, "is missing or has other columns"),
+        ("tests/recipes/VoxCeleb.csv", "a,b\n", "is missing or has other"),
+        (".git", None, "is not the root of a git repository"),
+    ],
+)
+def test_nothing_is_written_if_a_part_would_fail(tmp_path, path, text, reason):
+    changed = write(tmp_path) / path
+    if changed.is_dir():
+        shutil.rmtree(changed)
+    else:
+        changed.unlink()
+    if text is not None:
+        changed.write_text(text)
+    before = sorted(p for p in tmp_path.rglob("*") if ".git" not in p.parts)
+    with pytest.raises(SystemExit, match=f"(?s)Nothing was written.*{reason}"):
+        place.main([str(tmp_path)])
+    assert before == sorted(
+        p for p in tmp_path.rglob("*") if ".git" not in p.parts
+    )
+
+
+def test_a_table_without_a_last_newline(tmp_path):
+    table = write(tmp_path) / "tests" / "recipes" / "VoxCeleb.csv"
+    lines = table.read_text().splitlines()
+    table.write_text("\n".join(lines))
+    text = place.tables(tmp_path)[table]
+    assert text.splitlines()[: len(lines)] == lines and text.endswith("\n")
+
+
 def test_another_folder_is_refused(tmp_path):
     with pytest.raises(SystemExit, match="is not a checkout of SpeechBrain"):
         place.main([str(tmp_path)])
+    with pytest.raises(SystemExit, match="Usage"):
+        place.main([])
 
 
 def test_names_are_speechbrains(checkout):
