@@ -17,7 +17,7 @@ from tests.integration.stand_ins import (
     weights,
 )
 
-OURS = ROOT / "recipes" / CONFORMER
+OURS = ROOT / "recipes" / CONFORMER.replace("transducer/", "transducer_memeff/")
 # The stand-in's settings.
 SMALL = {
     "data_folder": "none",

@@ -58,6 +58,7 @@ def test_a_speaker_recipe_takes_what_its_brain_takes(
         brain = make_brain(training.SpeakerBrain, path, overrides, tmp_path)
         brain.hparams.wav_augment = lambda wavs, lens: (wavs, lens)
         brain.lr_annealing = lambda optimizer: None
+        brain.margin_schedule = lambda step: None
         brain.init_optimizers()
         for _ in range(2):
             brain.fit_batch(batch)
