@@ -9,9 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# pyrefly: ignore[untyped-import]
-from scipy.optimize import nnls
-
 from sb_memeff.analysis.durations import LoaderBatch
 from sb_memeff.memory.units import format_bytes
 
@@ -156,6 +153,10 @@ class _Peaks:
         if key in self.known:
             return self.known[key]
         if self.weights is None:
+            # The command imports this module whatever it does.
+            # pyrefly: ignore[untyped-import]
+            from scipy.optimize import nnls
+
             sizes = np.array(list(self.known.values()), dtype=float)
             terms = np.array([_terms(*known) for known in self.known])
             # Errors are relative to the peak, and no term shrinks.

@@ -4,10 +4,11 @@ Authors
  * The sb_memeff authors 2026
 """
 
+import contextlib
 import csv
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -16,6 +17,7 @@ import soundfile
 __all__ = [
     "DamagedFile",
     "Prepared",
+    "atomic_path",
     "open_atomic",
     "read_header",
     "write_csv",
@@ -26,13 +28,56 @@ class DamagedFile(ValueError):
     """An audio file that cannot be read."""
 
 
-class open_atomic:
+@contextlib.contextmanager
+def atomic_path(path: str | Path) -> Generator[Path, None, None]:
+    """A path to write to; the file then appears under its name at once.
+
+    Nothing is left if an error occurs.
+
+    Arguments
+    ---------
+    path : str or Path
+        The file.
+
+    Yields
+    ------
+    Path
+        Where to write it, in the same folder.
+
+    Example
+    -------
+    >>> import torch
+    >>> path = getfixture("tmp_path") / "x.pt"
+    >>> with atomic_path(path) as partial:
+    ...     torch.save([1], partial)
+    ...     path.exists()
+    False
+    >>> torch.load(path)
+    [1]
+    """
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        yield partial
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    os.replace(partial, path)
+
+
+@contextlib.contextmanager
+def open_atomic(path: str | Path) -> Generator[TextIO, None, None]:
     """A text file that appears under its name only when it is complete.
 
     Arguments
     ---------
     path : str or Path
         The file.
+
+    Yields
+    ------
+    TextIO
+        The open file.
 
     Example
     -------
@@ -43,21 +88,9 @@ class open_atomic:
     >>> path.read_text()
     'done'
     """
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        self.partial = self.path.with_name(self.path.name + ".partial")
-
-    def __enter__(self) -> TextIO:
-        self.file = open(self.partial, "w", encoding="utf-8", newline="")
-        return self.file
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.file.close()
-        if kind is None:
-            os.replace(self.partial, self.path)
-        else:
-            self.partial.unlink()
+    with atomic_path(path) as partial:
+        with open(partial, "w", encoding="utf-8", newline="") as file:
+            yield file
 
 
 def write_csv(

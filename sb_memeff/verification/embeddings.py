@@ -5,11 +5,12 @@ Authors
 """
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
+
+from sb_memeff.dataio.preparation import atomic_path
 
 __all__ = ["EmbeddingStore", "fingerprint"]
 
@@ -96,9 +97,8 @@ class EmbeddingStore:
 
     def _write(self, names: list[str], rows: list[torch.Tensor]) -> None:
         path = self.folder / f"{len(self._shards()):06d}.pt"
-        partial = path.with_suffix(".partial")
-        torch.save((names, torch.cat(rows)), partial)
-        os.replace(partial, path)
+        with atomic_path(path) as partial:
+            torch.save((names, torch.cat(rows)), partial)
 
     def _read(self, names: Sequence[str]) -> torch.Tensor:
         rows = {name: row for row, name in enumerate(names)}

@@ -15,7 +15,6 @@ Authors
  * The sb_memeff authors 2026
 """
 
-import os
 import re
 import sys
 from pathlib import Path
@@ -39,6 +38,7 @@ from voxceleb_prepare import (
 )
 
 from sb_memeff.brain import MemEffBrain
+from sb_memeff.dataio.preparation import atomic_path
 from sb_memeff.utils.atomic_checkpoints import trained_weights
 
 logger = get_logger(__name__)
@@ -156,10 +156,8 @@ class SpeakerBrain(MemEffBrain):
         """Saves the mean of the last epochs' weights beside the checkpoints."""
         checkpoints = self.last_epochs()
         for name in TRAINED:
-            path = self.mean_path(name)
-            partial = path.with_name(path.name + ".partial")
-            torch.save(average_checkpoints(checkpoints, name), partial)
-            os.replace(partial, path)
+            with atomic_path(self.mean_path(name)) as partial:
+                torch.save(average_checkpoints(checkpoints, name), partial)
         logger.info(
             f"{self.hparams.save_folder} has the mean of {len(checkpoints)} "
             f"checkpoints."
@@ -364,9 +362,8 @@ def save_label_encoder(train_data, speeds, path):
         for speed in speeds:
             for speaker in speakers:
                 encoder.ensure_label(class_of(speaker, speed))
-        partial = path.with_name(path.name + ".partial")
-        encoder.save(partial)
-        os.replace(partial, path)
+        with atomic_path(path) as partial:
+            encoder.save(partial)
 
 
 class Crop:

@@ -13,7 +13,6 @@ Authors
 
 import hashlib
 import json
-import os
 import random
 from collections import Counter
 from pathlib import Path
@@ -26,6 +25,7 @@ from tqdm import tqdm
 from sb_memeff.dataio.preparation import (
     DamagedFile,
     Prepared,
+    atomic_path,
     read_header,
     write_csv,
 )
@@ -263,9 +263,8 @@ def fetch_list(verification_file, save_folder):
     if str(verification_file).startswith(("http://", "https://")):
         path = Path(save_folder) / str(verification_file).rsplit("/", 1)[-1]
         if not path.is_file():
-            partial = path.with_name(path.name + ".partial")
-            download_file(verification_file, partial, replace_existing=True)
-            os.replace(partial, path)
+            with atomic_path(path) as partial:
+                download_file(verification_file, partial, replace_existing=True)
         return path
     path = Path(verification_file).expanduser()
     if not path.is_file():
@@ -642,9 +641,8 @@ def noises_of(source, folder, pieces_folder, sample_rate, left_out):
                     left_out.append((str(source), f"silent from {start}"))
                     continue
                 path.parent.mkdir(parents=True, exist_ok=True)
-                partial = path.with_name(path.name + ".partial")
-                soundfile.write(partial, piece, sample_rate, format="FLAC")
-                os.replace(partial, path)
+                with atomic_path(path) as partial:
+                    soundfile.write(partial, piece, sample_rate, format="FLAC")
             yield f"{name}_{start}", PIECE, str(path)
     except (DamagedFile, soundfile.LibsndfileError):
         left_out.append((str(source), "damaged"))

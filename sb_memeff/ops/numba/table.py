@@ -21,7 +21,7 @@ from sb_memeff.ops.numba.compiled import compiled
 __all__ = ["Table", "blocks_of"]
 
 # It takes longer to start a thread than to process fewer blocks.
-BLOCKS_OF_THREAD = 256
+MIN_BLOCKS_PER_THREAD = 256
 
 
 @compiled
@@ -48,7 +48,6 @@ class Table:
         blocks = [-(-size // BLOCK) for size in sizes]
         *first_blocks, self.blocks = itertools.accumulate(blocks, initial=0)
         addresses = [[x.data_ptr() for x in row] for row in rows]
-        self.tensors = len(sizes)
         self.device = rows[0][0].device
         self._numbers = np.array(
             [sizes, first_blocks, *addresses], dtype=np.int64
@@ -77,7 +76,8 @@ class Table:
         """
         addresses = np.array(gradients, dtype=np.int64)
         threads = min(
-            torch.get_num_threads(), max(1, self.blocks // BLOCKS_OF_THREAD)
+            torch.get_num_threads(),
+            max(1, self.blocks // MIN_BLOCKS_PER_THREAD),
         )
         bounds = [self.blocks * n // threads for n in range(threads + 1)]
 

@@ -6,6 +6,7 @@ import soundfile
 
 from sb_memeff.dataio.preparation import (
     Prepared,
+    atomic_path,
     open_atomic,
     read_header,
     write_csv,
@@ -19,6 +20,18 @@ def test_no_file_is_half_written(tmp_path):
         f.write("new")
         raise KeyError
     assert path.read_text() == "old"
+    assert [*tmp_path.iterdir()] == [path]
+
+
+def test_a_path_that_is_written_by_others(tmp_path):
+    path = tmp_path / "x.pt"
+    with pytest.raises(KeyError), atomic_path(path) as partial:
+        raise KeyError  # before anything is written
+    assert not [*tmp_path.iterdir()]
+    with atomic_path(path) as partial:
+        partial.write_text("new")
+        assert not path.exists()
+    assert path.read_text() == "new" and not partial.exists()
 
 
 def test_csv_with_commas(tmp_path):

@@ -56,7 +56,7 @@ def exact_roots(monkeypatch):
 def threads(monkeypatch):
     """A function that chooses how many threads share even the smallest work."""
     before = torch.get_num_threads()
-    monkeypatch.setattr(table, "BLOCKS_OF_THREAD", 1)
+    monkeypatch.setattr(table, "MIN_BLOCKS_PER_THREAD", 1)
     yield torch.set_num_threads
     torch.set_num_threads(before)
 

@@ -21,6 +21,14 @@ def form(request, monkeypatch):
     monkeypatch.setenv("SB_MEMEFF_KERNELS", request.param)
 
 
+@pytest.fixture
+def two_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
 def trained(optimizer, params):
     for _ in range(STEPS):
         for p in params:
@@ -70,17 +78,12 @@ def test_parameters_that_overlap_are_updated_as_often_as_by_torch(
     assert torch.equal(*found)
 
 
-def test_threads_do_not_share_values(monkeypatch):
+def test_threads_do_not_share_values(two_threads):
     x = torch.zeros(256 * 4097)
     y = x.clone()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        for kind, values in ((SGD8bit, x), (torch.optim.SGD, y)):
-            params = [Parameter(values[:-256]), Parameter(values[256:])]
-            trained(kind(params, **SGD), params)
-    finally:
-        torch.set_num_threads(threads)
+    for kind, values in ((SGD8bit, x), (torch.optim.SGD, y)):
+        params = [Parameter(values[:-256]), Parameter(values[256:])]
+        trained(kind(params, **SGD), params)
     assert torch.equal(x, y)
 
 
@@ -114,19 +117,16 @@ def test_a_step_in_inference_mode_is_a_step(form, kind):
     assert torch.equal(*found)
 
 
-def test_at_the_end_of_the_program_one_thread_does_all(monkeypatch):
+def test_at_the_end_of_the_program_one_thread_does_all(
+    two_threads, monkeypatch
+):
     def submit(*args):
         raise RuntimeError("cannot schedule new futures")
 
     monkeypatch.setattr(ThreadPoolExecutor, "submit", submit)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        x = torch.zeros(256 * 1024)
-        p = Parameter(x)
-        trained(SGD8bit([p], **SGD), [p])
-    finally:
-        torch.set_num_threads(threads)
+    x = torch.zeros(256 * 1024)
+    p = Parameter(x)
+    trained(SGD8bit([p], **SGD), [p])
     assert x.eq(x[0]).all() and x[0] == -4.25
 
 
