@@ -87,16 +87,17 @@ def test_threads_do_not_share_values(two_threads):
     assert torch.equal(x, y)
 
 
-def test_a_gradient_with_a_negative_bit(form):
+@pytest.mark.parametrize("size", [1, 2])  # contiguous, and not
+def test_a_gradient_with_a_negative_bit(form, size):
     found = []
     for kind, options in (
         (SGD8bit, {"min_8bit_size": 0}),
         (torch.optim.SGD, {}),
     ):
-        p = Parameter(torch.zeros(2))
+        p = Parameter(torch.zeros(size))
         optimizer = kind([p], **SGD, **options)
         for _ in range(STEPS):
-            p.grad = torch.tensor([1j, 1j]).conj().imag
+            p.grad = torch.tensor(size * [1j]).conj().imag
             assert p.grad.is_neg()
             optimizer.step()
         found.append(p.detach())
