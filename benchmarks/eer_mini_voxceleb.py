@@ -1,7 +1,8 @@
 """EER of vanilla and reversible networks on a small corpus, with the recipe.
 
-All trainings have the same seed, data order and number of steps. Existing ones are
-continued. The corpus has the layout of VoxCeleb and a veri_test.txt.
+Trainings with one seed have the same data order and number of steps. They take
+hours: each adds a line to results/eer_mini_voxceleb.jsonl, and those with a line are
+not repeated. The corpus has the layout of VoxCeleb and a veri_test.txt.
 
     python benchmarks/eer_mini_voxceleb.py CORPUS OUTPUT_FOLDER
 
@@ -18,7 +19,7 @@ import sys
 from pathlib import Path
 
 import torch
-from result_file import write_results
+from result_file import RESULTS, machine, write_results
 from speechbrain.lobes.models.ECAPA_TDNN import Classifier
 from table import print_head, print_row
 from timing import median_seconds, training_step
@@ -100,6 +101,7 @@ SYSTEMS = [
     ("RevECAPA-TDNN", "Adam"),
 ]
 FIRST_SEED = 1986
+MOST_SEEDS = 8
 # Eight seeds where systems are compared: EERs of one system lie up to 2 points apart.
 EIGHT_SEEDS = [
     (network, optimizer)
@@ -115,8 +117,8 @@ PAIRS = [
     ((f"RevNet34 Type {kind}", "SGD"), ("ResNet34", "SGD"))
     for kind in ("I", "II")
 ]
-# The last file of a system, in its output folder.
-TRAINED = "trained/results.json"
+# A line for each training, written when it ends.
+RUNS = RESULTS / "eer_mini_voxceleb.jsonl"
 TRAINING = [
     "--out_n_neurons=207",
     "--batch_size=16",
@@ -129,7 +131,7 @@ TRAINING = [
 
 def seeds(network, optimizer):
     """The seeds of a system's trainings."""
-    number = 8 if (network, optimizer) in EIGHT_SEEDS else 1
+    number = MOST_SEEDS if (network, optimizer) in EIGHT_SEEDS else 1
     return range(FIRST_SEED, FIRST_SEED + number)
 
 
@@ -203,15 +205,14 @@ def measure(network, optimizer, seed, corpus, folder):
         f"--seed={seed}",
         *flags,
     ]
-    if not (folder / TRAINED).is_file():
-        run_script(
-            "train_speaker_embeddings.py",
-            with_optimizer(f"train_{kind}.yaml", optimizer, folder),
-            *common,
-            *TRAINING,
-            f"--lr={rate}",
-            f"--output_folder={folder}",
-        )
+    run_script(
+        "train_speaker_embeddings.py",
+        with_optimizer(f"train_{kind}.yaml", optimizer, folder),
+        *common,
+        *TRAINING,
+        f"--lr={rate}",
+        f"--output_folder={folder}",
+    )
     log = (folder / "train_log.txt").read_text(encoding="utf-8")
     row = {
         "network": network,
@@ -225,18 +226,30 @@ def measure(network, optimizer, seed, corpus, folder):
     }
     for state in ("untrained", "trained"):
         weights = "null" if state == "untrained" else folder / "save"
-        results = folder / state / "results.json"
-        if not results.is_file():
-            run_script(
-                "speaker_verification_cosine.py",
-                f"hparams/verification_{kind}.yaml",
-                *common,
-                f"--output_folder={folder / state}",
-                f"--pretrain_path={weights}",
-            )
-        result = json.loads(results.read_text(encoding="utf-8"))
+        run_script(
+            "speaker_verification_cosine.py",
+            f"hparams/verification_{kind}.yaml",
+            *common,
+            f"--output_folder={folder / state}",
+            f"--pretrain_path={weights}",
+        )
+        results = (folder / state / "results.json").read_text(encoding="utf-8")
+        result = json.loads(results)
         row[state] = {k: result[k] for k in ("eer", "min_dcf", "trials")}
-    return row
+    return {**row, **machine()}
+
+
+def runs():
+    """Trainings that are done.
+
+    Returns
+    -------
+    dict
+        Maps (network, optimizer, seed) to a row of the result file.
+    """
+    lines = RUNS.read_text().splitlines() if RUNS.is_file() else []
+    rows = map(json.loads, lines)
+    return {(r["network"], r["optimizer"], r["seed"]): r for r in rows}
 
 
 def build(network):
@@ -374,7 +387,7 @@ def main():
     parser.add_argument(
         "--part",
         default="0/1",
-        help="K/N trains every Nth system, starting with K, and writes no results",
+        help="K/N runs every Nth training, starting with K, and writes no table",
     )
     parser.add_argument(
         "--done",
@@ -383,23 +396,26 @@ def main():
     )
     arguments = parser.parse_args()
     part, parts = map(int, arguments.part.split("/"))
+    # The first seed of all systems comes first.
     jobs = [
         (network, optimizer, seed)
+        for seed in range(FIRST_SEED, FIRST_SEED + MOST_SEEDS)
         for network, optimizer in SYSTEMS
-        for seed in seeds(network, optimizer)
+        if seed in seeds(network, optimizer)
     ]
     corpus, output = (
         arguments.corpus.resolve(),
         arguments.output_folder.resolve(),
     )
-    rows = []
-    for network, optimizer, seed in jobs[part::parts]:
-        folder = output / f"{network} {optimizer} {seed}".replace(" ", "_")
-        if arguments.done and not (folder / TRAINED).is_file():
-            continue
-        rows.append(measure(network, optimizer, seed, corpus, folder))
+    for job in [] if arguments.done else jobs[part::parts]:
+        if job not in runs():
+            folder = output / "_".join(map(str, job)).replace(" ", "_")
+            row = measure(*job, corpus, folder)
+            with RUNS.open("a") as f:
+                f.write(json.dumps(row) + "\n")
     if parts > 1:
         return
+    rows = [runs()[job] for job in jobs if job in runs()]
     measured = costs()
     print_head(
         "network",

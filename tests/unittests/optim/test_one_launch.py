@@ -131,7 +131,7 @@ def launches(monkeypatch, package):
     launch = cls.launch
 
     def counted(self, *args, **kwargs):
-        found.append(self.tensors)
+        found.append(self._numbers.shape[1])
         launch(self, *args, **kwargs)
 
     monkeypatch.setattr(cls, "launch", counted)
