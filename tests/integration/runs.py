@@ -5,11 +5,9 @@ Authors
 """
 
 import csv
-import json
 import os
 import re
-import subprocess
-import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,30 +16,12 @@ import soundfile
 import speechbrain as sb
 import yaml
 
+from tests.processes import start_script
+
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = "test_debug_flags"
 # benchmarks/gpu.py runs the same recipes on a GPU.
 DEVICE = os.environ.get("SB_MEMEFF_TEST_DEVICE") or "cpu"
-
-# Each script runs as __main__ in a process of its own, but what all of them
-# import is imported once: it takes longer than to train so little. The first
-# that fails ends it. (bitsandbytes initialises CUDA when it is imported, and
-# CUDA does not survive a fork: on a GPU each script imports for itself.)
-ONE_AFTER_THE_OTHER = """
-import json, os, runpy, sys
-import speechbrain, torchaudio, sb_memeff.brain, sb_memeff.export.speaker_folder
-for argv, output in json.load(sys.stdin):
-    child = os.fork()
-    if not child:
-        file = os.open(output, os.O_WRONLY | os.O_CREAT)
-        for number in (1, 2):
-            os.dup2(file, number)
-        sys.argv, sys.path[0] = argv, os.path.dirname(argv[0])
-        runpy.run_path(argv[0], run_name="__main__")
-        break
-    if os.waitpid(child, 0)[1]:
-        sys.exit(1)
-"""
 
 
 class Recipe:
@@ -64,10 +44,9 @@ class Recipe:
         with open(self.table, newline="") as f:
             return list(csv.DictReader(f))
 
-    def command(self, script, hparams, *flags):
-        """A command line, as a list."""
+    def argv(self, script, hparams, *flags):
+        """A script's path and its arguments."""
         return [
-            sys.executable,
             str(self.folder / script),
             str(self.folder / "hparams" / hparams),
             *map(str, flags),
@@ -75,22 +54,7 @@ class Recipe:
 
     def run(self, place, script, hparams, *flags, fails=False):
         """Runs a script in a working folder; gives what it printed."""
-        _, *argv = self.command(script, hparams, *flags)
-        return self.output_of(place, *argv, fails=fails)
-
-    def output_of(self, place, *argv, fails=False):
-        """Runs Python in a working folder; gives what it printed."""
-        done = subprocess.run(
-            [sys.executable, *argv],
-            cwd=place,
-            env=environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=300,
-        )
-        assert (done.returncode != 0) == fails, done.stdout[-3000:]
-        return done.stdout
+        return output_of(place, self.argv(script, hparams, *flags), fails)
 
     def run_table(self, place, data, on_samples):
         """Runs every line of the table on a corpus, some on samples too.
@@ -129,7 +93,7 @@ class Recipe:
                 runs[f"samples/{hparams}"] = samples
             for name, flags in runs.items():
                 folder = place / "results" / name
-                _, *argv = self.command(
+                argv = self.argv(
                     script,
                     hparams,
                     *(f"{key}={value}" for key, value in flags.items()),
@@ -137,28 +101,10 @@ class Recipe:
                     f"--output_folder={folder}",
                 )
                 lines[name] = row, folder
-                printed = place / f"{name.replace('/', '_')}.txt"
-                jobs.append((argv, str(printed)))
-        if DEVICE != "cpu":
-            with ThreadPoolExecutor(6) as pool:
-                outputs = list(
-                    pool.map(lambda job: self.output_of(place, *job[0]), jobs)
-                )
-        else:
-            done = subprocess.run(
-                [sys.executable, "-c", ONE_AFTER_THE_OTHER],
-                cwd=place,
-                env=environment(),
-                input=json.dumps(jobs),
-                text=True,
-                timeout=300 * len(jobs),
-            )
-            outputs = [
-                Path(output).read_text()
-                for _, output in jobs
-                if Path(output).exists()
-            ]
-            assert not done.returncode, outputs[-1:] and outputs[-1][-3000:]
+                jobs.append(argv)
+        # The first that fails ends it.
+        with ThreadPoolExecutor(1 if DEVICE == "cpu" else 6) as pool:
+            outputs = list(pool.map(lambda argv: output_of(place, argv), jobs))
         return {
             name: (*line, text)
             for (name, line), text in zip(lines.items(), outputs, strict=True)
@@ -200,16 +146,34 @@ class Recipe:
                 ), f"{row['Hparam_file']}: {key}"
 
 
-def environment():
-    """Variables for a process of a recipe."""
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    return {
-        **os.environ,
-        "PYTHONPATH": path,
+def start(place, argv):
+    """Starts a script in a working folder.
+
+    Returns
+    -------
+    multiprocessing.Process
+        The process.
+    Path
+        The file with what it prints.
+    """
+    handle, output = tempfile.mkstemp(dir=place, suffix=".txt")
+    os.close(handle)
+    environment = {
         "OMP_NUM_THREADS": "1",
         # cuBLAS is deterministic with a workspace of this form.
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     }
+    return start_script(argv, place, output, environment), Path(output)
+
+
+def output_of(place, argv, fails=False):
+    """Runs a script in a working folder; gives what it printed."""
+    process, output = start(place, argv)
+    process.join(300)
+    process.kill()
+    text = output.read_text()
+    assert (process.exitcode != 0) == fails, text[-3000:]
+    return text
 
 
 def deterministic(place, hparams):

@@ -12,8 +12,6 @@ Authors
 """
 
 import re
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -33,8 +31,8 @@ from tests.integration.runs import (
     Recipe,
     check_files,
     deterministic,
-    environment,
     last_checkpoint,
+    start,
     steps_of,
 )
 
@@ -247,13 +245,7 @@ def test_killed_run_continues(place):
         flags.append("--ctc_weight=0")
     killed = digits(place, "killed", *flags)[1:]
     folder = place / "results" / "killed"
-    process = subprocess.Popen(
-        RECIPE.command("train.py", hparams, *killed),
-        cwd=place,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process, _ = start(place, RECIPE.argv("train.py", hparams, *killed))
 
     def in_second_epoch():
         for path in folder.glob("save/CKPT*/brain.ckpt"):
@@ -264,10 +256,10 @@ def test_killed_run_continues(place):
 
     deadline = time.time() + 200
     while not in_second_epoch():
-        assert process.poll() is None and time.time() < deadline
+        assert process.is_alive() and time.time() < deadline
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert len(steps_of((folder / "train_log.txt").read_text())) == 1
 
     text = RECIPE.run(place, "train.py", hparams, *killed)

@@ -15,7 +15,6 @@ import pytest
 import soundfile
 import speechbrain as sb
 import torch
-import torch.multiprocessing as mp
 from speechbrain.augment.augmenter import Augmenter
 from speechbrain.augment.time_domain import AddNoise, AddReverb
 from speechbrain.dataio.dataset import DynamicItemDataset
@@ -45,6 +44,7 @@ from sb_memeff.nnet.replay import mismatch
 from sb_memeff.ops.blocks_8bit import Quantized8bit
 from sb_memeff.optim import Adam8bit, AdamW8bit, SGD8bit
 from sb_memeff.utils.atomic_checkpoints import AtomicCheckpointer
+from tests.processes import context
 from tests.unittests.two_processes import run_in_two_processes
 
 OPTIMIZERS = {
@@ -160,6 +160,8 @@ def fit(made, workers=0, **options):
 
 def run(queue, arguments, stop_at, workers):
     """One process: trains until it ends or is killed."""
+    # Each process would compile the kernels of 8-bit optimizers.
+    os.environ["SB_MEMEFF_KERNELS"] = "0"
     torch.set_num_threads(1)
     sb.utils.seed.seed_everything(7, verbose=False)
     made = brain(**arguments)
@@ -169,10 +171,8 @@ def run(queue, arguments, stop_at, workers):
 
 def in_new_process(arguments, stop_at=None, workers=0):
     """Weights at the end; None if the process was killed."""
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["sb_memeff.brain"])
-    queue = context.SimpleQueue()
-    process = context.Process(
+    queue = context().SimpleQueue()
+    process = context().Process(
         target=run, args=(queue, arguments, stop_at, workers)
     )
     process.start()

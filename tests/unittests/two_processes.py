@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from tests.processes import METHOD, context
+
 
 def run_in_two_processes(function, folder):
     """Calls a function of the rank in two processes.
@@ -27,7 +29,10 @@ def run_in_two_processes(function, folder):
     list
         What the function returned, for rank 0 and 1.
     """
-    mp.spawn(_worker, args=(function, str(folder)), nprocs=2)
+    context()
+    mp.start_processes(
+        _worker, (function, str(folder)), nprocs=2, start_method=METHOD
+    )
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
