@@ -27,7 +27,14 @@ def run_in_two_processes(function, folder):
     list
         What the function returned, for rank 0 and 1.
     """
-    mp.spawn(_worker, args=(function, str(folder)), nprocs=2)
+    # A server imports what takes long once, for all calls of a test session.
+    mp.set_forkserver_preload(["speechbrain", "torchaudio", "sb_memeff.brain"])
+    mp.start_processes(
+        _worker,
+        args=(function, str(folder)),
+        nprocs=2,
+        start_method="forkserver",
+    )
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
