@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from sb_memeff.ops.blocks_8bit import Codebook, Quantized8bit
 from sb_memeff.optim.layout import Group, State
 from sb_memeff.utils.settings import check_switches
+from sb_memeff.utils.sharding import is_sharded
 
 __all__ = ["States8bit", "keep_32bit_states", "state_bytes"]
 
@@ -160,7 +161,7 @@ class States8bit(torch.optim.Optimizer):
         Raises
         ------
         TypeError
-            If a parameter does not have a floating-point dtype.
+            If a parameter does not have a floating-point dtype, or is sharded.
         ValueError
             If values of a parameter share memory, as in an expanded tensor, or
             if min_8bit_size is not a number of values.
@@ -173,6 +174,13 @@ class States8bit(torch.optim.Optimizer):
                 error = TypeError(
                     f"{type(self).__name__} updates floating-point parameters, "
                     f"not {p.dtype}."
+                )
+            elif is_sharded(p):
+                error = TypeError(
+                    f"{type(self).__name__} cannot update the DTensor of shape "
+                    f"{tuple(p.shape)} that fully_shard made of a parameter: use "
+                    f"{type(self).__name__[:-4]} of torch.optim with "
+                    f"fully_shard, or DistributedDataParallel."
                 )
             elif any(
                 stride == 0 and size > 1

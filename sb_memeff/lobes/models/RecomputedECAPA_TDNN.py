@@ -34,6 +34,7 @@ from sb_memeff.nnet.attentive_pooling import attentive_statistics_pooling
 from sb_memeff.nnet.padding import check_lengths, mask
 from sb_memeff.nnet.recompute.segment import Segment
 from sb_memeff.nnet.reversible import ReversibleSequence, Tap
+from sb_memeff.utils.sharding import check_gathered
 
 if TYPE_CHECKING:
     from sb_memeff.lobes.models.RevECAPA_TDNN import (
@@ -275,7 +276,11 @@ def aggregate(
         If the dtype of x does not fit.
     ValueError
         If the shape of x does not fit.
+    RuntimeError
+        If parts of the network are sharded by fully_shard.
     """
+    # The blocks' parts are called here, and weights of mfa and asp are read.
+    check_gathered(net, type(net).__name__, "the network")
     first = cast(Stem, trunk.blocks[0]).block.conv.conv
     check_features(x, first.in_channels, first.weight.dtype)
     conv = net.mfa.conv.conv

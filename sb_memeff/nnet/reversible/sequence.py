@@ -25,6 +25,7 @@ from sb_memeff.nnet.reversible.space_to_depth import SpaceToDepth
 from sb_memeff.nnet.reversible.tap_sum import DetachedTapSum, TapSum
 from sb_memeff.ops.dispatch import has_values
 from sb_memeff.utils.settings import check_switches
+from sb_memeff.utils.sharding import check_gathered
 
 __all__ = ["ReversibleSequence"]
 
@@ -167,6 +168,7 @@ class ReversibleSequence(nn.Module):
             If x is not a floating-point tensor, or if no function takes an
             argument.
         RuntimeError
+            If functions are sharded one by one by fully_shard.
             In backward: if the stream left the grid; if weights or the
             training mode changed since forward; for double backward.
         """
@@ -341,6 +343,11 @@ class ReversibleSequence(nn.Module):
         self, x: torch.Tensor, extra: ExtraArguments
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Autograd nodes that reconstruct or recompute their inputs."""
+        for name, block in self._named_blocks():
+            if isinstance(block, Invertible):
+                check_gathered(
+                    block, f"ReversibleSequence.{name}", "the whole sequence"
+                )
         stream_format = self._stream_format(x)
         # Fake tensors draw no random numbers and have no values to check.
         real = has_values(x)

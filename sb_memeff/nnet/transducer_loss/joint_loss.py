@@ -44,6 +44,7 @@ from sb_memeff.nnet.transducer_loss.modules import (
 from sb_memeff.nnet.transducer_loss.passes import TiledPass, WholePass
 from sb_memeff.nnet.transducer_loss.sum_joint import SumJoint, SumJointPass
 from sb_memeff.ops.dispatch import has_values
+from sb_memeff.utils.sharding import check_gathered
 
 __all__ = ["TransducerJointLoss"]
 
@@ -186,6 +187,8 @@ class TransducerJointLoss(nn.Module):
         ValueError
             If shapes, devices, dtypes, lengths or targets are invalid. The
             message names the sample.
+        RuntimeError
+            If joint or classifier are sharded one by one by fully_shard.
         """
         _check_inputs(enc, pred, targets, enc_lens, target_lens)
         targets = targets.long()
@@ -212,6 +215,7 @@ class TransducerJointLoss(nn.Module):
                 target_lengths,
             )
         check_modules(self.joint, self.classifier)
+        check_gathered(self, "TransducerJointLoss", "the loss")
         next_forward()
         cell_logits = CellLogits(self.joint, self.classifier)
         cells = Cells(
