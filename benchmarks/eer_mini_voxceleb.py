@@ -6,6 +6,7 @@ time. All together take hours: each adds a line to results/eer_mini_voxceleb.jso
 not repeated. The corpus has the layout of VoxCeleb and a veri_test.txt.
 
     python benchmarks/eer_mini_voxceleb.py CORPUS OUTPUT_FOLDER
+    python benchmarks/eer_mini_voxceleb.py CORPUS OUTPUT_FOLDER --device cuda --jobs 12
 
 Authors
  * The sb_memeff authors 2026
@@ -17,6 +18,7 @@ import re
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -180,7 +182,7 @@ def with_optimizer(hparams, optimizer, folder):
     return path
 
 
-def measure(network, optimizer, seed, corpus, folder):
+def measure(network, optimizer, seed, corpus, folder, device):
     """Trains and verifies one system.
 
     Arguments
@@ -195,6 +197,8 @@ def measure(network, optimizer, seed, corpus, folder):
         The corpus.
     folder : Path
         Folder for all outputs.
+    device : str
+        Device of the training.
 
     Returns
     -------
@@ -211,6 +215,7 @@ def measure(network, optimizer, seed, corpus, folder):
         f"--data_folder={corpus}",
         f"--verification_file={corpus / 'veri_test.txt'}",
         f"--seed={seed}",
+        f"--device={device}",
         *flags,
     ]
     run_script(
@@ -226,6 +231,7 @@ def measure(network, optimizer, seed, corpus, folder):
         "network": network,
         "optimizer": optimizer,
         "seed": seed,
+        "device": device,
         "flags": [*flags, *TRAINING, f"--lr={rate}"],
         "last_train_loss": float(
             re.findall(r"train loss: ([\d.e+-]+)", log)[-1]
@@ -392,10 +398,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("corpus", type=Path)
     parser.add_argument("output_folder", type=Path)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument(
-        "--part",
-        default="0/1",
-        help="K/N runs every Nth training, starting with K, and writes no table",
+        "--jobs", type=int, default=1, help="trainings at the same time"
     )
     parser.add_argument(
         "--done",
@@ -403,7 +408,6 @@ def main():
         help="report the trainings that are done, and train nothing",
     )
     arguments = parser.parse_args()
-    part, parts = map(int, arguments.part.split("/"))
     # Systems that are compared come first, seed by seed.
     jobs = sorted(
         (
@@ -417,14 +421,17 @@ def main():
         arguments.corpus.resolve(),
         arguments.output_folder.resolve(),
     )
-    for job in [] if arguments.done else jobs[part::parts]:
-        if job not in runs():
-            folder = output / "_".join(map(str, job)).replace(" ", "_")
-            row = measure(*job, corpus, folder)
-            with RUNS.open("a") as f:
-                f.write(json.dumps(row) + "\n")
-    if parts > 1:
-        return
+
+    def run(job):
+        folder = output / "_".join(map(str, job)).replace(" ", "_")
+        row = measure(*job, corpus, folder, arguments.device)
+        with RUNS.open("a") as f:
+            f.write(json.dumps(row) + "\n")
+
+    if not arguments.done:
+        done = runs()
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            list(pool.map(run, [job for job in jobs if job not in done]))
     rows = [runs()[job] for job in jobs if job in runs()]
     measured = costs()
     print_head(
