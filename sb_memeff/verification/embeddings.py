@@ -60,6 +60,7 @@ class EmbeddingStore:
         compute: Callable[
             [list[str]], Iterable[tuple[Sequence[str], torch.Tensor]]
         ],
+        together: int = 1,
     ) -> torch.Tensor:
         """Reads embeddings, and computes those that are missing.
 
@@ -72,6 +73,9 @@ class EmbeddingStore:
         compute : callable
             Maps the missing names to batches: names, in any order, and
             embeddings [batch, dimensions].
+        together : int
+            So many consecutive names are computed by one process: the batch
+            size, if padding should be that of a single process.
 
         Returns
         -------
@@ -89,7 +93,7 @@ class EmbeddingStore:
         missing = [name for name in names if name not in known]
         # All have looked before one writes, so that the shares fit together.
         ddp_barrier()
-        share = _own_share(missing)
+        share = _own_share(missing, together)
         if share:
             self._save(compute(share))
         ddp_barrier()
@@ -143,12 +147,14 @@ class EmbeddingStore:
         return result
 
 
-def _own_share(names: list[str]) -> list[str]:
+def _own_share(names: list[str], together: int) -> list[str]:
     """The names that this process computes."""
     if not is_distributed_initialized():
         return names
     rank = torch.distributed.get_rank()
-    return names[rank :: torch.distributed.get_world_size()]
+    step = together * torch.distributed.get_world_size()
+    starts = range(rank * together, len(names), step)
+    return [name for n in starts for name in names[n : n + together]]
 
 
 def fingerprint(modules: Iterable[torch.nn.Module]) -> str:

@@ -219,13 +219,18 @@ def embed(params, items, device):
     # By file, so that other lists of trials and cohorts find it.
     names = [f"{row['wav']}:{row['start']}:{row['stop']}" for row in items]
     by_name = dict(zip(names, items))
+    # As in make_loader: batches are the same for any number of processes.
+    by_length = sorted(
+        by_name, key=lambda n: float(by_name[n]["duration"]), reverse=True
+    )
     embeddings = store.get(
-        list(by_name),
+        by_length,
         lambda missing: compute_embeddings(
             params, {name: by_name[name] for name in missing}, device
         ),
+        params["batch_size"],
     )
-    rows = {name: row for row, name in enumerate(by_name)}
+    rows = {name: row for row, name in enumerate(by_length)}
     return embeddings[[rows[name] for name in names]]
 
 

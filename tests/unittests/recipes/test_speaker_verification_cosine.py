@@ -319,25 +319,34 @@ def test_normalized_and_calibrated(place):
 
 def verify_in_one_of_two(folder, rank):
     """The results, and the number of utterances that this process embedded."""
-    params = params_of(Path(folder), score_norm="s-norm", n_train_snts=5)
+    params = params_of(
+        Path(folder), score_norm="s-norm", n_train_snts=5, batch_size=2
+    )
     computed = []
     params["compute_features"].register_forward_hook(
-        lambda *_: computed.append(1)
+        lambda module, wavs, feats: computed.append(len(feats))
     )
-    return verify(params), len(computed)
+    return verify(params), sum(computed)
 
 
 def test_two_processes(place, tmp_path_factory):
-    """The figures of one, written once; each embeds a share."""
+    """The figures of one, with the padding of its batches; written once."""
     (results, first), (nothing, second) = run_in_two_processes(
         functools.partial(verify_in_one_of_two, str(place)),
         tmp_path_factory.mktemp("two"),
     )
-    # Two of the trials' four, and three and two of the cohort's five.
+    # Two of the trials' four, and two and three of the cohort's five.
     assert nothing is None and sorted((first, second)) == [4, 5]
     assert json.loads((place / "results.json").read_text()) == results
-    params = params_of(place, score_norm="s-norm", n_train_snts=5)
-    alone = verify({**params, "embeddings_folder": str(place / "alone")})
+    alone = verify(
+        params_of(
+            place,
+            score_norm="s-norm",
+            n_train_snts=5,
+            batch_size=2,
+            embeddings_folder=str(place / "alone"),
+        )
+    )
     assert results == alone
 
 
