@@ -11,13 +11,22 @@ from typing import Any, cast
 
 import speechbrain as sb
 import torch
+import yaml
 from speechbrain.augment.time_domain import AddNoise, AddReverb
 from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.dataio.dataloader import SaveableDataLoader
 from speechbrain.dataio.dataset import DynamicItemDataset
+from speechbrain.dataio.sampler import DistributedSamplerWrapper
+from speechbrain.utils.checkpoints import (
+    mark_as_loader,
+    mark_as_saver,
+    register_checkpoint_hooks,
+)
+from speechbrain.utils.distributed import is_distributed_initialized
 from speechbrain.utils.logger import get_logger
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
+from torch.utils.data.distributed import DistributedSampler
 
 from sb_memeff.dataio.recoverables import (
     NoisePosition,
@@ -28,6 +37,7 @@ from sb_memeff.dataio.reproducible import (
     NumberedSampler,
     SeededDataset,
     SeededSampler,
+    SharedSampler,
     set_epoch,
 )
 from sb_memeff.nnet.replay.mismatch import read_mismatches
@@ -39,6 +49,7 @@ __all__ = ["MemEffBrain"]
 logger = get_logger(__name__)
 
 
+@register_checkpoint_hooks
 class MemEffBrain(sb.core.Brain):
     """A Brain for long runs; use it in place of SpeechBrain's.
 
@@ -58,7 +69,10 @@ class MemEffBrain(sb.core.Brain):
     * The epoch of samplers and batch samplers is set on one GPU too. (In
       SpeechBrain, DynamicBatchSampler then repeats its batches in every epoch,
       and ReproducibleRandomSampler its order.) A sampler that draws from the
-      global generators yields the same order on all processes.
+      global generators yields the same order on all processes. With several
+      processes the order depends on the seed of the run too.
+    * A training that is resumed with another number of processes or another
+      batch size continues its epoch at the same share, and a warning says so.
     * A mismatch between forward and recomputation, which a GPU reports late,
       raises its error in the step where it occurs.
     * skip_nonfinite_grads checks gradients before clipping, which would spread
@@ -116,6 +130,10 @@ class MemEffBrain(sb.core.Brain):
             self.optimizer_step_limit = int(self.optimizer_step_limit)
         # Loaded with a checkpoint, but used only to continue training.
         self._positions = {}
+        self._saved_epoch: dict[str, int] | None = None
+        # The loader of the training data, and its batches in an epoch.
+        self._train_loader: SaveableDataLoader | None = None
+        self._batches = 0
         if self.checkpointer is not None:
             self.checkpointer.add_recoverable(
                 "random_state", RandomState(), optional_load=True
@@ -151,11 +169,78 @@ class MemEffBrain(sb.core.Brain):
         super().on_fit_start()
         for position in self._positions.values():
             position.resume()
+        self._resume_epoch()
         if self.optimizer_step:
             logger.info(
                 f"Resumed: {self.step} batches of the epoch and "
                 f"{self.optimizer_step} optimizer steps are done."
             )
+
+    def _resume_epoch(self) -> None:
+        """Continues at the same share of an epoch that has other batches now."""
+        saved, self._saved_epoch = self._saved_epoch, None
+        if saved is None or self._train_loader is None or not self._batches:
+            return
+        accumulation = self.grad_accumulation_factor
+        before, now = saved["batches"], self._batches
+        # In optimizer steps.
+        sizes = before // saved["accumulation"], now // accumulation
+        earlier = self.optimizer_step - self.step // saved["accumulation"]
+        done = self.step * now // before
+        done -= done % accumulation
+        if self.step and done != self.step:
+            logger.warning(
+                f"The checkpoint has {self.step} of {before} batches of its "
+                f"epoch (processes: {saved['processes']}). Now an epoch has "
+                f"{now} (processes: {_processes()}): training continues after "
+                f"{done}, and this epoch repeats some items and omits others."
+            )
+            self.step = self._train_loader._speechbrain_recovery_skip_to = done
+        if sizes[0] != sizes[1] and min(sizes) and self.optimizer_step:
+            step = round(earlier * sizes[1] / sizes[0]) + done // accumulation
+            self.on_epoch_resized(*sizes, step)
+
+    def on_epoch_resized(self, before: int, now: int, step: int) -> None:
+        """Called if a resumed training has other steps in an epoch.
+
+        By default schedules that count optimizer steps continue at their step,
+        and a warning says so.
+
+        Arguments
+        ---------
+        before : int
+            Optimizer steps in an epoch of the checkpoint's training.
+        now : int
+            Optimizer steps in an epoch of this training.
+        step : int
+            Optimizer steps in the part of the training that is done, if all its
+            epochs had as many as now.
+        """
+        logger.warning(
+            f"An epoch had {before} optimizer steps and has {now} now. Schedules "
+            f"that count steps continue at step {self.optimizer_step}. For as "
+            f"many steps as before keep processes times batch size times "
+            f"grad_accumulation_factor."
+        )
+
+    @mark_as_saver
+    def _save(self, path: str) -> None:
+        super()._save(path)
+        with open(path, "a", encoding="utf-8") as f:
+            epoch = {
+                "accumulation": self.grad_accumulation_factor,
+                "batches": self._batches,
+                "processes": _processes(),
+            }
+            yaml.dump({"epoch": epoch}, f)
+
+    @mark_as_loader
+    def _recover(self, path: str, end_of_epoch: bool) -> None:
+        super()._recover(path, end_of_epoch)
+        with open(path, encoding="utf-8") as f:
+            # SpeechBrain's checkpoints have none.
+            epoch = yaml.safe_load(f).get("epoch")
+        self._saved_epoch = epoch if epoch and epoch["batches"] else None
 
     def make_dataloader(
         self,
@@ -189,6 +274,8 @@ class MemEffBrain(sb.core.Brain):
             and isinstance(loader, SaveableDataLoader)
             and isinstance(dataset, SeededDataset)
         ):
+            # Of the first epoch: they may vary from epoch to epoch.
+            self._train_loader, self._batches = loader, len(loader)
             self._add_position(
                 f"{ckpt_prefix}{stage.name}-sampler",
                 SamplerPosition(_sampler_of(loader)),
@@ -199,6 +286,13 @@ class MemEffBrain(sb.core.Brain):
         self, dataset: Any, loader_kwargs: dict[str, Any]
     ) -> dict[str, Any]:
         loader_kwargs = super()._train_loader_specifics(dataset, loader_kwargs)
+        sampler = self.train_sampler
+        if isinstance(sampler, DistributedSamplerWrapper):
+            self.train_sampler = SharedSampler(sampler, _run_seed())
+            kind = "sampler" if "sampler" in loader_kwargs else "batch_sampler"
+            loader_kwargs[kind] = self.train_sampler
+        elif isinstance(sampler, DistributedSampler):
+            sampler.seed = _run_seed()
         if isinstance(dataset, SeededDataset):
             loader_kwargs = _numbered(loader_kwargs, dataset, _run_seed())
         return loader_kwargs
@@ -347,6 +441,14 @@ def _sampler_of(loader: DataLoader[Any]) -> SeededSampler:
     if not isinstance(numbered, NumberedSampler):
         numbered = loader.sampler
     return cast(SeededSampler, cast(NumberedSampler, numbered).sampler)
+
+
+def _processes() -> int:
+    return (
+        torch.distributed.get_world_size()
+        if is_distributed_initialized()
+        else 1
+    )
 
 
 def _run_seed() -> int:

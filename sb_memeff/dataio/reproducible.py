@@ -20,8 +20,10 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from speechbrain.dataio.sampler import DistributedSamplerWrapper
 from speechbrain.utils.logger import get_logger
 from torch.utils.data import Dataset, Sampler
+from torch.utils.data.distributed import DistributedSampler
 
 from sb_memeff.nnet.replay.random_states import forked_generators
 
@@ -29,6 +31,7 @@ __all__ = [
     "NumberedSampler",
     "SeededDataset",
     "SeededSampler",
+    "SharedSampler",
     "seeded",
     "set_epoch",
 ]
@@ -306,6 +309,58 @@ class SeededSampler(Sampler):
 
 def _digest(indices: list[str]) -> str:
     return hashlib.sha256("\n".join(indices).encode()).hexdigest()
+
+
+class SharedSampler(DistributedSampler):
+    """This process's share of a sampler's indices, or batches of indices.
+
+    SpeechBrain's DistributedSamplerWrapper, but its order depends on the seed
+    of the run, and a share of one index or batch is a share too. (There it is
+    taken apart.)
+
+    Arguments
+    ---------
+    wrapper : DistributedSamplerWrapper
+        The sampler, processes and options.
+    seed : int
+        Seed of the run, the same on all processes.
+
+    Example
+    -------
+    >>> batches = torch.utils.data.BatchSampler(range(4), 2, drop_last=False)
+    >>> wrapper = DistributedSamplerWrapper(
+    ...     batches, num_replicas=2, rank=1, shuffle=False
+    ... )
+    >>> list(SharedSampler(wrapper, seed=1))
+    [[2, 3]]
+    """
+
+    def __init__(self, wrapper: DistributedSamplerWrapper, seed: int):
+        super().__init__(
+            wrapper.sampler,
+            wrapper.num_replicas,
+            wrapper.rank,
+            wrapper.shuffle,
+            seed,
+            wrapper.drop_last,
+        )
+        self.sampler = wrapper.sampler
+
+    def __iter__(self) -> Iterator[Any]:
+        indices = list(self.sampler)
+        return (indices[number] for number in super().__iter__())
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begins an epoch, of the sampler within too.
+
+        Arguments
+        ---------
+        epoch : int
+            Number of the epoch.
+        """
+        super().set_epoch(epoch)
+        if hasattr(self.sampler, "set_epoch"):
+            self.sampler.set_epoch(epoch)
 
 
 class NumberedSampler(Sampler):

@@ -5,10 +5,15 @@ Authors
 """
 
 import hashlib
+import uuid
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
+from speechbrain.utils.distributed import (
+    ddp_barrier,
+    is_distributed_initialized,
+)
 
 from sb_memeff.dataio.preparation import atomic_path
 
@@ -22,7 +27,8 @@ class EmbeddingStore:
     """Embeddings in files of a folder.
 
     A killed run continues where it stopped, and lists of trials that share
-    utterances share their embeddings.
+    utterances share their embeddings. Several processes of one run compute a
+    share each; several runs may use a folder at the same time.
 
     Arguments
     ---------
@@ -54,8 +60,11 @@ class EmbeddingStore:
         compute: Callable[
             [list[str]], Iterable[tuple[Sequence[str], torch.Tensor]]
         ],
+        together: int = 1,
     ) -> torch.Tensor:
         """Reads embeddings, and computes those that are missing.
+
+        With torch.distributed all processes must call it.
 
         Arguments
         ---------
@@ -64,18 +73,30 @@ class EmbeddingStore:
         compute : callable
             Maps the missing names to batches: names, in any order, and
             embeddings [batch, dimensions].
+        together : int
+            So many consecutive names are computed by one process: the batch
+            size, if padding should be that of a single process.
 
         Returns
         -------
         torch.Tensor
             [names, dimensions] in float32, on the CPU.
+
+        Raises
+        ------
+        RuntimeError
+            If files disappear meanwhile.
         """
         known = set()
         for path in self._shards():
             known.update(torch.load(path, mmap=True)[0])
         missing = [name for name in names if name not in known]
-        if missing:
-            self._save(compute(missing))
+        # All have looked before one writes, so that the shares fit together.
+        ddp_barrier()
+        share = _own_share(missing, together)
+        if share:
+            self._save(compute(share))
+        ddp_barrier()
         return self._read(names)
 
     def _shards(self) -> list[Path]:
@@ -96,13 +117,17 @@ class EmbeddingStore:
             self._write(names, rows)
 
     def _write(self, names: list[str], rows: list[torch.Tensor]) -> None:
-        path = self.folder / f"{len(self._shards()):06d}.pt"
+        # No other process or run writes a file of this name.
+        path = self.folder / f"{uuid.uuid4().hex}.pt"
         with atomic_path(path) as partial:
             torch.save((names, torch.cat(rows)), partial)
 
     def _read(self, names: Sequence[str]) -> torch.Tensor:
         rows = {name: row for row, name in enumerate(names)}
-        result = torch.empty(0)
+        result, found = (
+            torch.empty(0),
+            torch.zeros(len(names), dtype=torch.bool),
+        )
         for path in self._shards():
             there, embeddings = torch.load(path)
             kept = [(rows[n], k) for k, n in enumerate(there) if n in rows]
@@ -112,7 +137,24 @@ class EmbeddingStore:
                 result = torch.empty(len(names), embeddings.shape[1])
             to, source = (torch.tensor(index) for index in zip(*kept))
             result[to] = embeddings[source]
+            found[to] = True
+        if not found.all():
+            raise RuntimeError(
+                f"{self.folder} lacks {int((~found).sum())} embeddings that were "
+                f"there or have been computed: do not delete its files during a "
+                f"run, and run again."
+            )
         return result
+
+
+def _own_share(names: list[str], together: int) -> list[str]:
+    """The names that this process computes."""
+    if not is_distributed_initialized():
+        return names
+    rank = torch.distributed.get_rank()
+    step = together * torch.distributed.get_world_size()
+    starts = range(rank * together, len(names), step)
+    return [name for n in starts for name in names[n : n + together]]
 
 
 def fingerprint(modules: Iterable[torch.nn.Module]) -> str:

@@ -26,6 +26,7 @@ import yaml
 from hyperpyyaml import load_hyperpyyaml
 
 from sb_memeff.optim import AdamW8bit
+from tests.integration.as_one import train_as_one, train_in_two_processes
 from tests.integration.runs import (
     DEVICE,
     Recipe,
@@ -301,6 +302,46 @@ def test_the_methods_train_the_same(place):
     for found in weights[:2]:
         for key, value in weights[2].items():
             torch.testing.assert_close(found[key], value, rtol=1e-3, atol=atol)
+
+
+def test_two_processes_are_one_that_accumulates(place, monkeypatch):
+    """The same weights, with dynamic batches of several sizes.
+
+    The sum over a batch is the transducer's gradient, and the mean of these sums
+    that of two processes.
+    """
+
+    def arguments(name):
+        return [
+            *digits(place, name),
+            "--optimizer_step_limit=4",
+            # Global statistics would see both batches of a step at once.
+            "--normalize={norm_type: sentence}",
+            "--wav_augment={augment_prob: 0.0}",
+            "--CNN={dropout: 0.0}",
+            "--transformer_dropout=0.0",
+            "--dec_emb_dropout=0.0",
+            "--dec_dropout=0.0",
+            "--beam_size=1",
+        ]
+
+    folder = place / "two"
+    folder.mkdir()
+    batches = train_in_two_processes(
+        recipe.main,
+        [*arguments("two"), "--find_unused_parameters"],
+        folder,
+    )
+    assert len({len(batch.id) for batch in batches}) > 1
+    train_as_one(recipe.main, arguments("one"), batches, monkeypatch)
+    two, one = (
+        torch.load(last_checkpoint(place / "results" / n) / "model.ckpt")
+        for n in ("two", "one")
+    )
+    start = load(arguments("one"))["model"].state_dict()
+    assert any(not torch.equal(one[key], start[key]) for key in one)
+    for key, value in one.items():
+        torch.testing.assert_close(two[key], value, rtol=1e-5, atol=1e-7)
 
 
 def brain_of(hparams):

@@ -29,6 +29,7 @@ import train_speaker_embeddings as training
 import yaml
 from hyperpyyaml import load_hyperpyyaml
 
+from tests.integration.as_one import train_as_one, train_in_two_processes
 from tests.integration.runs import (
     DEVICE,
     Recipe,
@@ -308,6 +309,47 @@ def test_killed_run_continues(place):
             )
             for key, value in theirs.items():
                 assert torch.equal(ours[key], value), key
+
+
+def test_two_processes_are_one_that_accumulates(place, monkeypatch):
+    """The same weights, bit for bit; 8-bit states, clipping.
+
+    Each process normalises its own batches, as one that accumulates does.
+    (Running statistics are those of the first process.)
+    """
+
+    def arguments(name):
+        return [
+            str(RECIPE.folder / "hparams" / "train_revnet.yaml"),
+            *FAST,
+            "--noprogressbar",
+            f"--data_folder={place / 'data' / 'tiny_voxceleb'}",
+            "--out_n_neurons=6",
+            "--number_of_epochs=1",
+            "--optimizer_step_limit=3",
+            # Of so few steps there is no schedule.
+            "--warmup_epochs=0",
+            "--decay_factor=1.0",
+            "--batch_size=5",
+            "--augment_prob=0.0",
+            f"--output_folder={place / 'results' / name}",
+        ]
+
+    (place / "two").mkdir()
+    batches = train_in_two_processes(
+        training.main, arguments("two"), place / "two"
+    )
+    ids = [name for batch in batches for name in batch.id]
+    assert len(batches) == 6 and len(set(ids)) == len(ids) == 30
+    train_as_one(training.main, arguments("one"), batches, monkeypatch)
+    for name in training.TRAINED:
+        two, one = (
+            torch.load(last_checkpoint(place / "results" / n) / f"{name}.ckpt")
+            for n in ("two", "one")
+        )
+        for key, value in one.items():
+            if "running" not in key and "batches" not in key:
+                assert torch.equal(two[key], value), key
 
 
 def load(place, hparams, *overrides):

@@ -319,6 +319,46 @@ def test_noises_and_echoes_go_on_where_they_were(kind, place, sounds, tmp_path):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize(
+    ("size", "accumulation", "step", "sizes"),
+    [
+        (4, 1, 6, None),  # As before.
+        (2, 1, 12, (10, 20, 52)),
+        (2, 2, 12, None),  # As many steps of as many items.
+        (8, 1, 3, (10, 5, 13)),
+        (4, 4, 4, (10, 2, 5)),  # Not within an accumulation.
+    ],
+)
+def test_resumed_with_other_batches(tmp_path, size, accumulation, step, sizes):
+    """At the same share of the epoch; the number of processes acts alike."""
+
+    def stop(batch, outputs, loss, should_step):
+        if made.step == 7 and made.hparams.counter.current == 3:
+            raise Interrupted
+
+    made = brain(folder=tmp_path, ckpt_interval_steps=3)
+    made.on_fit_batch_end = stop
+    with pytest.raises(Interrupted):
+        fit(made)
+    made = brain(folder=tmp_path, grad_accumulation_factor=accumulation)
+    resized, begins = [], []
+    made.on_epoch_resized = lambda *numbers: resized.append(numbers)
+    made.on_fit_batch_start = lambda *_: begins.append(made.step)
+    fit(made, batch_size=size)
+    assert begins == list(range(step + 1, ITEMS // size + 1))
+    assert resized == ([] if sizes is None else [sizes])
+
+
+def test_the_schedule_of_other_batches_is_announced(tmp_path, caplog):
+    made = brain(folder=tmp_path)
+    made.hparams.counter.limit = 1
+    fit(made)
+    with caplog.at_level("WARNING"):
+        fit(brain(folder=tmp_path), batch_size=8)
+    assert "had 10 optimizer steps and has 5 now. Schedules" in caplog.text
+    assert "repeats some items" not in caplog.text
+
+
 def test_no_checkpoint_within_an_accumulation(tmp_path):
     """_should_save_intra_epoch_ckpt can go when Brain gets it right."""
     ours = fit_and_resume(MemEffBrain, tmp_path / "ours", 2, every=3)
@@ -932,6 +972,21 @@ def test_processes_have_crops_of_their_own(monkeypatch):
         assert ids == other_ids and not torch.equal(x, other_x)
 
 
+def shared_out():
+    """The one batch of this process's share; its order with two seeds."""
+    made, orders = brain(distributed_backend="gloo"), []
+    batches = [list(range(20)), list(range(20, 40))]
+    loader = made.make_dataloader(
+        dataset(), sb.Stage.TRAIN, batch_sampler=batches
+    )
+    (batch,) = [batch.id for batch in loader]
+    for seed in ("1", "2"):
+        os.environ["SB_GLOBAL_SEED"] = seed
+        loader = made.make_dataloader(dataset(), sb.Stage.TRAIN, shuffle=True)
+        orders.append([i for batch in loader for i in batch.id])
+    return batch, orders
+
+
 def train_in_one_of_two(folder, rank):
     """States and random numbers after training with either Brain."""
     found = {}
@@ -958,6 +1013,7 @@ def train_in_one_of_two(folder, rank):
                 sampler=RandomSampler(range(ITEMS)),
             )
             found["items"] = [i for batch in loader for i in batch.id]
+            found["batch"], found["order"] = shared_out()
     return found
 
 
@@ -980,3 +1036,6 @@ def test_two_processes_on_the_cpu(tmp_path):
     items = [set(found["items"]) for found in ours]
     assert len(items[0]) == len(items[1]) == ITEMS / 2
     assert not items[0] & items[1]
+    # One batch each; and the order is that of the run's seed.
+    assert len({*ours[0]["batch"], *ours[1]["batch"]}) == ITEMS
+    assert ours[0]["order"][0] != ours[0]["order"][1]

@@ -5,7 +5,8 @@
         --data_folder=/path/to/VoxCeleb --pretrain_path=results/.../save
 
 Each utterance is embedded once. Embeddings are kept, so that a killed run
-continues, and other lists of trials need only the utterances that are new.
+continues, and other lists of trials need only the utterances that are new. With
+torchrun each process computes a share of them, and the first one the scores.
 
 Authors
  * The sb_memeff authors 2026
@@ -21,6 +22,7 @@ import torch
 from hyperpyyaml import load_hyperpyyaml
 from speechbrain.dataio import audio_io
 from speechbrain.dataio.dataio import load_data_csv
+from speechbrain.utils.distributed import if_main_process, run_on_main
 from speechbrain.utils.logger import get_logger
 from tqdm import tqdm
 from voxceleb_prepare import (
@@ -183,7 +185,8 @@ def compute_embeddings(params, items, device):
         Their embeddings [batch, dimensions].
     """
     loader = make_loader(items, params["batch_size"], params["num_workers"])
-    for batch in tqdm(loader, "Embeddings", dynamic_ncols=True):
+    bar = {"dynamic_ncols": True, "disable": not if_main_process()}
+    for batch in tqdm(loader, "Embeddings", **bar):
         wavs, lens = batch.sig
         wavs, lens = wavs.to(device), lens.to(device)
         feats = params["compute_features"](wavs)
@@ -216,13 +219,18 @@ def embed(params, items, device):
     # By file, so that other lists of trials and cohorts find it.
     names = [f"{row['wav']}:{row['start']}:{row['stop']}" for row in items]
     by_name = dict(zip(names, items))
+    # As in make_loader: batches are the same for any number of processes.
+    by_length = sorted(
+        by_name, key=lambda n: float(by_name[n]["duration"]), reverse=True
+    )
     embeddings = store.get(
-        list(by_name),
+        by_length,
         lambda missing: compute_embeddings(
             params, {name: by_name[name] for name in missing}, device
         ),
+        params["batch_size"],
     )
-    rows = {name: row for row, name in enumerate(by_name)}
+    rows = {name: row for row, name in enumerate(by_length)}
     return embeddings[[rows[name] for name in names]]
 
 
@@ -502,8 +510,8 @@ def verify(params, trials, weights, training, device):
 
     Returns
     -------
-    dict
-        Contents of results.json.
+    dict or None
+        Contents of results.json; None on other processes than the first.
     """
     load_weights(params["embedding_model"], weights)
     for key in MODULES:
@@ -515,11 +523,13 @@ def verify(params, trials, weights, training, device):
     labels = torch.tensor(labels)
     enrol, test = rows_of(items, enrol), rows_of(items, test)
     embeddings = embed(params, items.values(), device)
+    norm = params["score_norm"]
+    cohort = None if norm is None else Cohort(params, training, device)
+    if not if_main_process():
+        return None
     # Each stage replaces the scores of the one before.
     stages = {"cosine": cosine_scores(embeddings, enrol, test)}
-    norm = params["score_norm"]
-    if norm is not None:
-        cohort = Cohort(params, training, device)
+    if cohort is not None:
         stages[norm], measures = cohort.measures(
             embeddings, items.values(), enrol, test
         )
@@ -556,11 +566,12 @@ def main(arguments):
         The command line.
     """
     params_file, run_opts, overrides = sb.parse_arguments(arguments)
+    sb.utils.distributed.ddp_init_group(run_opts)
     with open(params_file, encoding="utf-8") as f:
         params = load_hyperpyyaml(f, overrides)
     check_keys(params, KEYS, params_file)
-    trials, weights, training = check_params(params)
-    prepare_data(params)
+    trials, weights, training = run_on_main(check_params, [params])
+    run_on_main(prepare_data, [params])
     sb.core.create_experiment_directory(
         experiment_directory=params["output_folder"],
         hyperparams_to_save=params_file,
@@ -568,6 +579,8 @@ def main(arguments):
     )
     device = run_opts["device"] or sb.utils.distributed.infer_device()
     results = verify(params, trials, weights, training, device)
+    if results is None:
+        return
     for stage, figures in results["stages"].items():
         logger.info(
             f"{stage}: EER(%)={figures['eer']:.2f} "

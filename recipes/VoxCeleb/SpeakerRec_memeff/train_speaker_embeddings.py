@@ -106,6 +106,19 @@ class SpeakerBrain(MemEffBrain):
         if should_step:
             self.lr_annealing(self.optimizer)
 
+    def on_epoch_resized(self, before, now, step):
+        """Moves the schedules to the same share of the training."""
+        logger.warning(
+            f"An epoch had {before} optimizer steps and has {now} now: the "
+            f"schedules of learning rate and margin continue at the same share."
+        )
+        schedule = self.lr_annealing
+        steps = schedule.n_warmup_steps + schedule.decay_steps
+        warmup = round(schedule.n_warmup_steps * now / before)
+        schedule.n_warmup_steps = warmup
+        schedule.decay_steps = round(steps * now / before) - warmup
+        schedule.current_step = self.optimizer_step = step
+
     def on_stage_start(self, stage, epoch=None):
         """Resets the error metrics."""
         if stage != sb.Stage.TRAIN:

@@ -5,6 +5,7 @@ Authors
 """
 
 import csv
+import functools
 import itertools
 import json
 import math
@@ -20,6 +21,7 @@ from speechbrain.utils.metric_stats import EER, minDCF
 from torch import nn
 
 from sb_memeff.lobes.models.WeSpeakerResNet import ResNet
+from tests.unittests.two_processes import run_in_two_processes
 from tests.unittests.weights import without_zeros
 
 FOLDER = (
@@ -313,6 +315,39 @@ def test_normalized_and_calibrated(place):
     last = results["stages"]["qmf"]
     assert {key: results[key] for key in last} == last
     assert last["cllr"] != results["stages"]["s-norm"]["cllr"]
+
+
+def verify_in_one_of_two(folder, rank):
+    """The results, and the number of utterances that this process embedded."""
+    params = params_of(
+        Path(folder), score_norm="s-norm", n_train_snts=5, batch_size=2
+    )
+    computed = []
+    params["compute_features"].register_forward_hook(
+        lambda module, wavs, feats: computed.append(len(feats))
+    )
+    return verify(params), sum(computed)
+
+
+def test_two_processes(place, tmp_path_factory):
+    """The figures of one, with the padding of its batches; written once."""
+    (results, first), (nothing, second) = run_in_two_processes(
+        functools.partial(verify_in_one_of_two, str(place)),
+        tmp_path_factory.mktemp("two"),
+    )
+    # Two of the trials' four, and two and three of the cohort's five.
+    assert nothing is None and sorted((first, second)) == [4, 5]
+    assert json.loads((place / "results.json").read_text()) == results
+    alone = verify(
+        params_of(
+            place,
+            score_norm="s-norm",
+            n_train_snts=5,
+            batch_size=2,
+            embeddings_folder=str(place / "alone"),
+        )
+    )
+    assert results == alone
 
 
 @pytest.mark.parametrize(

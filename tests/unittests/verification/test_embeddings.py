@@ -5,6 +5,7 @@ Authors
 """
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 
 from sb_memeff.verification import embeddings
 from sb_memeff.verification.embeddings import EmbeddingStore, fingerprint
+from tests.unittests.two_processes import run_in_two_processes
 
 
 class Computer:
@@ -60,6 +62,44 @@ def test_a_killed_run_continues(tmp_path):
     assert found[:, 0].tolist() == list(range(11))
     # The files had the first eight.
     assert set(compute.names) == {"0", "1", "2"}
+
+
+def test_files_that_disappear(tmp_path):
+    class Deleting(Computer):
+        def __call__(self, names):
+            for path in tmp_path.glob("*.pt"):
+                path.unlink()
+            yield from super().__call__(names)
+
+    EmbeddingStore(tmp_path).get(NAMES[:3], Computer())
+    with pytest.raises(
+        RuntimeError, match="lacks 3 embeddings that were there"
+    ):
+        EmbeddingStore(tmp_path).get(NAMES[:5], Deleting())
+
+
+def embed_in_one_of_two(folder, rank):
+    """Some are there; each process computes half of the others."""
+    found = []
+    for names in (NAMES[:3], NAMES):
+        compute = Computer()
+        result = EmbeddingStore(folder).get(names, compute)
+        found.append((result, compute.names))
+    return found
+
+
+def test_two_processes_share_the_work(tmp_path):
+    folder = tmp_path / "embeddings"
+    first, second = run_in_two_processes(
+        functools.partial(embed_in_one_of_two, str(folder)), tmp_path
+    )
+    for number, names in enumerate((NAMES[:3], NAMES)):
+        for result, _ in (first[number], second[number]):
+            assert result[:, 0].tolist() == [float(n) for n in names]
+        mine, others = first[number][1], second[number][1]
+        assert not set(mine) & set(others)
+        assert abs(len(mine) - len(others)) <= 1
+        assert len(mine) + len(others) == (3, 8)[number]
 
 
 def test_fingerprint_is_that_of_weights_and_settings():
