@@ -38,6 +38,46 @@ def gradients_under_ddp(rank):
     return found
 
 
+def sent_while_walking(rank):
+    """Names of blocks that backward evaluates, and "sent" for each bucket."""
+    net = chain(3, dropout=0.0)
+    events = []
+    # Each parameter has a bucket.
+    wrapped = DistributedDataParallel(net, bucket_cap_mb=1e-6)
+
+    def send(state, bucket):
+        events.append("sent")
+        future = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    wrapped.register_comm_hook(None, send)
+    # DDP orders its buckets after the first step.
+    for _ in range(2):
+        value = loss(wrapped, rank)
+        handles = [
+            block.g.register_forward_hook(
+                lambda *_, name=name: events.append(name)
+            )
+            for name, block in net.blocks.named_children()
+        ]
+        events.clear()
+        value.backward()
+        for handle in handles:
+            handle.remove()
+    return events
+
+
+def test_buckets_are_sent_while_the_chain_is_walked_back(tmp_path):
+    for events in run_in_two_processes(sent_while_walking, tmp_path):
+        evaluated = [name for name in events if name != "sent"]
+        assert evaluated == ["2", "1", "0"]
+        # Before a block is evaluated, the gradients of the one before are out.
+        sent = [events[: events.index(n)].count("sent") for n in ("1", "0")]
+        each = events.count("sent") // 3
+        assert each > 1 and sent == [each, 2 * each]
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ddp")

@@ -540,19 +540,22 @@ def test_no_targets_at_all(options):
 
 
 def gradients_under_ddp(rank):
-    """Of each method, with and without a search for unused parameters."""
+    """Of each method, in each mode of DDP."""
     found = {}
-    for unused in (False, True):
+    for mode in (None, "find_unused_parameters", "static_graph"):
         for name, options in METHODS.items():
             loss = TransducerJointLoss(
                 *modules("concat"), reduction="nll_sum", **options
             )
             wrapped = DistributedDataParallel(
-                loss, find_unused_parameters=unused
+                loss, **({} if mode is None else {mode: True})
             )
             enc, pred, targets = inputs(seed=rank)
-            wrapped(enc, pred, targets, FRAMES, COUNTS).backward()
-            found[name, unused] = [p.grad for p in loss.parameters()]
+            # static_graph learns in the first step and must hold in the second.
+            for _ in range(2):
+                loss.zero_grad()
+                wrapped(enc, pred, targets, FRAMES, COUNTS).backward()
+            found[name, mode] = [p.grad for p in loss.parameters()]
     return found
 
 
