@@ -36,6 +36,7 @@ from voxceleb_prepare import (
 
 from sb_memeff.dataio.preparation import open_atomic
 from sb_memeff.utils.atomic_checkpoints import trained_weights
+from sb_memeff.utils.launch import init_processes
 from sb_memeff.verification.calibration import (
     Calibration,
     calibration_trials,
@@ -566,7 +567,7 @@ def main(arguments):
         The command line.
     """
     params_file, run_opts, overrides = sb.parse_arguments(arguments)
-    sb.utils.distributed.ddp_init_group(run_opts)
+    init_processes(run_opts)
     with open(params_file, encoding="utf-8") as f:
         params = load_hyperpyyaml(f, overrides)
     check_keys(params, KEYS, params_file)

@@ -40,6 +40,7 @@ from voxceleb_prepare import (
 from sb_memeff.brain import MemEffBrain
 from sb_memeff.dataio.preparation import atomic_path
 from sb_memeff.utils.atomic_checkpoints import trained_weights
+from sb_memeff.utils.launch import init_processes
 
 logger = get_logger(__name__)
 
@@ -616,7 +617,7 @@ def main(arguments):
         The command line.
     """
     hparams_file, run_opts, overrides = sb.parse_arguments(arguments)
-    sb.utils.distributed.ddp_init_group(run_opts)
+    init_processes(run_opts)
     with open(hparams_file, encoding="utf-8") as f:
         hparams = load_hyperpyyaml(f, overrides)
         check_keys(hparams, KEYS, hparams_file)

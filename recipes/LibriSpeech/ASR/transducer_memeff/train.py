@@ -33,6 +33,7 @@ from speechbrain.utils.distributed import if_main_process, run_on_main
 from speechbrain.utils.logger import get_logger
 
 from sb_memeff.brain import MemEffBrain
+from sb_memeff.utils.launch import init_processes
 
 logger = get_logger(__name__)
 
@@ -563,7 +564,7 @@ def main(arguments):
         The command line.
     """
     hparams_file, run_opts, overrides = sb.parse_arguments(arguments)
-    sb.utils.distributed.ddp_init_group(run_opts)
+    init_processes(run_opts)
     with open(hparams_file, encoding="utf-8") as f:
         hparams = load_hyperpyyaml(f, overrides)
     check_data(hparams)
