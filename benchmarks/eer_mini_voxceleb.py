@@ -140,6 +140,28 @@ def seeds(network, optimizer):
     return range(FIRST_SEED, FIRST_SEED + number)
 
 
+def network_flags(network):
+    """Suffix of the yaml files of a network, and flags for both scripts.
+
+    Arguments
+    ---------
+    network : str
+        A key of NETWORKS.
+
+    Returns
+    -------
+    str
+        Such as "resnet".
+    list of str
+        Sizes and features.
+    """
+    kind, sizes, _ = NETWORKS[network]
+    flags = [
+        f"--{key}={value}".replace(" ", "") for key, value in sizes.items()
+    ]
+    return kind, flags + INPUTS
+
+
 def run_script(script, hparams, *flags):
     """Runs a script of the recipe."""
     command = [sys.executable, script, str(hparams), *flags]
@@ -205,11 +227,7 @@ def measure(network, optimizer, seed, corpus, folder, device):
     dict
         A row of the result file.
     """
-    kind, sizes, _ = NETWORKS[network]
-    flags = [
-        f"--{key}={value}".replace(" ", "") for key, value in sizes.items()
-    ]
-    flags += INPUTS
+    kind, flags = network_flags(network)
     rate = OPTIMIZERS[optimizer][2]
     common = [
         f"--data_folder={corpus}",
@@ -253,17 +271,28 @@ def measure(network, optimizer, seed, corpus, folder, device):
     return {**row, **machine()}
 
 
-def runs():
+def read_runs(path, keys):
     """Trainings that are done.
+
+    Arguments
+    ---------
+    path : Path
+        A file with a line for each.
+    keys : tuple of str
+        What tells them apart.
 
     Returns
     -------
     dict
-        Maps (network, optimizer, seed) to a row of the result file.
+        Maps the values of the keys to a row of the result file.
     """
-    lines = RUNS.read_text().splitlines() if RUNS.is_file() else []
-    rows = map(json.loads, lines)
-    return {(r["network"], r["optimizer"], r["seed"]): r for r in rows}
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return {tuple(r[k] for k in keys): r for r in map(json.loads, lines)}
+
+
+def runs():
+    """Rows of the result file by network, optimizer and seed."""
+    return read_runs(RUNS, ("network", "optimizer", "seed"))
 
 
 def build(network):
