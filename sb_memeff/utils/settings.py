@@ -15,7 +15,7 @@ def check_integer(
 ) -> None:
     """Raises an error if a setting is not an integer in a range.
 
-    True is none, although Python counts it as 1.
+    True is not one, although Python counts it as 1.
 
     Arguments
     ---------
