@@ -175,7 +175,8 @@ def has_values(tensor: torch.Tensor) -> bool:
     return (
         not isinstance(tensor, FakeTensor)
         and tensor.device.type != "meta"
-        and not _in_fake_mode()
+        # A compiler cannot trace the second.
+        and (torch.compiler.is_compiling() or not _in_fake_mode())
     )
 
 
