@@ -16,6 +16,7 @@ from sb_memeff.lobes.network_input import check_features, for_tensor_cores
 from sb_memeff.lobes.presets import Presets
 from sb_memeff.nnet.padding import mask, padding_masks
 from sb_memeff.nnet.statistics_pooling import TemporalStatisticsPooling
+from sb_memeff.utils.settings import check_integer, check_switches
 
 __all__ = [
     "BasicBlock",
@@ -301,6 +302,7 @@ class EmbeddingHead(nn.Module):
         super().__init__()
         norm = nn.BatchNorm1d if norms else nn.Identity
         self.norm_stats = norm(in_neurons, affine=False)
+        check_integer("lin_neurons", lin_neurons, 1)
         self.fc_embed = nn.Linear(in_neurons, lin_neurons)
         self.norm_embed = norm(lin_neurons, affine=False)
 
@@ -364,6 +366,8 @@ class StagedNetwork(Presets, nn.Module):
         published_head: bool = False,
     ):
         super().__init__()
+        check_switches(published_head=published_head)
+        check_integer("input_size", input_size, 1)
         strides = stride_pairs(strides)
         self.input_size = input_size
         self.strides = strides
@@ -470,6 +474,17 @@ def check_block(block: str, known: Iterable[str]) -> None:
         )
 
 
+def _are_counts(values: object, number: int) -> bool:
+    return (
+        isinstance(values, (list, tuple))
+        and len(values) == number
+        and all(
+            isinstance(v, int) and not isinstance(v, bool) and v > 0
+            for v in values
+        )
+    )
+
+
 def check_stages(
     strides: Sequence[int | Sequence[int]], **sizes: Sequence[int]
 ) -> None:
@@ -488,17 +503,19 @@ def check_stages(
         If a size is not valid; the message names it.
     """
     for name, values in sizes.items():
-        if len(values) != 4 or any(v < 1 for v in values):
+        if not _are_counts(values, 4):
             raise ValueError(
                 f"{name} must hold four positive numbers, one for each "
-                f"stage, got {list(values)}."
+                f"stage, got {values!r}."
             )
-    pairs = stride_pairs(strides)
-    whole = all(isinstance(s, int) and s > 0 for pair in pairs for s in pair)
-    if not whole or [len(pair) for pair in pairs] != [2] * 4:
+    if (
+        not isinstance(strides, (list, tuple))
+        or not all(_are_counts(pair, 2) for pair in stride_pairs(strides))
+        or len(strides) != 4
+    ):
         raise ValueError(
             f"strides must hold four positive numbers or pairs (time, "
-            f"frequency), one for each stage, got {list(strides)}."
+            f"frequency), one for each stage, got {strides!r}."
         )
 
 

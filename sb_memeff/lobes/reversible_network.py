@@ -46,6 +46,7 @@ from sb_memeff.nnet.reversible import (
     ReversibleSequence,
     SpaceToDepth,
 )
+from sb_memeff.utils.settings import check_integer
 
 if TYPE_CHECKING:
     from sb_memeff.lobes.models.RevDFResNet import StridedConvolution
@@ -150,6 +151,9 @@ class ReversibleNetwork(Presets, nn.Module):
     ):
         super().__init__()
         check_downsampling(downsampling)
+        check_integer("input_size", input_size, 1)
+        if pool_channels is not None:
+            check_integer("pool_channels", pool_channels, 1)
         check_stages(
             strides,
             channels=channels,
@@ -269,7 +273,8 @@ def scale_widths(
         return [
             cast(int, scale_widths(width, base_channels)) for width in widths
         ]
-    if base_channels < 1 or widths * base_channels % 32:
+    check_integer("base_channels", base_channels, 1)
+    if widths * base_channels % 32:
         raise ValueError(
             f"base_channels={base_channels} does not scale a width of "
             f"{widths} to a whole number; use a multiple of 2, best of 8 "

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from speechbrain.nnet.losses import AdditiveAngularMargin
 from torch import nn
 
+from sb_memeff.utils.settings import check_switches
+
 __all__ = ["InterTopKMargin", "MarginSchedule", "SubCenterClassifier"]
 
 
@@ -54,6 +56,7 @@ class InterTopKMargin(AdditiveAngularMargin):
         k_top: int = 0,
         k_top_margin: float = 0.06,
     ):
+        check_switches(easy_margin=easy_margin)
         super().__init__(margin, scale, easy_margin)
         self.largest_margin = margin
         self.k_top = k_top

@@ -25,9 +25,9 @@ import torch
 import torch.nn.functional as F
 from speechbrain.dataio.dataio import length_to_mask
 from speechbrain.lobes.models.ECAPA_TDNN import AttentiveStatisticsPooling
-from torch.autograd.function import once_differentiable
 
 from sb_memeff.nnet.replay.recorder import Recorder
+from sb_memeff.utils.autograd import refuse_double_backward
 
 __all__ = ["attentive_statistics_pooling"]
 
@@ -228,11 +228,13 @@ class _OverChannels(torch.autograd.Function):
         return _joined(function, join, x, shared, weights), x
 
     @staticmethod
-    @once_differentiable
     # pyrefly: ignore[bad-override]
     def backward(
         ctx: Any, gradient: torch.Tensor, dx: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
+        refuse_double_backward(
+            "attentive_statistics_pooling", "set save_memory=False"
+        )
         x, *tensors = (t.detach() for t in ctx.saved_tensors)
         shared, weights = tensors[: ctx.count], tensors[ctx.count :]
         if dx is None:

@@ -21,7 +21,10 @@ from sb_memeff.ops.norm_relu import (
     norm_relu_backward,
 )
 from sb_memeff.ops.slices import slices
-from sb_memeff.utils.autograd import in_plain_autograd
+from sb_memeff.utils.autograd import (
+    in_plain_autograd,
+    refuse_double_backward,
+)
 from sb_memeff.utils.hooks import are_watched
 
 __all__ = ["norm_relu_conv", "one_by_one"]
@@ -308,14 +311,11 @@ class _NormReLUConv(torch.autograd.Function):
     def backward(
         ctx: Any, gradient: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
-        # once_differentiable would silently drop some second derivatives.
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "Double backward (create_graph=True) is not supported through "
-                "batch norm, ReLU and convolution as one node. Set "
-                "save_memory=False and call the network inside "
-                "sb_memeff.nnet.norm_relu_conv.one_by_one()."
-            )
+        refuse_double_backward(
+            "Batch norm, ReLU and convolution as one node",
+            "set save_memory=False and call the network inside "
+            "sb_memeff.nnet.norm_relu_conv.one_by_one()",
+        )
         x, norm_weight, norm_bias, mean, variance, narrow, padding = (
             ctx.saved_tensors
         )

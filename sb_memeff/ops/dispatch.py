@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 __all__ = [
     "fused_on_fake_tensors",
     "has_values",
+    "holds_its_values",
     "is_on_gpu",
     "package_of_kernels",
     "runs_fused",
@@ -57,6 +58,7 @@ def runs_fused(*tensors: torch.Tensor) -> bool:
         type(x) in (torch.Tensor, torch.nn.Parameter, FakeTensor)
         and x.dtype in DTYPES
         and is_on_gpu(x)
+        and holds_its_values(x)
         for x in tensors
     ) and _available("triton", os.environ.get(SWITCH, "1"))
 
@@ -87,6 +89,8 @@ def package_of_kernels(*tensors: torch.Tensor) -> str | None:
     runs_compiled = is_eager and all(
         type(x) in (torch.Tensor, torch.nn.Parameter)
         and (x.dtype, x.device.type) == (torch.float32, "cpu")
+        and has_values(x)
+        and holds_its_values(x)
         for x in tensors
     )
     if runs_compiled and _available("numba", os.environ.get(SWITCH, "1")):
@@ -113,7 +117,7 @@ def is_on_gpu(x: torch.Tensor) -> bool:
     >>> is_on_gpu(torch.zeros(3))
     False
     """
-    if isinstance(x, FakeTensor):
+    if isinstance(x, FakeTensor) or _in_fake_mode():
         return _fake_tensors_are_on_gpu
     return x.is_cuda
 
@@ -149,7 +153,8 @@ def fused_on_fake_tensors() -> Generator[None, None, None]:
 def has_values(tensor: torch.Tensor) -> bool:
     """Checks that a tensor has values.
 
-    Fake tensors and tensors on "meta" have none. They only serve to analyse
+    Fake tensors and tensors on "meta" have none, and no tensor has any within a
+    FakeTensorMode. They only serve to analyse
     memory, so repeated work with the same memory may be skipped.
 
     Arguments
@@ -167,7 +172,44 @@ def has_values(tensor: torch.Tensor) -> bool:
     >>> has_values(torch.zeros(3)), has_values(torch.zeros(3, device="meta"))
     (True, False)
     """
-    return not isinstance(tensor, FakeTensor) and tensor.device.type != "meta"
+    return (
+        not isinstance(tensor, FakeTensor)
+        and tensor.device.type != "meta"
+        # A compiler cannot trace the second.
+        and (torch.compiler.is_compiling() or not _in_fake_mode())
+    )
+
+
+def _in_fake_mode() -> bool:
+    """Whether results are fake tensors, those of other tensors too."""
+    key = torch._C._TorchDispatchModeKey.FAKE
+    return torch._C._get_dispatch_mode(key) is not None
+
+
+def holds_its_values(x: torch.Tensor) -> bool:
+    """Checks that a kernel finds the values in the tensor's memory.
+
+    A zero tensor (``torch._efficientzerotensor``) has no memory. With a negative
+    bit (of ``x.conj().imag``, for example) the memory has the other sign.
+
+    Arguments
+    ---------
+    x : torch.Tensor
+        The tensor.
+
+    Returns
+    -------
+    bool
+        False for these two.
+
+    Example
+    -------
+    >>> holds_its_values(torch.zeros(3))
+    True
+    >>> holds_its_values(torch._efficientzerotensor(3))
+    False
+    """
+    return not (x._is_zerotensor() or x.is_neg())
 
 
 @functools.lru_cache(maxsize=None)

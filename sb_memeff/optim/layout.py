@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from sb_memeff.ops.dispatch import holds_its_values
+
 __all__ = [
     "Group",
     "State",
@@ -55,8 +57,9 @@ def dense(p: torch.Tensor) -> torch.Tensor:
     torch.Tensor
         The same values without gaps between them, perhaps a copy.
     """
-    if not p.is_contiguous() and (
-        torch.empty_like(p, device="meta").stride() != p.stride()
+    if not holds_its_values(p) or (
+        not p.is_contiguous()
+        and torch.empty_like(p, device="meta").stride() != p.stride()
     ):
         return torch.empty_like(p, dtype=state_dtype(p)).copy_(p)
     return p.to(state_dtype(p))
@@ -79,7 +82,8 @@ def laid_out_like(p: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     torch.Tensor
         The values, in the dtype of states.
     """
-    if value.stride() == p.stride():
+    # Fused functions refuse the others.
+    if value.stride() == p.stride() and holds_its_values(value):
         return value.to(p.device, state_dtype(p))
     return torch.empty_like(p, dtype=state_dtype(p)).copy_(value)
 

@@ -16,7 +16,11 @@ from typing import Any, cast
 import torch
 
 from sb_memeff.ops.blocks_8bit import Quantized8bit
-from sb_memeff.ops.dispatch import has_values, package_of_kernels
+from sb_memeff.ops.dispatch import (
+    has_values,
+    holds_its_values,
+    package_of_kernels,
+)
 from sb_memeff.optim.layout import State
 
 # The states of each parameter.
@@ -53,7 +57,7 @@ def fits(
         # On a CPU torch's own function updates 32-bit states: it is as fast, and
         # its square roots are not always the nearest numbers.
         (package == "triton" or (package == "numba" and in_8bit))
-        and _layout(p) == (torch.float32, p.device, p.shape, True, False)
+        and _layout(p) == (torch.float32, p.device, p.shape, True, True)
         and _layout(grad) == _layout(p)
         and all(
             name in state and _state_fits(p, state[name], in_8bit)
@@ -83,10 +87,12 @@ def contiguous_copy(
         kernel can update the copy either.
     """
     grad = cast(torch.Tensor, p.grad)
-    if not state or package_of_kernels(p, grad) != "numba":
+    if not state or p.device.type != "cpu" or not has_values(p):
         return None
     copy = p.detach().contiguous().resolve_neg()
     copy.grad = grad.contiguous().resolve_neg()
+    if grad._is_zerotensor():
+        copy.grad = grad.clone()
     return copy if fits(copy, state, names, in_8bit=True) else None
 
 
@@ -102,9 +108,7 @@ def _state_fits(p: torch.Tensor, value: Any, in_8bit: bool) -> bool:
 def _layout(
     x: torch.Tensor,
 ) -> tuple[torch.dtype, torch.device, torch.Size, bool, bool]:
-    # With a negative bit (of x.conj().imag, for example) the memory has the other
-    # sign.
-    return x.dtype, x.device, x.shape, x.is_contiguous(), x.is_neg()
+    return x.dtype, x.device, x.shape, x.is_contiguous(), holds_its_values(x)
 
 
 def same_objects(some: Iterable[Any], others: Iterable[Any]) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from sb_memeff.ops.blocks_8bit import Quantized8bit, dither_phase
-from sb_memeff.ops.dispatch import has_values
+from sb_memeff.ops.dispatch import has_values, holds_its_values
 from sb_memeff.optim.checkpoint import Checkpoints8bit
 from sb_memeff.optim.layout import Group, State, dense, laid_out_like
 from sb_memeff.optim.one_launch import (
@@ -126,8 +126,11 @@ class Optimizer8bit(Checkpoints8bit):
                 "embedding with sparse=False."
             )
         self._check_shapes(ready)
+        # Those of other groups would keep their parameters alive.
+        plans, self._plans = self._plans, {}
         for number, (group, params) in enumerate(zip(self.param_groups, ready)):
-            launches, others = self._planned(number, group, params)
+            plan = plans.pop(number, None)
+            launches, others = self._planned(number, group, params, plan)
             for one in launches:
                 self._update_fused(group, one)
                 # autograd does not see the writes of kernels.
@@ -164,7 +167,11 @@ class Optimizer8bit(Checkpoints8bit):
                         )
 
     def _planned(
-        self, number: int, group: Group, params: list[torch.Tensor]
+        self,
+        number: int,
+        group: Group,
+        params: list[torch.Tensor],
+        plan: _Plan | None,
     ) -> tuple[list[OneLaunch], list[torch.Tensor]]:
         """Launches of kernels, and the other parameters.
 
@@ -186,7 +193,6 @@ class Optimizer8bit(Checkpoints8bit):
                 )
             ]
 
-        plan = self._plans.get(number)
         if (
             plan is not None
             and plan.key == key
@@ -194,6 +200,7 @@ class Optimizer8bit(Checkpoints8bit):
             and all(one.is_current(self.state) for one in plan.launches)
             and not fitting(plan.others)
         ):
+            self._plans[number] = plan
             return plan.launches, plan.others
         by_device: dict[torch.device, list[torch.Tensor]] = {}
         for p in fitting(params):
@@ -257,6 +264,7 @@ class Optimizer8bit(Checkpoints8bit):
                 not self._in_8bit(group, p)
                 and _is_plain(p)
                 and grad.is_contiguous()
+                and holds_its_values(grad)
                 and grad.dtype == p.dtype
                 and all(
                     torch.is_tensor(x)
@@ -432,7 +440,11 @@ def _meet(some: tuple[str, int, int], others: tuple[str, int, int]) -> bool:
 
 def _is_plain(p: torch.Tensor) -> bool:
     """Whether torch can update a parameter without a copy."""
-    return p.dtype in (torch.float32, torch.float64) and p.is_contiguous()
+    return (
+        p.dtype in (torch.float32, torch.float64)
+        and p.is_contiguous()
+        and holds_its_values(p)
+    )
 
 
 def _memory_range(x: torch.Tensor) -> tuple[str, int, int]:

@@ -4,6 +4,9 @@ Authors
  * The sb_memeff authors 2026
 """
 
+import inspect
+import math
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -13,7 +16,11 @@ from torch.utils._pytree import tree_leaves
 
 from sb_memeff.ops.blocks_8bit import Codebook, Quantized8bit
 from sb_memeff.optim.layout import Group, State
-from sb_memeff.utils.settings import check_switches
+from sb_memeff.utils.settings import (
+    check_integer,
+    check_number,
+    check_switches,
+)
 from sb_memeff.utils.sharding import is_sharded
 
 __all__ = ["States8bit", "keep_32bit_states", "state_bytes"]
@@ -104,8 +111,8 @@ class States8bit(torch.optim.Optimizer):
     Raises
     ------
     ValueError
-        If capturable or differentiable is set, or if min_8bit_size is not a
-        number of values.
+        If capturable or differentiable is set, or if a setting is not a
+        number.
     """
 
     # All states; the states that a checkpoint must have; and the states that can
@@ -128,7 +135,11 @@ class States8bit(torch.optim.Optimizer):
         min_8bit_size: int = 4096,
         **kwargs: Any,
     ):
-        _check_min_8bit_size(min_8bit_size)
+        check_integer("min_8bit_size", min_8bit_size, 0)
+        given = inspect.signature(super().__init__).bind(
+            params, *args, **kwargs
+        )
+        _check_numbers(given.arguments)
         super().__init__(params, *args, **kwargs)
         switches = {"nesterov", "maximize", "amsgrad"} & self.defaults.keys()
         check_switches(**{name: self.defaults[name] for name in switches})
@@ -164,9 +175,10 @@ class States8bit(torch.optim.Optimizer):
             If a parameter does not have a floating-point dtype, or is sharded.
         ValueError
             If values of a parameter share memory, as in an expanded tensor, or
-            if min_8bit_size is not a number of values.
+            if a setting is not a number.
         """
-        _check_min_8bit_size(param_group.get("min_8bit_size", 0))
+        check_integer("min_8bit_size", param_group.get("min_8bit_size", 0), 0)
+        _check_numbers(param_group)
         super().add_param_group(param_group)
         for p in self.param_groups[-1]["params"]:
             error = None
@@ -235,9 +247,16 @@ class States8bit(torch.optim.Optimizer):
         return state_bytes(self)
 
 
-def _check_min_8bit_size(size: Any) -> None:
-    if not isinstance(size, int) or isinstance(size, bool) or size < 0:
-        raise ValueError(
-            f"min_8bit_size must be a number of values, an integer of at least "
-            f"0, not {size!r}."
-        )
+def _check_numbers(settings: Mapping[str, Any]) -> None:
+    """Raises if a setting is text, for example, or NaN, which torch accepts."""
+    betas = settings.get("betas", (0.0, 0.0))
+    if not isinstance(betas, (list, tuple)) or len(betas) != 2:
+        raise ValueError(f"betas={betas!r} must be two numbers.")
+    numbers = [("betas", beta) for beta in betas]
+    for name in ("lr", "momentum", "dampening", "weight_decay", "eps"):
+        numbers.append((name, settings.get(name, 0.0)))
+    for name, value in numbers:
+        if not torch.is_tensor(value):
+            check_number(name, value)
+        elif value.numel() != 1 or not math.isfinite(value):
+            raise ValueError(f"{name}={value!r} must be one finite number.")

@@ -6,7 +6,7 @@ Authors
 
 import torch
 
-__all__ = ["in_plain_autograd"]
+__all__ = ["in_plain_autograd", "refuse_double_backward"]
 
 
 def in_plain_autograd() -> bool:
@@ -34,3 +34,34 @@ def in_plain_autograd() -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
     )
+
+
+def refuse_double_backward(function: str, remedy: str) -> None:
+    """Raises in the backward of a function that cannot be differentiated again.
+
+    torch's ``once_differentiable`` raises only where the incoming gradient needs
+    one itself. That of a sum does not, and the second derivative would be
+    missing from the gradients.
+
+    Arguments
+    ---------
+    function : str
+        Its name.
+    remedy : str
+        How to do without.
+
+    Raises
+    ------
+    RuntimeError
+        With ``create_graph=True``.
+
+    Example
+    -------
+    >>> with torch.no_grad():  # as in a backward pass
+    ...     refuse_double_backward("Loss", "use another one")
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{function}: double backward (create_graph=True) is not supported; "
+            f"{remedy}."
+        )

@@ -36,6 +36,7 @@ from tests.integration.runs import (
     start,
     steps_of,
 )
+from tests.unittests.bf16 import HAS_BF16_LSTM
 
 RECIPE = Recipe("LibriSpeech/ASR/transducer_memeff", "LibriSpeech.csv")
 
@@ -398,7 +399,7 @@ def test_every_feature_at_once(place):
             f'--test_csv=["{folder}/test-clean.csv"]',
             f"--device={DEVICE}",
             "--noprogressbar",
-            "--precision=bf16",
+            f"--precision={'bf16' if HAS_BF16_LSTM else 'fp32'}",
             "--pretrained_lm_tokenizer_path=null",
             "--dynamic_batching=False",
             "--sorting=ascending",

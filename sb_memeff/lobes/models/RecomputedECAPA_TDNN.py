@@ -34,6 +34,7 @@ from sb_memeff.nnet.attentive_pooling import attentive_statistics_pooling
 from sb_memeff.nnet.padding import check_lengths, mask
 from sb_memeff.nnet.recompute.segment import Segment
 from sb_memeff.nnet.reversible import ReversibleSequence, Tap
+from sb_memeff.utils.settings import check_switches
 from sb_memeff.utils.sharding import check_gathered
 
 if TYPE_CHECKING:
@@ -70,6 +71,8 @@ class ECAPA_TDNN(SpeechBrainECAPA_TDNN):
 
     Raises
     ------
+    TypeError
+        If save_memory or global_context is neither True nor False.
     ValueError
         If arguments contradict each other.
 
@@ -82,6 +85,9 @@ class ECAPA_TDNN(SpeechBrainECAPA_TDNN):
 
     def __init__(self, *args: Any, save_memory: bool = True, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        check_switches(
+            global_context=self.asp.global_context, save_memory=save_memory
+        )
         conv = self.mfa.conv.conv
         check_aggregation(self.channels, *conv.kernel_size, groups=conv.groups)
         self.save_memory = save_memory

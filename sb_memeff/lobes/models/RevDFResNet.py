@@ -235,6 +235,7 @@ class RevDFResNet(ReversibleNetwork):
         downsampling: Literal["strided", "invertible"] = "strided",
         save_memory: bool = True,
     ):
+        check_stages(strides, channels=channels)
         if inner_channels is None:
             inner_channels = [2 * c for c in channels]
         check_stages(strides, slices=slices, inner_channels=inner_channels)

@@ -39,6 +39,7 @@ from sb_memeff.nnet.reversible import (
     ReversibleSequence,
     Tap,
 )
+from sb_memeff.utils.settings import check_integer, check_switches
 
 __all__ = ["RevECAPA_TDNN"]
 
@@ -181,6 +182,8 @@ class RevECAPA_TDNN(nn.Module):
 
     Raises
     ------
+    TypeError
+        If global_context or save_memory is neither True nor False.
     ValueError
         If arguments contradict each other.
 
@@ -211,6 +214,9 @@ class RevECAPA_TDNN(nn.Module):
         save_memory: bool = True,
     ):
         super().__init__()
+        check_switches(global_context=global_context, save_memory=save_memory)
+        if inner_channels is not None:
+            check_integer("inner_channels", inner_channels, 1)
         for name, values in (
             ("kernel_sizes", kernel_sizes),
             ("dilations", dilations),

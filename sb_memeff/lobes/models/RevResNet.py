@@ -14,7 +14,12 @@ import torch
 from torch import nn
 
 from sb_memeff.lobes.models.WeSpeakerResNet import BLOCKS
-from sb_memeff.lobes.residual import check_block, conv1x1, stride_pairs
+from sb_memeff.lobes.residual import (
+    check_block,
+    check_stages,
+    conv1x1,
+    stride_pairs,
+)
 from sb_memeff.lobes.reversible_blocks import ResidualBody
 from sb_memeff.lobes.reversible_network import ReversibleNetwork
 from sb_memeff.nnet.padding import mask
@@ -259,6 +264,7 @@ class RevResNet(ReversibleNetwork):
         save_memory: bool = True,
     ):
         check_block(block, BLOCKS)
+        check_stages(strides, channels=channels)
         if inner_channels is None:
             divisor = 2 if block == "basic" else 8
             inner_channels = [max(c // divisor, 1) for c in channels]

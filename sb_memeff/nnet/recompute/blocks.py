@@ -21,10 +21,14 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from sb_memeff.nnet.recompute.outputs import first_output_of
-from sb_memeff.nnet.recompute.pieces import BatchPieces
+from sb_memeff.nnet.recompute.pieces import BatchPieces, check_shared
 from sb_memeff.nnet.recompute.segment import Segment
 from sb_memeff.nnet.recompute.selection import find_segments, refuse_nested
-from sb_memeff.utils.settings import check_switches
+from sb_memeff.utils.settings import (
+    check_integer,
+    check_number,
+    check_switches,
+)
 
 __all__ = ["apply_to_blocks", "is_split", "recompute_blocks", "store_blocks"]
 
@@ -116,9 +120,11 @@ def recompute_blocks(
     ValueError
         If a name matches nothing (the message lists the candidates) or a
         module that cannot be recomputed, if every, segment_length or split is
-        below 1, if blocks are nested and every or segment_length is not 1, or
-        if split and segment_length are both above 1. In forward, if a block
-        cannot be split.
+        below 1, if blocks are nested and every or segment_length is not 1,
+        if split and segment_length are both above 1, if no block takes an
+        argument in shared, or if a block already recomputes with other
+        options. Nothing has changed then. In forward, if a block cannot be
+        split.
 
     Example
     -------
@@ -185,21 +191,25 @@ def apply_to_blocks(
         The blocks that now recompute.
     """
     segments = find_segments(module, blocks, segment_length)
-    _check_every(every)
-    _check_split(split, shared, segment_length)
+    check_number("every", every, least=1)
+    _check_split(split, segment_length)
+    if shared is not None:
+        check_shared(shared, [block for s in segments for _, block in s])
     if every != 1:
         refuse_nested(segments, f"every={every:g}")
-    names = []
+    places = []
     # 1e-9 absorbs rounding: with every = 12 / 7, 7 * every must give 12.
-    for i in range(math.ceil(len(segments) / every - 1e-9)):
+    for i in range(max(1, math.ceil(len(segments) / every - 1e-9))):
         queue = _Queue()
         segment = segments[int(i * every + 1e-9)]
         for position, (name, block) in enumerate(segment):
             pieces = BatchPieces(name, split, shared) if split > 1 else None
             place = _Place(name, queue, position, first_output_only, pieces)
-            _make_recompute(block, place)
-            names.append(name)
-    return names
+            place.check_before(block)
+            places.append((block, place))
+    for block, place in places:
+        _make_recompute(block, place)
+    return [place.name for _, place in places]
 
 
 def store_blocks(module: nn.Module) -> list[str]:
@@ -261,30 +271,12 @@ def is_split(block: nn.Module) -> bool:
     return place is not None and place.pieces is not None
 
 
-def _check_every(every: float) -> None:
-    if not isinstance(every, (int, float)) or not 1 <= every < math.inf:
-        raise ValueError(
-            f"recompute_blocks: every must be a number of at least 1, got "
-            f"{every!r}."
-        )
-
-
-def _check_split(
-    split: int, shared: Sequence[str] | None, segment_length: int
-) -> None:
-    if not isinstance(split, int) or split < 1:
-        raise ValueError(
-            f"recompute_blocks: split must be an integer of at least 1, got "
-            f"{split!r}."
-        )
+def _check_split(split: int, segment_length: int) -> None:
+    check_integer("split", split, 1)
     if split > 1 and segment_length > 1:
         raise ValueError(
             f"recompute_blocks: split={split} needs segment_length=1, not "
             f"{segment_length}: each piece stores the input of its block."
-        )
-    if isinstance(shared, str):
-        raise ValueError(
-            f"recompute_blocks: shared must be a list of names, got {shared!r}."
         )
 
 
@@ -329,6 +321,30 @@ class _Place:
         self.position = position
         self.first_output_only = first_output_only
         self.pieces = pieces
+
+    def check_before(self, block: nn.Module) -> None:
+        """Raises if the block already recomputes in another way."""
+        place = vars(block).get("_recompute_place")
+        if place is None:
+            return
+        before, now = place.options(), self.options()
+        if before != now:
+            raise ValueError(
+                f"recompute_blocks: {self.name} already recomputes with "
+                f"{before}, and would now with {now}. Name it in one call "
+                f"only, or call store_blocks first."
+            )
+
+    def options(self) -> str:
+        """The options of the block's call, for messages."""
+        options = [f"first_output_only={bool(self.first_output_only)}"]
+        if self.pieces is None:
+            options.append("split=1")
+        else:
+            options.append(f"split={self.pieces.count}")
+            shared = self.pieces.shared
+            options.append(f"shared={shared and sorted(shared)}")
+        return ", ".join(options)
 
     def call(
         self,

@@ -25,7 +25,7 @@ from sb_memeff.nnet.recompute.independence import (
 from sb_memeff.nnet.recompute.outputs import DroppedOutput
 from sb_memeff.ops.dispatch import has_values
 
-__all__ = ["BatchPieces", "SplitError", "batch_statistics"]
+__all__ = ["BatchPieces", "SplitError", "batch_statistics", "check_shared"]
 
 # Names of arguments in SpeechBrain's and torch's layers. The sequences and their
 # padding, for each sample:
@@ -145,7 +145,7 @@ class BatchPieces:
         SplitError
             If the block cannot be called in pieces.
         """
-        self._check_shared(forward)
+        self._check_shared(forward, kwargs)
         arguments = list(_named(forward, args, kwargs))
         first = self._first_sequence(forward, arguments)
         if first is None or len(first.value) < 2:
@@ -175,15 +175,22 @@ class BatchPieces:
             results.append(result)
         return self._joined(results, sizes)
 
-    def _check_shared(self, forward: Callable[..., Any]) -> None:
+    def _check_shared(
+        self, forward: Callable[..., Any], kwargs: dict[str, Any]
+    ) -> None:
+        """Raises if a name in shared may be meant for another argument.
+
+        A forward with ``**kwargs`` shows its arguments only when it is called.
+        """
         parameters = inspect.signature(forward).parameters
-        unknown = (self.shared or frozenset()) - set(parameters)
-        if unknown and not any(
-            p.kind is p.VAR_KEYWORD for p in parameters.values()
-        ):
+        shared = self.shared or frozenset()
+        absent = shared - parameters.keys() - kwargs.keys()
+        known = PER_SAMPLE | SHARED | ATTENTION_MASKS | shared
+        others = kwargs.keys() - parameters.keys() - known
+        if absent and others:
             raise SplitError(
-                f"{self.name}: shared names {', '.join(sorted(unknown))}, but "
-                f"its arguments are {', '.join(parameters)}."
+                f"{self.name}: shared names {', '.join(sorted(absent))}, but "
+                f"the call passes {', '.join(sorted(others))}."
             )
 
     def _first_sequence(
@@ -318,6 +325,49 @@ class BatchPieces:
             f"{self.name} cannot be called with split={self.count}: {reason}. "
             f"Set split=1 for this block."
         )
+
+
+def check_shared(shared: Sequence[str], blocks: Sequence[nn.Module]) -> None:
+    """Checks names of arguments that all samples share.
+
+    Arguments
+    ---------
+    shared : list of str
+        The names.
+    blocks : list of torch.nn.Module
+        The blocks.
+
+    Raises
+    ------
+    ValueError
+        If it is no list of names, or if no block takes one of them.
+
+    Example
+    -------
+    >>> check_shared(["input"], [torch.nn.Tanh()])
+    """
+    if isinstance(shared, str) or not _are_names(shared):
+        raise ValueError(
+            f"recompute_blocks: shared must be a list of names, got {shared!r}."
+        )
+    known: dict[str, None] = {}
+    for block in blocks:
+        parameters = inspect.signature(block.forward).parameters
+        if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            return
+        known.update(dict.fromkeys(parameters))
+    unknown = [name for name in shared if name not in known]
+    if unknown:
+        raise ValueError(
+            f"recompute_blocks: shared names {', '.join(unknown)}, but the "
+            f"arguments of the blocks are {', '.join(known)}."
+        )
+
+
+def _are_names(names: object) -> bool:
+    return isinstance(names, (list, tuple, set, frozenset)) and all(
+        isinstance(name, str) for name in names
+    )
 
 
 def batch_statistics(block: nn.Module) -> str | None:

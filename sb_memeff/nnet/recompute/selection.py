@@ -10,6 +10,8 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
+from sb_memeff.utils.settings import check_integer
+
 __all__ = ["find_segments", "refuse_nested"]
 
 
@@ -57,11 +59,7 @@ def find_segments(
             f"recompute_blocks: module must be a torch.nn.Module or a dict of "
             f"them, got {type(module).__name__}."
         )
-    if not isinstance(length, int) or length < 1:
-        raise ValueError(
-            f"recompute_blocks: segment_length must be an integer of at "
-            f"least 1, got {length!r}."
-        )
+    check_integer("segment_length", length, 1)
     found = _named_blocks(module, blocks)
     segments = [found[i : i + length] for i in range(0, len(found), length)]
     if length > 1:
@@ -72,7 +70,15 @@ def find_segments(
 def _named_blocks(
     module: nn.Module, patterns: str | Sequence[str]
 ) -> list[tuple[str, nn.Module]]:
-    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    if isinstance(patterns, str):
+        patterns = [patterns]
+    if not isinstance(patterns, (list, tuple)) or not all(
+        isinstance(pattern, str) for pattern in patterns
+    ):
+        raise ValueError(
+            f"recompute_blocks: blocks must be a name or a list of names, got "
+            f"{patterns!r}."
+        )
     if not patterns:
         raise ValueError("recompute_blocks: blocks names no module.")
     named = list(module.named_modules(remove_duplicate=False))

@@ -196,6 +196,11 @@ class Evaluator:
                 f"{type(value).__name__}; inside {block_kind} it must return "
                 f"one tensor."
             )
+        if not value.is_floating_point():
+            raise TypeError(
+                f"{self._full_name(function)} returned {value.dtype}; inside "
+                f"{block_kind} it must return floating-point numbers."
+            )
 
     def _check_increment(
         self, function: str, value: torch.Tensor, stream: torch.Tensor

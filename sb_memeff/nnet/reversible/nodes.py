@@ -47,6 +47,7 @@ from sb_memeff.nnet.reversible.gradient_sums import GradientSums
 from sb_memeff.nnet.reversible.grid import StreamFormat
 from sb_memeff.nnet.reversible.observer import Observer
 from sb_memeff.nnet.reversible.tap_sum import DetachedTapSum
+from sb_memeff.utils.autograd import refuse_double_backward
 
 __all__ = ["apply_invertible_blocks"]
 
@@ -463,7 +464,10 @@ class _OutputNode(torch.autograd.Function):
         ctx: Any, *gradients: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
         # This is the first node in each backward pass.
-        _refuse_double_backward()
+        refuse_double_backward(
+            "ReversibleSequence",
+            "set save_memory=False, which stores activations",
+        )
         state = ctx.state
         *output_gradients, sum_token = gradients
         if sum_token is None:
@@ -525,11 +529,3 @@ def _own_storage(x: torch.Tensor) -> torch.Tensor:
     if x.untyped_storage().nbytes() > x.numel() * x.element_size():
         return x.clone()
     return x
-
-
-def _refuse_double_backward() -> None:
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "ReversibleSequence: double backward (create_graph=True) is not "
-            "supported while saving memory; set save_memory=False."
-        )

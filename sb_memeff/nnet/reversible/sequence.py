@@ -24,7 +24,7 @@ from sb_memeff.nnet.reversible.observer import Observer
 from sb_memeff.nnet.reversible.space_to_depth import SpaceToDepth
 from sb_memeff.nnet.reversible.tap_sum import DetachedTapSum, TapSum
 from sb_memeff.ops.dispatch import has_values
-from sb_memeff.utils.settings import check_switches
+from sb_memeff.utils.settings import check_integer, check_switches
 from sb_memeff.utils.sharding import check_gathered
 
 __all__ = ["ReversibleSequence"]
@@ -104,14 +104,11 @@ class ReversibleSequence(nn.Module):
     ):
         super().__init__()
         check_switches(save_memory=save_memory, exact=exact)
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = nn.ModuleList(_checked_blocks(blocks))
         if len(self.blocks) == 0:
             raise ValueError("ReversibleSequence: there are no blocks.")
-        if not 1 <= grid_bits <= 23:
-            raise ValueError(
-                f"ReversibleSequence: grid_bits must lie in 1...23, "
-                f"got {grid_bits}."
-            )
+        check_integer("grid_bits", grid_bits, 1, 23)
+        check_integer("axis", axis, -8, 8)
         if axis == 0:
             raise ValueError(
                 "ReversibleSequence: axis=0 is the batch; name that of the "
@@ -172,11 +169,10 @@ class ReversibleSequence(nn.Module):
             In backward: if the stream left the grid; if weights or the
             training mode changed since forward; for double backward.
         """
-        if not isinstance(x, torch.Tensor) or not x.is_floating_point():
-            kind = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
+        if not _is_state(x):
             raise TypeError(
                 f"ReversibleSequence: x must be a floating-point tensor, "
-                f"got {kind}."
+                f"got {_kind(x)}."
             )
         extra = ExtraArguments(args, kwargs)
         extra.check(self._functions())
@@ -456,6 +452,47 @@ def _call_module(
     else:
         module_input = stream_format.from_streams(*state)
     result = extra.call(block, module_input)
-    if isinstance(result, torch.Tensor):
+    if _is_state(result):
         return (result,)
+    is_pair = isinstance(result, (tuple, list)) and len(result) == 2
+    if not is_pair or not all(map(_is_state, result)):
+        found = list(map(_kind, result)) if is_pair else _kind(result)
+        raise TypeError(
+            f"ReversibleSequence: {type(block).__name__} must return a "
+            f"floating-point tensor, or two streams, got {found}."
+        )
+    if result[0].shape != result[1].shape:
+        raise ValueError(
+            f"ReversibleSequence: {type(block).__name__} returned two streams "
+            f"of shapes {tuple(result[0].shape)} and {tuple(result[1].shape)}; "
+            f"they must be the same."
+        )
     return tuple(stream_format.to_streams(*result))
+
+
+def _is_state(x: object) -> bool:
+    return (
+        isinstance(x, torch.Tensor)
+        and x.is_floating_point()
+        and x.layout == torch.strided
+    )
+
+
+def _kind(x: object) -> str:
+    if not isinstance(x, torch.Tensor):
+        return type(x).__name__
+    return str(x.dtype if x.layout == torch.strided else x.layout)
+
+
+def _checked_blocks(blocks: Iterable[nn.Module]) -> list[nn.Module]:
+    found = blocks
+    if isinstance(blocks, Iterable):
+        found = list(blocks)
+        wrong = [x for x in found if not isinstance(x, nn.Module)]
+        if not wrong:
+            return found
+        found = wrong[0]
+    raise TypeError(
+        f"ReversibleSequence: blocks must be torch.nn.Modules, got "
+        f"{type(found).__name__}."
+    )

@@ -18,6 +18,7 @@ from sb_memeff.nnet.reversible.coupling import (
     VjpEvaluator,
 )
 from sb_memeff.nnet.reversible.layout import is_channels_last
+from sb_memeff.utils.settings import check_integer
 
 __all__ = ["SpaceToDepth"]
 
@@ -59,11 +60,8 @@ class SpaceToDepth(Invertible):
             "Sequence[int]",
             factor if isinstance(factor, (tuple, list)) else (factor,),
         )
-        if any(int(f) != f or f < 1 for f in factors):
-            raise ValueError(
-                f"SpaceToDepth: factor must be whole and at least 1, "
-                f"got {factor}."
-            )
+        for one in factors:
+            check_integer("factor", one, 1)
         self.factor = factor
 
     def extra_repr(self) -> str:

@@ -8,11 +8,14 @@ from typing import Any, Literal
 
 import torch
 
+from sb_memeff.utils.settings import check_integer, check_number
+
 __all__ = [
     "PER_SAMPLE",
     "REDUCTIONS",
     "Reduction",
     "check_counts",
+    "check_dense",
     "check_settings",
     "check_tensors",
     "count",
@@ -68,14 +71,33 @@ def check_settings(
             f"{name}: {text}" for name, text in REDUCTIONS.items()
         )
         raise ValueError(f"reduction={reduction!r} must be one of: {known}.")
-    if not fastemit_lambda >= 0:
-        raise ValueError(
-            f"fastemit_lambda={fastemit_lambda} must not be negative."
-        )
-    if clamp is not None and not clamp > 0:
-        raise ValueError(
-            f"clamp={clamp} must be positive, or None for no limit."
-        )
+    check_number("fastemit_lambda", fastemit_lambda, least=0)
+    if clamp is not None:
+        check_number("clamp", clamp, above=0)
+
+
+def check_dense(**tensors: object) -> None:
+    """Checks that arguments are tensors with a value for each position.
+
+    Arguments
+    ---------
+    **tensors : dict
+        Arguments by name.
+
+    Raises
+    ------
+    TypeError
+        If one is something else. The message names it.
+
+    Example
+    -------
+    >>> check_dense(enc=torch.zeros(1, 2, 3))
+    """
+    for name, x in tensors.items():
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"{name} must be a tensor, not {type(x).__name__}.")
+        if x.layout != torch.strided:
+            raise TypeError(f"{name} must be dense, not {x.layout}.")
 
 
 def check_tensors(
@@ -196,10 +218,11 @@ def check_counts(
         the vocabulary, a target is the blank, or a sample has no frame.
     """
     known = vocabulary is not None
-    if blank_index < 0 or (known and blank_index >= vocabulary):
-        symbols = f"of {vocabulary} symbols" if known else "of any classifier"
+    check_integer("blank_index", blank_index, 0)
+    if known and blank_index >= vocabulary:
         raise ValueError(
-            f"blank_index={blank_index} is not in the vocabulary {symbols}."
+            f"blank_index={blank_index} is not in the vocabulary of "
+            f"{vocabulary} symbols."
         )
     bad = [~((x >= 0) & (x <= 1)) for x in lengths]
     empty = logit_lengths < 1

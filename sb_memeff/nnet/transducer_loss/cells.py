@@ -360,7 +360,19 @@ class Cells:
         torch.Tensor
             [N, V].
         """
-        return self.logits(*self.inputs(tile))
+        logits = self.logits(*self.inputs(tile))
+        cells = len(tile.indices)
+        if not isinstance(logits, torch.Tensor) or (
+            logits.dim() != 2 or len(logits) != cells
+        ):
+            found = type(logits).__name__
+            if isinstance(logits, torch.Tensor):
+                found = list(logits.shape)
+            raise ValueError(
+                f"joint and classifier must return one row of logits, [N, V], "
+                f"for each of N = {cells} cells, not {found}."
+            )
+        return logits
 
     def scores(self, tile: Tile, logits: torch.Tensor) -> torch.Tensor:
         """Computes scores of cells; see logit_rows.row_scores."""

@@ -29,6 +29,7 @@ from sb_memeff.nnet.transducer_loss.batch import (
     PER_SAMPLE,
     Reduction,
     check_counts,
+    check_dense,
     check_settings,
     check_tensors,
     count,
@@ -38,12 +39,15 @@ from sb_memeff.nnet.transducer_loss.cells import CellLogits, Cells, Gradients
 from sb_memeff.nnet.transducer_loss.logits_loss import transducer_loss
 from sb_memeff.nnet.transducer_loss.modules import (
     check_modules,
+    check_widths,
     declared_vocabulary,
     unchanged,
 )
 from sb_memeff.nnet.transducer_loss.passes import TiledPass, WholePass
 from sb_memeff.nnet.transducer_loss.sum_joint import SumJoint, SumJointPass
 from sb_memeff.ops.dispatch import has_values
+from sb_memeff.utils.autograd import refuse_double_backward
+from sb_memeff.utils.settings import check_integer, check_number
 from sb_memeff.utils.sharding import check_gathered
 
 __all__ = ["TransducerJointLoss"]
@@ -137,12 +141,16 @@ class TransducerJointLoss(nn.Module):
             raise ValueError(
                 f"method={method!r} must be one of {', '.join(METHODS)}."
             )
-        if max_rows is not None and max_rows < 1:
-            raise ValueError(f"max_rows={max_rows} must be at least 1.")
-        if not 0 <= occupancy_floor < 1:
-            raise ValueError(
-                f"occupancy_floor={occupancy_floor} must be from 0 to below 1."
-            )
+        if max_rows is not None:
+            check_integer("max_rows", max_rows, 1)
+        check_number("occupancy_floor", occupancy_floor, least=0, below=1)
+        check_integer("blank_index", blank_index, 0)
+        for name, module in (("joint", joint), ("classifier", classifier)):
+            if not isinstance(module, nn.Module):
+                raise TypeError(
+                    f"{name} must be a torch.nn.Module, not "
+                    f"{type(module).__name__}."
+                )
         self.joint = joint
         self.classifier = classifier
         self.blank_index = blank_index
@@ -184,6 +192,8 @@ class TransducerJointLoss(nn.Module):
 
         Raises
         ------
+        TypeError
+            If an argument is no dense tensor.
         ValueError
             If shapes, devices, dtypes, lengths or targets are invalid. The
             message names the sample.
@@ -191,6 +201,7 @@ class TransducerJointLoss(nn.Module):
             If joint or classifier are sharded one by one by fully_shard.
         """
         _check_inputs(enc, pred, targets, enc_lens, target_lens)
+        check_widths(self.joint, self.classifier, enc, pred)
         targets = targets.long()
         logit_lengths = count(enc_lens, enc.shape[1], "frames")
         target_lengths = count(target_lens, targets.shape[1], "targets")
@@ -355,11 +366,13 @@ class _Loss(torch.autograd.Function):
         return nll
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     # pyrefly: ignore[bad-override]
     def backward(
         ctx: Any, upstream: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
+        refuse_double_backward(
+            "TransducerJointLoss", "leave out what needs second derivatives"
+        )
         enc, pred, *weights = ctx.saved_tensors
         gradients, ctx.gradients = ctx.gradients, None
         scale = None
@@ -420,6 +433,13 @@ def _check_inputs(
     enc_lens: torch.Tensor,
     target_lens: torch.Tensor,
 ) -> None:
+    check_dense(
+        enc=enc,
+        pred=pred,
+        targets=targets,
+        enc_lens=enc_lens,
+        target_lens=target_lens,
+    )
     if enc.dim() != 3 or 0 in enc.shape:
         raise ValueError(
             f"enc must be [B, T, H] and not empty, not {list(enc.shape)}."
@@ -441,5 +461,8 @@ def _check_inputs(
             "enc and pred must be of one floating-point dtype, not "
             f"{enc.dtype} and {pred.dtype}."
         )
-    lengths = {"enc_lens": enc_lens, "target_lens": target_lens}
+    lengths: dict[str, torch.Tensor] = {
+        "enc_lens": enc_lens,
+        "target_lens": target_lens,
+    }
     check_tensors(batch, lengths, targets, {"enc": enc, "pred": pred})

@@ -12,6 +12,7 @@ import torch
 from sb_memeff.nnet.transducer_loss.batch import (
     Reduction,
     check_counts,
+    check_dense,
     check_settings,
     check_tensors,
     count,
@@ -20,6 +21,7 @@ from sb_memeff.nnet.transducer_loss.batch import (
 from sb_memeff.nnet.transducer_loss.cells import cells_inside, next_targets
 from sb_memeff.ops.lattice import loss_and_occupancies
 from sb_memeff.ops.logit_rows import row_gradient, row_scores, wide_dtype
+from sb_memeff.utils.autograd import refuse_double_backward
 from sb_memeff.utils.settings import check_switches
 
 __all__ = ["transducer_loss"]
@@ -82,7 +84,8 @@ def transducer_loss(
     Raises
     ------
     TypeError
-        If overwrite_logits is neither True nor False.
+        If overwrite_logits is neither True nor False, or an argument is no
+        dense tensor.
     ValueError
         If shapes, lengths, targets, the blank or settings are invalid. The
         message names the sample.
@@ -103,6 +106,12 @@ def transducer_loss(
     """
     check_settings(reduction, fastemit_lambda, clamp)
     check_switches(overwrite_logits=overwrite_logits)
+    check_dense(
+        logits=logits,
+        targets=targets,
+        input_lens=input_lens,
+        target_lens=target_lens,
+    )
     _check_shapes(logits, targets, input_lens, target_lens)
     logit_lengths = count(input_lens, logits.shape[1], "frames")
     targets = targets.long()
@@ -201,11 +210,13 @@ class _TransducerLoss(torch.autograd.Function):
         return nll
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     # pyrefly: ignore[bad-override]
     def backward(
         ctx: Any, upstream: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
+        refuse_double_backward(
+            "transducer_loss", "leave out what needs second derivatives"
+        )
         logits, lse, cells, symbols, blank, emission = ctx.saved_tensors
         logits = logits.detach()
         _, rows, columns, vocabulary = logits.shape

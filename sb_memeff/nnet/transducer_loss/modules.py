@@ -9,6 +9,7 @@ from collections.abc import Generator, Iterator
 
 import speechbrain.nnet.linear
 import torch
+from speechbrain.nnet.transducer.transducer_joint import Transducer_joint
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
@@ -16,7 +17,12 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from sb_memeff.nnet.replay.random_states import global_sources
 
-__all__ = ["check_modules", "declared_vocabulary", "unchanged"]
+__all__ = [
+    "check_modules",
+    "check_widths",
+    "declared_vocabulary",
+    "unchanged",
+]
 
 
 def check_modules(joint: nn.Module, classifier: nn.Module) -> None:
@@ -133,6 +139,53 @@ def declared_vocabulary(classifier: nn.Module) -> int | None:
     if type(classifier) is nn.Linear:
         return classifier.out_features
     return None
+
+
+def check_widths(
+    joint: nn.Module,
+    classifier: nn.Module,
+    enc: torch.Tensor,
+    pred: torch.Tensor,
+) -> None:
+    """Checks the sizes of rows where the modules' own are known.
+
+    Arguments
+    ---------
+    joint : torch.nn.Module
+        The joint network.
+    classifier : torch.nn.Module
+        The output layer.
+    enc : torch.Tensor
+        [B, T, H].
+    pred : torch.Tensor
+        [B, U+1, H].
+
+    Raises
+    ------
+    ValueError
+        If SpeechBrain's joint would add rows of different sizes, or give the
+        classifier, a linear layer, rows of a wrong size.
+
+    Example
+    -------
+    >>> x = torch.zeros(1, 1, 4)
+    >>> check_widths(Transducer_joint(), nn.Linear(4, 9), x, x)
+    """
+    if type(joint) is not Transducer_joint or joint.joint != "sum":
+        return
+    width, other = enc.shape[2], pred.shape[2]
+    # A size of 1 is broadcast, as in the joint.
+    if width != other and 1 not in (width, other):
+        raise ValueError(
+            f"The joint adds enc and pred, but their sizes H differ: {width} "
+            f"and {other}."
+        )
+    linear = getattr(classifier, "w", classifier)
+    if type(linear) is nn.Linear and linear.in_features != max(width, other):
+        raise ValueError(
+            f"The classifier takes {linear.in_features} numbers for each cell, "
+            f"but the joint adds enc and pred, which have {max(width, other)}."
+        )
 
 
 @contextlib.contextmanager

@@ -23,10 +23,15 @@ from tests.unittests.analysis.yaml_files import (
     speaker_yaml,
     upstream_transducer,
 )
+from tests.unittests.bf16 import needs_bf16_lstm
 
 CONFORMER = LIBRISPEECH / "hparams/conformer_transducer.yaml"
 STORED = "gradients against stored activations"
 LOGITS = "gradients against all logits at once"
+# Their predictor is an LSTM.
+transducer_precisions = pytest.mark.parametrize(
+    "precision", ["fp32", pytest.param("bf16", marks=needs_bf16_lstm)]
+)
 
 
 def speaker(network, **overrides):
@@ -98,7 +103,7 @@ def test_speaker_networks(network, precision):
         assert "error at most 0 in" in line_of(report, "inversion")
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@transducer_precisions
 @pytest.mark.parametrize("method", ["tiled", "samplewise"])
 def test_transducers(method, precision):
     recipe = transducer(transducer_method=method, max_rows=7)
@@ -275,7 +280,7 @@ def test_running_statistics_that_are_not_a_number(saving):
     assert line_of(report, STORED).endswith("ok")
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@transducer_precisions
 def test_a_transducer_loss_that_drops_cells(precision, monkeypatch):
     backward = TiledPass.backward
 

@@ -188,9 +188,8 @@ def test_backward_twice_and_not_through_backward():
     once = x.grad.clone()
     y.backward()
     torch.testing.assert_close(x.grad, 2 * once)
-    (gradient,) = torch.autograd.grad(ours(x).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+    with pytest.raises(RuntimeError, match="create_graph.*save_memory"):
+        torch.autograd.grad(ours(x).sum(), x, create_graph=True)
 
 
 def test_memory_is_little_beside_the_input(monkeypatch):

@@ -5,6 +5,7 @@ import sys
 import numba
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sb_memeff.memory.fake import fake_tensors
 from sb_memeff.nnet.transducer_loss import transducer_loss
@@ -153,3 +154,30 @@ def test_a_traced_lattice_is_whole():
     traced = torch.jit.trace(loss, (logits,), check_trace=False)
     other = torch.randn(1, 6, 3, 4)
     torch.testing.assert_close(traced(other), loss(other))
+
+
+@pytest.mark.parametrize(
+    "x", [torch._efficientzerotensor(3), torch._neg_view(torch.ones(3))]
+)
+def test_kernels_do_not_read_memory_without_the_values(monkeypatch, x):
+    monkeypatch.setattr(dispatch, "is_on_gpu", lambda x: True)
+    assert dispatch.runs_fused(torch.ones(3))
+    assert not dispatch.runs_fused(torch.ones(3), x)
+    monkeypatch.undo()
+    assert dispatch.package_of_kernels(torch.ones(3)) == "numba"
+    assert dispatch.package_of_kernels(torch.ones(3), x) is None
+
+
+def test_real_parameters_among_fake_tensors():
+    """No kernel updates them while results are fake."""
+    weight = torch.nn.Parameter(torch.zeros(80, 80))
+    optimizer = SGD8bit([weight], lr=1.0, momentum=0.5)
+    for _ in range(2):
+        weight.grad = torch.ones(80, 80)
+        optimizer.step()
+    before = weight.detach().clone()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert not dispatch.has_values(weight)
+        assert dispatch.package_of_kernels(weight) is None
+        optimizer.step()
+    assert torch.equal(weight, before)

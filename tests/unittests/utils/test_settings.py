@@ -1,13 +1,19 @@
-"""Switches that are neither True nor False.
+"""Settings that are no switches, and no numbers.
 
 Authors
  * The sb_memeff authors 2026
 """
 
+import importlib
+import inspect
+import pkgutil
+
 import pytest
 import torch
 from hyperpyyaml import load_hyperpyyaml
 
+import sb_memeff.lobes.models
+from sb_memeff.nnet.angular_margin import InterTopKMargin
 from sb_memeff.nnet.recompute import recompute_blocks
 from sb_memeff.nnet.reversible import ReversibleSequence
 from sb_memeff.nnet.transducer_loss import transducer_loss
@@ -58,6 +64,37 @@ def test_a_switch_that_is_no_switch_is_named(name, use, value):
         use(**{name: value})
     for good in (True, False, 1, 0):
         use(**{name: good})
+
+
+def lobes():
+    """Each class of the lobes with each of its switches."""
+    package = sb_memeff.lobes.models
+    for _, name, _ in pkgutil.iter_modules(package.__path__):
+        module = importlib.import_module(f"{package.__name__}.{name}")
+        for kind in (getattr(module, name) for name in module.__all__):
+            parameters = [*inspect.signature(kind).parameters.values()]
+            if parameters[-1].kind is inspect.Parameter.VAR_KEYWORD:
+                # Those of SpeechBrain's class.
+                base = inspect.signature(kind.__mro__[1])
+                parameters += base.parameters.values()
+            switches = {
+                p.name for p in parameters if isinstance(p.default, bool)
+            }
+            yield from ((kind, switch) for switch in sorted(switches))
+
+
+@pytest.mark.parametrize("value", ["no", None])
+@pytest.mark.parametrize(
+    "kind, name", [*lobes(), (InterTopKMargin, "easy_margin")]
+)
+def test_constructors_name_a_switch(kind, name, value):
+    options = {"input_size": 20} if kind is not InterTopKMargin else {}
+    with pytest.raises(TypeError, match=f"{name}=.* must be True or False"):
+        kind(**{name: value}, **options)
+
+
+def test_lobes_are_found():
+    assert len({kind for kind, _ in lobes()}) >= 4
 
 
 def test_no_in_a_yaml_file_is_text():

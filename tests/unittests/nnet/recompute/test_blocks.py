@@ -1113,11 +1113,12 @@ def test_bad_names():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"every": 0}, "every must be .*0"),
-        ({"every": 0.5}, "every must be .*0.5"),
-        ({"every": "2"}, "every must be .*'2'"),
-        ({"segment_length": 0}, "segment_length must be .*0"),
-        ({"segment_length": 1.5}, "segment_length must be .*1.5"),
+        ({"every": 0}, "every=0"),
+        ({"every": 0.5}, "every=0.5"),
+        ({"every": "2"}, "every='2'"),
+        ({"segment_length": 0}, "segment_length=0"),
+        ({"segment_length": 1.5}, "segment_length=1.5"),
+        ({"every": True}, "every=True"),
     ],
 )
 def test_bad_options(options, message):
@@ -1125,6 +1126,28 @@ def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         recompute_blocks(net, "*", **options)
     assert store_blocks(net) == []
+
+
+def test_fewer_blocks_than_every():
+    """The first of them recomputes, however large the number."""
+    for every in (4, 5, 1e300):
+        assert recompute_blocks(stack(), "*", every=every) == ["0"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"first_output_only": True}, {"split": 2}, {"split": 2, "shared": []}],
+)
+def test_a_block_is_named_again_with_other_options(options):
+    """Neither the old nor the new ones would be lost unnoticed."""
+    net = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2))
+    recompute_blocks(net, "1", **options)
+    with pytest.raises(ValueError, match="1 already recomputes.*store_blocks"):
+        recompute_blocks(net, ["0", "1"])
+    assert store_blocks(net) == ["1"]
+    recompute_blocks(net, "1", **options)
+    # The same again, and others.
+    assert recompute_blocks(net, "*", **options) == ["0", "1", "2"]
 
 
 @pytest.mark.parametrize("options", [{"every": 2}, {"segment_length": 2}])

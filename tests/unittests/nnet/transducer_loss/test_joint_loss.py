@@ -520,9 +520,9 @@ def test_no_double_backward(options):
     loss = TransducerJointLoss(*modules(), **options)
     enc, pred, targets = inputs()
     value = loss(enc, pred, targets, FRAMES, COUNTS)
-    (gradient,) = torch.autograd.grad(value, enc, create_graph=True)
-    with pytest.raises(RuntimeError, match="twice|does not require grad"):
-        gradient.sum().backward()
+    # Beside another term the missing derivative would not be noticed.
+    with pytest.raises(RuntimeError, match="create_graph"):
+        torch.autograd.grad(value, enc, create_graph=True)
 
 
 @every_method
