@@ -1,6 +1,6 @@
 """Recurrences over time in few steps, with the memory of all steps.
 
-SpeechBrain's LiGRU calls twenty operators for each frame, and fake tensors take
+SpeechBrain's LiGRU calls a dozen operators for each frame, and fake tensors take
 longer for a call than for anything else. All its steps make tensors of the same
 sizes, so a step that makes the tensors of many frames at once stands for them.
 
