@@ -20,6 +20,7 @@ from sb_memeff.analysis.families.step import (
     require_positive,
 )
 from sb_memeff.analysis.recipe import Recipe
+from sb_memeff.analysis.recurrence import few_steps
 from sb_memeff.memory.step import StepMemory, training_step_memory
 from sb_memeff.memory.tracker import KINDS
 from sb_memeff.memory.units import format_bytes
@@ -163,6 +164,10 @@ def profile(
         def optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
             updater = steps["step"].optimizer()
             details["optimizer"] = type(updater).__name__
+            # After it, Brain.fit_batch returns.
+            updater.register_step_post_hook(
+                lambda *_: steps["step"].release_outputs()
+            )
             return updater
 
         return training_step_memory(
@@ -176,7 +181,8 @@ def profile(
     measured = None
     try:
         on_gpu = device is not None and torch.device(device).type == "cuda"
-        with fused_on_fake_tensors() if on_gpu else nullcontext():
+        fused = fused_on_fake_tensors() if on_gpu else nullcontext()
+        with fused, few_steps():
             memory = measure()
         if device is not None:
             real = measure(fake=False, device=device)

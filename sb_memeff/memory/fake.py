@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import (
 )
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from sb_memeff.memory.arguments import tensors_in
 from sb_memeff.memory.attention import FUSED_ATTENTION, fused_attention
 from sb_memeff.memory.filters import real_filters
 from sb_memeff.memory.imports import around_imports
@@ -118,12 +119,11 @@ class _KnownValues(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Runs the operator on fakes and, if all values are known, on values."""
+        if func is torch.ops.prim.device.default:
+            # More than half of all calls: autograd asks each fake tensor.
+            return func(*args)
         kwargs = kwargs or {}
-        tensors = [
-            x
-            for x in tree_leaves((args, kwargs))
-            if isinstance(x, torch.Tensor)
-        ]
+        tensors = tensors_in((args, kwargs))
         self.check_modes(tensors)
         real = [x for x in tensors if not isinstance(x, FakeTensor)]
         if real and func is not torch.ops.aten.lift_fresh.default:
@@ -157,9 +157,7 @@ class _KnownValues(TorchDispatchMode):
         if func in FUSED_ATTENTION:
             known = False
         if known and all(
-            x.numel() <= _max_elements(x)
-            for x in tree_leaves(result)
-            if isinstance(x, torch.Tensor)
+            x.numel() <= _max_elements(x) for x in tensors_in(result)
         ):
             self.remember(result, self.on_values(func, args, kwargs))
         else:
@@ -260,9 +258,7 @@ class _KnownValues(TorchDispatchMode):
         """Yields the tensors that the operator writes to."""
         for number, name in _overwritten(func):
             given = args[number] if number < len(args) else kwargs.get(name)
-            for tensor in tree_leaves(given):
-                if isinstance(tensor, torch.Tensor):
-                    yield tensor
+            yield from tensors_in(given)
 
 
 def _ctc_loss(

@@ -25,6 +25,10 @@ from sb_memeff.memory.tracker import (
 
 __all__ = ["StepMemory", "training_step_memory"]
 
+# What a step leaves behind besides gradients and states is negligible if it is
+# smaller than the peak by this factor.
+NEGLIGIBLE = 1000
+
 
 @dataclass
 class StepMemory:
@@ -120,8 +124,10 @@ def training_step_memory(
         Shape of the float32 input, or a function that calls the model, its
         argument, and returns its output or loss, a tensor.
     optimizer : callable, optional
-        Makes an optimizer from the parameters. Two steps are then run, so
-        that its states exist when activations are largest.
+        Makes an optimizer from the parameters. Two steps then count, so that
+        its states exist when activations are largest. On fake tensors the
+        passes of the second are taken from the first, unless the first leaves
+        tensors behind that could make the second another.
     autocast : torch.dtype, optional
         Dtype of autocast in forward.
     fake : bool
@@ -211,6 +217,8 @@ def _measure(
             for block in tracker.blocks[first:]:
                 if block.died is None:
                     block.kind = "activations"
+            # Forward may have replaced some.
+            tracker.label("buffers", _owned(model.named_buffers()))
             tracker.phase = "backward"
             starts["backward"] = tracker.clock
             # A gradient of the output's shape counts as in training.
@@ -218,18 +226,27 @@ def _measure(
             del y
             owned = list(_owned(model.named_parameters()))
             tracker.label("gradients", ((m, p.grad) for m, p in owned))
-            if updater:
-                tracker.phase = "step"
-                starts["step"] = tracker.clock
-                updater.step()
-                for module, parameter in owned:
-                    states = _tensors(updater.state.get(parameter))
-                    tracker.label(
-                        "optimizer states", ((module, x) for x in states)
-                    )
+            if not updater:
+                steps.append((starts, tracker.clock))
+                break
+            passes = tracker.top
+            starts["step"] = tracker.clock
+            _update(updater, tracker, owned)
             steps.append((starts, tracker.clock))
-            if updater:
+            if (
+                fake
+                and len(steps) == 1
+                and tracker.kept(first) * NEGLIGIBLE <= tracker.peak
+            ):
+                # The second step's passes are the first's, beside the states.
+                whole, end = tracker.top, tracker.clock
+                tracker.restart()
+                _update(updater, tracker, owned)
+                if tracker.become_second(passes, whole, starts, end):
+                    steps = [(starts, tracker.clock)]
                 updater.zero_grad()
+                break
+            updater.zero_grad()
     # The last step has the peak, unless the first step's allocation of the
     # optimizer's states needs more.
     timeline = max(
@@ -240,8 +257,8 @@ def _measure(
         parameter_bytes=sum(p.numel() * p.element_size() for p in weights),
         saved_bytes=saved,
         peak_bytes=tracker.peak,
-        peak_phase=tracker.peak_phase,
-        peak_module=tracker.peak_module,
+        peak_phase=tracker.top.phase,
+        peak_module=tracker.top.module,
         split=dict(tracker.at_peak()),
         timeline=timeline,
     )
@@ -249,6 +266,19 @@ def _measure(
         peak = torch.cuda.max_memory_allocated(device)
         memory.allocator_bytes = peak - others
     return memory
+
+
+def _update(
+    updater: torch.optim.Optimizer,
+    tracker: StorageTracker,
+    owned: Iterable[tuple[str, torch.Tensor]],
+) -> None:
+    """Runs the optimizer's step and labels its states."""
+    tracker.phase = "step"
+    updater.step()
+    for module, parameter in owned:
+        states = _tensors(updater.state.get(parameter))
+        tracker.label("optimizer states", ((module, x) for x in states))
 
 
 def _highest(timeline: Timeline) -> int:

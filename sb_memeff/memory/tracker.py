@@ -9,7 +9,7 @@ import weakref
 from collections import Counter
 from collections.abc import Collection, Iterable
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -19,8 +19,8 @@ from torch.nn.modules.module import (
     register_module_forward_pre_hook,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from sb_memeff.memory.arguments import tensors_in
 from sb_memeff.utils.hooks import only_observes
 
 __all__ = ["KINDS", "ModuleTracker", "StorageTracker", "Timeline"]
@@ -74,6 +74,15 @@ class Block:
         self.kind = "recomputed" if recomputed else "temporaries"
 
 
+class Top(NamedTuple):
+    """A peak: its bytes, its time, and what was running."""
+
+    peak: int
+    time: int
+    phase: str
+    module: str
+
+
 class StorageTracker(TorchDispatchMode):
     """Counts the bytes of storages in use, and their peak.
 
@@ -119,8 +128,12 @@ class StorageTracker(TorchDispatchMode):
 
     def restart(self) -> None:
         """Resets the peak."""
-        self.peak, self._peak_time = self.alive, self.clock
-        self.peak_phase, self.peak_module = self.phase, ""
+        self.top = Top(self.alive, self.clock, self.phase, "")
+
+    @property
+    def peak(self) -> int:
+        """The most bytes in use since ``restart``."""
+        return self.top.peak
 
     def __torch_dispatch__(
         self,
@@ -131,13 +144,15 @@ class StorageTracker(TorchDispatchMode):
     ) -> Any:
         """Runs the operator and counts its arguments and results."""
         result = func(*args, **(kwargs or {}))
-        tensors = [result]
+        if func is torch.ops.prim.device.default:
+            # More than half of all calls: autograd asks each fake tensor.
+            return result
+        found = tensors_in(result)
         if func is not torch.ops.aten.lift_fresh.default:
             # Constants are not new.
-            tensors += [args, kwargs]
-        for leaf in tree_leaves(tensors):
-            if isinstance(leaf, torch.Tensor):
-                self._count(leaf.untyped_storage())
+            found += tensors_in(args) + tensors_in(kwargs)
+        for tensor in found:
+            self._count(tensor.untyped_storage())
         return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:
@@ -157,9 +172,8 @@ class StorageTracker(TorchDispatchMode):
         self.blocks.append(block)
         self._known[storage] = block
         self.alive += block.size
-        if self.alive > self.peak:
-            self.peak, self._peak_time = self.alive, self.clock
-            self.peak_phase, self.peak_module = self.phase, module
+        if self.alive > self.top.peak:
+            self.top = Top(self.alive, self.clock, self.phase, module)
         weakref.finalize(storage, self._free, block)
 
     def _free(self, block: Block) -> None:
@@ -185,6 +199,84 @@ class StorageTracker(TorchDispatchMode):
             if block is not None:
                 block.kind, block.module = kind, module
 
+    def kept(self, first: int) -> int:
+        """Counts what a step has left behind.
+
+        Arguments
+        ---------
+        first : int
+            Number of blocks before the step.
+
+        Returns
+        -------
+        int
+            Bytes that the step made and that are in use, except for gradients
+            and states of the optimizer.
+        """
+        lasting = ("gradients", "optimizer states")
+        return sum(
+            block.size
+            for block in self.blocks[first:]
+            if block.died is None and block.kind not in lasting
+        )
+
+    def become_second(
+        self, passes: Top, first: Top, starts: dict[str, int], end: int
+    ) -> bool:
+        """Turns a first step into a second one, in which states exist before.
+
+        Call it after a second step of the optimizer with the same gradients,
+        before which ``restart`` was called. The first one is cut out.
+
+        Arguments
+        ---------
+        passes : Top
+            The peak of the first step's forward and backward.
+        first : Top
+            The peak of the whole first step.
+        starts : dict
+            Maps its phases to their start times.
+        end : int
+            Its end time.
+
+        Returns
+        -------
+        bool
+            False if the first step has the higher peak; then nothing is changed
+            except for the peak.
+        """
+        cut = starts["step"]
+        made = [
+            block
+            for block in self.blocks
+            if block.kind == "optimizer states" and block.born > cut
+        ]
+        peak = passes.peak + sum(block.size for block in made)
+        if first.peak > max(peak, self.top.peak):
+            self.top = first
+            return False
+
+        def moved(time: int) -> int:
+            return min(time, cut) if time <= end else time - (end - cut)
+
+        if peak >= self.top.peak:
+            self.top = passes._replace(peak=peak)
+        else:
+            self.top = self.top._replace(time=moved(self.top.time))
+        for block in made:
+            block.born = starts["forward"]
+        self.blocks = [
+            block
+            for block in self.blocks
+            if block.died is None or block.born <= cut or block.died > end
+        ]
+        for block in self.blocks:
+            block.born = moved(block.born)
+            if block.died is not None:
+                block.died = moved(block.died)
+        self.clock = moved(self.clock)
+        return True
+
     def at_peak(self) -> Counter[tuple[str, str]]:
         """Returns the memory in use at the peak.
 
@@ -195,8 +287,8 @@ class StorageTracker(TorchDispatchMode):
         """
         found = Counter()
         for block in self.blocks:
-            if block.born <= self._peak_time and (
-                block.died is None or block.died > self._peak_time
+            if block.born <= self.top.time and (
+                block.died is None or block.died > self.top.time
             ):
                 found[block.module, block.kind] += block.size
         return found

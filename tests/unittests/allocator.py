@@ -11,8 +11,9 @@ def allocator_peak(run):
     """Bytes of the peak of what a function without arguments allocates.
 
     What a GPU does not allocate does not count: copies that oneDNN makes inside
-    a convolution, and the gradient that the CPU's batch norm allocates first and
-    replaces at once.
+    a convolution, the gradient that the CPU's batch norm allocates first and
+    replaces at once, and copies of indices and gradient of a max pooling whose
+    input is channels_last and its output's gradient is not.
     """
     with profile(
         activities=[ProfilerActivity.CPU], profile_memory=True
@@ -28,6 +29,8 @@ def allocator_peak(run):
             made = [c for c in children if c.name == "aten::empty_like"]
             if len(made) > 1:
                 children = [c for c in children if c is not made[0]]
+        if event.name == "aten::max_pool2d_with_indices_backward":
+            children = [c for c in children if c.name != "aten::contiguous"]
         for child in children:
             walk(child, event.name)
 

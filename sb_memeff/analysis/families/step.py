@@ -325,6 +325,10 @@ class TrainingStep(torch.nn.Module):
         """Length of the transcripts of ``inputs``, if there are any."""
         return None
 
+    def release_outputs(self) -> None:
+        """Drops the result of the last forward, as Brain.fit_batch does."""
+        self.outputs = None
+
     def imitate_gpu(self) -> None:
         """Replaces code that needs a GPU by code with the same memory."""
 

@@ -304,6 +304,68 @@ def test_the_timeline_is_of_the_step_with_the_peak(when):
     assert set(states) == {4_000_000 if 2 in when else 0}
 
 
+@pytest.mark.parametrize(
+    "optimizer",
+    [lambda p: torch.optim.SGD(p, 0.1, momentum=0.9), torch.optim.Adam],
+)
+def test_the_second_step_is_taken_from_the_first(optimizer):
+    def count(fake):
+        return training_step_memory(
+            lambda: nn.Sequential(
+                nn.Linear(50, 70), nn.ReLU(), nn.Linear(70, 9)
+            ),
+            (400, 50),
+            optimizer,
+            fake=fake,
+        )
+
+    counted, run = count(True), count(False)
+    assert counted.split == run.split
+    assert counted.timeline == run.timeline
+    assert counted.peak_phase == run.peak_phase == "backward"
+
+
+class Keeps(nn.Linear):
+    """Keeps its last output until the next one is there."""
+
+    last = None
+
+    def forward(self, x):
+        y = super().forward(x)
+        self.last = y.detach() * 2
+        return y
+
+
+class Remakes(nn.Linear):
+    """Makes its buffer anew in the first step."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.register_buffer("masks", torch.zeros(1000))
+
+    def forward(self, x):
+        if self.masks.numel() == 1000:
+            self.masks = torch.ones(50_000)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("network", [Keeps, Remakes])
+def test_the_second_step_is_run_if_it_may_differ(network):
+    def count(fake):
+        return training_step_memory(
+            lambda: network(10, 100),
+            (500, 10),
+            lambda p: torch.optim.SGD(p, 0.1),
+            fake=fake,
+        )
+
+    counted, run = count(True), count(False)
+    assert counted.split == run.split
+    assert counted.timeline == run.timeline
+    if network is Remakes:
+        assert counted.by_kind["buffers"] == 200_000
+
+
 def transducer():
     """A joint loss on random encodings, the way a step would call it."""
     loss = TransducerJointLoss(
