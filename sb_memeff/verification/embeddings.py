@@ -72,7 +72,7 @@ class EmbeddingStore:
         """
         known = set()
         for path in self._shards():
-            known.update(torch.load(path, mmap=True)[0])
+            known.update(torch.load(path, mmap=True, weights_only=True)[0])
         missing = [name for name in names if name not in known]
         if missing:
             self._save(compute(missing))
@@ -104,7 +104,7 @@ class EmbeddingStore:
         rows = {name: row for row, name in enumerate(names)}
         result = torch.empty(0)
         for path in self._shards():
-            there, embeddings = torch.load(path)
+            there, embeddings = torch.load(path, weights_only=True)
             kept = [(rows[n], k) for k, n in enumerate(there) if n in rows]
             if not kept:
                 continue

@@ -23,7 +23,6 @@ import speechbrain as sb
 import torch
 from hyperpyyaml import load_hyperpyyaml
 from speechbrain.augment.time_domain import Resample
-from speechbrain.dataio import audio_io
 from speechbrain.utils.checkpoints import average_checkpoints
 from speechbrain.utils.distributed import if_main_process, run_on_main
 from speechbrain.utils.logger import get_logger
@@ -38,6 +37,7 @@ from voxceleb_prepare import (
 )
 
 from sb_memeff.brain import MemEffBrain
+from sb_memeff.dataio.audio import check_csv, load_audio
 from sb_memeff.dataio.preparation import atomic_path
 from sb_memeff.utils.atomic_checkpoints import trained_weights
 
@@ -306,7 +306,9 @@ def load_trained(hparams, encoder):
             f"{min(unknown)}: use its corpus and list of trials."
         )
     states = [
-        torch.load(folder / f"{name}.ckpt", map_location="cpu")
+        torch.load(
+            folder / f"{name}.ckpt", map_location="cpu", weights_only=True
+        )
         for name in TRAINED
     ]
     classes = [earlier.lab2ind[encoder.ind2lab[n]] for n in range(len(encoder))]
@@ -420,8 +422,8 @@ class Crop:
             length = -(-self.length * speed // 100)
             start = int(torch.randint(max(frames - length, 0) + 1, ()))
             stop = min(start + length, frames)
-        sig, _ = audio_io.load(wav, frame_offset=start, num_frames=stop - start)
-        sig = self.resamplers[speed](sig.mean(0, keepdim=True))[0]
+        sig = load_audio(wav, self.sample_rate, start, stop)
+        sig = self.resamplers[speed](sig[None])[0]
         return (sig[: self.length] if self.random_chunk else sig), speed
 
 
@@ -441,8 +443,13 @@ def dataio_prep(hparams):
     Raises
     ------
     ValueError
-        If the output folder is of a training with other speakers.
+        If a row of a csv file is bad, or if the output folder is of a
+        training with other speakers.
     """
+    for key in ("train_annotation", "valid_annotation"):
+        check_csv(
+            hparams[key], ["wav", "spk_id"], ["duration", "start", "stop"]
+        )
     train_data, valid_data = datasets = [
         sb.dataio.dataset.DynamicItemDataset.from_csv(
             csv_path=hparams[key],
