@@ -40,6 +40,7 @@ from sb_memeff.brain import MemEffBrain
 from sb_memeff.dataio.audio import check_csv, load_audio
 from sb_memeff.dataio.preparation import atomic_path
 from sb_memeff.utils.atomic_checkpoints import trained_weights
+from sb_memeff.utils.settings import check_switches
 
 logger = get_logger(__name__)
 
@@ -68,8 +69,8 @@ KEYS = """
     error_stats initial_margin k_top large_margin lr_annealing margin
     margin_epochs margin_schedule modules noise_annotation number_of_epochs
     opt_class out_n_neurons output_folder random_chunk rir_annotation
-    sample_rate save_folder seed sentence_len skip_prep speeds split_ratio
-    sub_centers train_annotation train_logger valid_annotation
+    sample_rate save_folder seed sentence_len skip_damaged skip_prep speeds
+    split_ratio sub_centers train_annotation train_logger valid_annotation
     verification_file warmup_epochs wav_augment
 """.split()
 # What a training leaves for verification and for the large-margin stage.
@@ -202,9 +203,12 @@ def check_settings(hparams):
 
     Raises
     ------
+    TypeError
+        If skip_damaged is neither True nor False.
     ValueError
         If one is impossible.
     """
+    check_switches(skip_damaged=hparams["skip_damaged"])
     epochs, speeds = hparams["number_of_epochs"], hparams["speeds"]
     if not hparams["warmup_epochs"] < epochs:
         raise ValueError(

@@ -33,6 +33,7 @@ from speechbrain.utils.logger import get_logger
 
 from sb_memeff.brain import MemEffBrain
 from sb_memeff.dataio.audio import check_csv, load_audio
+from sb_memeff.utils.settings import check_switches
 
 logger = get_logger(__name__)
 
@@ -236,6 +237,7 @@ def check_data(hparams):
     ValueError
         If a setting is invalid.
     """
+    check_switches(skip_damaged=hparams["skip_damaged"])
     weights = hparams["ctc_weight"], hparams["ce_weight"]
     if min(weights) < 0 or sum(weights) > 1:
         raise ValueError(
