@@ -79,13 +79,17 @@ def chains(draw):
     """Blocks with their functions, and how the chain is called."""
     kinds = draw(st.lists(st.sampled_from(KINDS), min_size=1, max_size=5))
     blocks = [(kind, draw(functions), draw(functions)) for kind in kinds]
+    autocast = draw(st.sampled_from([False, False, True]))
     size = draw(st.integers(1, 5)), draw(st.integers(1, 5))
+    if autocast:
+        # Statistics of few values multiply the rounding errors of bfloat16.
+        size = 6, 7
     return {
         "blocks": blocks,
         "head": draw(st.booleans()),
         "shape": (draw(st.integers(2, 3)), 2 * WIDTH, *size),
         "dtype": draw(st.sampled_from([torch.float32, torch.float64])),
-        "autocast": draw(st.sampled_from([False, False, True])),
+        "autocast": autocast,
         "exact": draw(st.sampled_from([True, True, False])),
         "grid_bits": draw(st.sampled_from([12, 12, 16, 8])),
         "layout": draw(layouts),
