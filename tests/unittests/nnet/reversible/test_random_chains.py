@@ -68,7 +68,8 @@ FUNCTIONS = {
     "dropout": lambda c: nn.Sequential(nn.Conv2d(c, c, 1), nn.Dropout(0.4)),
     "scaled": Scaled,
     "sum": lambda c: nn.ModuleList([nn.Conv2d(c, c, 1), norm(c)]),
-    "group norm": lambda c: nn.GroupNorm(1, c),
+    # With channels last and a frozen weight, torch's backward crashes.
+    "group norm": lambda c: nn.GroupNorm(1, c, affine=False),
 }
 functions = st.sampled_from(list(FUNCTIONS))
 KINDS = ("coupling", "coupling", "coupling", "down", "strided", "tap", "conv")
@@ -112,10 +113,6 @@ def build(config):
     blocks, width, made = [], WIDTH, {}
 
     def function(kind):
-        if kind == "group norm" and config["autocast"]:
-            # Plain autograd of torch 2.12 crashes in its backward, on some
-            # layouts in bfloat16.
-            kind = "tanh"
         key = kind, width
         if config["shared"] != "blocks" or key not in made:
             made[key] = FUNCTIONS[kind](width)
