@@ -4,8 +4,12 @@ Authors
  * The sb_memeff authors 2026
 """
 
+import contextlib
 import os
-from collections.abc import Iterable, Iterator
+import signal
+import sys
+import threading
+from collections.abc import Generator, Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -77,6 +81,12 @@ class MemEffBrain(sb.core.Brain):
       raises its error in the step where it occurs.
     * skip_nonfinite_grads checks gradients before clipping, which would spread
       one NaN to all of them, and names the parameter.
+    * On SIGTERM, with which a cluster announces the end of a job, a single
+      process saves a checkpoint after the current optimizer step and ends,
+      with a message that says how to go on.
+    * With ``skip_damaged: True`` in the yaml file, training items whose file
+      is damaged (DamagedFile, as load_audio raises) are replaced by the next
+      ones, and logged.
     * --optimizer_step_limit works on the command line.
     * 8-bit optimizers keep 32-bit states for embeddings.
     * An optimizer's checkpoint that does not fit the modules is refused. The
@@ -128,6 +138,7 @@ class MemEffBrain(sb.core.Brain):
         if self.optimizer_step_limit is not None:
             # A string if given on the command line.
             self.optimizer_step_limit = int(self.optimizer_step_limit)
+        self._stops = False
         # Loaded with a checkpoint, but used only to continue training.
         self._positions = {}
         self._saved_epoch: dict[str, int] | None = None
@@ -242,6 +253,51 @@ class MemEffBrain(sb.core.Brain):
             epoch = yaml.safe_load(f).get("epoch")
         self._saved_epoch = epoch if epoch and epoch["batches"] else None
 
+    def fit(self, *args: Any, **kwargs: Any) -> None:
+        """Fits, as Brain does, until SIGTERM.
+
+        Arguments
+        ---------
+        *args : tuple
+            As Brain's.
+        **kwargs : dict
+            As Brain's.
+
+        Raises
+        ------
+        SystemExit
+            With 143, after a checkpoint was saved because of SIGTERM.
+        """
+        with self._saving_on_sigterm():
+            super().fit(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _saving_on_sigterm(self) -> Generator[None, None, None]:
+        if (
+            self.checkpointer is None
+            # All processes would have to stop at the same step.
+            or self.distributed_launch
+            or threading.current_thread() is not threading.main_thread()
+            # A handler of the user's.
+            or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        ):
+            yield
+            return
+        process = os.getpid()
+
+        def stop(number: int, frame: object) -> None:
+            if os.getpid() != process:
+                # Forked processes inherit the handler.
+                os._exit(128 + number)
+            logger.info("SIGTERM: saving after the current optimizer step.")
+            self._stops = True
+
+        signal.signal(signal.SIGTERM, stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
     def make_dataloader(
         self,
         dataset: Any,
@@ -260,7 +316,12 @@ class MemEffBrain(sb.core.Brain):
             if isinstance(dataset, DynamicItemDataset):
                 loader_kwargs.setdefault("collate_fn", PaddedBatch)
             rank = int(os.environ.get("RANK", 0))
-            dataset = SeededDataset(dataset, _run_seed(), rank)
+            # Not in validation, whose figures would be of other items.
+            hparams = getattr(self, "hparams", None)
+            skip = getattr(hparams, "skip_damaged", False)
+            dataset = SeededDataset(
+                dataset, _run_seed(), rank, stage == sb.Stage.TRAIN and skip
+            )
             if stage != sb.Stage.TRAIN:
                 loader_kwargs = _numbered(loader_kwargs, dataset)
         loader = super().make_dataloader(
@@ -343,9 +404,21 @@ class MemEffBrain(sb.core.Brain):
         self, last_ckpt_time: float, steps_since_ckpt: int
     ) -> bool:
         accumulating = self.step % self.grad_accumulation_factor != 0
-        return not accumulating and super()._should_save_intra_epoch_ckpt(
+        if accumulating:
+            return False
+        return self._stops or super()._should_save_intra_epoch_ckpt(
             last_ckpt_time, steps_since_ckpt
         )
+
+    def _save_intra_epoch_ckpt(self) -> None:
+        super()._save_intra_epoch_ckpt()
+        if self._stops:
+            logger.warning(
+                f"Stopped by SIGTERM after {self.optimizer_step} optimizer "
+                f"steps; a checkpoint is in {self.checkpointer.checkpoints_dir}."
+                f" Run the same command again to go on."
+            )
+            sys.exit(128 + signal.SIGTERM)
 
     def _wrap_distributed(self) -> None:
         if not (self.distributed_launch and self.device_type == "cpu"):

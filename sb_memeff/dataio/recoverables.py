@@ -217,7 +217,7 @@ def _save_of_all(value: object, path: str | Path) -> None:
 
 
 def _load_own(path: str | Path) -> Any:
-    values = torch.load(path, map_location="cpu")
+    values = torch.load(path, map_location="cpu", weights_only=True)
     rank, processes = 0, 1
     if _distributed():
         rank = torch.distributed.get_rank()

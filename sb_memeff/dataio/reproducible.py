@@ -25,7 +25,9 @@ from speechbrain.utils.logger import get_logger
 from torch.utils.data import Dataset, Sampler
 from torch.utils.data.distributed import DistributedSampler
 
+from sb_memeff.dataio.preparation import DamagedFile
 from sb_memeff.nnet.replay.random_states import forked_generators
+from sb_memeff.utils.settings import check_switches
 
 __all__ = [
     "NumberedSampler",
@@ -41,6 +43,8 @@ logger = get_logger(__name__)
 CPU = torch.device("cpu")
 # Number of indices compared to detect that a resumed epoch has another order.
 COMPARED = 64
+# Number of items in a row that may be damaged.
+TRIED = 10
 
 
 @contextlib.contextmanager
@@ -407,6 +411,9 @@ class SeededDataset(Dataset):
         Seed of the run.
     rank : int
         Rank of the process; each rank draws different numbers.
+    skip_damaged : bool
+        Take the next item in the place of one whose file is damaged (see
+        ``sb_memeff.dataio.audio.load_audio``), and log its file.
 
     Example
     -------
@@ -422,10 +429,18 @@ class SeededDataset(Dataset):
     False
     """
 
-    def __init__(self, dataset: Dataset[Any], seed: int, rank: int = 0):
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        seed: int,
+        rank: int = 0,
+        skip_damaged: bool = False,
+    ):
+        check_switches(skip_damaged=skip_damaged)
         self.dataset = dataset
         self.seed = seed
         self.rank = rank
+        self.skip_damaged = skip_damaged
         # In shared memory, so that persistent workers see the next epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -452,8 +467,17 @@ class SeededDataset(Dataset):
             As from NumberedSampler.
         """
         number, index = number_and_index
-        with seeded(self.seed, int(self._epoch), self.rank, number):
-            return self.dataset[index]
+        size = min(len(self), TRIED) if self.skip_damaged else 1
+        for attempt in range(size):
+            with seeded(self.seed, int(self._epoch), self.rank, number):
+                try:
+                    if attempt == 0:
+                        return self.dataset[index]
+                    return self.dataset[(index + attempt) % len(self)]
+                except DamagedFile as error:
+                    if attempt == size - 1:
+                        raise
+                    logger.warning(f"Skipped: {error}")
 
     def __getattr__(self, name: str) -> Any:
         if name == "dataset" or name.startswith("__"):

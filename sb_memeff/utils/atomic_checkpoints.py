@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from speechbrain.utils.checkpoints import Checkpoint, Checkpointer
+import yaml
+from speechbrain.utils.checkpoints import METAFNAME, Checkpoint, Checkpointer
 from speechbrain.utils.distributed import ddp_barrier
 from speechbrain.utils.logger import get_logger
 
@@ -45,6 +46,27 @@ class AtomicCheckpointer(Checkpointer):
 
     PARTIAL = "partial-"
     REPLACED = ".replaced"
+
+    @staticmethod
+    def _construct_checkpoint_objects(
+        checkpoint_dirs: Iterable[Path],
+    ) -> list[Checkpoint]:
+        """Reads the checkpoints' meta files, which must not run code.
+
+        SpeechBrain's loader makes any Python object that the file names.
+        """
+        checkpoint_dirs = list(checkpoint_dirs)
+        for path in checkpoint_dirs:
+            text = (path / METAFNAME).read_text(encoding="utf-8")
+            try:
+                yaml.safe_load(text)
+            except yaml.YAMLError as error:
+                raise ValueError(
+                    f"{path / METAFNAME} is damaged, or names Python objects, "
+                    f"which are not loaded: {error}. Remove {path}, or these "
+                    f"lines."
+                ) from error
+        return Checkpointer._construct_checkpoint_objects(checkpoint_dirs)
 
     def _new_checkpoint_dirpath(self) -> Path:
         return self._partial(super()._new_checkpoint_dirpath())
@@ -94,10 +116,31 @@ class AtomicCheckpointer(Checkpointer):
         name: str | None = None,
         verbosity: int = logging.INFO,
     ) -> Checkpoint | None:
-        """Saves a checkpoint; arguments as in Checkpointer."""
-        saved = super().save_checkpoint(
-            meta, end_of_epoch, name, verbosity=logging.DEBUG
-        )
+        """Saves a checkpoint; arguments as in Checkpointer.
+
+        Raises OSError if the disk is full, for example. What was written is
+        removed.
+        """
+        # numpy's and torch's numbers are Python objects in yaml.
+        meta = {
+            key: value.item() if hasattr(value, "item") else value
+            for key, value in meta.items()
+        }
+        try:
+            saved = super().save_checkpoint(
+                meta, end_of_epoch, name, verbosity=logging.DEBUG
+            )
+        except (OSError, RuntimeError) as error:
+            # torch reports a full disk as a RuntimeError.
+            free = shutil.disk_usage(self.checkpoints_dir).free
+            for leftover in self.checkpoints_dir.glob(self.PARTIAL + "*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            raise OSError(
+                f"No checkpoint could be saved in {self.checkpoints_dir}, where "
+                f"{free / 1e6:.0f} MB were free: {error}. Earlier checkpoints "
+                f"are complete. Make room, and run the same command again to go "
+                f"on."
+            ) from error
         # Wait until all processes have written their part.
         ddp_barrier()
         if saved is not None:
@@ -152,7 +195,7 @@ def best_checkpoint(save_folder: str | Path) -> Checkpoint | None:
     # Checkpointer would create a folder that does not exist.
     if not Path(save_folder).is_dir():
         return None
-    return Checkpointer(save_folder).find_checkpoint(min_key="ErrorRate")
+    return AtomicCheckpointer(save_folder).find_checkpoint(min_key="ErrorRate")
 
 
 def trained_weights(save_folder: str | Path) -> Path | None:

@@ -89,7 +89,7 @@ class EmbeddingStore:
         """
         known = set()
         for path in self._shards():
-            known.update(torch.load(path, mmap=True)[0])
+            known.update(torch.load(path, mmap=True, weights_only=True)[0])
         missing = [name for name in names if name not in known]
         # All have looked before one writes, so that the shares fit together.
         ddp_barrier()
@@ -129,7 +129,7 @@ class EmbeddingStore:
             torch.zeros(len(names), dtype=torch.bool),
         )
         for path in self._shards():
-            there, embeddings = torch.load(path)
+            there, embeddings = torch.load(path, weights_only=True)
             kept = [(rows[n], k) for k, n in enumerate(there) if n in rows]
             if not kept:
                 continue

@@ -40,6 +40,7 @@ from torch.utils.data import (
 )
 
 from sb_memeff.brain import MemEffBrain
+from sb_memeff.dataio.preparation import DamagedFile
 from sb_memeff.nnet.replay import mismatch
 from sb_memeff.ops.blocks_8bit import Quantized8bit
 from sb_memeff.optim import Adam8bit, AdamW8bit, SGD8bit
@@ -204,12 +205,16 @@ def test_killed_five_times(optimizer, tmp_path):
 def fit_and_resume(base, folder, accumulation=1, every=3, **options):
     """Largest difference of a run that was interrupted from one that was not.
 
-    The interruption is an exception in the middle of the second epoch.
+    The interruption, by default an exception, is in the middle of the second
+    epoch.
     """
+    kind = options.get("kind", Interrupted)
 
     def stop(batch, outputs, loss, should_step):
         if made.step == 7 and made.hparams.counter.current == 2:
-            raise Interrupted
+            if kind is Interrupted:
+                raise Interrupted
+            os.kill(os.getpid(), signal.SIGTERM)
 
     found = []
     for interrupted in (False, True):
@@ -224,7 +229,7 @@ def fit_and_resume(base, folder, accumulation=1, every=3, **options):
         made.augment = options.get("augment", True)
         if interrupted:
             made.on_fit_batch_end = stop
-            with pytest.raises(Interrupted):
+            with pytest.raises(kind):
                 fit(made)
             torch.manual_seed(1234)
             made = brain(**arguments)
@@ -241,6 +246,44 @@ def test_brain_does_not_recover_random_numbers(tmp_path):
     """RandomState can go when the second one is 0."""
     assert fit_and_resume(MemEffBrain, tmp_path / "ours") == 0
     assert fit_and_resume(sb.Brain, tmp_path / "theirs") > 1e-3
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_sigterm_saves_and_says_how_to_go_on(tmp_path, caplog, accumulation):
+    """No checkpoint is due, nor within an accumulation (of 7 batches)."""
+    options = {"every": -1, "kind": SystemExit}
+    assert fit_and_resume(MemEffBrain, tmp_path, accumulation, **options) == 0
+    steps = 10 // accumulation + -(-7 // accumulation)
+    assert f"Stopped by SIGTERM after {steps} optimizer steps" in caplog.text
+    assert "Run the same command again" in caplog.text
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_damaged_files_are_skipped_in_training_only():
+    items = dataset()
+
+    @sb.utils.data_pipeline.takes("id")
+    @sb.utils.data_pipeline.provides("z")
+    def load(id):
+        if id == "3":
+            raise DamagedFile("3.wav is damaged.")
+        return torch.zeros(1)
+
+    items.add_dynamic_item(load)
+    items.set_output_keys(["id", "z"])
+    made = brain()
+    made.hparams.skip_damaged = True
+    loader = made.make_dataloader(items, sb.Stage.TRAIN, batch_size=4)
+    names = [name for batch in loader for name in batch.id]
+    assert names == [str(4 if n == 3 else n) for n in range(ITEMS)]
+    with pytest.raises(DamagedFile, match="3.wav"):
+        list(made.make_dataloader(items, sb.Stage.VALID, batch_size=4))
+    made.hparams.skip_damaged = False
+    with pytest.raises(DamagedFile, match="3.wav"):
+        list(made.make_dataloader(items, sb.Stage.TRAIN, batch_size=4))
+    made.hparams.skip_damaged = "no"
+    with pytest.raises(TypeError, match="skip_damaged='no'"):
+        made.make_dataloader(items, sb.Stage.TRAIN)
 
 
 @pytest.fixture(scope="module")

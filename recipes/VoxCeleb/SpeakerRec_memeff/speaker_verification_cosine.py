@@ -20,7 +20,6 @@ from pathlib import Path
 import speechbrain as sb
 import torch
 from hyperpyyaml import load_hyperpyyaml
-from speechbrain.dataio import audio_io
 from speechbrain.dataio.dataio import load_data_csv
 from speechbrain.utils.distributed import if_main_process, run_on_main
 from speechbrain.utils.logger import get_logger
@@ -34,6 +33,7 @@ from voxceleb_prepare import (
     wav_folders,
 )
 
+from sb_memeff.dataio.audio import check_csv, load_audio
 from sb_memeff.dataio.preparation import open_atomic
 from sb_memeff.utils.atomic_checkpoints import trained_weights
 from sb_memeff.utils.launch import init_processes
@@ -132,13 +132,15 @@ def load_weights(model, path):
     logger.info(f"Weights from {path}")
 
 
-def make_loader(items, batch_size, num_workers):
+def make_loader(items, sample_rate, batch_size, num_workers):
     """Makes a loader of whole utterances, with similar lengths in a batch.
 
     Arguments
     ---------
     items : dict
         Rows of the csv files by ID.
+    sample_rate : int
+        Of the files, in Hz.
     batch_size : int
         Utterances in a batch.
     num_workers : int
@@ -153,9 +155,7 @@ def make_loader(items, batch_size, num_workers):
     @sb.utils.data_pipeline.takes("wav", "start", "stop")
     @sb.utils.data_pipeline.provides("sig")
     def audio_pipeline(wav, start, stop):
-        start, stop = int(start), int(stop)
-        sig, _ = audio_io.load(wav, frame_offset=start, num_frames=stop - start)
-        return sig.mean(0)
+        return load_audio(wav, sample_rate, int(start), int(stop))
 
     dataset = sb.dataio.dataset.DynamicItemDataset(
         items, [audio_pipeline], ["id", "sig"]
@@ -185,7 +185,8 @@ def compute_embeddings(params, items, device):
     torch.Tensor
         Their embeddings [batch, dimensions].
     """
-    loader = make_loader(items, params["batch_size"], params["num_workers"])
+    names = "sample_rate", "batch_size", "num_workers"
+    loader = make_loader(items, *(params[name] for name in names))
     bar = {"dynamic_ncols": True, "disable": not if_main_process()}
     for batch in tqdm(loader, "Embeddings", **bar):
         wavs, lens = batch.sig
@@ -518,6 +519,8 @@ def verify(params, trials, weights, training, device):
     for key in MODULES:
         params[key].to(device).eval()
     replacements = {"data_root": params["data_folder"]}
+    for key in ("enrol_data", "test_data"):
+        check_csv(params[key], ["wav"], ["duration", "start", "stop"])
     items = load_data_csv(params["enrol_data"], replacements)
     items.update(load_data_csv(params["test_data"], replacements))
     labels, enrol, test = zip(*trials)

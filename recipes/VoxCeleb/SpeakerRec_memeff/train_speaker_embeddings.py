@@ -23,7 +23,6 @@ import speechbrain as sb
 import torch
 from hyperpyyaml import load_hyperpyyaml
 from speechbrain.augment.time_domain import Resample
-from speechbrain.dataio import audio_io
 from speechbrain.utils.checkpoints import average_checkpoints
 from speechbrain.utils.distributed import if_main_process, run_on_main
 from speechbrain.utils.logger import get_logger
@@ -38,9 +37,11 @@ from voxceleb_prepare import (
 )
 
 from sb_memeff.brain import MemEffBrain
+from sb_memeff.dataio.audio import check_csv, load_audio
 from sb_memeff.dataio.preparation import atomic_path
 from sb_memeff.utils.atomic_checkpoints import trained_weights
 from sb_memeff.utils.launch import init_processes
+from sb_memeff.utils.settings import check_switches
 
 logger = get_logger(__name__)
 
@@ -69,8 +70,8 @@ KEYS = """
     error_stats initial_margin k_top large_margin lr_annealing margin
     margin_epochs margin_schedule modules noise_annotation number_of_epochs
     opt_class out_n_neurons output_folder random_chunk rir_annotation
-    sample_rate save_folder seed sentence_len skip_prep speeds split_ratio
-    sub_centers train_annotation train_logger valid_annotation
+    sample_rate save_folder seed sentence_len skip_damaged skip_prep speeds
+    split_ratio sub_centers train_annotation train_logger valid_annotation
     verification_file warmup_epochs wav_augment
 """.split()
 # What a training leaves for verification and for the large-margin stage.
@@ -216,9 +217,12 @@ def check_settings(hparams):
 
     Raises
     ------
+    TypeError
+        If skip_damaged is neither True nor False.
     ValueError
         If one is impossible.
     """
+    check_switches(skip_damaged=hparams["skip_damaged"])
     epochs, speeds = hparams["number_of_epochs"], hparams["speeds"]
     if not hparams["warmup_epochs"] < epochs:
         raise ValueError(
@@ -320,7 +324,9 @@ def load_trained(hparams, encoder):
             f"{min(unknown)}: use its corpus and list of trials."
         )
     states = [
-        torch.load(folder / f"{name}.ckpt", map_location="cpu")
+        torch.load(
+            folder / f"{name}.ckpt", map_location="cpu", weights_only=True
+        )
         for name in TRAINED
     ]
     classes = [earlier.lab2ind[encoder.ind2lab[n]] for n in range(len(encoder))]
@@ -434,8 +440,8 @@ class Crop:
             length = -(-self.length * speed // 100)
             start = int(torch.randint(max(frames - length, 0) + 1, ()))
             stop = min(start + length, frames)
-        sig, _ = audio_io.load(wav, frame_offset=start, num_frames=stop - start)
-        sig = self.resamplers[speed](sig.mean(0, keepdim=True))[0]
+        sig = load_audio(wav, self.sample_rate, start, stop)
+        sig = self.resamplers[speed](sig[None])[0]
         return (sig[: self.length] if self.random_chunk else sig), speed
 
 
@@ -455,8 +461,13 @@ def dataio_prep(hparams):
     Raises
     ------
     ValueError
-        If the output folder is of a training with other speakers.
+        If a row of a csv file is bad, or if the output folder is of a
+        training with other speakers.
     """
+    for key in ("train_annotation", "valid_annotation"):
+        check_csv(
+            hparams[key], ["wav", "spk_id"], ["duration", "start", "stop"]
+        )
     train_data, valid_data = datasets = [
         sb.dataio.dataset.DynamicItemDataset.from_csv(
             csv_path=hparams[key],

@@ -16,6 +16,7 @@ from sb_memeff.export.wespeaker import (
     convert_wespeaker_state,
 )
 from sb_memeff.lobes.models.WeSpeakerResNet import ResNet
+from tests.unittests.utils.test_malicious_files import write
 
 BLOCKS = {"ResNet34": [3, 4, 6, 3], "ResNet101": [3, 4, 23, 3]}
 MELS = 16
@@ -167,3 +168,11 @@ def test_other_networks(tmp_path):
     assert not (tmp_path / "y").exists()
     with pytest.raises(ValueError, match="have pool.linear1.weight: only"):
         convert_wespeaker_state({"pool.linear1.weight": torch.ones(1)})
+
+
+def test_a_file_that_runs_code_is_not_loaded(tmp_path):
+    marker, path = tmp_path / "marker", tmp_path / "avg_model.pt"
+    write(path, marker)
+    with pytest.raises(Exception, match="[Ww]eights.only"):
+        convert_wespeaker(path, tmp_path / "out", "ResNet34")
+    assert not marker.exists()

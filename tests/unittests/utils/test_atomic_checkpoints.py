@@ -4,6 +4,7 @@ Authors
  * The sb_memeff authors 2026
 """
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -231,3 +232,40 @@ def test_the_mean_of_checkpoints_comes_first(tmp_path):
     assert trained_weights(tmp_path) == best_checkpoint(tmp_path).path
     torch.save(net.state_dict(), tmp_path / "embedding_model.ckpt")
     assert trained_weights(tmp_path) == tmp_path
+
+
+def full_disk(monkeypatch, error):
+    """Fails after some of the files are written."""
+
+    def save(value, file, *args, **kwargs):
+        Path(file).write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(torch, "save", save)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("PytorchStreamWriter failed writing file data.pkl"),
+    ],
+)
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch, error):
+    net = torch.nn.Linear(2, 2)
+    checkpointer = AtomicCheckpointer(tmp_path, {"net": net})
+    first = checkpointer.save_checkpoint()
+    weight = net.weight.detach().clone()
+    net.weight.data.zero_()
+    with monkeypatch.context() as patch:
+        full_disk(patch, error)
+        for save in (
+            checkpointer.save_checkpoint,
+            checkpointer.save_and_keep_only,
+        ):
+            with pytest.raises(OSError, match="MB were free.*same command"):
+                save()
+    assert [path.name for path in tmp_path.iterdir()] == [first.path.name]
+    assert checkpointer.recover_if_possible().path == first.path
+    assert torch.equal(net.weight, weight)
+    assert checkpointer.save_checkpoint() is not None

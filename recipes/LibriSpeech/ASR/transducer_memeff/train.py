@@ -23,7 +23,6 @@ import speechbrain as sb
 import torch
 from hyperpyyaml import load_hyperpyyaml
 from librispeech_prepare import prepare_librispeech, split_root
-from speechbrain.dataio import audio_io
 from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain.dataio.sampler import DynamicBatchSampler
 from speechbrain.tokenizers.SentencePiece import SentencePiece
@@ -33,7 +32,9 @@ from speechbrain.utils.distributed import if_main_process, run_on_main
 from speechbrain.utils.logger import get_logger
 
 from sb_memeff.brain import MemEffBrain
+from sb_memeff.dataio.audio import check_csv, load_audio
 from sb_memeff.utils.launch import init_processes
+from sb_memeff.utils.settings import check_switches
 
 logger = get_logger(__name__)
 
@@ -237,6 +238,7 @@ def check_data(hparams):
     ValueError
         If a setting is invalid.
     """
+    check_switches(skip_damaged=hparams["skip_damaged"])
     weights = hparams["ctc_weight"], hparams["ce_weight"]
     if min(weights) < 0 or sum(weights) > 1:
         raise ValueError(
@@ -441,11 +443,13 @@ def dataio_prepare(hparams, tokenizer):
     Raises
     ------
     ValueError
-        If the tokenizer cannot spell a transcript.
+        If a row of a csv file is bad, or if the tokenizer cannot spell a
+        transcript.
     """
     root = str(split_root(hparams["data_folder"]))
 
     def load(path, **order):
+        check_csv(path, ["wav", "wrd"], ["duration"])
         dataset = DynamicItemDataset.from_csv(path, {"data_root": root})
         return dataset.filtered_sorted(**order) if order else dataset
 
@@ -464,8 +468,7 @@ def dataio_prepare(hparams, tokenizer):
     @takes("wav")
     @provides("sig")
     def audio_pipeline(wav):
-        sig, _ = audio_io.load(wav)
-        return sig.mean(0)
+        return load_audio(wav, hparams["sample_rate"])
 
     @takes("wrd")
     @provides("wrd", "tokens_list", "tokens_bos", "tokens_eos", "tokens")
