@@ -22,7 +22,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from result_file import RESULTS, machine, write_results
+from result_file import (
+    RESULTS,
+    append_line,
+    read_lines,
+    write_results,
+)
 from speechbrain.lobes.models.ECAPA_TDNN import Classifier
 from table import print_head, print_row
 from timing import median_seconds, training_step
@@ -268,31 +273,12 @@ def measure(network, optimizer, seed, corpus, folder, device):
         results = (folder / state / "results.json").read_text(encoding="utf-8")
         result = json.loads(results)
         row[state] = {k: result[k] for k in ("eer", "min_dcf", "trials")}
-    return {**row, **machine()}
-
-
-def read_runs(path, keys):
-    """Trainings that are done.
-
-    Arguments
-    ---------
-    path : Path
-        A file with a line for each.
-    keys : tuple of str
-        What tells them apart.
-
-    Returns
-    -------
-    dict
-        Maps the values of the keys to a row of the result file.
-    """
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return {tuple(r[k] for k in keys): r for r in map(json.loads, lines)}
+    return row
 
 
 def runs():
     """Rows of the result file by network, optimizer and seed."""
-    return read_runs(RUNS, ("network", "optimizer", "seed"))
+    return read_lines(RUNS, ("network", "optimizer", "seed"))
 
 
 def build(network):
@@ -454,8 +440,7 @@ def main():
     def run(job):
         folder = output / "_".join(map(str, job)).replace(" ", "_")
         row = measure(*job, corpus, folder, arguments.device)
-        with RUNS.open("a") as f:
-            f.write(json.dumps(row) + "\n")
+        append_line(RUNS, row)
 
     if not arguments.done:
         done = runs()

@@ -2,7 +2,8 @@
 
 It uses the analysis of ``sb-memeff fit`` to find the largest batch of a speaker
 recipe, and the largest max_batch_len of the transducer recipe for utterances of up
-to 25 s. No GPU is needed.
+to 25 s. No GPU is needed. All rows together take an hour: each adds a line to
+results/fit_11gb.jsonl, and those with a line are not repeated.
 
     python benchmarks/fit_11gb.py
 
@@ -12,7 +13,7 @@ Authors
 
 from pathlib import Path
 
-from result_file import write_results
+from result_file import RESULTS, append_line, read_lines
 from table import print_head, print_row
 
 from sb_memeff.analysis.families.step import Variant
@@ -27,6 +28,9 @@ TRANSDUCER = (
 )
 
 
+ROWS = RESULTS / "fit_11gb.jsonl"
+
+
 def speechbrains_loss(step):
     """Replaces the step's joint and loss by SpeechBrain's."""
     step.Tjoint = step.transducer_loss.joint
@@ -35,12 +39,12 @@ def speechbrains_loss(step):
 
 
 def cases():
-    """Yields yaml file, overrides, seconds and variant of each row."""
+    """Yields label, yaml file, overrides, seconds and variant of each row."""
     for depth in (34, 101, 293):
-        for kind in ("resnet", "revnet"):
-            preset = {"resnet": "ResNet", "revnet": "RevNet"}[kind]
-            path = VOXCELEB / f"train_{kind}.yaml"
-            yield path, {"preset": f"{preset}{depth}"}, 2.0, None
+        for kind in ("ResNet", "RevNet"):
+            path = VOXCELEB / f"train_{kind.lower()}.yaml"
+            preset = f"{kind}{depth}"
+            yield preset, path, {"preset": preset}, 2.0, None
     rows = {v.label: v for v in read_recipe(TRANSDUCER).variants()}
     rows["SpeechBrain's loss"] = Variant(
         "SpeechBrain's loss", speechbrains_loss
@@ -52,31 +56,41 @@ def cases():
         "tiled, CNN and encoder recomputed",
         "tiled, CNN and encoder in 8 pieces",
     ):
-        yield TRANSDUCER, {}, None, rows[label]
+        yield label, TRANSDUCER, {}, None, rows[label]
+
+
+def measure(label, path, overrides, seconds, variant):
+    """The largest batch of a row.
+
+    Returns
+    -------
+    dict
+        A line of the result file.
+    """
+    found = fit(
+        path, overrides, usable("11GB"), seconds=seconds, variant=variant
+    )
+    return {
+        "label": label,
+        "hparams": path.name,
+        "overrides": found.overrides,
+        "batch": found.profile.batch_text,
+        "precision": found.profile.precision,
+        "optimizer": found.profile.optimizer,
+        "peak_bytes": found.profile.memory.peak_bytes,
+        "limit_bytes": found.limit,
+    }
 
 
 def main():
-    """Fits, prints a Markdown table and writes the result file."""
-    limit = usable("11GB")
-    rows = []
+    """Fits, prints a Markdown table and adds to the result file."""
     print_head("", "on 11 GB", "peak")
-    for path, overrides, seconds, variant in cases():
-        found = fit(path, overrides, limit, seconds=seconds, variant=variant)
-        row = {
-            "hparams": path.name,
-            "label": found.profile.label,
-            "overrides": found.overrides,
-            "batch": found.profile.batch_text,
-            "precision": found.profile.precision,
-            "optimizer": found.profile.optimizer,
-            "peak_bytes": found.profile.memory.peak_bytes,
-            "limit_bytes": found.limit,
-        }
-        rows.append(row)
-        text = " ".join(f"--{k}={v}" for k, v in found.overrides.items())
-        peak = f"{row['peak_bytes'] / 1e9:.2f} GB"
-        print_row(row["label"], f"`{text}`", peak)
-    write_results(__file__, rows)
+    for label, *case in cases():
+        if (label,) not in read_lines(ROWS, ("label",)):
+            append_line(ROWS, measure(label, *case))
+        row = read_lines(ROWS, ("label",))[label,]
+        text = " ".join(f"--{k}={v}" for k, v in row["overrides"].items())
+        print_row(label, f"`{text}`", f"{row['peak_bytes'] / 1e9:.2f} GB")
 
 
 if __name__ == "__main__":

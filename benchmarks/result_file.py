@@ -41,6 +41,39 @@ def machine():
     }
 
 
+def append_line(path, row):
+    """Adds a line to the result file of a benchmark that takes hours.
+
+    Arguments
+    ---------
+    path : Path
+        A file of JSON lines.
+    row : dict
+        A result; machine, versions and date are added.
+    """
+    with path.open("a") as f:
+        f.write(json.dumps(row | machine()) + "\n")
+
+
+def read_lines(path, keys):
+    """Results of earlier runs.
+
+    Arguments
+    ---------
+    path : Path
+        As written by append_line; none is there at first.
+    keys : tuple of str
+        What tells the lines apart.
+
+    Returns
+    -------
+    dict
+        Maps the values of the keys to a row.
+    """
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return {tuple(r[k] for k in keys): r for r in map(json.loads, lines)}
+
+
 def write_results(script, results):
     """Writes results/<script>.json next to the benchmarks.
 

@@ -26,11 +26,10 @@ from eer_mini_voxceleb import (
     TRAINING,
     mean_and_error,
     network_flags,
-    read_runs,
     run_script,
     with_optimizer,
 )
-from result_file import RESULTS, machine, write_results
+from result_file import RESULTS, append_line, read_lines, write_results
 from table import print_head, print_row
 
 from sb_memeff.utils.atomic_checkpoints import best_checkpoint
@@ -196,7 +195,6 @@ def measure(network, training, seed, corpus, output, device):
         "seconds": round(seconds),
         "trials": results["trials"],
         "stages": results["stages"],
-        **machine(),
     }
 
 
@@ -208,7 +206,7 @@ def report(steps, done):
     steps : list of tuple
         Like STEPS.
     done : dict
-        Result of ``read_runs``.
+        Result of ``read_lines``.
 
     Returns
     -------
@@ -268,17 +266,16 @@ def main():
         folder = output / f"{network}_{seed}".replace(" ", "_")
         for training in TRAININGS:
             job = network, training, seed
-            if job not in read_runs(RUNS, KEYS):
+            if job not in read_lines(RUNS, KEYS):
                 row = measure(*job, corpus, folder, arguments.device)
-                with RUNS.open("a") as f:
-                    f.write(json.dumps(row) + "\n")
+                append_line(RUNS, row)
 
     if not arguments.done:
         with ThreadPoolExecutor(arguments.jobs) as pool:
             # Seed by seed.
             chains = [(n, seed) for seed in SEEDS for n in NETWORKS]
             list(pool.map(lambda chain: run(*chain), chains))
-    done = read_runs(RUNS, KEYS)
+    done = read_lines(RUNS, KEYS)
     rows = [
         done[job]
         for network in NETWORKS
