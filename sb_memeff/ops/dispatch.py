@@ -175,13 +175,15 @@ def has_values(tensor: torch.Tensor) -> bool:
     return (
         not isinstance(tensor, FakeTensor)
         and tensor.device.type != "meta"
-        # A compiler cannot trace the second.
-        and (torch.compiler.is_compiling() or not _in_fake_mode())
+        and not _in_fake_mode()
     )
 
 
 def _in_fake_mode() -> bool:
     """Whether results are fake tensors, those of other tensors too."""
+    # A compiler cannot trace the rest.
+    if torch.compiler.is_compiling():
+        return False
     key = torch._C._TorchDispatchModeKey.FAKE
     return torch._C._get_dispatch_mode(key) is not None
 

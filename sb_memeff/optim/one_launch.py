@@ -93,6 +93,8 @@ def contiguous_copy(
     copy.grad = grad.contiguous().resolve_neg()
     if grad._is_zerotensor():
         copy.grad = grad.clone()
+    if package_of_kernels(copy, copy.grad) != "numba":
+        return None
     return copy if fits(copy, state, names, in_8bit=True) else None
 
 

@@ -57,8 +57,9 @@ def with_optimizer(path, optimizer):
     "optimizer", ["torch.optim.AdamW", "sb_memeff.optim.AdamW8bit"]
 )
 def test_either_recipe_resumes_the_other(tmp_path, optimizer, loss):
-    # Rounding errors decide which of two 8-bit codes is the nearer.
-    atol = 1e-4 if "8bit" in optimizer else 1e-6
+    # Rounding errors decide which of two 8-bit codes is the nearer: up to 6e-5 on
+    # one processor, 1.7e-4 on another.
+    atol = 2e-4 if "8bit" in optimizer else 1e-6
     theirs = with_optimizer(recipes_with(tmp_path, loss) / CONFORMER, optimizer)
     folder = tmp_path / "recipe"
     shutil.copytree(OURS.parents[1], folder)

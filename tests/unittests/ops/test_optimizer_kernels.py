@@ -154,14 +154,16 @@ def test_each_device_has_a_launch_of_its_own(switch):
         scales = torch.zeros(len(codes.view(-1)[::256]), device=p.device)
         state = {"momentum_buffer": Quantized8bit(codes, scales)}
         optimizer.state[p] = state
-    launches, others = optimizer._planned(0, optimizer.param_groups[0], params)
+    group = optimizer.param_groups[0]
+    launches, others = optimizer._planned(0, group, params, None)
     assert [[id(p) for p in one.params] for one in launches] == [
         [id(p) for p in here],
         [id(there)],
     ]
     assert others == []
     # The next step uses the same ones.
-    again, _ = optimizer._planned(0, optimizer.param_groups[0], params)
+    plan = optimizer._plans[0]
+    again, _ = optimizer._planned(0, group, params, plan)
     assert again is launches
 
 

@@ -273,7 +273,10 @@ def test_channels_last_is_as_exact_as_contiguous(dims, amp):
     assert set(errors.values()) == {0.0} and len(errors) == 9
     # Every function sees in backward the strides that it saw in forward.
     assert sorted(seen[: len(seen) // 2]) == sorted(seen[len(seen) // 2 :])
-    assert all(s[1] == 1 for s in seen)
+    # On some processors torch's convolution itself changes the layout.
+    with torch.autocast("cpu", amp, enabled=amp is not None):
+        layout = conv(1, 8, 3, padding=1).to(memory_format=form)(x).stride()
+    assert layout[1] != 1 or all(s[1] == 1 for s in seen)
 
 
 def test_channels_last_is_kept_inside():
