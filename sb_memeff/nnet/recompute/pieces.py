@@ -340,7 +340,7 @@ def check_shared(shared: Sequence[str], blocks: Sequence[nn.Module]) -> None:
     Raises
     ------
     ValueError
-        If it is no list of names, or if no block takes one of them.
+        If it is not a list of names, or if no block takes one of them.
 
     Example
     -------

@@ -193,7 +193,7 @@ class TransducerJointLoss(nn.Module):
         Raises
         ------
         TypeError
-            If an argument is no dense tensor.
+            If an argument is not a dense tensor.
         ValueError
             If shapes, devices, dtypes, lengths or targets are invalid. The
             message names the sample.

@@ -84,7 +84,7 @@ def transducer_loss(
     Raises
     ------
     TypeError
-        If overwrite_logits is neither True nor False, or an argument is no
+        If overwrite_logits is neither True nor False, or an argument is not a
         dense tensor.
     ValueError
         If shapes, lengths, targets, the blank or settings are invalid. The
