@@ -44,9 +44,9 @@ def test_slices_save_memory(monkeypatch, downsampling):
     made for a few samples at a time, are not what is meant here.)
     """
     monkeypatch.setattr(slices, "WHOLE_BYTES", 1 << 60)
-    name, options = "DFRevNet56", {"downsampling": downsampling}
-    whole = peak(RevDFResNet, name, slices=[1, 1, 1, 1], **options)
-    assert peak(RevDFResNet, name, **options) < 0.62 * whole
+    options = {"downsampling": downsampling, "block_sizes": [1, 1, 1, 1]}
+    whole = peak(RevDFResNet, "DFRevNet56", slices=[1, 1, 1, 1], **options)
+    assert peak(RevDFResNet, "DFRevNet56", **options) < 0.62 * whole
 
 
 def test_slices_are_the_function():
