@@ -249,11 +249,7 @@ class _Phase(NamedTuple):
     top: Top
 
 
-# By name, in their order.
-_Phases = dict[str, _Phase]
-
-
-def _highest(step: _Phases) -> Top:
+def _highest(step: dict[str, _Phase]) -> Top:
     """The peak of a step; the first of equals."""
     return max((phase.top for phase in step.values()), key=lambda top: top.peak)
 
@@ -290,7 +286,7 @@ class _Run:
         updater: torch.optim.Optimizer | None,
         autocast: torch.autocast,
     ):
-        self.phases: _Phases = {}
+        self.phases: dict[str, _Phase] = {}
         self.saved = 0
         self._tracker, self._model = tracker, model
         self._call, self._updater, self._autocast = call, updater, autocast
@@ -307,7 +303,7 @@ class _Run:
         if self._updater:
             self._update()
 
-    def second_of_fakes(self) -> list[_Phases]:
+    def second_of_fakes(self) -> list[dict[str, _Phase]]:
         """Runs what the memory of a second step depends on.
 
         Its passes are the first step's beside the optimizer's states, unless
@@ -325,15 +321,15 @@ class _Run:
         made = tracker.alive_since(first["forward"].begin)
         states = [block for block in made if block.kind == "optimizer states"]
         leftovers = _bytes(x for x in made if x.kind not in LASTING)
-        # With the same gradients.
+        # With the same gradients. What the first update freed, such as the step's
+        # outputs, is in use in the second one too.
         self._update()
+        update, end = self.phases["step"], first["step"].end
+        freed = tracker.freed(first["step"].begin, end)
         second = {
-            name: phase._replace(
-                top=phase.top._replace(peak=phase.top.peak + _bytes(states))
-            )
-            for name, phase in first.items()
+            **{name: _more(x, states) for name, x in first.items()},
+            "step": _more(update, freed),
         }
-        second["step"] = self.phases["step"]
         updater.zero_grad()
         if leftovers * NEGLIGIBLE > _highest(first).peak:
             self._forward()
@@ -347,6 +343,8 @@ class _Run:
             return [first]
         for block in states:
             block.born = first["forward"].begin
+        for block in freed:
+            block.died = cast(int, block.died) + update.end - end
         return [second]
 
     @contextlib.contextmanager
@@ -389,6 +387,12 @@ class _Run:
             self._tracker.label(
                 "optimizer states", ((module, x) for x in states)
             )
+
+
+def _more(phase: _Phase, blocks: Iterable[Block]) -> _Phase:
+    """The phase beside others' memory."""
+    top = phase.top._replace(peak=phase.top.peak + _bytes(blocks))
+    return phase._replace(top=top)
 
 
 def _bytes(blocks: Iterable[Block]) -> int:

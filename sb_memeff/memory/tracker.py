@@ -214,6 +214,27 @@ class StorageTracker(TorchDispatchMode):
         """
         return [x for x in self.blocks if x.born > time and x.died is None]
 
+    def freed(self, begin: int, end: int) -> list[Block]:
+        """Lists the storages that were in use at a time and freed until another.
+
+        Arguments
+        ---------
+        begin : int
+            The first time.
+        end : int
+            The last time.
+
+        Returns
+        -------
+        list of Block
+            The storages.
+        """
+        return [
+            x
+            for x in self.blocks
+            if x.born <= begin and x.died is not None and begin < x.died <= end
+        ]
+
     def alive_at(self, time: int) -> Counter[tuple[str, str]]:
         """Returns the memory in use at a time, such as the peak's.
 

@@ -385,6 +385,35 @@ def test_the_second_step_is_run_as_far_as_it_may_differ(network, backwards):
         assert counted.by_kind["buffers"] == 200_000
 
 
+@pytest.mark.parametrize("network", [Keeps, nn.Linear])
+def test_what_is_released_after_the_update_is_in_use_in_it(network):
+    """As the outputs of a Brain's compute_forward."""
+
+    def count(fake):
+        held = []
+
+        def step(net):
+            held.append(net(torch.zeros(200, 10)))
+            return held[0].sum()
+
+        def optimizer(parameters):
+            updater = torch.optim.Adam(parameters)
+            updater.register_step_post_hook(lambda *_: held.clear())
+            return updater
+
+        return training_step_memory(
+            lambda: network(10, 2000), step, optimizer, fake=fake
+        )
+
+    counted, run = count(True), count(False)
+    assert counted.split == run.split
+    for phase in ("forward", "backward", "step"):
+        ours, theirs = ({phase: x.timeline[phase]} for x in (counted, run))
+        assert max(totals(ours)) == max(totals(theirs))
+    for x in counted, run:
+        assert x.timeline["step"]["activations"][0] >= 200 * 2000 * 4
+
+
 class Prepares(nn.Linear):
     """Its first forward needs much for a moment."""
 
