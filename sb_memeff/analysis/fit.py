@@ -4,7 +4,6 @@ Authors
  * The sb_memeff authors 2026
 """
 
-import contextlib
 import math
 import pydoc
 from collections.abc import Callable, Sequence
@@ -36,6 +35,14 @@ CONTEXT = 500_000_000
 SHARE = 0.05
 # In seconds. A few of LibriSpeech's training utterances are longer.
 LONGEST = 25
+# Utterances of the first analysis. It takes as long with more; with fewer a part
+# that does not depend on them, such as weights in half precision, counts more.
+SOME = 4
+# Kinds of memory that do not depend on the batch.
+FIXED = ("parameters", "buffers", "gradients", "optimizer states")
+# The memory of an utterance grows with about this power of its length: that of
+# attention and of a transducer's logits with the second, the rest with the first.
+GROWTH = 1.25
 
 
 @dataclass
@@ -206,9 +213,12 @@ def _largest_batch(
     measure: Callable[..., Profile],
 ) -> Fit:
     _, seconds = recipe.default_batch(seconds)
-    first = recipe.step_class.min_batch
+    some = measure(SOME, seconds)
     batch, _ = largest(
-        lambda n: measure(n, seconds).memory.peak_bytes, limit, first
+        lambda n: measure(n, seconds).memory.peak_bytes,
+        limit,
+        recipe.step_class.min_batch,
+        about={0: _fixed(some), SOME: some.memory.peak_bytes},
     )
     return Fit(
         measure(batch, seconds),
@@ -236,18 +246,34 @@ def _longest_batch(
             key=lambda one: one.memory.peak_bytes,
         )
 
-    first, known = math.ceil(longest), {}
-    with contextlib.suppress(DoesNotFit):
-        # The number of the longest utterances, which is quick to find, is a
-        # bound.
-        count, _ = largest(peak, limit)
-        bound = math.ceil((count + 1) * longest)
-        if bound > first:
-            known[bound] = peak(count + 1)
+    # Memory is linear in the number of the longest utterances.
+    fixed = _fixed(measure(SOME, longest))
+    each = (peak(SOME) - fixed) / SOME
+    count = max(int((limit - fixed) / each), 1)
+    if count == 1 and peak(1) > limit:
+        raise DoesNotFit(peak(1))
+    each = (peak(count) - fixed) / count
+    more = int((limit - fixed) / each) + 1
+    # Of so many utterances, one too many, the length that fits.
+    share = (limit - fixed) / (more * each)
+    total = more * longest
+    about = {
+        int(total * share ** (1 / GROWTH)): limit,
+        total: fixed + more * each,
+    }
     length, _ = largest(
-        lambda n: worst(n).memory.peak_bytes, limit, first, known=known
+        lambda n: worst(n).memory.peak_bytes,
+        limit,
+        math.ceil(longest),
+        about=about,
     )
     return Fit(worst(length), limit, batching.override(length))
+
+
+def _fixed(result: Profile) -> int:
+    """Bytes that do not depend on the batch."""
+    kinds = result.memory.by_kind
+    return sum(kinds[kind] for kind in FIXED)
 
 
 def _longest_utterance(
@@ -398,13 +424,10 @@ def _too_small(
     result = min(
         profiles.values(), key=lambda p: abs(p.memory.peak_bytes - peak)
     )
-    kinds = result.memory.by_kind
-    fixed = sum(
-        kinds[k] for k in ("parameters", "gradients", "optimizer states")
-    )
     return (
         f"{recipe.path}: {result.label} does not fit into "
         f"{format_bytes(limit)}: a batch of {result.batch} x "
         f"{result.seconds:g} s takes {format_bytes(peak)}, of which "
-        f"{format_bytes(fixed)} are parameters, gradients and optimizer states."
+        f"{format_bytes(_fixed(result))} are parameters, buffers, "
+        f"gradients and optimizer states."
     )

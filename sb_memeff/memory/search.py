@@ -15,14 +15,14 @@ def largest(
     limit: int,
     first: int = 1,
     most: int = 2**20,
-    known: Mapping[int, int] | None = None,
+    about: Mapping[float, float] | None = None,
 ) -> tuple[int, int]:
     """Finds the largest integer whose peak is within a limit.
 
     Memory is nearly linear in a batch above some size. A line through the two
-    known peaks closest to the limit predicts the answer. It is the answer if its
-    peak is within the limit and that of the next integer is not. Where
-    prediction fails, the search bisects.
+    peaks closest to the limit predicts the answer. It is the answer if its peak
+    is within the limit and that of the next integer is not. Where prediction
+    fails, the search bisects.
 
     Arguments
     ---------
@@ -34,8 +34,9 @@ def largest(
         The smallest number to try.
     most : int
         The largest number to try.
-    known : dict, optional
-        Peaks that are known already.
+    about : dict, optional
+        Estimated peaks of any numbers, such as 0. They predict where to look;
+        the answer does not depend on them.
 
     Returns
     -------
@@ -52,13 +53,13 @@ def largest(
     >>> largest(lambda n: 100 + 7 * n, 1000)
     (128, 996)
     """
-    known = dict(known or {})
-    low = max((n for n in known if known[n] <= limit), default=first - 1)
-    high = min((n for n in known if known[n] > limit), default=most + 1)
-    trial, failures = _predicted(known, low, high, limit) or first, 0
+    about = about or {}
+    known: dict[int, int] = {}
+    low, high = first - 1, most + 1
+    trial, failures = _predicted(known, about, low, high, limit) or first, 0
     while high - low > 1:
         trial = min(max(trial, low + 1), high - 1)
-        wide = (low + high) / 2 if high <= most else 2 * low
+        middle = _middle(about, low, high, limit, most)
         known[trial] = peak(trial)
         if known[trial] <= limit:
             low = trial
@@ -66,29 +67,40 @@ def largest(
             raise DoesNotFit(known[trial])
         else:
             high = trial
-        # Half of what is left, or twice as far.
-        done = low >= wide or high <= min(wide, most)
+        done = low >= middle or high <= middle
         failures = 0 if done else failures + 1
-        trial = _predicted(known, low, high, limit)
-        if failures > 1 or trial is None:
-            middle = (low + high) // 2
-            trial = middle if high <= most else min(2 * low, middle)
-            failures = 0
+        trial = _predicted(known, about, low, high, limit)
+        if failures > 2 or trial is None:
+            trial, failures = _middle(about, low, high, limit, most), 0
     return low, known[low]
 
 
+def _middle(
+    about: Mapping[float, float], low: int, high: int, limit: int, most: int
+) -> int:
+    """Half of what is left, or twice as far."""
+    # What does not fit, for all that is known.
+    bound = min([high, *(n for n in about if n > low and about[n] > limit)])
+    return int(low + bound) // 2 if bound <= most else min(2 * low, most)
+
+
 def _predicted(
-    known: dict[int, int], low: int, high: int, limit: int
+    known: dict[int, int],
+    about: Mapping[float, float],
+    low: int,
+    high: int,
+    limit: int,
 ) -> int | None:
     """The answer if memory is linear; None if that is unknown."""
-    near = sorted(known, key=lambda n: abs(known[n] - limit))
-    if len(known) == 1:
+    peaks = {**about, **known}
+    near = sorted(peaks, key=lambda n: abs(peaks[n] - limit))
+    if len(peaks) == 1:
         # In proportion; a part of the memory does not depend on the number.
-        return near[0] * limit // max(known[near[0]], 1)
-    for one, other in (near[:2], (low, high)) if known else ():
-        if one in known and other in known and known[one] != known[other]:
-            slope = (known[one] - known[other]) / (one - other)
-            found = one + math.floor((limit - known[one]) / slope)
+        return int(near[0] * limit // max(peaks[near[0]], 1))
+    for one, other in (near[:2], (low, high)) if peaks else ():
+        if one in peaks and other in peaks and peaks[one] != peaks[other]:
+            slope = (peaks[one] - peaks[other]) / (one - other)
+            found = math.floor(one + (limit - peaks[one]) / slope)
             if low <= found <= high:
                 return found
     return None

@@ -6,9 +6,9 @@ Authors
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -18,9 +18,11 @@ from sb_memeff.memory.fake import fake_tensors
 from sb_memeff.memory.leftovers import no_leftovers
 from sb_memeff.memory.tracker import (
     KINDS,
+    Block,
     ModuleTracker,
     StorageTracker,
     Timeline,
+    Top,
 )
 
 __all__ = ["StepMemory", "training_step_memory"]
@@ -28,6 +30,8 @@ __all__ = ["StepMemory", "training_step_memory"]
 # What a step leaves behind besides gradients and states is negligible if it is
 # smaller than the peak by this factor.
 NEGLIGIBLE = 1000
+# Kinds that a step makes for the next ones.
+LASTING = ("gradients", "optimizer states")
 
 
 @dataclass
@@ -179,7 +183,7 @@ def _measure(
 ) -> StepMemory:
     kind = torch.device(device).type
     on_gpu = kind == "cuda" and not fake
-    saved = others = 0
+    others = 0
     if on_gpu:
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -205,62 +209,31 @@ def _measure(
         tracker.label("buffers", _owned(model.named_buffers()))
         weights = [p for p in model.parameters() if p.requires_grad]
         updater = optimizer(weights) if optimizer else None
-        tracker.restart()
-        steps = []
-        for _ in range(2 if updater else 1):
-            tracker.phase, first = "forward", len(tracker.blocks)
-            starts = {"forward": tracker.clock}
-            before = tracker.alive
-            with torch.autocast(kind, autocast, enabled=bool(autocast)):
-                y = forward(model)
-            saved = tracker.alive - before
-            for block in tracker.blocks[first:]:
-                if block.died is None:
-                    block.kind = "activations"
-            # Forward may have replaced some.
-            tracker.label("buffers", _owned(model.named_buffers()))
-            tracker.phase = "backward"
-            starts["backward"] = tracker.clock
-            # A gradient of the output's shape counts as in training.
-            y.backward(torch.ones_like(y))
-            del y
-            owned = list(_owned(model.named_parameters()))
-            tracker.label("gradients", ((m, p.grad) for m, p in owned))
-            if not updater:
-                steps.append((starts, tracker.clock))
-                break
-            passes = tracker.top
-            starts["step"] = tracker.clock
-            _update(updater, tracker, owned)
-            steps.append((starts, tracker.clock))
-            if (
-                fake
-                and len(steps) == 1
-                and tracker.kept(first) * NEGLIGIBLE <= tracker.peak
-            ):
-                # The second step's passes are the first's, beside the states.
-                whole, end = tracker.top, tracker.clock
-                tracker.restart()
-                _update(updater, tracker, owned)
-                if tracker.become_second(passes, whole, starts, end):
-                    steps = [(starts, tracker.clock)]
-                updater.zero_grad()
-                break
-            updater.zero_grad()
+        amp = torch.autocast(kind, autocast, enabled=bool(autocast))
+        run = _Run(tracker, model, forward, updater, amp)
+        run.step()
+        steps = [dict(run.phases)]
+        if updater and fake:
+            steps = run.second_of_fakes()
+        elif updater:
+            run.step()
+            steps.append(run.phases)
     # The last step has the peak, unless the first step's allocation of the
     # optimizer's states needs more.
-    timeline = max(
-        (tracker.timeline(*step) for step in reversed(steps)), key=_highest
-    )
+    phases = max(reversed(steps), key=lambda step: _highest(step).peak)
+    top = _highest(phases)
     memory = StepMemory(
         parameters=sum(p.numel() for p in weights),
         parameter_bytes=sum(p.numel() * p.element_size() for p in weights),
-        saved_bytes=saved,
-        peak_bytes=tracker.peak,
-        peak_phase=tracker.top.phase,
-        peak_module=tracker.top.module,
-        split=dict(tracker.at_peak()),
-        timeline=timeline,
+        saved_bytes=run.saved,
+        peak_bytes=top.peak,
+        peak_phase=top.phase,
+        peak_module=top.module,
+        split=dict(tracker.alive_at(top.time)),
+        timeline={
+            name: tracker.timeline(phase.begin, phase.end)
+            for name, phase in phases.items()
+        },
     )
     if on_gpu:
         peak = torch.cuda.max_memory_allocated(device)
@@ -268,26 +241,162 @@ def _measure(
     return memory
 
 
-def _update(
-    updater: torch.optim.Optimizer,
-    tracker: StorageTracker,
-    owned: Iterable[tuple[str, torch.Tensor]],
-) -> None:
-    """Runs the optimizer's step and labels its states."""
-    tracker.phase = "step"
-    updater.step()
-    for module, parameter in owned:
-        states = _tensors(updater.state.get(parameter))
-        tracker.label("optimizer states", ((module, x) for x in states))
+class _Phase(NamedTuple):
+    """A phase: its begin and end in the tracker's time, and its peak."""
+
+    begin: int
+    end: int
+    top: Top
 
 
-def _highest(timeline: Timeline) -> int:
-    """The peak of a timeline."""
-    return max(
-        sum(sizes)
-        for kinds in timeline.values()
-        for sizes in zip(*kinds.values())
-    )
+def _highest(step: dict[str, _Phase]) -> Top:
+    """The peak of a step; the first of equals."""
+    return max((phase.top for phase in step.values()), key=lambda top: top.peak)
+
+
+class _Run:
+    """Runs training steps.
+
+    Arguments
+    ---------
+    tracker : StorageTracker
+        Counts the memory.
+    model : torch.nn.Module
+        The model.
+    call : callable
+        Calls the model and returns its output.
+    updater : torch.optim.Optimizer or None
+        The optimizer.
+    autocast : torch.autocast
+        Around forward.
+
+    Attributes
+    ----------
+    phases : dict
+        The last run of each phase.
+    saved : int
+        Bytes that the last forward made for backward.
+    """
+
+    def __init__(
+        self,
+        tracker: StorageTracker,
+        model: nn.Module,
+        call: Callable[[Any], torch.Tensor],
+        updater: torch.optim.Optimizer | None,
+        autocast: torch.autocast,
+    ):
+        self.phases: dict[str, _Phase] = {}
+        self.saved = 0
+        self._tracker, self._model = tracker, model
+        self._call, self._updater, self._autocast = call, updater, autocast
+        self._output: torch.Tensor | None = None
+        # Bytes in use after the last forward.
+        self._alive = 0
+
+    def step(self) -> None:
+        """Runs a whole step."""
+        if self._updater:
+            self._updater.zero_grad()
+        self._forward()
+        self._backward()
+        if self._updater:
+            self._update()
+
+    def second_of_fakes(self) -> list[dict[str, _Phase]]:
+        """Runs what the memory of a second step depends on.
+
+        Its passes are the first step's beside the optimizer's states, unless
+        the first leaves other tensors behind, such as buffers made anew. They
+        are in use in the second forward, which then runs. The backward after it
+        is the first's if as many bytes are in use before it.
+
+        Returns
+        -------
+        list of dict
+            The steps of which one has the peak.
+        """
+        tracker, updater = self._tracker, cast(Any, self._updater)
+        first, alive = dict(self.phases), self._alive
+        made = tracker.alive_since(first["forward"].begin)
+        states = [block for block in made if block.kind == "optimizer states"]
+        leftovers = _bytes(x for x in made if x.kind not in LASTING)
+        # With the same gradients. What the first update freed, such as the step's
+        # outputs, is in use in the second one too.
+        self._update()
+        update, end = self.phases["step"], first["step"].end
+        freed = tracker.freed(first["step"].begin, end)
+        second = {
+            **{name: _more(x, states) for name, x in first.items()},
+            "step": _more(update, freed),
+        }
+        updater.zero_grad()
+        if leftovers * NEGLIGIBLE > _highest(first).peak:
+            self._forward()
+            if self._alive != alive + _bytes(states):
+                self._backward()
+                self._update()
+                return [first, self.phases]
+            self._output = None
+            second["forward"] = self.phases["forward"]
+        if _highest(first).peak > _highest(second).peak:
+            return [first]
+        for block in states:
+            block.born = first["forward"].begin
+        for block in freed:
+            block.died = cast(int, block.died) + update.end - end
+        return [second]
+
+    @contextlib.contextmanager
+    def _phase(self, name: str) -> Generator[None, None, None]:
+        tracker = self._tracker
+        tracker.phase = name
+        tracker.restart()
+        begin = tracker.clock
+        yield
+        self.phases[name] = _Phase(begin, tracker.clock, tracker.top)
+
+    def _forward(self) -> None:
+        tracker, number = self._tracker, len(self._tracker.blocks)
+        before = tracker.alive
+        with self._phase("forward"), self._autocast:
+            self._output = self._call(self._model)
+        self._alive = tracker.alive
+        self.saved = self._alive - before
+        for block in tracker.blocks[number:]:
+            if block.died is None:
+                block.kind = "activations"
+        # Forward may have replaced some.
+        tracker.label("buffers", _owned(self._model.named_buffers()))
+
+    def _backward(self) -> None:
+        with self._phase("backward"):
+            output = cast(torch.Tensor, self._output)
+            # A gradient of the output's shape counts as in training.
+            output.backward(torch.ones_like(output))
+            self._output = output = None
+        owned = _owned(self._model.named_parameters())
+        self._tracker.label("gradients", ((m, p.grad) for m, p in owned))
+
+    def _update(self) -> None:
+        updater = cast(Any, self._updater)
+        with self._phase("step"):
+            updater.step()
+        for module, parameter in _owned(self._model.named_parameters()):
+            states = _tensors(updater.state.get(parameter))
+            self._tracker.label(
+                "optimizer states", ((module, x) for x in states)
+            )
+
+
+def _more(phase: _Phase, blocks: Iterable[Block]) -> _Phase:
+    """The phase beside others' memory."""
+    top = phase.top._replace(peak=phase.top.peak + _bytes(blocks))
+    return phase._replace(top=top)
+
+
+def _bytes(blocks: Iterable[Block]) -> int:
+    return sum(block.size for block in blocks)
 
 
 def _tensors(state: object) -> Iterator[torch.Tensor]:

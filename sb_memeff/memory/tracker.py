@@ -143,10 +143,10 @@ class StorageTracker(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Runs the operator and counts its arguments and results."""
-        result = func(*args, **(kwargs or {}))
         if func is torch.ops.prim.device.default:
             # More than half of all calls: autograd asks each fake tensor.
-            return result
+            return args[0].device
+        result = func(*args, **(kwargs or {}))
         found = tensors_in(result)
         if func is not torch.ops.aten.lift_fresh.default:
             # Constants are not new.
@@ -199,86 +199,49 @@ class StorageTracker(TorchDispatchMode):
             if block is not None:
                 block.kind, block.module = kind, module
 
-    def kept(self, first: int) -> int:
-        """Counts what a step has left behind.
+    def alive_since(self, time: int) -> list[Block]:
+        """Lists the storages in use that were allocated after a time.
 
         Arguments
         ---------
-        first : int
-            Number of blocks before the step.
+        time : int
+            The time.
 
         Returns
         -------
-        int
-            Bytes that the step made and that are in use, except for gradients
-            and states of the optimizer.
+        list of Block
+            The storages.
         """
-        lasting = ("gradients", "optimizer states")
-        return sum(
-            block.size
-            for block in self.blocks[first:]
-            if block.died is None and block.kind not in lasting
-        )
+        return [x for x in self.blocks if x.born > time and x.died is None]
 
-    def become_second(
-        self, passes: Top, first: Top, starts: dict[str, int], end: int
-    ) -> bool:
-        """Turns a first step into a second one, in which states exist before.
-
-        Call it after a second step of the optimizer with the same gradients,
-        before which ``restart`` was called. The first one is cut out.
+    def freed(self, begin: int, end: int) -> list[Block]:
+        """Lists the storages that were in use at a time and freed until another.
 
         Arguments
         ---------
-        passes : Top
-            The peak of the first step's forward and backward.
-        first : Top
-            The peak of the whole first step.
-        starts : dict
-            Maps its phases to their start times.
+        begin : int
+            The first time.
         end : int
-            Its end time.
+            The last time.
 
         Returns
         -------
-        bool
-            False if the first step has the higher peak; then nothing is changed
-            except for the peak.
+        list of Block
+            The storages.
         """
-        cut = starts["step"]
-        made = [
-            block
-            for block in self.blocks
-            if block.kind == "optimizer states" and block.born > cut
+        return [
+            x
+            for x in self.blocks
+            if x.born <= begin and x.died is not None and begin < x.died <= end
         ]
-        peak = passes.peak + sum(block.size for block in made)
-        if first.peak > max(peak, self.top.peak):
-            self.top = first
-            return False
 
-        def moved(time: int) -> int:
-            return min(time, cut) if time <= end else time - (end - cut)
+    def alive_at(self, time: int) -> Counter[tuple[str, str]]:
+        """Returns the memory in use at a time, such as the peak's.
 
-        if peak >= self.top.peak:
-            self.top = passes._replace(peak=peak)
-        else:
-            self.top = self.top._replace(time=moved(self.top.time))
-        for block in made:
-            block.born = starts["forward"]
-        self.blocks = [
-            block
-            for block in self.blocks
-            if block.died is None or block.born <= cut or block.died > end
-        ]
-        for block in self.blocks:
-            block.born = moved(block.born)
-            if block.died is not None:
-                block.died = moved(block.died)
-        self.clock = moved(self.clock)
-        return True
-
-    def at_peak(self) -> Counter[tuple[str, str]]:
-        """Returns the memory in use at the peak.
+        Arguments
+        ---------
+        time : int
+            The time.
 
         Returns
         -------
@@ -287,34 +250,29 @@ class StorageTracker(TorchDispatchMode):
         """
         found = Counter()
         for block in self.blocks:
-            if block.born <= self.top.time and (
-                block.died is None or block.died > self.top.time
-            ):
+            if block.born <= time and (block.died is None or block.died > time):
                 found[block.module, block.kind] += block.size
         return found
 
-    def timeline(self, starts: dict[str, int], end: int) -> Timeline:
-        """Returns the memory in use during a step.
+    def timeline(self, begin: int, end: int) -> dict[str, list[int]]:
+        """Returns the memory in use from one time to another.
 
         Call it after ``label``: a gradient counts as a temporary until it is
         labelled.
 
         Arguments
         ---------
-        starts : dict
-            Maps phases to their start times, in order.
+        begin : int
+            The first time.
         end : int
-            End time of the last phase.
+            The last time.
 
         Returns
         -------
         dict
-            Maps phases to kinds to lists of bytes. A phase is divided into
-            equal parts, counted in allocations and frees. Each point is the
-            peak of one part.
+            Maps kinds to lists of bytes. The time is divided into equal parts.
+            Each point is the peak of one part.
         """
-        times = [*starts.values(), end]
-        begin = times[0]
         changes = {kind: [0] * (end - begin + 1) for kind in KINDS}
         for block in self.blocks:
             died = end + 1 if block.died is None else block.died
@@ -324,20 +282,16 @@ class StorageTracker(TorchDispatchMode):
                     changes[block.kind][died - begin] -= block.size
         alive = {kind: list(accumulate(x)) for kind, x in changes.items()}
         totals = [sum(sizes) for sizes in zip(*alive.values())]
-        found = {}
-        for phase, (first, last) in zip(starts, zip(times, times[1:])):
-            moments = range(first - begin, last - begin + 1)
-            count = min(POINTS, len(moments))
-            cuts = [len(moments) * i // count for i in range(count + 1)]
-            # Keep each part's peak.
-            shown = [
-                max(moments[i:j], key=totals.__getitem__)
-                for i, j in zip(cuts, cuts[1:])
-            ]
-            found[phase] = {
-                kind: [sizes[i] for i in shown] for kind, sizes in alive.items()
-            }
-        return found
+        count = min(POINTS, len(totals))
+        cuts = [len(totals) * i // count for i in range(count + 1)]
+        # Keep each part's peak.
+        shown = [
+            max(range(i, j), key=totals.__getitem__)
+            for i, j in zip(cuts, cuts[1:])
+        ]
+        return {
+            kind: [sizes[i] for i in shown] for kind, sizes in alive.items()
+        }
 
 
 class ModuleTracker:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import speechbrain
+from speechbrain.utils.run_opts import RunOptions
 
 from contrib import place
 
@@ -223,10 +224,37 @@ def test_modules_can_be_imported(checkout):
     )
 
 
+def recipe_lines(name, checkout):
+    """Our lines of a table of recipes."""
+    with open(checkout / "tests" / "recipes" / f"{name}.csv") as f:
+        return [row for row in csv.DictReader(f) if row["Task"] != "theirs"]
+
+
+@pytest.mark.parametrize("name", ["LibriSpeech", "VoxCeleb"])
+def test_scripts_read_all_keys(name, checkout):
+    """As SpeechBrain's check of yaml files finds them: in the script's text."""
+    options = RunOptions().as_dict()
+    for row in recipe_lines(name, checkout):
+        script = (checkout / row["Script_file"]).read_text()
+        text = (checkout / row["Hparam_file"]).read_text()
+        # Parts of a name may be computed.
+        computed = [
+            re.sub(r"{.*?}", ".+", x)
+            for x in re.findall(r'\[f"(.+?)"\]', script)
+        ]
+        for key in re.findall(r"^(\w+):(?! *!apply)", text, re.MULTILINE):
+            forms = rf'\["{key}"\]', rf'\.get\("{key}"', rf"\w\.{key}\b"
+            assert (
+                key in options
+                or f"<{key}" in text
+                or any(re.search(form, script) for form in forms)
+                or any(re.fullmatch(name, key) for name in computed)
+            ), (row["Hparam_file"], key)
+
+
 @pytest.mark.parametrize("name", ["LibriSpeech", "VoxCeleb"])
 def test_lines_of_recipes(name, checkout):
-    with open(checkout / "tests" / "recipes" / f"{name}.csv") as f:
-        rows = [row for row in csv.DictReader(f) if row["Task"] != "theirs"]
+    rows = recipe_lines(name, checkout)
     listed = {row["Hparam_file"] for row in rows}
     placed = checkout.glob(f"recipes/{name}/**/*.yaml")
     assert listed == {str(p.relative_to(checkout)) for p in placed}

@@ -185,8 +185,12 @@ def compute_embeddings(params, items, device):
     torch.Tensor
         Their embeddings [batch, dimensions].
     """
-    names = "sample_rate", "batch_size", "num_workers"
-    loader = make_loader(items, *(params[name] for name in names))
+    loader = make_loader(
+        items,
+        params["sample_rate"],
+        params["batch_size"],
+        params["num_workers"],
+    )
     bar = {"dynamic_ncols": True, "disable": not if_main_process()}
     for batch in tqdm(loader, "Embeddings", **bar):
         wavs, lens = batch.sig

@@ -476,9 +476,11 @@ def dataio_prep(hparams):
         for key in ("train_annotation", "valid_annotation")
     ]
     encoder = sb.dataio.encoder.CategoricalEncoder()
-    options = [
-        hparams[key] for key in ("sample_rate", "sentence_len", "random_chunk")
-    ]
+    options = (
+        hparams["sample_rate"],
+        hparams["sentence_len"],
+        hparams["random_chunk"],
+    )
     for dataset, speeds in (
         (train_data, hparams["speeds"]),
         (valid_data, [100]),

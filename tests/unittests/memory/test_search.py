@@ -87,25 +87,27 @@ def test_a_straight_line_takes_few_steps():
         assert len(peak.asked) <= 5
 
 
-def test_known_peaks_are_not_asked_for():
-    """They bound the answer, and the line through them predicts it."""
+def test_estimates_predict_the_answer_and_do_not_decide_it():
     rng = random.Random(0)
-    for kind in (straight, quadratic, any_growth):
-        for _ in range(100):
-            peak = Peak(kind(rng))
-            peaks = [peak.function(n) for n in range(MOST + 1)]
-            limit = rng.randrange(peaks[1], peaks[-1] + 2)
-            given = sorted(rng.sample(range(1, MOST), rng.randrange(1, 4)))
-            known = {n: peaks[n] for n in given}
-            found = largest(peak, limit, 1, MOST, known)
-            assert found[0] == max(
-                n for n in range(1, MOST + 1) if peaks[n] <= limit
-            )
-            assert found[1] == peaks[found[0]]
-            assert not {*peak.asked} & {*given}
-            assert known == {n: peaks[n] for n in given}
-            if kind is straight and len(given) > 1:
-                assert len(peak.asked) <= 6
+    for kind in (straight, quadratic, stepped, any_growth):
+        for error in (0, 0.1, 10):
+            for _ in range(100):
+                peak = Peak(kind(rng))
+                peaks = [peak.function(n) for n in range(MOST + 1)]
+                limit = rng.randrange(peaks[1], peaks[-1] + 2)
+                about = {
+                    n: peaks[n] * rng.uniform(1 - error, 1 + error)
+                    for n in rng.sample(range(MOST), rng.randrange(1, 4))
+                }
+                found = largest(peak, limit, 1, MOST, about)
+                assert found[0] == max(
+                    n for n in range(1, MOST + 1) if peaks[n] <= limit
+                )
+                assert found[1] == peaks[found[0]]
+                assert len(peak.asked) <= 3 + 2 * math.ceil(2 * math.log2(MOST))
+                if kind is straight and not error and len(about) > 1:
+                    # The answer, the next number, and a rounded slope.
+                    assert len(peak.asked) <= 4
 
 
 def test_without_a_limit_the_largest_number_is_found():

@@ -241,10 +241,12 @@ def test_a_timeline_holds_what_was_alive_at_each_time():
         late = torch.zeros(50)
         tracker.label("activations", [("", across)])
         del across, late
-    found = tracker.timeline({"forward": start, "backward": middle}, end)
+    found = {
+        "forward": tracker.timeline(start, middle),
+        "backward": tracker.timeline(middle, end),
+    }
     assert seen[start:] == [40, 160, 320, 160, 120]
     assert totals(found) == seen[start : middle + 1] + seen[middle:]
-    assert totals(tracker.timeline({"forward": start}, middle)) == [40, 160]
     assert found["backward"]["activations"] == [120] * 4
     assert found["backward"]["temporaries"] == [40, 200, 40, 0]
 
@@ -349,21 +351,92 @@ class Remakes(nn.Linear):
         return super().forward(x)
 
 
-@pytest.mark.parametrize("network", [Keeps, Remakes])
-def test_the_second_step_is_run_if_it_may_differ(network):
+class Hoards(nn.Linear):
+    """Keeps the outputs of all steps."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        self.kept = [*getattr(self, "kept", []), y.detach() * 2]
+        return y
+
+
+@pytest.mark.parametrize(
+    ("network", "backwards"), [(Keeps, 1), (Remakes, 1), (Hoards, 2)]
+)
+def test_the_second_step_is_run_as_far_as_it_may_differ(network, backwards):
+    passes = []
+
+    def build():
+        net = network(10, 100)
+        net.weight.register_hook(lambda _: passes.append(1))
+        return net
+
     def count(fake):
         return training_step_memory(
-            lambda: network(10, 100),
-            (500, 10),
-            lambda p: torch.optim.SGD(p, 0.1),
-            fake=fake,
+            build, (500, 10), lambda p: torch.optim.SGD(p, 0.1), fake=fake
         )
 
-    counted, run = count(True), count(False)
+    counted = count(True)
+    assert len(passes) == backwards
+    run = count(False)
     assert counted.split == run.split
     assert counted.timeline == run.timeline
     if network is Remakes:
         assert counted.by_kind["buffers"] == 200_000
+
+
+@pytest.mark.parametrize("network", [Keeps, nn.Linear])
+def test_what_is_released_after_the_update_is_in_use_in_it(network):
+    """As the outputs of a Brain's compute_forward."""
+
+    def count(fake):
+        held = []
+
+        def step(net):
+            held.append(net(torch.zeros(200, 10)))
+            return held[0].sum()
+
+        def optimizer(parameters):
+            updater = torch.optim.Adam(parameters)
+            updater.register_step_post_hook(lambda *_: held.clear())
+            return updater
+
+        return training_step_memory(
+            lambda: network(10, 2000), step, optimizer, fake=fake
+        )
+
+    counted, run = count(True), count(False)
+    assert counted.split == run.split
+    for phase in ("forward", "backward", "step"):
+        ours, theirs = ({phase: x.timeline[phase]} for x in (counted, run))
+        assert max(totals(ours)) == max(totals(theirs))
+    for x in counted, run:
+        assert x.timeline["step"]["activations"][0] >= 200 * 2000 * 4
+
+
+class Prepares(nn.Linear):
+    """Its first forward needs much for a moment."""
+
+    ready = False
+
+    def forward(self, x):
+        if not self.ready:
+            self.ready, self.table = True, torch.zeros(10**6)[:100_000] + 1
+        return super().forward(x)
+
+
+def test_a_peak_of_the_first_forward_is_not_the_seconds():
+    """Adam's states come later."""
+
+    def count(fake):
+        return training_step_memory(
+            lambda: Prepares(1000, 200), (5, 1000), torch.optim.Adam, fake=fake
+        )
+
+    counted, run = count(True), count(False)
+    assert counted.split == run.split
+    assert counted.peak_bytes < 4 * 10**6 + 4 * 4 * 200_000
+    assert counted.timeline == run.timeline
 
 
 def transducer():
