@@ -46,4 +46,4 @@ def test_eight_bit_optimizer():
 
 
 def test_what_fits():
-    assert run("what_fits", "0.3GB") == 16
+    assert run("what_fits", "0.15GB") == 4

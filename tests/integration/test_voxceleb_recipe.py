@@ -50,11 +50,17 @@ TEST_SPEAKERS = 2
 UTTERANCES = 5
 # Of the killed run. So many sounds that no checkpoint of it falls on the start
 # of a list.
-BATCH = 6
+BATCH = 8
 SOUNDS = 25
 RESNETS = ["resnet", "revnet", "dfresnet", "dfrevnet"]
 NETWORKS = [*RESNETS, "ecapa", "revecapa"]
-NETWORK = ["--base_channels=2", "--lin_neurons=16", "--n_mels=24"]
+SHALLOW = "{block_sizes: [1, 1, 1, 1]}"
+NETWORK = [
+    "--base_channels=2",
+    "--lin_neurons=16",
+    "--n_mels=24",
+    f"--embedding_model={SHALLOW}",
+]
 RUN = [*NETWORK, "--num_workers=0", f"--device={DEVICE}"]
 FAST = [*RUN, "--sentence_len=0.5"]
 
@@ -150,6 +156,8 @@ def runs(place):
 
     def corpus(hparams):
         flags = {"--data_folder": "data/tiny_voxceleb"}
+        if "ecapa" not in hparams:
+            flags["--embedding_model"] = SHALLOW
         if hparams.startswith("train"):
             small = hparams == "train_resnet.yaml"
             flags["--batch_size"] = 8 if small else 16
@@ -247,7 +255,8 @@ def test_killed_run_continues(place):
     argv = RECIPE.argv(
         "train_speaker_embeddings.py",
         deterministic(place, RECIPE.folder / "hparams" / "train_revnet.yaml"),
-        *FAST,
+        *RUN,
+        "--sentence_len=1.0",
         f"--data_folder={data}",
         f"--data_folder_noise={data / 'noise'}",
         f"--data_folder_rir={data / 'rir'}",

@@ -72,6 +72,7 @@ SMALL_REVNET = [
 ]
 
 
+@pytest.mark.usefixtures("shallow")
 def test_check_passes(capsys):
     assert main(["check", *SMALL_REVNET, "--precision", "bf16"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -80,6 +81,7 @@ def test_check_passes(capsys):
     assert lines[-1] == "passed"
 
 
+@pytest.mark.usefixtures("shallow")
 def test_check_fails(monkeypatch, capsys):
     # Batch norms count twice.
     monkeypatch.setattr(recorder, "without_trace", lambda *_: nullcontext())
@@ -133,6 +135,7 @@ SHORT = [*SMALL_RESNET, "--batch=2", "--seconds=0.5"]
 DIGITS = [
     str(LIBRISPEECH / "hparams/digits_transducer.yaml"),
     *(f"--{key}={value}" for key, value in SMALL_TRANSDUCER.items()),
+    "--num_encoder_layers=1",
 ]
 
 
@@ -363,6 +366,7 @@ BAD = [
 ALIKE = ("positional.yaml", "--lr=fast", "--seconds=1e15")
 
 
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize(
     ("command", "arguments", "words"),
     [
@@ -411,6 +415,7 @@ def test_no_permission(here, monkeypatch, capfd):
     refuse(["profile", *SHORT, "--json=a"], "No permission to write", capfd)
 
 
+@pytest.mark.usefixtures("shallow")
 def test_a_file_that_cannot_be_written_after_all(here, monkeypatch, capfd):
     monkeypatch.setattr("sb_memeff.cli._check_writable", lambda path: None)
     assert main(["profile", *SHORT, "--json=folder.yaml"]) == 2

@@ -18,6 +18,7 @@ from speechbrain.utils.logger import get_logger
 from torch import nn
 
 from sb_memeff.memory.fake import without_data
+from sb_memeff.memory.leftovers import no_leftovers
 from sb_memeff.memory.search import DoesNotFit
 from sb_memeff.memory.step import training_step_memory
 from sb_memeff.memory.units import format_bytes, parse_bytes
@@ -214,6 +215,7 @@ def _fewest_pieces(
     raise DoesNotFit(least)
 
 
+@no_leftovers()  # Entered once for all analyses.
 def fit_recompute(
     module: nn.Module | Mapping[str, nn.Module],
     blocks: str | Sequence[str],

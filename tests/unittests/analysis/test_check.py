@@ -16,16 +16,17 @@ from sb_memeff.nnet.replay import recorder
 from sb_memeff.nnet.replay.mismatch import set_mismatch_action
 from sb_memeff.nnet.reversible import AdditiveCoupling
 from sb_memeff.nnet.transducer_loss.passes import TiledPass
+from tests.unittests.analysis.shallow import shallow  # noqa: F401
 from tests.unittests.analysis.yaml_files import (
     LIBRISPEECH,
     SMALL_TRANSDUCER,
     SPEAKER_NETWORKS,
+    conformer_transducer,
     speaker_yaml,
     upstream_transducer,
 )
 from tests.unittests.bf16 import needs_bf16_lstm
 
-CONFORMER = LIBRISPEECH / "hparams/conformer_transducer.yaml"
 STORED = "gradients against stored activations"
 LOGITS = "gradients against all logits at once"
 # Their predictor is an LSTM.
@@ -39,8 +40,8 @@ def speaker(network, **overrides):
     return read_recipe(path, {**small, **overrides})
 
 
-def transducer(name="digits", **overrides):
-    path = LIBRISPEECH / "hparams" / f"{name}_transducer.yaml"
+def transducer(**overrides):
+    path = LIBRISPEECH / "hparams" / "digits_transducer.yaml"
     return read_recipe(path, {**SMALL_TRANSDUCER, **overrides})
 
 
@@ -81,6 +82,7 @@ def checks(report):
 # --- what is right passes ----------------------------------------------------
 
 
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("network", SPEAKER_NETWORKS)
 def test_speaker_networks(network, precision):
@@ -116,10 +118,11 @@ def test_transducers(method, precision):
 @pytest.mark.parametrize(
     "split, attention", [(1, "RelPosMHAXL"), (2, "RelPosMHAXL"), (2, "RoPEMHA")]
 )
-def test_a_transducer_whose_layers_recompute(split, attention):
+def test_a_transducer_whose_layers_recompute(split, attention, tmp_path):
     options = {"recompute": True, "recompute_split": split}
     options["attention_type"] = attention
-    report = check(read_recipe(CONFORMER, {**SMALL_TRANSDUCER, **options}))
+    path = conformer_transducer(tmp_path)
+    report = check(read_recipe(path, {**SMALL_TRANSDUCER, **options}))
     assert report.passed, report
     layers = "enc.transformer.encoder.layers"
     assert report.lines[0].endswith(f"in CNN, {layers}.0, {layers}.1, 1 more")
@@ -295,7 +298,7 @@ def test_a_transducer_loss_that_drops_cells(precision, monkeypatch):
     assert line_of(report, "finite").endswith("ok")
 
 
-def test_a_recomputed_layer_that_does_not_repeat():
+def test_a_recomputed_layer_that_does_not_repeat(tmp_path):
     class Drifting(nn.Module):
         calls = 0
 
@@ -307,16 +310,21 @@ def test_a_recomputed_layer_that_does_not_repeat():
         layer = step.enc.transformer.encoder.layers[1]
         layer.ffn_module1 = nn.Sequential(layer.ffn_module1, Drifting())
 
-    overrides = {"transducer_method": "batched", "recompute": True}
-    recipe = transducer("conformer", recompute_split=1, **overrides)
+    overrides = {
+        **SMALL_TRANSDUCER,
+        "transducer_method": "batched",
+        "recompute": True,
+        "recompute_split": 1,
+    }
+    path = conformer_transducer(tmp_path)
+    recipe = read_recipe(path, overrides)
     report = check(recipe, change)
     assert not report.passed
     assert "encoder.layers.1 cannot be computed again" in report.lines[-1]
     # Gradients are compared only if training continues after a mismatch.
     set_mismatch_action("warn")
     try:
-        recipe = transducer("conformer", recompute_split=1, **overrides)
-        report = check(recipe, change)
+        report = check(read_recipe(path, overrides), change)
     finally:
         set_mismatch_action("error")
     assert place(report, STORED).startswith("enc.transformer.encoder.layers.")

@@ -27,6 +27,7 @@ from tests.unittests.analysis.yaml_files import (
     SMALL_TRANSDUCER,
     UPSTREAM_SPEAKERS,
     changed,
+    conformer_transducer,
     speaker_yaml,
     upstream_transducer,
 )
@@ -106,6 +107,8 @@ def small_recipe(name, folder, **overrides):
         path = LIBRISPEECH / f"hparams/{name}.yaml"
         if upstream:
             path = upstream_transducer(folder)
+        elif network == "conformer_transducer":
+            path = conformer_transducer(folder)
         overrides = {**SMALL, **overrides}
     elif upstream:
         path = folder / "train.yaml"
@@ -207,7 +210,7 @@ def test_variants_have_the_networks_of_their_labels(name, tmp_path):
             if "TDNN" in label:
                 # The first convolution, and the aggregation.
                 assert (16, 16, 5) in weights.values()
-                assert (48, 48, 1) in weights.values()
+                assert (48, 16, 1) in weights.values()
             last = list(step.embedding_model.parameters())[-1]
             assert last.shape[0] == 8
             assert shapes(step.classifier) == shapes(steps[vanilla].classifier)
@@ -282,8 +285,8 @@ def stored_and_less(name, rows):
 WIDER = {
     "resnet": {"base_channels": 8},
     "dfrevnet": {"base_channels": 8},
-    "ecapa": {"channels": [64, 64, 64, 64, 192]},
-    "digits_transducer": {"output_neurons": 500, "num_encoder_layers": 2},
+    "ecapa": {"channels": [64, 64, 192]},
+    "digits_transducer": {"output_neurons": 500},
 }
 
 

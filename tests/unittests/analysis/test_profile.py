@@ -39,7 +39,13 @@ WIDE = {
         "lin_neurons": 64,
         "downsampling": "strided",
     },
-    "revecapa": {"channels": [64, 64, 64, 64, 192], "lin_neurons": 64},
+    "revecapa": {
+        "channels": [64, 64, 192],
+        "kernel_sizes": [5, 3, 1],
+        "dilations": [1, 2, 1],
+        "groups": [1, 1, 1],
+        "lin_neurons": 64,
+    },
 }
 
 
@@ -103,7 +109,7 @@ def test_a_transducer_recipe_takes_what_its_brain_takes(
 
 def test_augmentation_multiplies_the_batch(tmp_path):
     path = tmp_path / "train.yaml"
-    path.write_text(UPSTREAM_SPEAKERS["ecapa"])
+    path.write_text(UPSTREAM_SPEAKERS["xvector"])
     recipe = read_recipe(path)
     found = profile(recipe, 2, 1.0)
     assert (found.batch, found.rows) == (2, 10)
@@ -114,7 +120,11 @@ def test_augmentation_multiplies_the_batch(tmp_path):
 
 
 def test_speechbrains_transducer_loss_holds_logits_and_gradients(tmp_path):
-    small = {**SMALL_TRANSDUCER, "output_neurons": 500}
+    small = {
+        **SMALL_TRANSDUCER,
+        "output_neurons": 500,
+        "num_encoder_layers": 1,
+    }
     recipe = read_recipe(upstream_transducer(tmp_path), small)
     found = {
         variant.label: profile(recipe, 32, 4.0, 40, variant=variant).memory

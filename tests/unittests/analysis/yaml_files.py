@@ -20,7 +20,10 @@ SPEAKER_NETWORKS = [
 ]
 SMALL_RESNET = {"base_channels": 2, "lin_neurons": 8, "n_mels": 16}
 SMALL_ECAPA = {
-    "channels": [16, 16, 16, 16, 48],
+    "channels": [16, 16, 48],
+    "kernel_sizes": [5, 3, 1],
+    "dilations": [1, 2, 1],
+    "groups": [1, 1, 1],
     "attention_channels": 8,
     "lin_neurons": 8,
     "n_mels": 16,
@@ -152,7 +155,10 @@ UPSTREAM_SPEAKERS = {
     + """
 embedding_model: !new:speechbrain.lobes.models.ECAPA_TDNN.ECAPA_TDNN
     input_size: !ref <n_mels>
-    channels: [16, 16, 16, 16, 48]
+    channels: [16, 16, 48]
+    kernel_sizes: [5, 3, 1]
+    dilations: [1, 2, 1]
+    groups: [1, 1, 1]
     attention_channels: 8
     lin_neurons: !ref <emb_dim>
 """,
@@ -188,6 +194,19 @@ compute_cost: !name:speechbrain.nnet.losses.nll_loss
 }
 
 
+# A language model, which is not trained.
+SMALL_LM = (
+    ("rnn_neurons: 2048", "rnn_neurons: 8"),
+    ("dnn_neurons: 512", "dnn_neurons: 8"),
+)
+
+
+def conformer_transducer(folder):
+    """The shipped yaml file, with a small language model."""
+    path = LIBRISPEECH / "hparams/conformer_transducer.yaml"
+    return changed(path, folder, *SMALL_LM)
+
+
 def upstream_transducer(folder):
     """As SpeechBrain's conformer transducer: ours, but for its loss."""
     path = LIBRISPEECH / "hparams/conformer_transducer.yaml"
@@ -210,6 +229,5 @@ def upstream_transducer(folder):
             "    Tjoint: !ref <Tjoint>\n"
             "    transducer_lin: !ref <transducer_lin>\n",
         ),
-        ("rnn_neurons: 2048", "rnn_neurons: 8"),
-        ("dnn_neurons: 512", "dnn_neurons: 8"),
+        *SMALL_LM,
     )

@@ -25,6 +25,9 @@ from tests.unittests.ops.kernels import KERNELS
 
 CUOBJDUMP = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
 TARGETS = (75, 80, 90)
+# All launches are compiled for this one, and for the others one for all that differ
+# in constants only.
+MAIN_TARGET = 80
 POINTERS = {
     torch.float64: "*fp64",
     torch.float32: "*fp32",
@@ -98,8 +101,12 @@ def resources(function, types, constants, warps, target):
 
 
 if __name__ == "__main__":
+    seen = set()
     for name, function, *launch in launches():
-        for target in TARGETS:
+        types = function, *launch[0].values()
+        targets = [MAIN_TARGET] if types in seen else TARGETS
+        seen.add(types)
+        for target in targets:
             registers, stack = resources(function, *launch, target)
             row = {
                 "operation": name,

@@ -164,12 +164,12 @@ def check_flow(found, frames, targets):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_very_long(dtype):
-    blank, target = scores(2, 4000, 800, dtype)
-    # Scores of a thousand symbols.
-    sizes = lengths((4000, 800), (3171, 655))
-    found = forward_backward(blank - 7, target - 7, *sizes)
+    blank, target = scores(2, 2000, 400, dtype)
+    # Scores of a million symbols.
+    sizes = lengths((2000, 400), (1585, 327))
+    found = forward_backward(blank - 14, target - 14, *sizes)
     assert found.blank.dtype == dtype
-    assert (found.log_likelihood < -29000).all()
+    assert (found.log_likelihood < -27000).all()
     check_flow(found, *sizes)
 
 
