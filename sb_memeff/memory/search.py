@@ -81,7 +81,9 @@ def _middle(
     """Half of what is left, or twice as far."""
     # What does not fit, for all that is known.
     bound = min([high, *(n for n in about if n > low and about[n] > limit)])
-    return int(low + bound) // 2 if bound <= most else min(2 * low, most)
+    middle = int(low + bound) // 2 if bound <= most else min(2 * low, most)
+    # An estimate next to low would let every trial count as progress.
+    return max(middle, low + 1)
 
 
 def _predicted(

@@ -306,10 +306,12 @@ class _Run:
     def second_of_fakes(self) -> list[dict[str, _Phase]]:
         """Runs what the memory of a second step depends on.
 
-        Its passes are the first step's beside the optimizer's states, unless
-        the first leaves other tensors behind, such as buffers made anew. They
+        Its passes are those of the first step plus the optimizer's states,
+        unless the first leaves other tensors behind, such as new buffers. They
         are in use in the second forward, which then runs. The backward after it
-        is the first's if as many bytes are in use before it.
+        is the first's if as many bytes are in use before it. A whole second
+        step runs if the optimizer keeps, replaces or frees other tensors than
+        the outputs that a hook releases after its step.
 
         Returns
         -------
@@ -320,17 +322,30 @@ class _Run:
         first, alive = dict(self.phases), self._alive
         made = tracker.alive_since(first["forward"].begin)
         states = [block for block in made if block.kind == "optimizer states"]
+        gradients = [block for block in made if block.kind == "gradients"]
         leftovers = _bytes(x for x in made if x.kind not in LASTING)
-        # With the same gradients. What the first update freed, such as the step's
-        # outputs, is in use in the second one too.
+        # With the same gradients. If the first update's last act was to free
+        # tensors of its step, such as outputs, the second frees as many.
         self._update()
-        update, end = self.phases["step"], first["step"].end
-        freed = tracker.freed(first["step"].begin, end)
+        update, (begin, end, _) = self.phases["step"], first["step"]
+        freed = tracker.freed(begin, end)
         second = {
             **{name: _more(x, states) for name, x in first.items()},
             "step": _more(update, freed),
         }
         updater.zero_grad()
+        if (
+            any(block.born <= begin for block in states)
+            or any(block.died is None for block in gradients)
+            or any(
+                block.kind in LASTING
+                or block.born <= first["forward"].begin
+                or cast(int, block.died) <= end - len(freed)
+                for block in freed
+            )
+        ):
+            self.step()
+            return [first, self.phases]
         if leftovers * NEGLIGIBLE > _highest(first).peak:
             self._forward()
             if self._alive != alive + _bytes(states):
@@ -344,7 +359,9 @@ class _Run:
         for block in states:
             block.born = first["forward"].begin
         for block in freed:
-            block.died = cast(int, block.died) + update.end - end
+            # After the peak, however short the second update is.
+            died = cast(int, block.died) + update.end - end
+            block.died = max(died, update.top.time + 1)
         return [second]
 
     @contextlib.contextmanager

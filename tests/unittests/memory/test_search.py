@@ -69,7 +69,7 @@ def test_largest_is_what_trying_all_finds(kind):
             peak.function(expected),
         )
         assert all(first <= n <= most for n in peak.asked)
-        # Every other step halves what is left, or doubles.
+        # At the latest the fourth step halves what is left, or doubles.
         assert len(peak.asked) <= 3 + 2 * math.ceil(2 * math.log2(MOST))
         inside += first < expected < most
     assert inside > 20
@@ -108,6 +108,14 @@ def test_estimates_predict_the_answer_and_do_not_decide_it():
                 if kind is straight and not error and len(about) > 1:
                     # The answer, the next number, and a rounded slope.
                     assert len(peak.asked) <= 4
+
+
+def test_a_wrong_estimate_next_to_the_answer_does_not_stop_bisection():
+    """Peaks above the limit are equal, so that lines predict little progress."""
+    peak = Peak(lambda n: 0 if n == 1 else 1001)
+    about = {2: 10**12, 1000: 1000}
+    assert largest(peak, 1000, about=about) == (1, 0)
+    assert len(peak.asked) <= 10
 
 
 def test_without_a_limit_the_largest_number_is_found():

@@ -414,6 +414,90 @@ def test_what_is_released_after_the_update_is_in_use_in_it(network):
         assert x.timeline["step"]["activations"][0] >= 200 * 2000 * 4
 
 
+class Odd(torch.optim.SGD):
+    """Replaces, keeps or drops tensors in its own way."""
+
+    def __init__(self, parameters, way):
+        super().__init__(parameters, lr=0.1)
+        self.way = way
+        for p in self.parameters:
+            if way == "makes states in backward":
+                p.register_post_accumulate_grad_hook(self.make_state)
+
+    @property
+    def parameters(self):
+        return self.param_groups[0]["params"]
+
+    def make_state(self, p):
+        if not self.state[p]:
+            self.state[p]["sum"] = torch.zeros_like(p)
+
+    def step(self):
+        for p in self.parameters:
+            if self.way == "replaces parameters":
+                p.data = p.data - 0.1 * p.grad
+            elif self.way == "replaces gradients":
+                p.grad = 0.5 * p.grad
+            elif self.way == "keeps gradients as states":
+                self.state[p]["last"] = p.grad
+            elif self.way == "drops gradients":
+                p.grad = None
+        super().step()
+
+    def zero_grad(self, set_to_none=True):
+        super().zero_grad(self.way != "zeroes gradients in place")
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        "replaces parameters",
+        "replaces gradients",
+        "keeps gradients as states",
+        "drops gradients",
+        "makes states in backward",
+        "zeroes gradients in place",
+    ],
+)
+def test_the_second_step_is_run_with_an_odd_optimizer(way):
+    def count(fake):
+        return training_step_memory(
+            lambda: nn.Sequential(*(nn.Linear(50, 50) for _ in range(3))),
+            (20, 50),
+            lambda p: Odd(p, way),
+            fake=fake,
+        )
+
+    counted, run = count(True), count(False)
+    assert counted.split == run.split
+    assert counted.timeline == run.timeline
+
+
+@pytest.mark.parametrize("when", ["pre", "post"])
+def test_a_peak_is_split_and_drawn_whenever_outputs_are_released(when):
+    def count(fake):
+        held = []
+
+        def step(net):
+            y = net(torch.zeros(20, 10))
+            held.extend([y, *(y.detach() * n for n in range(3))])
+            return y.sum()
+
+        def optimizer(parameters):
+            updater = torch.optim.SGD(parameters, 0.1, weight_decay=0.1)
+            add = getattr(updater, f"register_step_{when}_hook")
+            add(lambda *_: held.clear())
+            return updater
+
+        return training_step_memory(
+            lambda: nn.Linear(10, 2000), step, optimizer, fake=fake
+        )
+
+    counted, run = count(True), count(False)
+    assert counted.split == run.split
+    assert max(totals(counted.timeline)) == counted.peak_bytes
+
+
 class Prepares(nn.Linear):
     """Its first forward needs much for a moment."""
 
