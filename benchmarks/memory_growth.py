@@ -66,7 +66,7 @@ def resident_bytes():
 
 
 def train(label, corpus, output_folder, found):
-    """Trains, and appends the memory after each EVERY steps."""
+    """Trains, and appends the memory after every EVERY steps."""
     folder, script, hparams, flags = TRAININGS[label]
     recipe = RECIPES / folder
     sys.path.insert(0, str(recipe))

@@ -1,4 +1,4 @@
-"""Which yaml files of SpeechBrain's recipes the memory analysis reads.
+"""Counts the yaml files of SpeechBrain's recipes that the memory analysis reads.
 
 It profiles a training step of every yaml file in a checkout of SpeechBrain, as
 ``sb-memeff profile`` does, without data and without a GPU. Files that state no

@@ -35,13 +35,13 @@ CONTEXT = 500_000_000
 SHARE = 0.05
 # In seconds. A few of LibriSpeech's training utterances are longer.
 LONGEST = 25
-# Utterances of the first analysis. It takes as long with more; with fewer a part
+# Utterances in the first analysis. More would not take longer. With fewer, memory
 # that does not depend on them, such as weights in half precision, counts more.
 SOME = 4
 # Kinds of memory that do not depend on the batch.
 FIXED = ("parameters", "buffers", "gradients", "optimizer states")
-# The memory of an utterance grows with about this power of its length: that of
-# attention and of a transducer's logits with the second, the rest with the first.
+# The memory of an utterance grows with about this power of its length. Attention
+# and a transducer's logits grow with the square, everything else linearly.
 GROWTH = 1.25
 
 
@@ -248,13 +248,13 @@ def _longest_batch(
 
     # Memory is linear in the number of the longest utterances.
     fixed = _fixed(measure(SOME, longest))
-    each = (peak(SOME) - fixed) / SOME
+    each = max(peak(SOME) - fixed, 1) / SOME
     count = max(int((limit - fixed) / each), 1)
     if count == 1 and peak(1) > limit:
         raise DoesNotFit(peak(1))
-    each = (peak(count) - fixed) / count
+    each = max(peak(count) - fixed, 1) / count
     more = int((limit - fixed) / each) + 1
-    # Of so many utterances, one too many, the length that fits.
+    # One utterance too many: estimate the length at which they all fit.
     share = (limit - fixed) / (more * each)
     total = more * longest
     about = {

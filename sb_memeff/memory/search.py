@@ -79,7 +79,7 @@ def _middle(
     about: Mapping[float, float], low: int, high: int, limit: int, most: int
 ) -> int:
     """Half of what is left, or twice as far."""
-    # What does not fit, for all that is known.
+    # The smallest number that is known or estimated not to fit.
     bound = min([high, *(n for n in about if n > low and about[n] > limit)])
     middle = int(low + bound) // 2 if bound <= most else min(2 * low, most)
     # An estimate next to low would let every trial count as progress.

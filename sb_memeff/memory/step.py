@@ -130,8 +130,8 @@ def training_step_memory(
     optimizer : callable, optional
         Makes an optimizer from the parameters. Two steps then count, so that
         its states exist when activations are largest. On fake tensors the
-        passes of the second are taken from the first, unless the first leaves
-        tensors behind that could make the second another.
+        passes of the second are taken from the first, unless tensors that the
+        first leaves behind could change them.
     autocast : torch.dtype, optional
         Dtype of autocast in forward.
     fake : bool
@@ -304,7 +304,7 @@ class _Run:
             self._update()
 
     def second_of_fakes(self) -> list[dict[str, _Phase]]:
-        """Runs what the memory of a second step depends on.
+        """Counts a second step, and runs only what it needs for that.
 
         Its passes are those of the first step plus the optimizer's states,
         unless the first leaves other tensors behind, such as new buffers. They
@@ -316,7 +316,7 @@ class _Run:
         Returns
         -------
         list of dict
-            The steps of which one has the peak.
+            One of these steps has the peak.
         """
         tracker, updater = self._tracker, cast(Any, self._updater)
         first, alive = dict(self.phases), self._alive
@@ -407,7 +407,7 @@ class _Run:
 
 
 def _more(phase: _Phase, blocks: Iterable[Block]) -> _Phase:
-    """The phase beside others' memory."""
+    """The phase with the memory of further blocks."""
     top = phase.top._replace(peak=phase.top.peak + _bytes(blocks))
     return phase._replace(top=top)
 

@@ -215,7 +215,7 @@ class StorageTracker(TorchDispatchMode):
         return [x for x in self.blocks if x.born > time and x.died is None]
 
     def freed(self, begin: int, end: int) -> list[Block]:
-        """Lists the storages that were in use at a time and freed until another.
+        """Lists the storages that were in use at one time and free by another.
 
         Arguments
         ---------

@@ -1,4 +1,4 @@
-"""Kills trainings of both recipes at random moments; they must end the same.
+"""Kills trainings of both recipes at random moments and compares their ends.
 
 Too long for the tests, where a recipe is killed once and a small Brain five times.
 Each training goes on from its checkpoints after each SIGKILL. In the end the files
@@ -20,7 +20,7 @@ import torch
 
 from tests.integration.runs import ROOT, last_checkpoint, output_of, start
 
-# As pytest's settings have it.
+# The path that pytest's settings give to tests.
 for name in ("VoxCeleb/SpeakerRec_memeff", "LibriSpeech/ASR/transducer_memeff"):
     sys.path.insert(0, str(ROOT / "recipes" / name))
 librispeech, voxceleb = (
@@ -29,7 +29,7 @@ librispeech, voxceleb = (
 )
 
 EPOCHS = {"voxceleb": 24, "librispeech": 80}
-# Of a run before it is killed; the first of them are spent on the start.
+# A run is killed within this time, part of which it needs to start.
 MAX_SECONDS = 6
 OPTIMIZERS = {
     "voxceleb": [

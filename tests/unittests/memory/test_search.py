@@ -106,7 +106,7 @@ def test_estimates_predict_the_answer_and_do_not_decide_it():
                 assert found[1] == peaks[found[0]]
                 assert len(peak.asked) <= 3 + 2 * math.ceil(2 * math.log2(MOST))
                 if kind is straight and not error and len(about) > 1:
-                    # The answer, the next number, and a rounded slope.
+                    # The answer, the next number, and one more if the slope is rounded.
                     assert len(peak.asked) <= 4
 
 

@@ -25,9 +25,6 @@ from tests.unittests.ops.kernels import KERNELS
 
 CUOBJDUMP = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
 TARGETS = (75, 80, 90)
-# All launches are compiled for this one, and for the others one for all that differ
-# in constants only.
-MAIN_TARGET = 80
 POINTERS = {
     torch.float64: "*fp64",
     torch.float32: "*fp32",
@@ -101,12 +98,8 @@ def resources(function, types, constants, warps, target):
 
 
 if __name__ == "__main__":
-    seen = set()
     for name, function, *launch in launches():
-        types = function, *launch[0].values()
-        targets = [MAIN_TARGET] if types in seen else TARGETS
-        seen.add(types)
-        for target in targets:
+        for target in TARGETS:
             registers, stack = resources(function, *launch, target)
             row = {
                 "operation": name,

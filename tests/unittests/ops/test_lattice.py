@@ -165,7 +165,7 @@ def check_flow(found, frames, targets):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_very_long(dtype):
     blank, target = scores(2, 2000, 400, dtype)
-    # Scores of a million symbols.
+    # Scores as low as those of one symbol in a million.
     sizes = lengths((2000, 400), (1585, 327))
     found = forward_backward(blank - 14, target - 14, *sizes)
     assert found.blank.dtype == dtype

@@ -29,7 +29,7 @@ def peak(cls, name, **options):
 
 @no_leftovers()  # once for both analyses
 def test_memory_against_the_vanilla_network():
-    """The paper's headline, of deeper ones, is 16.2 times less in total."""
+    """The paper's headline, for deeper networks, is 16.2 times less."""
     vanilla = peak(DFResNet, "DFResNet56")
     # Both types take as much, within 1 %.
     ours = peak(RevDFResNet, "DFRevNet56", downsampling="strided")

@@ -123,7 +123,7 @@ def test_stored_stages_are_freed_when_backward_is_done_with_them():
 
 
 def test_memory_against_the_vanilla_network():
-    """The paper's headline, of RevNet293, is 16.2 times less in total."""
+    """The paper's headline, for RevNet293, is 16.2 times less."""
     shape = (64, 200, 80)
     vanilla = training_step_memory(
         lambda: ResNet.from_preset("ResNet101"), shape
