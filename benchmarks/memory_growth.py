@@ -13,12 +13,15 @@ Authors
 
 import ctypes
 import gc
+import importlib
 import multiprocessing
 import sys
 from pathlib import Path
 
 from result_file import write_results
 from table import print_head, print_row
+
+from sb_memeff.brain import MemEffBrain
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 STEPS = 900
@@ -70,10 +73,6 @@ def train(label, corpus, output_folder, found):
     folder, script, hparams, flags = TRAININGS[label]
     recipe = RECIPES / folder
     sys.path.insert(0, str(recipe))
-    import importlib
-
-    from sb_memeff.brain import MemEffBrain
-
     fit_batch = MemEffBrain.fit_batch
 
     def watched(brain, batch):

@@ -246,7 +246,7 @@ def test_scripts_read_all_keys(name, checkout):
             forms = rf'\["{key}"\]', rf'\.get\("{key}"', rf"\w\.{key}\b"
             assert (
                 key in options
-                or f"<{key}" in text
+                or f"<{key}>" in text
                 or any(re.search(form, script) for form in forms)
                 or any(re.fullmatch(name, key) for name in computed)
             ), (row["Hparam_file"], key)
